@@ -1,0 +1,240 @@
+"""Every config key with its default, in one place; a file in `configs/` calls `defaults()` and states what differs.
+
+Durations are text: "300 steps", "2 epochs", "5000 groups" or "10%" of the run (`steps_of`).
+"""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def defaults() -> ConfigDict:
+    """Returns the locked config of a Bradley-Terry run; unknown keys are errors from here on."""
+    config = ConfigDict()
+    config.seed = 0
+    config.duration = "1 epoch"  # of training
+    config.on_nonfinite = "stop"  # a NaN or infinity in loss or gradients: "stop" the run, or "skip" the step
+    config.debug = False  # layers unrolled and nothing compiled, so that print and breakpoints work
+
+    config.model = model = ConfigDict()
+    model.init_from = ""  # Hugging Face directory or hub id; "" trains from scratch, see `scratch`
+    model.scratch = ConfigDict()  # for init_from="": values of a Hugging Face config.json, with `model_type`
+    model.tokenizer = ""  # directory or hub id; "" is init_from; "synthetic" makes the demo's own
+    model.param_dtype = "float32"  # float32 or bfloat16; the score head is float32 always
+    model.compute_dtype = "auto"  # float32, bfloat16, or auto: float32 on CPUs and bfloat16 elsewhere
+    model.remat = "full"  # recompute in the backward pass: "none" (save all), "full", or names to save: "q,k,v,..."
+
+    config.data = data = ConfigDict()
+    data.train = ""  # files, globs, hf://datasets/OWNER/NAME/..., separated by commas
+    data.validation = ""  # the same; "" splits `validation_fraction` off the training data, by prompt
+    data.validation_fraction = 0.05
+    data.format = "auto"  # a name from the README's table of formats, or detected from the columns
+    data.template_kwargs = "{}"  # JSON, for the chat template: '{"enable_thinking": false}'
+    data.max_length = 0  # tokens of one conversation; 0 is plan.row_tokens
+    data.over_long = "drop"  # conversations over max_length: drop, truncate_prompt or truncate_response
+    data.on_bad_row = "skip"  # rows that cannot be used: error, skip (counted), or keep where that is possible
+    data.max_bad_fraction = 0.05  # more unusable rows than this stop the run
+    data.workers = -1  # processes that tokenize; -1 is one per core, 0 is none but the main one
+    data.cache_dir = ""  # "" is $XDG_CACHE_HOME/rmjax or ~/.cache/rmjax
+
+    config.plan = plan = ConfigDict()
+    plan.row_tokens = 4096  # length of a row; a group's tree must fit in one
+    plan.rows_per_step = 0  # rows of one optimizer step, over all devices; 0 derives them from groups_per_step
+    plan.groups_per_step = 64  # mean groups of a step when rows_per_step is 0
+    plan.window = 2048  # groups packed together; larger is fuller, smaller is more random
+    plan.micro_rows = 0  # rows per device in one micro-batch; 0 derives them from an estimate of memory
+
+    config.objective = objective = ConfigDict()
+    objective.name = "bradley_terry"
+    objective.label_smoothing = 0.0  # probability that a label is wrong
+    objective.margin_scale = 0.0  # margins in the data, times this, are asked of the reward difference; 0 is off
+    objective.center = 0.0  # weight of the squared sum of both rewards, which keeps their mean near 0
+    objective.ties = "skip"  # pairs judged equal: "skip" them (counted), or train them as "half" a win each way
+
+    config.optim = optim = ConfigDict()
+    optim.learning_rate = 1e-5  # the peak
+    optim.schedule = "cosine"  # cosine, linear, constant or wsd (warm-up, stable, decay)
+    optim.warmup = "3%"
+    optim.decay = "20%"  # the last part of a wsd schedule
+    optim.b1 = 0.9
+    optim.b2 = 0.95
+    optim.eps = 1e-8
+    optim.clip_norm = 1.0  # of the global gradient; 0 is off
+    optim.moment_dtype = "float32"  # of the first moment
+    optim.weight_decay = 0.0
+    # Ordered (regex over the parameter path, value); the first match wins and an uncovered name is an error.
+    optim.decays = ((r".*/(kernel|embedding)", True), (r".*", False))
+    optim.freezes = ((r".*", False),)
+    optim.lr_factors = ((r".*", 1.0),)
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = 1  # replicas
+    mesh.fsdp = -1  # rows and parameters split; -1 is what is left
+    mesh.tensor = 1  # heads and mlp columns split
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.every = "10%"
+    evaluation.train_groups = 256  # of the training set, fixed, evaluated too: the gap is a metric; 0 is none
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every = ""  # "" is at every evaluation
+    checkpoint.keep_latest = 2
+    checkpoint.keep_best = 1
+    checkpoint.metric = "validation/accuracy"
+    checkpoint.mode = "max"
+    checkpoint.patience = 0  # evaluations without a better metric before the run stops early; 0 is never
+
+    config.log = log = ConfigDict()
+    log.every = "10 steps"
+    log.tensorboard = True
+    log.wandb = ""  # project name; needs rmjax[wandb]
+
+    config.export = export = ConfigDict()
+    export.step = "best"  # "best" by checkpoint.metric, or "last"
+    export.dtype = "auto"  # float32, bfloat16, float16, or auto: that of init_from, else of the parameters
+    config.lock()
+    return config
+
+
+CHOICES = {
+    "on_nonfinite": ("stop", "skip"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.compute_dtype": ("auto", "float32", "bfloat16"),
+    "data.over_long": ("drop", "truncate_prompt", "truncate_response"),
+    "data.on_bad_row": ("error", "skip", "keep"),
+    "objective.ties": ("skip", "half"),
+    "optim.schedule": ("cosine", "linear", "constant", "wsd"),
+    "optim.moment_dtype": ("float32", "bfloat16"),
+    "checkpoint.mode": ("max", "min"),
+    "export.step": ("best", "last"),
+    "export.dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses values that no run can use, before anything is read.
+
+    Raises:
+        ValueError: every problem found, one per line.
+    """
+    problems = []
+    flat = dict(flatten(config))
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            near = difflib.get_close_matches(str(flat[key]), allowed, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(f"config.{key}={flat[key]!r} is none of {', '.join(allowed)}{hint}")
+    if not config.data.train:
+        problems.append("config.data.train is empty; give a file, a glob or hf://datasets/OWNER/NAME/...")
+    if not config.model.init_from and not config.model.scratch:
+        problems.append("config.model.init_from is empty; give a Hugging Face directory or hub id")
+    if not config.model.init_from and not config.model.tokenizer:
+        problems.append("config.model.tokenizer is empty and there is no init_from to take it from")
+    positive = ("plan.row_tokens", "plan.window", "optim.learning_rate", "checkpoint.keep_latest")
+    not_negative = (
+        *(
+            "plan.rows_per_step",
+            "plan.groups_per_step",
+            "plan.micro_rows",
+            "optim.clip_norm",
+            "optim.weight_decay",
+        ),
+        *("objective.margin_scale", "objective.center", "checkpoint.keep_best", "checkpoint.patience"),
+        *("data.max_length", "eval.train_groups"),
+    )
+    problems += [f"config.{key}={flat[key]} must be above 0" for key in positive if not flat[key] > 0]
+    problems += [f"config.{key}={flat[key]} must not be negative" for key in not_negative if flat[key] < 0]
+    if not config.plan.rows_per_step and not config.plan.groups_per_step:
+        problems.append("set config.plan.rows_per_step or config.plan.groups_per_step")
+    if not 0 <= config.objective.label_smoothing < 0.5:
+        problems.append(f"config.objective.label_smoothing={config.objective.label_smoothing} must be in [0, 0.5)")
+    try:
+        template_kwargs(config)
+    except ValueError as error:
+        problems.append(str(error))
+    for key in ("duration", "eval.every", "checkpoint.every", "log.every", "optim.warmup", "optim.decay"):
+        try:
+            if flat[key] or key != "checkpoint.every":
+                parse_duration(flat[key])
+        except ValueError as error:
+            problems.append(f"config.{key}: {error}")
+    if problems:
+        raise ValueError("the config cannot be used:\n  " + "\n  ".join(problems))
+
+
+def template_kwargs(config: ConfigDict) -> dict[str, Any]:
+    """The arguments of the chat template.
+
+    Raises:
+        ValueError: config.data.template_kwargs is not a JSON object.
+    """
+    try:
+        values = json.loads(config.data.template_kwargs)
+    except json.JSONDecodeError as error:
+        values = error
+    if not isinstance(values, dict):
+        raise ValueError(f"config.data.template_kwargs={config.data.template_kwargs!r} is not a JSON object: {values}")
+    return values
+
+
+def parse_duration(text: str) -> tuple[float, str]:
+    """Splits a duration into amount and unit: "1.5 epochs" is (1.5, "epoch"), "10%" is (10.0, "%").
+
+    Raises:
+        ValueError: not a number with one of the units steps, epochs, groups or %.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(steps?|epochs?|groups?|%)\s*", str(text))
+    try:
+        return float(match[1]), match[2].rstrip("s")  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise ValueError(f'{text!r} is no duration; write "300 steps", "2 epochs", "5000 groups" or "10%"') from None
+
+
+def steps_of(text: str, *, steps_per_epoch: float, groups_per_step: float, total: int = 0) -> int:
+    """Converts a duration to whole optimizer steps, rounded to the nearest.
+
+    Args:
+        text: the duration.
+        steps_per_epoch: steps that show every group once.
+        groups_per_step: mean groups of a step.
+        total: steps of the run, what "%" is of; 0 when not yet known, then "%" is an error.
+
+    Raises:
+        ValueError: not a duration, or a percentage where the run's length itself is asked for.
+    """
+    amount, unit = parse_duration(text)
+    if unit == "%" and not total:
+        raise ValueError(f"config.duration={text!r} must be in steps, epochs or groups, not a share of itself")
+    per_unit = {"step": 1.0, "epoch": steps_per_epoch, "group": 1 / groups_per_step, "%": total / 100}[unit]
+    return math.floor(amount * per_unit + 0.5)
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ("optim.learning_rate", 1e-5), ... for every leaf."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved config as it is saved in the workdir."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def differences(old: str, new: str) -> list[str]:
+    """Lists the keys in which two saved configs differ, as "config.seed: 0 before, 1 now"."""
+    before, now = (dict(flatten(ConfigDict(json.loads(text)))) for text in (old, new))
+    keys = sorted(before.keys() | now.keys())
+    absent = "absent"
+    return [
+        f"config.{key}: {before.get(key, absent)!r} before, {now.get(key, absent)!r} now"
+        for key in keys
+        if before.get(key, absent) != now.get(key, absent)
+    ]
