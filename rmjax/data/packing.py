@@ -1,0 +1,165 @@
+"""The plan: which groups stand in which row of which step, from lengths alone.
+
+A deterministic function of (seed, epoch), so the number of steps is exact before training starts and any step can be
+rebuilt from its number, on any number of hosts.
+"""
+
+import bisect
+import dataclasses
+import itertools
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Rows of groups for every step of a run.
+
+    Attributes:
+        groups: int32; the groups of all rows, end to end.
+        row_start: int64 [rows + 1]; where each row's groups begin in `groups`.
+        step_start: int64 [steps + 1]; where each step's rows begin.
+        epoch_steps: steps of each epoch.
+        rows_per_step: rows of a full step; the last of an epoch may have fewer.
+        row_tokens: length of a row.
+        fill: share of the epoch's slots (the last step's padding rows apart) that hold a token.
+        max_groups: most groups in any row.
+        max_ends: most scored tokens in any row.
+    """
+
+    groups: np.ndarray
+    row_start: np.ndarray
+    step_start: np.ndarray
+    epoch_steps: tuple[int, ...]
+    rows_per_step: int
+    row_tokens: int
+    fill: float
+    max_groups: int
+    max_ends: int
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps of the whole plan."""
+        return len(self.step_start) - 1
+
+    @property
+    def groups_per_step(self) -> float:
+        """Mean number of groups of a step."""
+        return len(self.groups) / max(self.steps, 1)
+
+    def first(self, steps: int) -> "Plan":
+        """The plan's first `steps` steps."""
+        epochs = np.cumsum((0, *self.epoch_steps))
+        rows = int(self.step_start[steps])
+        return dataclasses.replace(
+            self,
+            groups=self.groups[: self.row_start[rows]],
+            row_start=self.row_start[: rows + 1],
+            step_start=self.step_start[: steps + 1],
+            epoch_steps=tuple(int(min(b, steps) - a) for a, b in itertools.pairwise(epochs) if a < steps),
+        )
+
+    def rows(self, step: int) -> list[np.ndarray]:
+        """Group numbers of each row of a step; at most `rows_per_step` rows."""
+        rows = range(self.step_start[step], self.step_start[step + 1])
+        return [self.groups[self.row_start[r] : self.row_start[r + 1]] for r in rows]
+
+
+def pack(lengths: np.ndarray, row_tokens: int) -> list[list[int]]:
+    """Packs trees into rows, best fit, longest first.
+
+    Args:
+        lengths: int [n] tokens of each tree; none longer than `row_tokens`.
+        row_tokens: tokens of a row.
+
+    Returns:
+        Rows of indices into `lengths`.
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        need = int(lengths[i])
+        at = bisect.bisect_left(room, (need, -1))
+        if at == len(room):
+            free, row = row_tokens, len(rows)
+            rows.append([])
+        else:
+            free, row = room.pop(at)
+        rows[row].append(i)
+        if free > need:
+            bisect.insort(room, (free - need, row))
+    return rows
+
+
+def pack_epoch(lengths: np.ndarray, row_tokens: int, window: int, order: np.ndarray) -> list[np.ndarray]:
+    """Packs groups in windows of the given order; returns rows of group numbers."""
+    rows: list[np.ndarray] = []
+    for start in range(0, len(order), window):
+        members = order[start : start + window]
+        rows.extend(members[row] for row in pack(lengths[members], row_tokens))
+    return rows
+
+
+def make_plan(
+    lengths: np.ndarray,
+    ends: np.ndarray,
+    *,
+    row_tokens: int,
+    rows_per_step: int = 0,
+    groups_per_step: int = 0,
+    window: int = 2048,
+    epochs: int = 1,
+    seed: int | None = 0,
+) -> Plan:
+    """Plans `epochs` epochs: shuffle groups, pack best-fit within windows, shuffle rows, cut into steps.
+
+    Args:
+        lengths: int [n] tokens of each group's tree.
+        ends: int [n] scored tokens of each group.
+        row_tokens: tokens of a row.
+        rows_per_step: rows of a step; 0 derives them so that a step has `groups_per_step` groups on average.
+        groups_per_step: see `rows_per_step`.
+        window: groups that are packed together.
+        epochs: how often every group is shown.
+        seed: of the shuffles; None keeps the given order of groups within the packing, for evaluation.
+
+    Raises:
+        ValueError: no groups, or a tree longer than a row.
+    """
+    if not len(lengths):
+        raise ValueError("there are no groups to plan")
+    if lengths.max() > row_tokens:
+        raise ValueError(f"a tree of {lengths.max()} tokens does not fit a row of {row_tokens}")
+    rows: list[np.ndarray] = []
+    step_start, epoch_steps = [0], []
+    for epoch in range(epochs):
+        order = np.arange(len(lengths), dtype=np.int32)
+        rng = np.random.default_rng((seed or 0, epoch))
+        if seed is not None:
+            rng.shuffle(order)
+        packed = pack_epoch(lengths, row_tokens, window, order)
+        if seed is not None:
+            packed = [packed[i] for i in rng.permutation(len(packed))]
+        if not rows_per_step:
+            rows_per_step = max(1, round(groups_per_step * len(packed) / len(lengths)))
+        cuts = [
+            len(rows) + min(cut, len(packed))
+            for cut in range(rows_per_step, len(packed) + rows_per_step, rows_per_step)
+        ]
+        rows.extend(packed)
+        step_start.extend(cuts)
+        epoch_steps.append(len(cuts))
+    sizes = np.array([len(row) for row in rows], np.int64)
+    row_start = np.concatenate([[0], np.cumsum(sizes)])
+    groups = np.concatenate(rows)
+    return Plan(
+        groups=groups,
+        row_start=row_start,
+        step_start=np.array(step_start, np.int64),
+        epoch_steps=tuple(epoch_steps),
+        rows_per_step=rows_per_step,
+        row_tokens=row_tokens,
+        fill=float(lengths[groups].sum() / (len(rows) * row_tokens)),
+        max_groups=int(sizes.max()),
+        max_ends=int(np.add.reduceat(ends[groups], row_start[:-1]).max()),
+    )

@@ -1,0 +1,151 @@
+"""The canonical record: one prompt, K responses, and who is preferred to whom.
+
+Every format on disk becomes this (`formats.py`), and everything after reads only this.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Message = Mapping[str, Any]  # {"role": ..., "content": ...} and whatever else the chat template reads
+Conversation = Sequence[Message]
+
+ROLES = ("system", "user", "assistant", "tool")
+
+# Why a row could not be used. The audit counts rows under these names, with an example of each.
+REASONS = {
+    "empty_response": "a response without text",
+    "identical_responses": "the responses of a group are the same",
+    "identical_after_truncation": "the responses became the same when they were truncated",
+    "over_long": "longer than data.max_length and the policy data.over_long could not shorten it",
+    "tree_too_long": "the group's tree does not fit a row of plan.row_tokens",
+    "tie": "neither response is preferred (objective.ties='skip')",
+    "conflicting_label": "the label contradicts itself or the other labels of the row",
+    "wrong_type": "a cell of another type than its column needs",
+    "no_assistant_turn": "the conversation does not end with an assistant turn",
+    "template_error": "the chat template refuses the conversation",
+}
+
+
+# The defects of a row that still allow training on it (data.on_bad_row="keep").
+KEEPABLE = ("empty_response", "identical_responses", "identical_after_truncation")
+
+
+class BadRow(Exception):
+    """A row that cannot be used.
+
+    Attributes:
+        reason: a name in REASONS.
+        detail: what was found.
+        tokens: the length that was too long, where that is the reason, else 0.
+    """
+
+    def __init__(self, reason: str, detail: str, tokens: int = 0):
+        if reason not in REASONS:
+            raise ValueError(f"unknown reason {reason!r}; known: {sorted(REASONS)}")
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail, self.tokens = reason, detail, tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One group. K responses; every conversation is whole (its own history and its last, scored, turn).
+
+    Attributes:
+        conversations: K lists of messages, each ending with an assistant turn.
+        wins: float32 [K, K]; wins[i, j] is how much i is preferred to j: 1 for a hard label, p and 1 - p for
+            a soft one.
+        ties: float32 [K, K], symmetric; 1 where i and j were judged equal.
+        margin: float32 [K, K]; by how much i beats j where wins[i, j] > 0, in the source's own units, else 0.
+        weight: how much the group counts in the loss.
+        tools: tool descriptions handed to the chat template, or None.
+        source: name of the source it came from.
+        row: where it stands there, "file.jsonl:17" (row numbers count from 0).
+    """
+
+    conversations: tuple[tuple[Message, ...], ...]
+    wins: np.ndarray
+    ties: np.ndarray
+    margin: np.ndarray
+    weight: float = 1.0
+    tools: tuple[Any, ...] | None = None
+    source: str = ""
+    row: str = ""
+
+    def __post_init__(self) -> None:
+        k = len(self.conversations)
+        for name in ("wins", "ties", "margin"):
+            shape = getattr(self, name).shape
+            if shape != (k, k):
+                raise ValueError(f"{self.row}: {name} has shape {shape}, expected {(k, k)} for {k} responses")
+
+
+def check_conversation(conversation: Any, *, keep: bool = False) -> tuple[Message, ...]:
+    """Validates one conversation: a list of {role, content}, ending with an assistant turn that has text.
+
+    With `keep` that turn may be empty.
+
+    Raises:
+        BadRow: `wrong_type`, `no_assistant_turn` or `empty_response`.
+    """
+    if not isinstance(conversation, list | tuple):
+        raise BadRow("wrong_type", f"a conversation must be a list of messages, got {type(conversation).__name__}")
+    for message in conversation:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise BadRow("wrong_type", f"a message must be a {{role, content}} object, got {str(message)[:80]!r}")
+        if message["role"] not in ROLES:
+            raise BadRow("wrong_type", f"role {message['role']!r} is none of {', '.join(ROLES)}")
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise BadRow("wrong_type", f"the {message['role']}'s content is {type(content).__name__}, expected text")
+    if not conversation or conversation[-1]["role"] != "assistant":
+        last = conversation[-1]["role"] if conversation else "nothing"
+        raise BadRow("no_assistant_turn", f"the conversation ends with {last}, expected an assistant turn")
+    last_turn = conversation[-1]
+    if not keep and not (last_turn.get("content") or "").strip() and not last_turn.get("tool_calls"):
+        raise BadRow("empty_response", "the last assistant turn has no text")
+    return tuple(conversation)
+
+
+def pair(
+    chosen: Any,
+    rejected: Any,
+    *,
+    preference: float = 1.0,
+    margin: float = 0.0,
+    weight: float = 1.0,
+    tools: Sequence[Any] | None = None,
+    source: str = "",
+    row: str = "",
+    keep: bool = False,
+) -> Record:
+    """Builds the group of a preference pair from two whole conversations.
+
+    Args:
+        chosen: messages of the preferred conversation (response 0).
+        rejected: messages of the other one (response 1).
+        preference: probability in [0, 1] that `chosen` is better; 0.5 is a tie.
+        margin: by how much, in the source's units; belongs to whichever side is preferred.
+        weight: weight of the group in the loss.
+        tools: tool descriptions for the chat template.
+        source: name of the source.
+        row: where the row stands in it.
+        keep: let the defects in KEEPABLE through.
+
+    Raises:
+        BadRow: a conversation that cannot be used, `identical_responses`, or a preference outside [0, 1].
+    """
+    conversations = (check_conversation(chosen, keep=keep), check_conversation(rejected, keep=keep))
+    if conversations[0] == conversations[1] and not keep:
+        raise BadRow("identical_responses", "both conversations are the same")
+    if not 0.0 <= preference <= 1.0:
+        raise BadRow("conflicting_label", f"preference {preference} is outside [0, 1]")
+    wins, ties, margins = (np.zeros((2, 2), np.float32) for _ in range(3))
+    if preference == 0.5:
+        ties[0, 1] = ties[1, 0] = 1.0
+    else:
+        wins[0, 1], wins[1, 0] = preference, 1.0 - preference
+        margins[(0, 1) if preference > 0.5 else (1, 0)] = margin
+    return Record(conversations, wins, ties, margins, weight, tuple(tools) if tools else None, source, row)

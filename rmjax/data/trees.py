@@ -1,0 +1,106 @@
+"""Trees of tokens: several sequences that share prefixes, each shared run laid out once.
+
+The trie of the sequences is laid depth first. Two integers per token describe attention exactly:
+
+    key j is visible to query i  <=>  visible_from[i] <= j <= i  and  i < visible_until[j]
+
+`visible_from` is the start of the tree (0 here, shifted when the tree is placed in a row) and `visible_until` the
+end of the subtree of the token's node. Nodes split one token *before* the sequences differ, so every sequence has a
+last token of its own, and the next-token target of any token stands at the next index.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+Tokens = Sequence[int] | np.ndarray  # token ids of one sequence
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tree:
+    """One group's sequences, laid depth first. n tokens, E scored tokens.
+
+    Attributes:
+        tokens: int32 [n] token ids.
+        positions: int32 [n] distance from the start of the sequence, counted along the path.
+        visible_until: int32 [n] index after the last token of the node's subtree.
+        end: int32 [E] index of each scored token.
+        end_slot: int32 [E] the response (0..K-1) that each scored token belongs to.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    visible_until: np.ndarray
+    end: np.ndarray
+    end_slot: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def sequences(self) -> list[np.ndarray]:
+        """The token sequence of each scored token: what it sees, in order."""
+        index = np.arange(len(self))
+        return [self.tokens[(index <= e) & (e < self.visible_until)] for e in self.end]
+
+
+def common_prefix(sequences: Sequence[np.ndarray]) -> int:
+    """Number of leading tokens that all sequences share."""
+    shortest = min(len(s) for s in sequences)
+    first = sequences[0][:shortest]
+    differs = np.zeros(shortest, bool)
+    for s in sequences[1:]:
+        differs |= first != s[:shortest]
+    return int(differs.argmax()) if differs.any() else shortest
+
+
+def build_tree(sequences: Sequence[Tokens]) -> Tree:
+    """Builds the tree of K token sequences; the last token of each is its scored token.
+
+    >>> t = build_tree([[1, 2, 3, 4], [1, 2, 5]])   # they share 1 2; the split is one token before
+    >>> t.tokens.tolist(), t.positions.tolist()
+    ([1, 2, 3, 4, 2, 5], [0, 1, 2, 3, 1, 2])
+    >>> t.visible_until.tolist(), t.end.tolist()
+    ([6, 4, 4, 4, 6, 6], [3, 5])
+
+    Raises:
+        ValueError: no sequences, or an empty one.
+    """
+    arrays = [np.asarray(s, np.int32) for s in sequences]
+    if not arrays or any(len(a) == 0 for a in arrays):
+        raise ValueError(f"a tree needs sequences of at least one token, got lengths {[len(a) for a in arrays]}")
+    tokens: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    until: list[np.ndarray] = []
+    end = np.zeros(len(arrays), np.int32)
+
+    def lay(members: list[int], depth: int, start: int) -> int:
+        """Lays the sub-trie of `members`, which agree before `depth`, from index `start`; returns its end."""
+        shared = depth + common_prefix([arrays[m][depth:] for m in members])
+        split = shared if len(members) == 1 else max(shared - 1, depth)
+        node = arrays[members[0]][depth:split]
+        here = len(tokens)
+        tokens.append(node)
+        positions.append(np.arange(depth, split, dtype=np.int32))
+        until.append(np.empty(0, np.int32))
+        stop = start + len(node)
+        if len(members) == 1:
+            end[members[0]] = stop - 1
+        else:
+            for branch in _branches(arrays, members, shared):
+                stop = lay(branch, split, stop)
+        until[here] = np.full(len(node), stop, np.int32)
+        return stop
+
+    lay(list(range(len(arrays))), 0, 0)
+    slots = np.arange(len(arrays), dtype=np.int32)
+    return Tree(np.concatenate(tokens), np.concatenate(positions), np.concatenate(until), end, slots)
+
+
+def _branches(arrays: list[np.ndarray], members: list[int], shared: int) -> list[list[int]]:
+    """Splits members by their token after the shared part; one that ends there is a branch of its own."""
+    branches: dict[tuple[str, int], list[int]] = {}
+    for m in members:
+        ends = len(arrays[m]) == shared
+        branches.setdefault(("end", m) if ends else ("token", int(arrays[m][shared])), []).append(m)
+    return list(branches.values())
