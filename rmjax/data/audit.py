@@ -1,0 +1,193 @@
+"""What became of the rows and what the groups look like, counted while reading, in a few lines."""
+
+import copy
+import dataclasses
+import json
+from typing import Protocol
+
+import numpy as np
+
+from rmjax.data.records import REASONS
+
+# Choices of the config, not defects of the data.
+CHOSEN = ("tie", "tree_too_long")
+REMEDY = {"over_long": "data.max_length", "tree_too_long": "plan.row_tokens"}
+
+
+@dataclasses.dataclass
+class Count:
+    """Rows with one reason.
+
+    Attributes:
+        rows: how many.
+        kept: how many of them were used all the same (data.on_bad_row="keep").
+        example: the first, "file.jsonl:17: what was found".
+        tokens: the length that would take all of them, where length is the reason.
+    """
+
+    rows: int = 0
+    kept: int = 0
+    example: str = ""
+    tokens: int = 0
+
+
+@dataclasses.dataclass
+class Audit:
+    """Counts of a build.
+
+    Attributes:
+        rows: rows read.
+        reasons: rows with a defect, by its name in records.REASONS.
+        sources: groups of each source.
+    """
+
+    rows: int = 0
+    reasons: dict[str, Count] = dataclasses.field(default_factory=dict)
+    sources: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def add(self, reason: str, where: str, detail: str, tokens: int = 0, kept: bool = False) -> None:
+        """Counts a row under a reason; the first of each is its example.
+
+        Raises:
+            ValueError: a reason that has no name in records.REASONS.
+        """
+        if reason not in REASONS:
+            raise ValueError(f"unknown reason {reason!r}; known: {', '.join(REASONS)}")
+        self._count(reason, Count(1, int(kept), f"{where}: {detail}", tokens))
+
+    def merge(self, other: "Audit") -> None:
+        """Adds the counts of other rows that come after these."""
+        self.rows += other.rows
+        for source, groups in other.sources.items():
+            self.sources[source] = self.sources.get(source, 0) + groups
+        for reason, count in other.reasons.items():
+            self._count(reason, count)
+
+    def _count(self, reason: str, more: Count) -> None:
+        before = self.reasons.get(reason, Count())
+        self.reasons[reason] = Count(
+            before.rows + more.rows,
+            before.kept + more.kept,
+            before.example or more.example,
+            max(before.tokens, more.tokens),
+        )
+
+    def copy(self) -> "Audit":
+        """An audit of its own with the same counts."""
+        return copy.deepcopy(self)
+
+    def unusable(self) -> int:
+        """Rows lost to defects: not those that were kept, nor ties and trees that the config leaves out."""
+        return sum(c.rows - c.kept for reason, c in self.reasons.items() if reason not in CHOSEN)
+
+    def check(self, on_bad_row: str, max_bad_fraction: float) -> None:
+        """Refuses data with more unusable rows than the config allows.
+
+        Raises:
+            ValueError: names the reasons, an example of each, and what to change.
+        """
+        bad = self.unusable()
+        if on_bad_row == "error" and bad:
+            raise ValueError(
+                f"{bad} of {self.rows} rows cannot be used; {self.reasons_text()}; repair them, or count and leave "
+                "them out with config.data.on_bad_row='skip'"
+            )
+        if bad > max_bad_fraction * self.rows:
+            raise ValueError(
+                f"{bad} of {self.rows} rows ({bad / self.rows:.1%}) cannot be used, config.data.max_bad_fraction "
+                f"allows {max_bad_fraction:.1%}; {self.reasons_text()}; repair them, or allow more"
+            )
+
+    def reasons_text(self) -> str:
+        """All reasons in one line."""
+        return "; ".join(_reason_line(reason, count) for reason, count in self.reasons.items()) or "no bad rows"
+
+    def to_json(self) -> str:
+        """Everything, for `from_json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Audit":
+        """Reads what `to_json` wrote."""
+        data = json.loads(text)
+        reasons = {name: Count(**count) for name, count in data["reasons"].items()}
+        return cls(data["rows"], reasons, data["sources"])
+
+
+class GroupSet(Protocol):
+    """What is asked of groups here; see cache.Groups."""
+
+    audit: Audit
+    lengths: np.ndarray
+    unshared: np.ndarray
+    longest: np.ndarray
+    comparisons: np.ndarray
+    longer_wins: np.ndarray
+    prompt_ids: np.ndarray
+    response_sets: np.ndarray
+    label_ids: np.ndarray
+
+    def __len__(self) -> int: ...
+
+
+def length_auc(groups: GroupSet) -> float:
+    """How often the longer of two responses, in tokens, is preferred; equally long counts one half."""
+    return float(groups.longer_wins.sum() / max(groups.comparisons.sum(), 1))
+
+
+def repeats(groups: GroupSet) -> tuple[int, int]:
+    """Duplicates and contradictions.
+
+    Returns:
+        Groups whose conversations, in any order, are those of another group before it; and sets of
+        conversations that are labelled in more than one way.
+    """
+    labelled = np.unique(np.stack([groups.response_sets, groups.label_ids], axis=1), axis=0)
+    sets, labels = np.unique(labelled[:, 0], return_counts=True)
+    return len(groups) - len(sets), int((labels > 1).sum())
+
+
+def shared_prompts(train: GroupSet, validation: GroupSet) -> int:
+    """Number of prompts that stand in both."""
+    return len(np.intersect1d(train.prompt_ids, validation.prompt_ids))
+
+
+def lines(train: GroupSet, validation: GroupSet) -> list[str]:
+    """The audit of a run's data, for the terminal."""
+    text = []
+    audits = [train.audit] if train.audit is validation.audit else [train.audit, validation.audit]
+    for audit in audits:
+        text.append(_rows_line(audit))
+        text.extend(f"  {_reason_line(reason, count)}" for reason, count in audit.reasons.items())
+    for name, groups in (("training", train), ("validation", validation)):
+        text.extend(_groups_lines(name, groups))
+    shared = shared_prompts(train, validation)
+    text.append(f"prompts in both training and validation: {shared}" + (" (their scores mislead)" if shared else ""))
+    return text
+
+
+def _rows_line(audit: Audit) -> str:
+    largest = sorted(audit.sources.items(), key=lambda item: -item[1])[:8]
+    sources = [f"{name} {count:,}" for name, count in largest]
+    others = len(audit.sources) - len(sources)
+    listed = ", ".join(sources) + (f" and {others} more" if others else "")
+    return f"data: {audit.rows:,} rows, {sum(audit.sources.values()):,} groups ({listed})"
+
+
+def _reason_line(reason: str, count: Count) -> str:
+    kept = f" ({count.kept:,} kept)" if count.kept else ""
+    remedy = f"; {REMEDY[reason]}={count.tokens} takes all of them" if count.tokens and reason in REMEDY else ""
+    return f"{reason} {count.rows:,}{kept}: {REASONS[reason]}{remedy}; e.g. {count.example[:160]}"
+
+
+def _groups_lines(name: str, groups: GroupSet) -> list[str]:
+    median, p90, p99, most = np.quantile(groups.lengths, [0.5, 0.9, 0.99, 1.0])
+    again, contradicting = repeats(groups)
+    tokens = int(groups.lengths.sum())
+    return [
+        f"{name}: {len(groups):,} groups with {len(np.unique(groups.prompt_ids)):,} prompts; {again:,} repeated, "
+        f"{contradicting:,} contradicting; length alone predicts the label with AUC {length_auc(groups):.3f}",
+        f"  {tokens:,} tokens ({groups.unshared.sum() / tokens:.2f} times that unshared); trees: median "
+        f"{median:,.0f}, 90 % {p90:,.0f}, 99 % {p99:,.0f}, longest {most:,.0f}; longest conversation "
+        f"{groups.longest.max():,}",
+    ]

@@ -1,0 +1,475 @@
+"""Groups of token trees on disk: built once by worker processes, then a memory map.
+
+A cache file is Arrow IPC, named by the fingerprint of the data, the chat (tokenizer, template, arguments,
+length policy) and the options of `build`. It appears whole (written elsewhere, then renamed), beside a JSON
+file with its audit.
+"""
+
+import collections
+import concurrent.futures
+import concurrent.futures.process
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tokenizers
+import transformers
+
+from rmjax.data import formats, sources
+from rmjax.data.audit import Audit
+from rmjax.data.chat import Chat, conversation_key, sequence_lengths
+from rmjax.data.records import KEEPABLE, BadRow, Record
+from rmjax.data.trees import Tree
+
+CACHE_VERSION = 1  # of what is stored; another one is another file
+CHUNK = 256  # rows of a worker's job
+SMALL = 2048  # fewer rows than this are tokenized before processes would have started
+PROGRESS_SECONDS = 5.0
+
+INTS, FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
+NUMBERS = {  # one number per group, see Groups
+    **{name: pa.int32() for name in ("lengths", "responses", "ends", "unshared", "longest")},
+    **{name: pa.float32() for name in ("weights", "comparisons", "longer_wins")},
+    **{name: pa.uint64() for name in ("prompt_ids", "response_sets", "label_ids")},
+}
+LISTS = {  # positions and visible_until are runs: (start, position, visible_until) of each
+    **{"tokens": INTS, "runs": INTS, "scored": INTS},  # scored: (end, end_slot) of each
+    "labels": FLOATS,  # wins, ties, margin
+}
+SCHEMA = pa.schema({"id": pa.string(), **LISTS, **NUMBERS})
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One prompt with K responses: tree, float32 [K, K] labels (see records.Record), weight, row id."""
+
+    tree: Tree
+    wins: np.ndarray
+    ties: np.ndarray
+    margin: np.ndarray
+    weight: float
+    id: str
+
+
+class Groups:
+    """Random access to groups in a cache file, or to a selection of them. n groups.
+
+    Attributes:
+        fingerprint: of the data, the chat and the options it was built with.
+        audit: what became of the rows; shared by selections.
+        lengths: int32 [n] tokens of each tree.
+        responses: int32 [n] responses of each group, K.
+        ends: int32 [n] scored tokens.
+        unshared: int32 [n] tokens of the responses' conversations, each counted whole.
+        longest: int32 [n] tokens of the longest conversation.
+        weights: float32 [n].
+        comparisons: float32 [n] pairs of responses of which one is preferred.
+        longer_wins: float32 [n] those in which it is the longer one, in tokens; equally long counts one half.
+        prompt_ids: uint64 [n] hash of the prompt: all messages but the last of response 0.
+        response_sets: uint64 [n] hash of the set of conversations, whatever their order.
+        label_ids: uint64 [n] hash of who is preferred to whom; equal sets with other labels contradict each
+            other.
+    """
+
+    lengths: np.ndarray
+    responses: np.ndarray
+    ends: np.ndarray
+    unshared: np.ndarray
+    longest: np.ndarray
+    weights: np.ndarray
+    comparisons: np.ndarray
+    longer_wins: np.ndarray
+    prompt_ids: np.ndarray
+    response_sets: np.ndarray
+    label_ids: np.ndarray
+
+    def __init__(self, store: "_Store", indices: np.ndarray, fingerprint: str, audit: Audit):
+        self._store, self._indices = store, indices
+        self.fingerprint, self.audit = fingerprint, audit
+        for name in NUMBERS:
+            setattr(self, name, store.numbers[name][indices])
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def group(self, index: int) -> Group:
+        """One group; its arrays are read-only views of the file where they can be."""
+        return self._store.group(int(self._indices[index]))
+
+    def id(self, index: int) -> str:
+        """The row a group came from, "file.jsonl:17"."""
+        return self._store.id(int(self._indices[index]))
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "Groups":
+        """A view of these groups, in this order."""
+        chosen = self._indices[np.asarray(indices, np.int64)]
+        return Groups(self._store, chosen, self.fingerprint, self.audit)
+
+    def sample(self, count: int, seed: int) -> "Groups":
+        """A fixed random choice of at most `count` groups, in their order."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self.select(np.sort(order[:count]))
+
+    def fitting(self, row_tokens: int) -> "Groups":
+        """The groups whose tree fits a row; the others are counted as `tree_too_long`.
+
+        Raises:
+            ValueError: none fits.
+        """
+        too_long = np.flatnonzero(self.lengths > row_tokens)
+        if not len(too_long):
+            return self
+        audit = self.audit.copy()
+        for i in too_long.tolist():
+            tokens = int(self.lengths[i])
+            audit.add("tree_too_long", self.id(i), f"{tokens} tokens, plan.row_tokens is {row_tokens}", tokens)
+        kept = self.select(np.flatnonzero(self.lengths <= row_tokens))
+        if not len(kept):
+            raise ValueError(
+                f"no tree fits a row of {row_tokens} tokens (config.plan.row_tokens); the shortest has "
+                f"{self.lengths.min()}, the longest {self.lengths.max()}"
+            )
+        return Groups(self._store, kept._indices, self.fingerprint, audit)
+
+
+def split(groups: Groups, fraction: float, seed: int) -> tuple[Groups, Groups]:
+    """Splits off about `fraction` of the groups for validation; all groups of a prompt are on one side.
+
+    Returns:
+        (training, validation), each in the order of the data.
+
+    Raises:
+        ValueError: one side would be empty.
+    """
+    prompts, inverse, counts = np.unique(groups.prompt_ids, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    before = np.concatenate([[0], np.cumsum(counts[order])[:-1]])  # groups of the prompts drawn before each
+    in_validation = np.zeros(len(prompts), bool)
+    in_validation[order[before < fraction * len(groups)]] = True
+    chosen = in_validation[inverse]
+    if not 0 < chosen.sum() < len(groups):
+        raise ValueError(
+            f"data.validation_fraction={fraction} of {len(groups)} groups with {len(prompts)} different prompts "
+            "leaves training or validation without any; give data.validation, or another fraction"
+        )
+    return groups.select(np.flatnonzero(~chosen)), groups.select(np.flatnonzero(chosen))
+
+
+def build(
+    spec: str,
+    chat: Chat,
+    *,
+    format: str = "auto",
+    ties: str = "skip",
+    on_bad_row: str = "skip",
+    max_bad_fraction: float = 0.05,
+    workers: int = -1,
+    cache_dir: str | Path = "",
+    progress: Callable[[str], None] | None = None,
+) -> Groups:
+    """Reads, renders and tokenizes the sources of `spec`, or maps what an earlier call wrote.
+
+    Args:
+        spec: what `sources.open_source` takes.
+        chat: tokenizer, template and length policy.
+        format: a name in formats.FORMATS, or "auto" for each source.
+        ties: groups in which nobody is preferred: "skip" (counted as `tie`) or "keep".
+        on_bad_row: "error" stops at the first; "skip" counts; "keep" counts and keeps those in
+            records.KEEPABLE.
+        max_bad_fraction: more unusable rows than this are an error; ties are a choice and not among them.
+        workers: processes; 0 is none but this one, -1 is one per core. Small data never starts any. They
+            import the main module, so a script that calls this needs its `if __name__ == "__main__"`.
+        cache_dir: default is $XDG_CACHE_HOME/rmjax or ~/.cache/rmjax.
+        progress: is given a line of text now and then.
+
+    Raises:
+        FileNotFoundError: a source is not there.
+        ValueError: data that cannot be read, an unclear format, a bad row (on_bad_row="error"), too many of
+            them, or no group at all.
+    """
+    if ties not in ("skip", "keep") or on_bad_row not in ("error", "skip", "keep"):
+        raise ValueError(f"ties={ties!r} is none of skip, keep, or on_bad_row={on_bad_row!r} none of error, skip, keep")
+    options = [format, ties, on_bad_row == "keep"]
+    fingerprint = _digest([sources.fingerprint(spec), chat.fingerprint(), options])
+    versions = [CACHE_VERSION, transformers.__version__, tokenizers.__version__]
+    path = _directory(cache_dir) / f"{_digest([fingerprint, versions])}.arrow"
+    if not path.exists() or not path.with_suffix(".json").exists():
+        work = functools.partial(_tokenize, keep=on_bad_row == "keep", skip_ties=ties == "skip")
+        reporter = _Progress(spec, progress)
+        results = reporter.watch(_run(_jobs(spec, format), work, chat, workers))
+        _write(path, _refuse_bad(results) if on_bad_row == "error" else results, spec)
+    store = _Store(path)
+    audit = Audit.from_json(path.with_suffix(".json").read_text())
+    audit.check(on_bad_row, max_bad_fraction)
+    return Groups(store, np.arange(len(store)), fingerprint, audit)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """Rows of one source, and how to read them."""
+
+    layout: formats.Layout
+    source: str
+    rows: list[tuple[str, sources.Row]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """The groups of a job's rows, and what became of those rows."""
+
+    groups: pa.RecordBatch
+    audit: Audit
+
+
+def _jobs(spec: str, format: str) -> Iterator[_Job]:
+    """The rows of all sources in jobs; the first rows of each source decide how it is read."""
+    for item in sources.split_spec(spec):
+        rows = sources.open_source(item)
+        first = list(itertools.islice(rows, formats.LOOK))
+        try:
+            layout = formats.detect([row for _, row in first], format)
+        except ValueError as error:
+            raise ValueError(f"{item}: {error}") from None
+        rows = itertools.chain(first, rows)
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            yield _Job(layout, sources.source_name(item), chunk)
+
+
+def _run(jobs: Iterator[_Job], work: Callable[[Chat, _Job], _Result], chat: Chat, workers: int) -> Iterator[_Result]:
+    """Does the jobs, in processes unless there are few; yields results in the order of the jobs."""
+    if workers < 0:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = cores if cores > 1 else 0
+    head = list(itertools.islice(jobs, SMALL // CHUNK))
+    jobs = itertools.chain(head, jobs)
+    if not workers or len(head) < SMALL // CHUNK:
+        yield from (work(chat, job) for job in jobs)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (chat, work)
+    )
+    pending: collections.deque[concurrent.futures.Future[_Result]] = collections.deque()
+    try:
+        for job in jobs:
+            pending.append(pool.submit(_work, job))
+            if len(pending) > 4 * workers:  # bounds memory, and keeps every worker busy
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise RuntimeError(
+            "a tokenizing process died (out of memory, or a script without `if __name__ == '__main__'`); "
+            "config.data.workers=0 works without processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: Callable[[_Job], _Result]  # in worker processes
+
+
+def _start_worker(chat: Chat, work: Callable[[Chat, _Job], _Result]) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
+    _worker = functools.partial(work, chat)
+
+
+def _work(job: _Job) -> _Result:
+    return _worker(job)
+
+
+def _tokenize(chat: Chat, job: _Job, *, keep: bool, skip_ties: bool) -> _Result:
+    """Rows to groups. With `keep`, a row with a defect that still allows training is counted and kept."""
+    audit = Audit(rows=len(job.rows))
+    records = []
+    for where, row in job.rows:
+        read = functools.partial(job.layout.read, row, source=job.source, where=where)
+        try:
+            record = _or_keep(read, keep, audit, where)
+            if skip_ties and record.ties.any() and not record.wins.any():
+                raise BadRow("tie", "neither response is preferred")
+        except BadRow as bad:
+            audit.add(bad.reason, where, bad.detail, bad.tokens)
+        else:
+            records.append(record)
+    groups = []
+    for record, tree in zip(records, chat.trees(records)):
+        if isinstance(tree, BadRow):
+            kept = keep and tree.reason in KEEPABLE
+            audit.add(tree.reason, record.row, tree.detail, tree.tokens, kept=kept)
+            tree = chat.trees([record], keep=True)[0] if kept else tree
+        if isinstance(tree, Tree):
+            groups.append(_columns(record, tree))
+            audit.sources[record.source] = audit.sources.get(record.source, 0) + 1
+    columns = [pa.array([g[field.name] for g in groups], field.type) for field in SCHEMA]
+    return _Result(pa.RecordBatch.from_arrays(columns, schema=SCHEMA), audit)
+
+
+def _or_keep(read: Callable[..., Record], keep: bool, audit: Audit, where: str) -> Record:
+    try:
+        return read()
+    except BadRow as bad:
+        if not keep or bad.reason not in KEEPABLE:
+            raise
+        record = read(keep=True)
+        audit.add(bad.reason, where, bad.detail, kept=True)
+        return record
+
+
+def _columns(record: Record, tree: Tree) -> dict[str, Any]:
+    """One line of the file."""
+    keys = [conversation_key(c, record.tools) for c in record.conversations]
+    order = np.argsort(np.array(keys, object), kind="stable")
+    preferred = np.sign(record.wins - record.wins.T).astype(np.int8)
+    lengths = np.zeros(len(keys), np.int32)
+    lengths[tree.end_slot] = sequence_lengths(tree)
+    longer = 0.5 * (1 + np.sign(lengths[:, None] - lengths[None, :]))
+    starts = np.flatnonzero(np.diff(tree.visible_until, prepend=-1) | (np.diff(tree.positions, prepend=-2) - 1))
+    runs = np.stack([starts, tree.positions[starts], tree.visible_until[starts]], axis=1)
+    return {
+        "id": record.row,
+        "tokens": tree.tokens,
+        "runs": runs.ravel().astype(np.int32),
+        "scored": np.stack([tree.end, tree.end_slot], axis=1).ravel(),
+        "labels": np.stack([record.wins, record.ties, record.margin]).ravel(),
+        "lengths": len(tree),
+        "responses": len(keys),
+        "ends": len(tree.end),
+        "unshared": int(lengths.sum()),
+        "longest": int(lengths.max()),
+        "weights": record.weight,
+        "comparisons": int((preferred > 0).sum()),
+        "longer_wins": float(longer[preferred > 0].sum()),
+        "prompt_ids": _hash(conversation_key(record.conversations[0][:-1])),
+        "response_sets": _hash(json.dumps(sorted(keys))),
+        "label_ids": _hash(preferred[np.ix_(order, order)].tobytes().hex()),
+    }
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _refuse_bad(results: Iterator[_Result]) -> Iterator[_Result]:
+    for result in results:
+        result.audit.check("error", 0.0)
+        yield result
+
+
+class _Progress:
+    """Lines like "data.jsonl: 12,000 of 80,000 rows, 4,100 rows/s, 17 s left", every few seconds."""
+
+    def __init__(self, spec: str, say: Callable[[str], None] | None):
+        self.spec, self.say = spec, say
+
+    def watch(self, results: Iterator[_Result]) -> Iterator[_Result]:
+        """Passes results through and reports on them."""
+        start = last = time.monotonic()
+        done, total = 0, None
+        for result in results:
+            yield result
+            done += result.audit.rows
+            now = time.monotonic()
+            if self.say is None or now - last < PROGRESS_SECONDS:
+                continue
+            if last == start:  # counting can take a moment, so only for data that takes long
+                total = sources.count_rows(self.spec)
+            last, rate = now, done / (now - start)
+            of = f" of {total:,}" if total else ""
+            left = f", {(total - done) / rate:,.0f} s left" if total else ""
+            self.say(f"{self.spec}: {done:,}{of} rows, {rate:,.0f} rows/s{left}")
+        if self.say is not None:
+            took = time.monotonic() - start
+            self.say(f"{self.spec}: {done:,} rows read and tokenized in {took:,.1f} s")
+
+
+def _write(path: Path, results: Iterator[_Result], spec: str) -> None:
+    """Writes the file and its audit, each in one step; nothing is left of a build that fails."""
+    audit = Audit()
+    handle, name = tempfile.mkstemp(suffix=".partial", dir=path.parent)
+    partial = Path(name)
+    try:
+        with open(handle, "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            for result in results:
+                audit.merge(result.audit)
+                if result.groups.num_rows:
+                    writer.write_batch(result.groups)
+        if not sum(audit.sources.values()):
+            raise ValueError(f"{spec}: none of its {audit.rows} rows could be used; {audit.reasons_text()}")
+        text = partial.with_suffix(".partial.json")
+        text.write_text(audit.to_json())
+        text.replace(path.with_suffix(".json"))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _Store:
+    """A cache file, memory-mapped: the numbers of all groups in memory, the rest as views of the map."""
+
+    def __init__(self, path: Path):
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self.starts = np.cumsum([0] + [batch.num_rows for batch in self.batches])
+        self.numbers = {
+            name: np.concatenate([batch.column(name).to_numpy() for batch in self.batches]) for name in NUMBERS
+        }
+        self.lists = [{name: _views(batch.column(name)) for name in LISTS} for batch in self.batches]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The batch of a group, and its row there."""
+        batch = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return batch, index - int(self.starts[batch])
+
+    def id(self, index: int) -> str:
+        """The row a group came from."""
+        batch, row = self.place(index)
+        return self.batches[batch].column("id")[row].as_py()
+
+    def group(self, index: int) -> Group:
+        """One group."""
+        batch, row = self.place(index)
+        cells = {name: x[offsets[row] : offsets[row + 1]] for name, (offsets, x) in self.lists[batch].items()}
+        starts, positions, until = cells["runs"].reshape(-1, 3).T
+        sizes = np.diff(starts, append=np.int32(len(cells["tokens"])))
+        index_in_tree = np.arange(len(cells["tokens"]), dtype=np.int32)
+        end, slot = cells["scored"].reshape(-1, 2).T
+        tree = Tree(
+            tokens=cells["tokens"],
+            positions=index_in_tree + np.repeat(positions - starts, sizes),
+            visible_until=np.repeat(until, sizes),
+            end=end,
+            end_slot=slot,
+        )
+        k = int(self.numbers["responses"][index])
+        wins, ties, margin = cells["labels"].reshape(3, k, k)
+        return Group(tree, wins, ties, margin, float(self.numbers["weights"][index]), self.id(index))
+
+
+def _views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    return column.offsets.to_numpy(), column.values.to_numpy()
+
+
+def _directory(cache_dir: str | Path) -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmjax"
+    directory = Path(cache_dir).expanduser() if cache_dir else default
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,369 @@
+"""From records to trees of tokens: the chat template, the tokenizer and the length policy.
+
+The scored token of a conversation is the last token of `apply_chat_template(conversation, tokenize=False,
+add_generation_prompt=False)`, tokenized without adding special tokens. Nothing is trimmed: that is what
+transformers and vLLM pool. The tree is built from token ids, never from strings: a response that begins with
+a newline merges with the header before it, so a prefix of the text need not be a prefix of the tokens.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+import transformers
+
+from rmjax.data.records import BadRow, Conversation, Record
+from rmjax.data.trees import Tree, build_tree
+
+Sequences = list[list[int]]
+
+ASKED, ANSWERED = ("first question", "second question"), ("first answer", "second answer")
+PROBE: Conversation = [
+    message
+    for asked, answered in zip(ASKED, ANSWERED)
+    for message in ({"role": "user", "content": asked}, {"role": "assistant", "content": answered})
+]
+PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "d", "parameters": {"type": "object"}},
+}
+DATE = re.compile(r"\b\d{1,2} [A-Z][a-z]{2,8} \d{4}\b|\b[A-Z][a-z]{2,8} \d{1,2}, \d{4}\b|\b\d{4}-\d{2}-\d{2}\b")
+EMPTY_THINKING = re.compile(r"<(think|thinking|reasoning)>\s*</\1>")
+
+# Names of tokens that models set aside, the best first. None of them is written by a template or by people.
+RESERVED = (
+    r"<\|?(finetune_right_)?pad(_id)?\|?>|\[PAD\]",
+    r"<\|?reserved.*>|<SPECIAL_\d+>|<\|?special_\d+\|?>",
+    r"<\|?unused_?\d+\|?>|\[unused\d+\]|\[control_\d+\]|<\|?(extra|dummy|buffer)_?\d+\|?>",
+    r"<\|(fim|vision|image|video|audio)_pad\|>",
+)
+# How templates fail on a conversation: by refusing it, or by meeting what they did not expect.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
+SETTINGS = (
+    "conversation",
+    "tools",
+    "tokenize",
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """Loads a tokenizer that has a chat template from a directory or hub id.
+
+    Raises:
+        ValueError: it has no chat template.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of {path} has no chat template, so what is scored would be undefined; take the tokenizer "
+            "of the instruction-tuned model of the same family (config.model.tokenizer), or put a "
+            "chat_template.jinja beside tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def conversation_key(conversation: Conversation, tools: Sequence[Any] | None = None) -> str:
+    """A text that is equal for equal conversations."""
+    return json.dumps([conversation, tools], sort_keys=True, ensure_ascii=False, default=str)
+
+
+class Chat:
+    """A tokenizer, its chat template with arguments, and what is done with conversations that are too long.
+
+    Attributes:
+        tokenizer: the transformers tokenizer.
+        template_kwargs: arguments of the template.
+        max_length: most tokens of one conversation; 0 is no limit.
+        over_long: "drop" the group, "truncate_prompt" (oldest exchanges first; the system message and the
+            last user turn stay) or "truncate_response" (all responses at the same number of characters).
+        notes: what the template inserts on its own and thereby changes scores, as sentences.
+        closing: ids of the tokens that a rendering ends with, after the last response's text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        max_length: int = 0,
+        over_long: str = "drop",
+    ):
+        """Checks the template on a made-up conversation.
+
+        Raises:
+            ValueError: the template depends on the clock or cannot render, or the policy is unknown.
+        """
+        if over_long not in POLICIES:
+            raise ValueError(f"data.over_long={over_long!r} is none of {', '.join(POLICIES)}")
+        self.tokenizer, self.template_kwargs = tokenizer, dict(template_kwargs or {})
+        self.max_length, self.over_long = max_length, over_long
+        if taken := sorted(set(SETTINGS) & self.template_kwargs.keys()):
+            raise ValueError(f"data.template_kwargs: {taken[0]!r} is set by rmjax; it is no argument of a template")
+        self._refuse_clock()
+        try:
+            probe = self.render(PROBE)
+        except BadRow as error:
+            raise ValueError(f"the chat template cannot render a plain conversation: {error.detail}") from None
+        self.notes = self._find_notes(probe)
+        tail = probe.rpartition(ANSWERED[-1])[2]
+        self.closing = {*self.encode([tail])[0], self.encode([probe])[0][-1]}
+
+    def render(self, conversation: Conversation, tools: Sequence[Any] | None = None) -> str:
+        """Renders a whole conversation as the model reads it.
+
+        Raises:
+            BadRow: `template_error`.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(conversation),
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=False,
+                **self.template_kwargs,
+            )
+        except TEMPLATE_ERRORS as error:
+            raise BadRow("template_error", f"{type(error).__name__}: {error}") from error
+
+    def encode(self, texts: Sequence[str]) -> Sequences:
+        """Token ids of renderings; special tokens only where the text has them, so never a second BOS."""
+        if not texts:
+            return []
+        encoding = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        return encoding["input_ids"]
+
+    def trees(self, records: Sequence[Record], *, keep: bool = False) -> list[Tree | BadRow]:
+        """Builds the tree of each record.
+
+        Each distinct conversation is rendered once, and all are tokenized together.
+
+        Args:
+            records: the groups.
+            keep: let responses that become the same through.
+
+        Returns:
+            For each record its tree, or why there is none: `template_error`, `over_long`,
+            `identical_responses` (the template renders them alike) or `identical_after_truncation`.
+        """
+        keys = [[conversation_key(c, r.tools) for c in r.conversations] for r in records]
+        rendered: dict[str, str | BadRow] = {}
+        for record, names in zip(records, keys):
+            for name, conversation in zip(names, record.conversations):
+                if name not in rendered:
+                    rendered[name] = self._try_render(conversation, record.tools)
+        good = {name: text for name, text in rendered.items() if isinstance(text, str)}
+        encoded = dict(zip(good, self.encode(list(good.values()))))
+        trees: list[Tree | BadRow] = []
+        for record, names in zip(records, keys):
+            failures = [text for name in names if isinstance(text := rendered[name], BadRow)]
+            trees.append(failures[0] if failures else self._tree(record, [encoded[n] for n in names], keep))
+        return trees
+
+    def fingerprint(self) -> str:
+        """SHA-256, as hex, of what decides the tokens: vocabulary, template, arguments, length policy."""
+        special = [self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.unk_token]
+        policy = [self.template_kwargs, self.max_length, self.over_long]
+        parts = [_vocabulary_digest(self.tokenizer), self.tokenizer.chat_template, special, policy]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _try_render(self, conversation: Conversation, tools: Sequence[Any] | None) -> str | BadRow:
+        try:
+            text = self.render(conversation, tools)
+            text.encode()
+        except BadRow as error:
+            return error
+        except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair; tokenizers would stop at it
+            return BadRow("wrong_type", f"the text is no Unicode: {error.reason}")
+        return text or BadRow("template_error", "it renders to nothing")
+
+    def _tree(self, record: Record, sequences: Sequences, keep: bool) -> Tree | BadRow:
+        too_long = bool(self.max_length) and max(map(len, sequences)) > self.max_length
+        if too_long:
+            try:
+                sequences = POLICIES[self.over_long](self, record, max(map(len, sequences)))
+            except BadRow as error:
+                return error
+        conversations = {conversation_key(c) for c in record.conversations}
+        if len(set(map(tuple, sequences))) < len(conversations) and not keep:
+            if too_long:
+                return BadRow("identical_after_truncation", f"at {self.max_length} tokens they are the same")
+            return BadRow("identical_responses", "they differ only in what the template leaves out")
+        return build_tree(sequences)
+
+    def _sequences(self, conversations: Sequence[Conversation], record: Record) -> Sequences:
+        return self.encode([self.render(c, record.tools) for c in conversations])
+
+    def _drop(self, record: Record, longest: int) -> Sequences:
+        raise BadRow("over_long", f"{longest} tokens, data.max_length is {self.max_length}", longest)
+
+    def _truncate_prompt(self, record: Record, longest: int) -> Sequences:
+        """Leaves out as many of the oldest exchanges as needed, the same number before every response."""
+        most = min(sum(m["role"] == "user" for m in c) for c in record.conversations)
+        for exchanges in range(1, most):
+            shorter = [_without_oldest(c, exchanges) for c in record.conversations]
+            sequences = self._sequences(shorter, record)
+            longest = max(map(len, sequences))
+            if longest <= self.max_length:
+                return sequences
+        raise BadRow("over_long", f"{longest} tokens without its older turns, of {self.max_length}", longest)
+
+    def _truncate_response(self, record: Record, longest: int) -> Sequences:
+        """Cuts every response at the same number of characters, the most that fits."""
+        contents = [c[-1].get("content") or "" for c in record.conversations]
+        low, high = 0, max(map(len, contents))  # `low` characters fit, or it is 0; `high` characters do not
+        best: Sequences | None = None
+        while high - low > 1:
+            middle = (low + high) // 2
+            sequences = self._sequences([_cut(c, middle) for c in record.conversations], record)
+            if max(map(len, sequences)) <= self.max_length:
+                low, best = middle, sequences
+            else:
+                high, longest = middle, max(map(len, sequences))
+        if best is None or not all(text[:low].strip() for text in contents):
+            raise BadRow("over_long", f"{longest} tokens without its response, of {self.max_length}", longest)
+        return best
+
+    def _refuse_clock(self) -> None:
+        if not self._depends_on_clock(self.template_kwargs):
+            return
+        raise ValueError(
+            "the chat template inserts today's date, so tomorrow's scores would differ; fix the date it reads: "
+            'config.data.template_kwargs=\'{"date_string": "26 Jul 2024"}\' for Llama 3, or the variable that this '
+            "template sets from strftime_now"
+        )
+
+    def _depends_on_clock(self, template_kwargs: Mapping[str, Any]) -> bool:
+        """Whether a template sees the clock: two clocks (macros in place of the global) differ."""
+        system = [{"role": "system", "content": "s"}, *PROBE]
+        for conversation, tools in ((PROBE, None), (system, None), (PROBE, [PROBE_TOOL])):
+            rendered = set()
+            for now in ("11", "12"):
+                clock = f"{{% macro strftime_now(format) %}}{now}{{% endmacro %}}"
+                template = clock + self.tokenizer.get_chat_template(tools=tools)
+                try:
+                    text = self.tokenizer.apply_chat_template(
+                        list(conversation),
+                        tools=tools,
+                        tokenize=False,
+                        chat_template=template,
+                        **template_kwargs,
+                    )
+                except TEMPLATE_ERRORS:
+                    continue  # it takes no tools or system messages; plain conversations are checked later
+                rendered.add(text)
+            if len(rendered) > 1:
+                return True
+        return False
+
+    def _find_notes(self, probe: str) -> list[str]:
+        """Names what the template adds to a plain conversation."""
+        notes = []
+        date = DATE.search(probe)
+        if date or self._depends_on_clock({}):
+            what = repr(date[0]) if date else "as data.template_kwargs says"
+            notes.append(f"it inserts a date ({what}); scores hold for that date only")
+        if thinking := EMPTY_THINKING.search(probe):
+            notes.append(f"it inserts an empty thinking block ({thinking[0]!r}) before the last response")
+        if header := _trailing_header(probe):
+            notes.append(f"it ends with the header of another assistant turn ({header!r}), which is what is scored")
+        return notes
+
+
+POLICIES: dict[str, Callable[[Chat, Record, int], Sequences]] = {
+    "drop": Chat._drop,
+    "truncate_prompt": Chat._truncate_prompt,
+    "truncate_response": Chat._truncate_response,
+}
+
+
+def set_pad_token(chat: Chat, vocab_size: int = 0) -> tuple[int, bool]:
+    """Makes sure that padding can be told from text; transformers scores the right-most other token.
+
+    A pad token that is missing, is EOS, is one that the template ends with, or has no row in the embedding is
+    replaced by an unused reserved one.
+
+    Args:
+        chat: its tokenizer's pad token is set.
+        vocab_size: rows of the model's embedding; 0 is no limit.
+
+    Returns:
+        The id of the pad token, and whether it was changed.
+
+    Raises:
+        ValueError: there is no unused token.
+    """
+    tokenizer = chat.tokenizer
+    usable = lambda i: i is not None and i not in {*chat.closing, tokenizer.eos_token_id} and i < (vocab_size or i + 1)
+    if usable(tokenizer.pad_token_id):
+        return tokenizer.pad_token_id, False
+    template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+    added = [(i, token.content) for i, token in sorted(tokenizer.added_tokens_decoder.items())]
+    found = [
+        (i, name)
+        for pattern in RESERVED
+        for i, name in added
+        if re.fullmatch(pattern, name, re.IGNORECASE) and usable(i) and name not in template
+    ]
+    if usable(tokenizer.unk_token_id):  # last: it can stand in a text, but no rendering ends with it
+        found.append((tokenizer.unk_token_id, tokenizer.unk_token))
+    if not found:
+        raise ValueError(
+            f"pad token {tokenizer.pad_token!r} is missing, is EOS ({tokenizer.eos_token!r}) or ends the chat "
+            "template, and the tokenizer has no unused reserved token to take instead; add one to the tokenizer "
+            "(and its row to the model's embedding) and set it as pad_token"
+        )
+    pad, name = found[0]
+    tokenizer.pad_token = name
+    return pad, True
+
+
+def _vocabulary_digest(tokenizer: Any) -> str:
+    """Digest of the tokenizer's serialization, without what calls change and what only decoding reads."""
+    if not tokenizer.is_fast:
+        parts: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    else:
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        ignored = ("truncation", "padding", "post_processor", "decoder")
+        parts = {key: value for key, value in parts.items() if key not in ignored}
+        parts["added_tokens"] = [{**token, "special": None} for token in parts["added_tokens"]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _without_oldest(conversation: Conversation, exchanges: int) -> Conversation:
+    """Leaves out what stands before user turn number `exchanges`, except leading system messages."""
+    users = [i for i, message in enumerate(conversation) if message["role"] == "user"]
+    kept = [message for message in conversation[: users[0]] if message["role"] == "system"]
+    return [*kept, *conversation[users[exchanges] :]]
+
+
+def _cut(conversation: Conversation, characters: int) -> Conversation:
+    last = conversation[-1]
+    return [*conversation[:-1], {**last, "content": (last.get("content") or "")[:characters]}]
+
+
+def _trailing_header(probe: str) -> str:
+    """The assistant header that a rendering ends with although no turn follows; "" if it does not.
+
+    Headers are what stands between turns: a template that puts the same before users and assistants has none.
+    """
+    probe = EMPTY_THINKING.sub("", probe)
+    before_user = probe.partition(ANSWERED[0])[2].partition(ASKED[1])[0]
+    before_assistant = probe.partition(ASKED[1])[2].partition(ANSWERED[1])[0]
+    tail = probe.rpartition(ANSWERED[1])[2]
+    if before_user == before_assistant or not before_assistant.split():
+        return ""
+    header = before_assistant.split()[-1]
+    return header if tail.rstrip().endswith(header) else ""
+
+
+def sequence_lengths(tree: Tree) -> np.ndarray:
+    """int32 [E]: tokens of each scored sequence alone, unshared."""
+    return tree.positions[tree.end] + 1

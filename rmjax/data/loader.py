@@ -1,0 +1,162 @@
+"""Batches: the plan's rows as arrays of static shape, read ahead by threads, one sharded array per field."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+
+from rmjax.data.cache import Group
+from rmjax.data.packing import Plan
+
+Batch = dict[str, np.ndarray]
+
+
+class GroupSource(Protocol):
+    """Random access to groups by number."""
+
+    def group(self, index: int) -> Group:
+        """Returns one group."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static shape of every batch of a plan.
+
+    Attributes:
+        micro: micro-batches of a step, M.
+        rows: rows of a micro-batch over all devices, B; a multiple of the devices that split rows.
+        tokens: T. groups: G. ends: E. responses: K.
+    """
+
+    micro: int
+    rows: int
+    tokens: int
+    groups: int
+    ends: int
+    responses: int
+
+    def fields(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape (without M) and dtype of every field."""
+        b, t, g, e, k = self.rows, self.tokens, self.groups, self.ends, self.responses
+        ints = dict.fromkeys(("tokens", "positions", "visible_from", "visible_until"), ((b, t), np.int32))
+        ends = dict.fromkeys(("end", "end_group", "end_slot"), ((b, e), np.int32))
+        labels = dict.fromkeys(("wins", "ties", "margin"), ((b, g, k, k), np.float32))
+        return {**ints, **ends, "weight": ((b, g), np.float32), **labels}
+
+
+def plan_shape(plan: Plan, responses: int, *, micro_rows: int, row_devices: int) -> Shape:
+    """The shape of a plan's batches: its rows in equal micro-batches that `row_devices` devices can split.
+
+    Args:
+        plan: the plan.
+        responses: most responses of any group, K.
+        micro_rows: rows per device in one micro-batch, at most.
+        row_devices: devices that the rows are split over (data x fsdp).
+    """
+    per_device = -(-plan.rows_per_step // row_devices)
+    micro = -(-per_device // micro_rows)
+    rows = -(-per_device // micro) * row_devices
+    return Shape(micro, rows, plan.row_tokens, plan.max_groups, plan.max_ends, responses)
+
+
+def rounded(shape: Shape) -> Shape:
+    """The shape with groups, ends and responses rounded up to powers of two, so that few shapes are compiled."""
+    up = lambda n: 1 << (n - 1).bit_length()
+    return dataclasses.replace(shape, groups=up(shape.groups), ends=up(shape.ends), responses=up(shape.responses))
+
+
+def empty_rows(shape: Shape, rows: int) -> Batch:
+    """`rows` rows of padding: every token sees only itself, no scored tokens, no weight."""
+    batch = {name: np.zeros((rows, *s[1:]), dtype) for name, (s, dtype) in shape.fields().items()}
+    batch["visible_from"][:] = np.arange(shape.tokens)
+    batch["visible_until"][:] = np.arange(shape.tokens) + 1
+    for name in ("end", "end_group", "end_slot"):
+        batch[name][:] = -1
+    return batch
+
+
+def fill_row(batch: Batch, b: int, groups: Sequence[Group]) -> None:
+    """Lays groups end to end into row `b` of a batch of padding.
+
+    Raises:
+        ValueError: the groups do not fit the row; the plan and the data disagree.
+    """
+    at = e = 0
+    for g, group in enumerate(groups):
+        tree, k = group.tree, len(group.wins)
+        stop, e_stop = at + len(tree), e + len(tree.end)
+        if stop > batch["tokens"].shape[1] or e_stop > batch["end"].shape[1] or g >= batch["weight"].shape[1]:
+            raise ValueError(f"row {b} cannot hold its {len(groups)} groups: the plan was made from other data")
+        batch["tokens"][b, at:stop] = tree.tokens
+        batch["positions"][b, at:stop] = tree.positions
+        batch["visible_from"][b, at:stop] = at
+        batch["visible_until"][b, at:stop] = tree.visible_until + at
+        batch["end"][b, e:e_stop] = tree.end + at
+        batch["end_group"][b, e:e_stop] = g
+        batch["end_slot"][b, e:e_stop] = tree.end_slot
+        batch["weight"][b, g] = group.weight
+        for name in ("wins", "ties", "margin"):
+            batch[name][b, g, :k, :k] = getattr(group, name)
+        at, e = stop, e_stop
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSource:
+    """The plan as a random-access source of Grain: step number in, this process's rows out.
+
+    Attributes:
+        groups: the data.
+        plan: the plan.
+        shape: shape of a step's batch.
+        local: the rows [start, stop) of each micro-batch that this process holds.
+    """
+
+    groups: GroupSource
+    plan: Plan
+    shape: Shape
+    local: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        """Arrays [M, local rows, ...] of one step."""
+        rows, (start, stop) = self.plan.rows(int(step)), self.local
+        micro_batches = []
+        for m in range(self.shape.micro):
+            batch = empty_rows(self.shape, stop - start)
+            here = range(m * self.shape.rows + start, min(m * self.shape.rows + stop, len(rows)))
+            for b, r in enumerate(here):
+                fill_row(batch, b, [self.groups.group(int(i)) for i in rows[r]])
+            micro_batches.append(batch)
+        return {name: np.stack([batch[name] for batch in micro_batches]) for name in micro_batches[0]}
+
+
+def local_rows(sharding: jax.sharding.NamedSharding, rows: int) -> tuple[int, int]:
+    """The range of a batch's rows that this process's devices hold."""
+    slices = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values() if index]
+    return min(s.start or 0 for s in slices), max(rows if s.stop is None else s.stop for s in slices)
+
+
+def batches(
+    groups: GroupSource, plan: Plan, shape: Shape, sharding: jax.sharding.NamedSharding, start: int = 0
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields the batch of each step from `start`, as arrays [M, B, ...] with B split by `sharding` ([B]).
+
+    Four steps are read ahead by two threads. (Grain's reader processes need parsed absl flags, so they fail in
+    notebooks; filling rows is memory copies, which threads do as well.)
+    """
+    source = StepSource(groups, plan, shape, local_rows(sharding, shape.rows))
+    dataset = grain.MapDataset.source(source)[start:]
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+    placed = jax.sharding.NamedSharding(sharding.mesh, spec)
+    for batch in dataset.to_iter_dataset(options):
+        yield {
+            name: jax.make_array_from_process_local_data(placed, x, (shape.micro, shape.rows, *x.shape[2:]))
+            for name, x in batch.items()
+        }

@@ -1,0 +1,212 @@
+"""Data that is made, not read: preference pairs with a planted rule, and a tokenizer for them.
+
+For the demo and the tests: no network, no files, a known right answer.
+"""
+
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rmjax.data.records import Conversation
+
+# fmt: off
+TOPICS = (
+    "bridge", "candle", "desert", "engine", "forest", "garden",
+    "hammer", "island", "jacket", "ladder", "piano", "river",
+)
+FILLER = (
+    "above", "again", "almost", "always", "around", "before", "behind", "below", "beside", "bright",
+    "careful", "clean", "clear", "close", "cold", "deep", "early", "easy", "empty", "every",
+    "fresh", "full", "gentle", "green", "happy", "large", "late", "light", "never", "often",
+    "once", "plain", "quick", "quiet", "round", "slow", "small", "soft", "under", "warm",
+)
+# fmt: on
+ASK = (
+    "Tell me about the {}.",
+    "What is the {} like?",
+    "Describe the {} for me.",
+    "I want to know more about the {}.",
+    "Could you say something of the {}?",
+    "Write a few lines on the {}, please.",
+    "Explain what the {} is for.",
+    "My question: why does the {} matter?",
+)
+SYSTEM = ("You are a helpful assistant.", "Answer in one sentence.", "Be brief and stay on the subject.")
+
+# What the rows of every block of 200 are, in random order; the rest are ordinary. See `pairs`.
+BLOCK = 200
+SPECIAL = ("tie_both", "tie_both", "tie_neither", "tie_neither", "empty", "identical", "non_text")
+
+
+def rows(name: str, **kwargs: int | str) -> Iterator[dict[str, Any]]:
+    """Yields the rows that a `synthetic://NAME?n=...&seed=...` source stands for.
+
+    The rows depend on the name, `n` and `seed` only: every process sees the same, and fewer rows are a prefix
+    of more.
+
+    Args:
+        name: a name in GENERATORS.
+        **kwargs: `n`, how many rows (default 1000), and `seed` (default 0): whole numbers, as int or as text.
+
+    Raises:
+        ValueError: by the call itself, on an unknown name or option, or one that is not a whole number >= 0.
+    """
+    if name not in GENERATORS:
+        raise ValueError(f"unknown synthetic data {name!r}; known: {', '.join(GENERATORS)}")
+    options: dict[str, int | str] = {"n": 1000, "seed": 0}
+    if unknown := sorted(kwargs.keys() - options.keys()):
+        raise ValueError(f"synthetic data {name!r} has no option {unknown[0]!r}; known: {', '.join(options)}")
+    options |= kwargs
+    for option, value in options.items():
+        if not str(value).isdecimal():
+            raise ValueError(f"synthetic data {name!r}: {option} must be a whole number >= 0, got {value!r}")
+    return GENERATORS[name](int(options["n"]), int(options["seed"]))
+
+
+def pairs(n: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yields `pair_messages` rows; of two replies, the chosen one has the word that the last user turn names.
+
+    The rejected one has another of TOPICS instead. Either has it one to three times, at any place but the
+    first, among words of FILLER; 8 to 16 words in all. Every topic is as frequent on one side as on the
+    other, so neither the prompt, the replies, their lengths nor a linear model of the words tells which is
+    chosen: a model has to look the word up. One prompt in five has an earlier exchange about another topic,
+    and then the rejected reply is about that one; one in five has a system message. A prompt serves one to
+    three consecutive rows, each with replies of its own. Another seed draws other prompts (two sets of 4,000
+    have one in common with a chance of about 1 in 15).
+
+    Of every 200 rows 193 follow the rule. 4 are ties (`preference` 0.5): in two both replies have the word,
+    in two neither has it. 3 cannot be used: an empty reply, the same reply twice, a reply whose content is a
+    number.
+
+    One row (`preference` is there in ties only):
+
+        {"prompt": [{"role": "user", "content": "Tell me about the river. Green still often."}],
+         "chosen": [{"role": "assistant", "content": "Every quiet river soft under small early once."}],
+         "rejected": [{"role": "assistant", "content": "Soft garden empty near plain always garden warm."}]}
+    """
+    rng = random.Random(f"pairs/{seed}")  # seeded by text: hashed with SHA-512, whatever PYTHONHASHSEED is
+    kinds: list[str] = []
+    copies = 0
+    for _ in range(n):
+        if not kinds:
+            kinds = [*SPECIAL, *["ordinary"] * (BLOCK - len(SPECIAL))]
+            rng.shuffle(kinds)
+        if not copies:
+            topic, other = rng.sample(TOPICS, 2)
+            prompt = _prompt(rng, topic, decoy=other)
+            copies = rng.choice((1, 1, 1, 1, 2, 3))
+        copies -= 1
+        if len(prompt) < 3:  # no earlier exchange to be about
+            other = rng.choice([word for word in TOPICS if word != topic])
+        yield {"prompt": [dict(message) for message in prompt], **_replies(rng, kinds.pop(), topic, other)}
+
+
+GENERATORS: dict[str, Callable[[int, int], Iterator[dict[str, Any]]]] = {"pairs": pairs}
+
+
+def _prompt(rng: random.Random, topic: str, decoy: str) -> list[dict[str, str]]:
+    """Messages that end with a user turn about `topic`; one time in five after an exchange about `decoy`."""
+    messages = []
+    if rng.random() < 0.2:
+        messages.append({"role": "system", "content": rng.choice(SYSTEM)})
+    if rng.random() < 0.2:
+        messages.append({"role": "user", "content": _question(rng, decoy)})
+        messages.append({"role": "assistant", "content": _reply(rng, decoy)})
+    messages.append({"role": "user", "content": _question(rng, topic)})
+    return messages
+
+
+def _question(rng: random.Random, topic: str) -> str:
+    """A question about `topic` and, before or after it, 3 to 5 words that make the prompt its own."""
+    sentences = [rng.choice(ASK).format(topic), _sentence(rng.sample(FILLER, rng.randint(3, 5)))]
+    rng.shuffle(sentences)
+    return " ".join(sentences)
+
+
+def _reply(rng: random.Random, topic: str) -> str:
+    """8 to 16 words, 1 to 3 of them `topic`, which never comes first: there it would be another token."""
+    words = rng.sample(FILLER, rng.randint(8, 16))
+    for place in rng.sample(range(1, len(words)), rng.randint(1, 3)):
+        words[place] = topic
+    return _sentence(words)
+
+
+def _sentence(words: list[str]) -> str:
+    return " ".join(words).capitalize() + "."
+
+
+def _replies(rng: random.Random, kind: str, topic: str, other: str) -> dict[str, Any]:
+    """The columns beside `prompt` of a row of this kind (see SPECIAL)."""
+    chosen: Any = _reply(rng, other if kind == "tie_neither" else topic)
+    rejected: Any = _reply(rng, topic if kind == "tie_both" else other)
+    if kind == "empty":
+        chosen = ""
+    elif kind == "identical":
+        rejected = chosen
+    elif kind == "non_text":
+        rejected = len(rejected)
+    columns: dict[str, Any] = {
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+    return columns | ({"preference": 0.5} if kind.startswith("tie") else {})
+
+
+VOCABULARY = 640
+CHAT_TEMPLATE = r"""
+{%- if tools %}
+    {{- raise_exception('this template cannot describe tools') }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
+        {{- raise_exception('unknown role ' ~ message.role) }}
+    {%- elif message.content is not string %}
+        {{- raise_exception('the ' ~ message.role ~ ' turn has no text') }}
+    {%- endif %}
+    {{- '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}"""
+
+
+def make_tokenizer(directory: str | os.PathLike[str]) -> None:
+    """Trains a byte-level BPE of VOCABULARY tokens, saved for `AutoTokenizer.from_pretrained`.
+
+    Ids 0, 1, 2 are `<|endoftext|>` (padding), `<|im_start|>` and `<|im_end|>` (end of turn); there is no BOS.
+    Every word of TOPICS and FILLER is one token after a space. The chat template renders ChatML, a newline
+    after each turn. The files are the same bytes each time. A new directory appears whole; in one that is
+    there already each file is replaced whole.
+
+    Normalization (NFC) and splitting are Qwen2's: transformers rebuilds Qwen2's pipeline around the
+    vocabulary of any tokenizer beside a Qwen2 model, so with another the export would see other tokens than
+    training saw.
+    """
+    from transformers import Qwen2Tokenizer  # takes seconds to import, and `rows` has no need of it
+
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        _texts(), VOCABULARY, new_special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
+    )
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = CHAT_TEMPLATE
+    directory = Path(directory).absolute()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
+        built = Path(scratch) / "tokenizer"
+        tokenizer.save_pretrained(built)
+        try:
+            built.rename(directory)
+        except OSError:  # the directory is there, from a run before or another process of this one
+            for file in built.iterdir():
+                file.replace(directory / file.name)
+
+
+def _texts() -> Iterator[str]:
+    """The text to train the tokenizer on: role names, and the turns of rows of its own seed."""
+    for row in rows("pairs", n=2000, seed=0):
+        conversation: Conversation = [*row["prompt"], *row["chosen"], *row["rejected"]]
+        for message in conversation:
+            yield f"{message['role']}\n{message['content']}"

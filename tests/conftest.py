@@ -1,0 +1,59 @@
+"""Fixtures: real data where it is, and a small tokenizer made on the spot."""
+
+from pathlib import Path
+
+import pytest
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+# ChatML. The role's newline stands before the content, so a response that begins with a newline merges with
+# it.
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXT = [
+    "user\nWhat is a tree?\n\nA tree is a plant.\n\n",
+    "assistant\nA graph without cycles is a tree too.\n\n\nsystem\nBe brief, and be kind.\n",
+    "first question first answer second question second answer 0 1 2 3 4 5 6 7 8 9",
+]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"real data is not here ({SHARED})")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    """A saved byte-level BPE that, like Qwen's, takes a run of newlines as one token, with a ChatML
+    template."""
+    tokenizer = Tokenizer(models.BPE())
+    pieces = Regex(r"\s*[\r\n]+|\s?\w+|\s?[^\s\w]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "<|reserved_special_token_0|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT * 4, trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = CHATML
+    path = tmp_path_factory.mktemp("tokenizer")
+    fast.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def tokenizer(tokenizer_dir):
+    """The small tokenizer, a fresh one for each test."""
+    return transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir))

@@ -1,0 +1,236 @@
+"""The cache of token trees: what goes in comes out, once, whole, and with everything counted."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rmjax.data import audit, cache
+from rmjax.data.chat import Chat
+from rmjax.data.formats import Layout
+
+SPEC = "synthetic://pairs?n=400"
+
+
+def row(prompt, chosen, rejected, **more):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+@pytest.fixture
+def build(tokenizer, tmp_path):
+    """Builds in this process, into a fresh directory; rows are written to a file first."""
+
+    def call(source, chat=None, **kwargs):
+        if not isinstance(source, str):
+            path = tmp_path / "rows.jsonl"
+            path.write_text("".join(json.dumps(r) + "\n" for r in source))
+            source = str(path)
+        arguments = {"workers": 0, "cache_dir": tmp_path / "cache", "max_bad_fraction": 1.0, **kwargs}
+        return cache.build(source, chat or Chat(tokenizer), **arguments)
+
+    return call
+
+
+GOOD = [
+    row(f"question {i % 7}", f"yes {i} " + "word " * (i % 5), f"no {i} " + "word " * (i % 3), margin=i / 4)
+    for i in range(30)
+]
+
+
+def test_groups_are_the_trees_and_labels_of_the_records(build, tokenizer):
+    groups, chat = build(GOOD), Chat(tokenizer)
+    read = Layout("pair_text").read
+    records = [read(r, source="rows", where=f"rows.jsonl:{i}") for i, r in enumerate(GOOD)]
+    assert len(groups) == len(records)
+    for i, (record, tree) in enumerate(zip(records, chat.trees(records))):
+        group = groups.group(i)
+        for name in ("tokens", "positions", "visible_until", "end", "end_slot"):
+            np.testing.assert_array_equal(getattr(group.tree, name), getattr(tree, name))
+            assert getattr(group.tree, name).dtype == np.int32
+        for name in ("wins", "ties", "margin"):
+            np.testing.assert_array_equal(getattr(group, name), getattr(record, name))
+        assert (group.id, groups.id(i), group.weight) == (record.row, record.row, 1.0)
+        alone = [len(tokens) for tokens in tree.sequences()]
+        assert (groups.lengths[i], groups.responses[i], groups.ends[i]) == (len(tree), 2, 2)
+        assert (groups.unshared[i], groups.longest[i]) == (sum(alone), max(alone))
+    assert groups.lengths.dtype == groups.ends.dtype == np.int32 and groups.prompt_ids.dtype == np.uint64
+    assert len(np.unique(groups.prompt_ids)) == 7
+
+
+def test_a_second_build_is_a_memory_map(build, monkeypatch):
+    first = build(GOOD)
+    monkeypatch.setattr(cache, "_tokenize", lambda *a, **k: pytest.fail("tokenized again"))
+    second = build(GOOD)
+    assert second.fingerprint == first.fingerprint
+    np.testing.assert_array_equal(second.group(5).tree.tokens, first.group(5).tree.tokens)
+    assert second.audit == first.audit
+
+
+def test_fingerprint_follows_data_chat_and_options(build, tokenizer):
+    before = build(GOOD).fingerprint
+    assert build(GOOD[1:]).fingerprint != before
+    assert build(GOOD, Chat(tokenizer, max_length=500)).fingerprint != before
+    assert build(GOOD, ties="keep").fingerprint != before
+    assert build(GOOD, on_bad_row="error").fingerprint == before
+
+
+def test_a_build_that_fails_leaves_nothing(build, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(cache.pa.ipc, "new_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        build(GOOD)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_processes_give_the_same_groups_in_the_same_order(build, monkeypatch, tmp_path):
+    alone = build(SPEC)
+    monkeypatch.setattr(cache, "SMALL", 100)
+    monkeypatch.setattr(cache, "CHUNK", 50)
+    monkeypatch.setattr(cache, "PROGRESS_SECONDS", 0.0)
+    said = []
+    many = build(SPEC, workers=1, cache_dir=tmp_path / "other", progress=said.append)
+    assert (many.fingerprint, many.audit) == (alone.fingerprint, alone.audit)
+    np.testing.assert_array_equal(many.lengths, alone.lengths)
+    for i in (0, 57, len(alone) - 1):
+        assert many.id(i) == alone.id(i)
+        np.testing.assert_array_equal(many.group(i).tree.tokens, alone.group(i).tree.tokens)
+    assert any("rows/s" in line for line in said) and "400 rows read and tokenized" in said[-1]
+
+
+def test_progress_tells_the_time_left(build, monkeypatch):
+    monkeypatch.setattr(cache, "CHUNK", 10)
+    monkeypatch.setattr(cache, "PROGRESS_SECONDS", 0.0)
+    said = []
+    build(GOOD, progress=said.append)
+    assert "10 of 30 rows" in said[0] and "s left" in said[0]
+
+
+BAD = [
+    row("q", "", "no"),
+    row("q", "same", "same"),
+    row("q", 3, "no"),
+    row("q", "yes", "no", preference=0.5),
+    row("q", "yes", "no", chosen_score=1, rejected_score=2),
+    row("q", "very " * 200 + "long", "no"),
+]
+
+
+def test_every_bad_row_is_counted_with_an_example(build, tokenizer):
+    groups = build(GOOD + BAD, Chat(tokenizer, max_length=100))
+    counted = {reason: count.rows for reason, count in groups.audit.reasons.items()}
+    reasons = ("empty_response", "identical_responses", "wrong_type", "tie", "conflicting_label", "over_long")
+    assert counted == dict.fromkeys(reasons, 1)
+    assert groups.audit.rows == len(groups) + sum(counted.values()) == len(GOOD) + len(BAD)
+    assert groups.audit.reasons["wrong_type"].example.startswith("rows.jsonl:32: chosen is int 3, expected")
+    assert groups.audit.sources == {"rows": len(GOOD)}
+    (line,) = [x for x in audit.lines(groups, groups) if "over_long" in x]
+    longest = groups.audit.reasons["over_long"].tokens
+    assert f"data.max_length={longest} takes all" in line
+    assert len(build(GOOD + BAD, Chat(tokenizer, max_length=longest))) == len(GOOD) + 1
+
+
+def test_keep_ties_and_rows_whose_defect_allows_training(build):
+    groups = build(GOOD + BAD, on_bad_row="keep", ties="keep")
+    assert len(groups) == len(GOOD) + 4  # empty, identical, tie, long
+    kept = {reason: count.kept for reason, count in groups.audit.reasons.items()}
+    assert kept == {"empty_response": 1, "identical_responses": 1, "wrong_type": 0, "conflicting_label": 0}
+    np.testing.assert_array_equal(groups.group(len(GOOD) + 2).ties, [[0, 1], [1, 0]])
+
+
+def test_bad_rows_can_stop_the_run(build):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:30: the last .* has no text.*on_bad_row='skip'"):
+        build(GOOD + BAD, on_bad_row="error")
+    with pytest.raises(ValueError, match=r"5 of 36 rows \(13.9%\).*max_bad_fraction allows 10.0%"):
+        build(GOOD + BAD[:5] + [row("q", "", "x")], max_bad_fraction=0.1)
+    build(GOOD + BAD[3:4] * 20, max_bad_fraction=0.1)  # ties are a choice
+    with pytest.raises(ValueError, match="none of its 1 rows could be used"):
+        build(BAD[:1] * 1, format="pair_text")
+
+
+def test_each_source_has_its_own_format(build, tmp_path):
+    (tmp_path / "plain.jsonl").write_text(json.dumps({"chosen": "a", "rejected": "b"}) + "\n")
+    (tmp_path / "text.jsonl").write_text(json.dumps(row("q", "a", "b", source="mine")) + "\n")
+    groups = build(f"{tmp_path}/plain.jsonl,{tmp_path}/text.jsonl")
+    assert groups.audit.sources == {"plain": 1, "mine": 1}
+    (tmp_path / "odd.jsonl").write_text('{"n": 1}\n')
+    with pytest.raises(ValueError, match=r"odd\.jsonl: unknown data format"):
+        build(f"{tmp_path}/odd.jsonl")
+
+
+def test_split_keeps_each_prompt_on_one_side(build):
+    groups = build(SPEC)
+    train, validation = cache.split(groups, 0.2, seed=1)
+    assert len(train) + len(validation) == len(groups)
+    assert 0.15 < len(validation) / len(groups) < 0.25
+    assert not set(train.prompt_ids) & set(validation.prompt_ids)
+    ids = lambda g: [g.id(i) for i in range(len(g))]
+    assert sorted(ids(train) + ids(validation)) == sorted(ids(groups))
+    assert ids(cache.split(groups, 0.2, seed=1)[1]) == ids(validation)
+    assert ids(cache.split(groups, 0.2, seed=2)[1]) != ids(validation)
+    with pytest.raises(ValueError, match="leaves training or validation without any"):
+        cache.split(groups, 0.0, seed=1)
+
+
+def test_views(build):
+    groups = build(GOOD)
+    view = groups.select([4, 2])
+    assert [view.id(i) for i in range(2)] == ["rows.jsonl:4", "rows.jsonl:2"]
+    np.testing.assert_array_equal(view.lengths, groups.lengths[[4, 2]])
+    np.testing.assert_array_equal(view.select([1]).group(0).tree.tokens, groups.group(2).tree.tokens)
+    sample = groups.sample(10, seed=3)
+    assert len(sample) == 10 and len(groups.sample(1000, seed=3)) == len(groups)
+    assert len({sample.id(i) for i in range(10)}) == 10
+
+
+def test_trees_that_fit_no_row_are_counted(build):
+    groups = build(GOOD)
+    limit = int(np.median(groups.lengths))
+    fitting = groups.fitting(limit)
+    assert fitting.lengths.max() <= limit
+    count = fitting.audit.reasons["tree_too_long"]
+    assert (count.rows, count.tokens) == (len(groups) - len(fitting), groups.lengths.max())
+    assert "tree_too_long" not in groups.audit.reasons
+    assert groups.fitting(int(groups.lengths.max())) is groups
+    assert f"plan.row_tokens={groups.lengths.max()} takes all" in "\n".join(audit.lines(fitting, fitting))
+    with pytest.raises(ValueError, match="no tree fits a row of 3 tokens"):
+        groups.fitting(3)
+
+
+def test_duplicates_contradictions_and_shared_prompts(build):
+    rows = [("q", "a", "b"), ("q", "a", "b"), ("q", "b", "a"), ("q", "a", "c"), ("other", "a", "b")]
+    groups = build([row(*r) for r in rows])
+    assert audit.repeats(groups) == (2, 1)
+    assert audit.repeats(groups.select([0, 1])) == (1, 0)
+    assert audit.shared_prompts(groups.select([0, 4]), groups.select([1, 2, 3])) == 1
+    assert "(their scores mislead)" in audit.lines(groups.select([0]), groups.select([1]))[-1]
+
+
+def test_length_auc_is_the_share_of_longer_winners(build, tokenizer):
+    chat = Chat(tokenizer)
+    groups = build(GOOD)
+    turns = lambda r, side: [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r[side]}]
+    texts = [[chat.render(turns(r, side)) for side in ("chosen", "rejected")] for r in GOOD]
+    lengths = [[len(s) for s in chat.encode(both)] for both in texts]
+    expected = np.mean([(a > b) + 0.5 * (a == b) for a, b in lengths])
+    assert 0.5 < expected < 1
+    assert audit.length_auc(groups) == pytest.approx(expected)
+
+
+def test_the_demos_data_cannot_be_told_by_length(build):
+    groups = build("synthetic://pairs?n=1500")
+    assert 0.45 < audit.length_auc(groups) < 0.55
+    assert any("length alone predicts" in line for line in audit.lines(*cache.split(groups, 0.1, 0)))
+
+
+def test_audit_goes_through_json_and_merges():
+    first, second = audit.Audit(rows=2, sources={"a": 1}), audit.Audit(rows=3, sources={"a": 1, "b": 1})
+    first.add("over_long", "f:0", "9 tokens", tokens=9)
+    second.add("over_long", "f:3", "7 tokens", tokens=7)
+    first.merge(second)
+    assert (first.rows, first.sources) == (5, {"a": 2, "b": 1})
+    assert first.reasons["over_long"] == audit.Count(2, 0, "f:0: 9 tokens", 9)
+    assert audit.Audit.from_json(first.to_json()) == first
+    with pytest.raises(ValueError, match="unknown reason"):
+        first.add("boring", "f:0", "")

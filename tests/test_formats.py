@@ -1,0 +1,306 @@
+"""Sources and formats: rows in, records out; what is unclear is refused and what is wrong is counted."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rmjax.data import formats, sources
+from rmjax.data.records import BadRow
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+ROWS = {
+    "pair_text": {"prompt": "q", "chosen": "yes", "rejected": "no"},
+    "pair_transcript": {
+        "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: q\n\nAssistant: yes",
+        "rejected": "\n\nHuman: a\n\nAssistant: other\n\nHuman: q\n\nAssistant: no",
+    },
+    "pair_plain": {"chosen": "yes", "rejected": "no"},
+    "pair_messages": {"chosen": [user("q"), assistant("yes")], "rejected": [user("q"), assistant("no")]},
+    "pair_conversations": {
+        "conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "yes"},
+        "rejected": {"from": "gpt", "value": "no"},
+    },
+}
+CONVERSATIONS = {
+    "pair_text": ([user("q"), assistant("yes")], [user("q"), assistant("no")]),
+    "pair_transcript": (
+        [user("a"), assistant("b"), user("q"), assistant("yes")],
+        [user("a"), assistant("other"), user("q"), assistant("no")],
+    ),
+    "pair_plain": ([user(""), assistant("yes")], [user(""), assistant("no")]),
+    "pair_messages": ([user("q"), assistant("yes")], [user("q"), assistant("no")]),
+    "pair_conversations": (
+        [{"role": "system", "content": "s"}, user("q"), assistant("yes")],
+        [{"role": "system", "content": "s"}, user("q"), assistant("no")],
+    ),
+}
+
+
+def read(row, name="auto", rows=None, **kwargs):
+    return formats.detect(rows or [row], name).read(row, source="here", where="f:0", **kwargs)
+
+
+def reason(row, **kwargs):
+    with pytest.raises(BadRow) as error:
+        read(row, **kwargs)
+    return error.value.reason
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_each_format_is_recognised_and_read(name):
+    assert formats.detect([ROWS[name]]).name == name
+    record = read(ROWS[name])
+    assert tuple(map(list, record.conversations)) == CONVERSATIONS[name]
+    np.testing.assert_array_equal(record.wins, [[0, 1], [0, 0]])
+    assert (record.source, record.row, record.weight) == ("here", "f:0", 1.0)
+
+
+def test_first_rows_must_agree():
+    rows = [ROWS["pair_plain"], ROWS["pair_transcript"]]
+    with pytest.raises(ValueError, match=r"do not agree.*pair_transcript.*pair_plain"):
+        formats.detect(rows)
+    assert formats.detect(rows, "pair_plain").name == "pair_plain"
+
+
+def test_unknown_columns_name_what_was_seen_and_the_closest():
+    with pytest.raises(ValueError, match=r"better \(str\), worse \(str\), prompt \(str\).*closest is pair_text"):
+        formats.detect([{"better": "x", "worse": "y", "prompt": "z"}])
+    with pytest.raises(ValueError, match="did you mean 'pair_text'"):
+        formats.detect([ROWS["pair_text"]], "pairtext")
+    with pytest.raises(ValueError, match="needs a column 'prompt'"):
+        formats.detect([ROWS["pair_plain"]], "pair_text")
+
+
+def test_a_wrong_column_is_an_error_and_a_wrong_cell_a_bad_row():
+    good = ROWS["pair_text"]
+    with pytest.raises(ValueError, match="'weight' is wrong throughout"):
+        formats.detect([{**good, "weight": "heavy"}])
+    with pytest.raises(ValueError, match="'rejected' is wrong throughout"):
+        formats.detect([{**good, "rejected": True}], "pair_text")
+    assert reason({**good, "rejected": True}, rows=[good]) == "wrong_type"
+    assert reason({**good, "weight": -1}, rows=[good]) == "wrong_type"
+    assert reason({**good, "chosen": " \n"}) == "empty_response"
+    assert reason({**good, "chosen": "no"}) == "identical_responses"
+    row = {"chosen": [user("q")], "rejected": [user("q"), assistant("no")]}
+    assert reason(row) == "no_assistant_turn"
+    assert reason({"chosen": [{"role": "boss", "content": "q"}], "rejected": [user("q")]}) == "wrong_type"
+
+
+def test_keep_lets_defects_that_allow_training_through():
+    same = {**ROWS["pair_text"], "chosen": "no"}
+    assert len(read(same, keep=True).conversations) == 2
+    assert read({**same, "chosen": ""}, keep=True).wins[0, 1] == 1
+    assert reason({**same, "chosen": 3}, rows=[same], keep=True) == "wrong_type"
+
+
+@pytest.mark.parametrize(
+    ("cells", "margin"),
+    [
+        ({"margin": 2}, 2),
+        ({"preference_strength": 3}, 3),
+        ({"margin": 2, "preference_strength": 3}, 2),
+        ({"chosen_score": 7.5, "rejected_score": 6}, 1.5),
+        ({"margin": None, "chosen_score": 2, "rejected_score": float("nan")}, 0),
+    ],
+)
+def test_margins(cells, margin):
+    record = read({**ROWS["pair_text"], **cells}, rows=[{**ROWS["pair_text"], **dict.fromkeys(cells, 1)}])
+    np.testing.assert_array_equal(record.margin, [[0, margin], [0, 0]])
+
+
+def test_labels_that_contradict_themselves():
+    good = ROWS["pair_text"]
+    assert reason({**good, "chosen_score": 1, "rejected_score": 2}) == "conflicting_label"
+    assert reason({**good, "margin": -1}) == "conflicting_label"
+    assert reason({**good, "preference": 0.8, "chosen_score": 1, "rejected_score": 2}) == "conflicting_label"
+    assert reason({**good, "preference": 1.4}, rows=[{**good, "preference": 0.4}]) == "conflicting_label"
+
+
+@pytest.mark.parametrize(
+    ("seen", "value", "expected"),
+    [
+        ([0.0, 1.0], 0.25, 0.25),  # a probability
+        ([1, 2], 2, 0.0),  # a place: the second is better
+        ([1, 2], 1, 1.0),
+        ([1.5, 1.25], 1.25, 0.75),
+        ([1, 1], 1, 1.0),  # means the same in both scales
+    ],
+)
+def test_scales_of_soft_preferences(seen, value, expected):
+    rows = [{**ROWS["pair_text"], "preference": p} for p in seen]
+    record = read({**ROWS["pair_text"], "preference": value}, rows=rows)
+    np.testing.assert_allclose(record.wins, [[0, expected], [1 - expected, 0]])
+
+
+def test_a_tie_written_as_zero_beside_one_and_two_is_refused():
+    rows = [{**ROWS["pair_text"], "preference": p} for p in (0, 1, 2)]
+    with pytest.raises(ValueError, match="preference runs from 0 to 2"):
+        formats.detect(rows)
+    record = read({**ROWS["pair_text"], "preference": 0.5})
+    assert not record.wins.any() and record.ties.tolist() == [[0, 1], [1, 0]]
+
+
+def test_other_columns_reach_the_record():
+    tool = {"type": "function", "function": {"name": "f"}}
+    extra = {"system": "be kind", "tools": json.dumps([tool]), "source": "elsewhere", "weight": 0.5}
+    record = read({**ROWS["pair_text"], **extra})
+    assert record.conversations[1][0] == {"role": "system", "content": "be kind"}
+    assert (record.tools, record.source, record.weight) == ((tool,), "elsewhere", 0.5)
+    own = read({**ROWS["pair_conversations"], **extra})
+    assert own.conversations[0][0]["content"] == "s"  # a conversation's own system message stays
+
+
+def test_prompts_of_messages_apart_or_repeated():
+    last = {"chosen": [assistant("yes")], "rejected": [assistant("no")]}
+    whole = ROWS["pair_messages"]
+    for row in (
+        {"prompt": [user("q")], **last},
+        {"prompt": "q", **last},
+        {"prompt": "q", **whole},
+        {"prompt": [user("q")], **whole},
+    ):
+        assert tuple(map(list, read(row).conversations)) == CONVERSATIONS["pair_messages"]
+    system = {"role": "system", "content": "s"}
+    assert list(read({"prompt": [system], **whole}).conversations[0]) == [system, user("q"), assistant("yes")]
+
+
+def test_null_fields_of_messages_vanish():
+    # Arrow gives every struct the fields of all others.
+    message = {**assistant("yes"), "tool_calls": None}
+    record = read({**ROWS["pair_messages"], "chosen": [user("q"), message]})
+    assert record.conversations[0][1] == assistant("yes")
+
+
+def test_transcripts_may_continue_a_prompt():
+    row = {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " yes", "rejected": " no"}
+    assert formats.detect([row]).name == "pair_transcript"
+    assert tuple(map(list, read(row).conversations)) == CONVERSATIONS["pair_text"]
+    empty = {**ROWS["pair_transcript"], "chosen": "\n\nHuman: q\n\nAssistant:"}
+    assert reason(empty) == "empty_response"
+
+
+def write(path, rows):
+    text = "\n".join(json.dumps(row) for row in rows) + "\n"
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    elif path.suffix == ".jsonl":
+        path.write_text(text)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        table = pa.Table.from_pylist(rows)
+        writer = pa.ipc.new_stream if path.stem == "stream" else pa.ipc.new_file
+        with writer(path, table.schema) as sink:
+            sink.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.arrow", "stream.arrow"])
+def test_every_kind_of_file(tmp_path, name):
+    rows = [{"chosen": f"yes {i}", "rejected": "né\u2028"} for i in range(2500)]
+    path = write(tmp_path / name, rows)
+    assert list(sources.open_source(str(path))) == [(f"{name}:{i}", row) for i, row in enumerate(rows)]
+    assert sources.count_rows(str(path)) == (None if name.endswith(".json") else 2500)
+
+
+def test_directories_globs_and_lists(tmp_path):
+    (tmp_path / "d").mkdir()
+    for i in range(3):
+        write(tmp_path / "d" / f"p{i}.jsonl", [{"n": i}])
+    (tmp_path / "d" / "dataset_info.json").write_text("{}")
+    ns = lambda spec: [row["n"] for _, row in sources.open_source(spec)]
+    assert ns(f"{tmp_path}/d") == ns(f"{tmp_path}/d/*.jsonl") == [0, 1, 2]
+    assert ns(f"{tmp_path}/d/p2.jsonl, {tmp_path}/d/p0.jsonl") == [2, 0]
+    write(tmp_path / "d" / "q.parquet", [{"n": 3}])
+    with pytest.raises(ValueError, match="several kinds"):
+        ns(f"{tmp_path}/d")
+
+
+def test_json_columns_and_misnamed_lines(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"chosen": [[user("q"), assistant("a")]] * 2, "rejected": [[user("q")]] * 2}))
+    assert [len(row["chosen"]) for _, row in sources.open_source(str(path))] == [2, 2]
+    path.write_text(json.dumps({"chosen": [1, 2], "rejected": [1]}))
+    with pytest.raises(ValueError, match="equally long columns"):
+        list(sources.open_source(str(path)))
+    path.write_text('{"n": 1}\n{"n": 2}\n')
+    assert [row["n"] for _, row in sources.open_source(str(path))] == [1, 2]
+
+
+def test_what_cannot_be_read_is_said_clearly(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(FileNotFoundError, match=r"a\.jsonl: no such file"):
+        list(sources.open_source(str(path)))
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="has no rows"):
+        list(sources.open_source(str(path)))
+    path.write_text('{"n": 1}\n\n{"n": \n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 3: not JSON"):
+        list(sources.open_source(str(path)))
+    path.write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1 is a list"):
+        list(sources.open_source(str(path)))
+    with pytest.raises(ValueError, match=r"unknown scheme s3://.*hf://"):
+        list(sources.open_source("s3://bucket/a.jsonl"))
+    with pytest.raises(ValueError, match="no data was named"):
+        list(sources.open_source(" "))
+    (tmp_path / "a.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read"):
+        list(sources.open_source(f"{tmp_path}/a.parquet"))
+    (tmp_path / "a.csv").write_text("a,b")
+    with pytest.raises(ValueError, match="unknown kind of file"):
+        list(sources.open_source(f"{tmp_path}/a.csv"))
+
+
+def test_synthetic_sources_take_arguments():
+    rows = [row for _, row in sources.open_source("synthetic://pairs?n=7&seed=3")]
+    assert len(rows) == 7
+    assert sources.fingerprint("synthetic://pairs?n=7") != sources.fingerprint("synthetic://pairs?n=8")
+
+
+def test_fingerprint_follows_contents(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"n": 1}])
+    before = sources.fingerprint(str(path))
+    assert before == sources.fingerprint(str(path))
+    write(path, [{"n": 2}])
+    assert before != sources.fingerprint(str(path))
+
+
+def test_hub_files_are_found_and_read_from_the_hubs_cache(tmp_path, monkeypatch):
+    cached = {name: write(tmp_path / name, [{"n": i}]) for i, name in enumerate(("a.jsonl", "b.jsonl"))}
+
+    class Resolved:
+        repo_id, repo_type, revision = "o/n", "dataset", "main"
+
+        def __init__(self, path):
+            self.path_in_repo = path.removeprefix("datasets/o/n/")
+
+    class FileSystem:
+        def glob(self, path):
+            assert path == "datasets/o/n/*.jsonl"
+            return ["datasets/o/n/b.jsonl", "datasets/o/n/a.jsonl"]
+
+        resolve_path = staticmethod(Resolved)
+        isdir = staticmethod(lambda path: False)
+
+    download = lambda repo, path, **_: str(cached[path])
+    monkeypatch.setattr(sources.huggingface_hub, "HfFileSystem", FileSystem)
+    monkeypatch.setattr(sources.huggingface_hub, "hf_hub_download", download)
+    spec = "hf://datasets/o/n/*.jsonl"
+    assert list(sources.open_source(spec)) == [("a.jsonl:0", {"n": 0}), ("b.jsonl:0", {"n": 1})]
+    assert sources.source_name(spec) == "o/n"
