@@ -1,0 +1,1 @@
+"""The decoder, its head, and Hugging Face checkpoints in and out."""

@@ -1,0 +1,133 @@
+"""What a decoder of a supported family looks like, read from a Hugging Face config.json."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from rmjax.models.rope import Rope, rope_from_hf
+
+# What transformers assumes of each family where a config.json leaves a key out.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+}
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder; frozen and hashable, so that it can be a static part of a compiled function.
+
+    Attributes:
+        family: the `model_type` of config.json: qwen2, qwen3, llama or mistral.
+        vocab: V, rows of the embedding.
+        width: D, of the residual stream.
+        layers: L.
+        heads: N, query heads.
+        kv_heads: M, key/value heads; N is a multiple of it.
+        head_dim: H, width of one head; N * H need not be D.
+        mlp: F, width of the gated MLP, whose activation is silu.
+        rope: rotary position embedding.
+        windows: of each layer: how many keys a query sees along its path, itself included; None is all.
+        norm_eps: epsilon of every RMSNorm.
+        qkv_bias: whether the query, key and value projections have biases.
+        o_bias: whether the attention's output projection has one.
+        mlp_bias: whether the three MLP projections have.
+        qk_norm: whether queries and keys are normalised per head (Qwen3).
+        init_std: standard deviation of newly initialised kernels.
+    """
+
+    family: str
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope: Rope
+    windows: tuple[int | None, ...]
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    init_std: float = 0.02
+
+
+def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """Reads a config.json of transformers v4 or v5.
+
+    Raises:
+        ValueError: an unknown family, a missing or impossible size, or a feature that is not supported.
+    """
+    family = str(config.get("model_type"))
+    if family not in DEFAULTS:
+        raise ValueError(f"model_type {family!r} is not supported; supported families: {', '.join(DEFAULTS)}")
+    config = {**DEFAULTS[family], **config}
+    if missing := [name for name in REQUIRED if not config.get(name)]:
+        raise ValueError(f"config.json of this {family} model lacks {', '.join(missing)}")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; the MLP's activation must be 'silu'")
+    if config.get("quantization_config"):
+        raise ValueError("the checkpoint is quantized (quantization_config in config.json); use the original weights")
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or width // heads
+    if heads % kv_heads or head_dim % 2:
+        raise ValueError(
+            f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}, "
+            f"and head_dim {head_dim} must be even"
+        )
+    attention_bias = bool(config.get("attention_bias")) and family in ("llama", "qwen3")
+    return ModelConfig(
+        family=family,
+        vocab=config["vocab_size"],
+        width=width,
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp=config["intermediate_size"],
+        rope=rope_from_hf(config),
+        windows=_windows(family, config),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        qkv_bias=family == "qwen2" or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=bool(config.get("mlp_bias")) and family == "llama",
+        qk_norm=family == "qwen3",
+        init_std=float(config.get("initializer_range") or 0.02),
+    )
+
+
+def _windows(family: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Each layer's window, as transformers 5 decides it; Llama has none."""
+    layers, window = config["num_hidden_layers"], config.get("sliding_window")
+    if family == "llama":
+        return (None,) * layers
+    if family == "mistral":
+        return (window,) * layers
+    if not config.get("use_sliding_window"):
+        window = None
+    types = config.get("layer_types")
+    if types is None:
+        return tuple(window if layer >= config["max_window_layers"] else None for layer in range(layers))
+    if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"layer_types has {len(types)} entries of {sorted(set(types))}; expected one of full_attention, "
+            f"sliding_attention for each of the {layers} layers"
+        )
+    if window is None and "sliding_attention" in types:
+        raise ValueError("layer_types names sliding_attention, but use_sliding_window or sliding_window is unset")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def parameter_count(shapes: Mapping[str, Any]) -> tuple[int, int]:
+    """Number of parameters of a tree of arrays or shapes: all, and all but the embedding."""
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    return total, total - math.prod(shapes["decoder"]["embed"]["embedding"].shape)

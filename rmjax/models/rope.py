@@ -1,0 +1,150 @@
+"""Rotary position embedding: what a config asks for, its frequencies, and the rotation.
+
+The frequencies of every type are those of transformers' `modeling_rope_utils`. Types whose frequencies depend
+on the length of the sequence at run time (`dynamic`, `longrope`) have no meaning in a tree and are refused.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TYPES = ("default", "linear", "llama3", "yarn")
+RUN_TIME_TYPES = ("dynamic", "longrope")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of one model; the fields after `factor` are read by the types that are named.
+
+    Attributes:
+        type: one of TYPES.
+        theta: base of the wavelengths.
+        factor: by how much the context is stretched (all but `default`).
+        original_length: context before the stretching, tokens (`llama3`, `yarn`).
+        low_freq_factor: wavelengths over original_length / this are stretched (`llama3`).
+        high_freq_factor: wavelengths under original_length / this are not (`llama3`).
+        beta_fast: rotations over the original context from which a frequency is not stretched (`yarn`).
+        beta_slow: rotations up to which it is stretched in full (`yarn`).
+        truncate: whether the two bounds are rounded to whole dimensions (`yarn`).
+        attention_factor: what cosine and sine are multiplied by (`yarn`).
+    """
+
+    type: str = "default"
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_length: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+def rope_from_hf(config: Mapping[str, Any]) -> Rope:
+    """Reads the rotary embedding of a config.json, in the form of transformers v4 or v5.
+
+    v4 has `rope_theta` and `rope_scaling` at the top level, v5 has both in `rope_parameters`.
+
+    Raises:
+        ValueError: a type that is not supported, or a field that its type needs is missing.
+    """
+    found = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if any(isinstance(value, Mapping) for value in found.values()):
+        raise ValueError(f"config.json has RoPE parameters by layer type ({sorted(found)}), expected one set for all")
+    kind = found.get("rope_type") or found.get("type") or "default"
+    if kind in RUN_TIME_TYPES:
+        raise ValueError(
+            f"RoPE type {kind!r} is not supported: its frequencies depend on the sequence length at run "
+            f"time, so a score would depend on how rows are packed. Supported: {', '.join(TYPES)}"
+        )
+    if kind not in TYPES:
+        raise ValueError(f"unknown RoPE type {kind!r}; supported: {', '.join(TYPES)}")
+    if found.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1.0):
+        raise ValueError("partial_rotary_factor is not supported: every dimension of a head must be rotated")
+    theta = float(found.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    if kind == "default":
+        return Rope(theta=theta)
+    needed = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
+    if missing := [name for name in needed if found.get(name) is None]:
+        raise ValueError(f"RoPE type {kind!r} needs {', '.join(missing)}, found only {sorted(found)}")
+    factor = float(found["factor"])
+    if kind == "linear":
+        return Rope("linear", theta, factor)
+    original = config.get("original_max_position_embeddings") or found.get("original_max_position_embeddings")
+    original = int(original or config["max_position_embeddings"])
+    if kind == "llama3":
+        low, high = float(found["low_freq_factor"]), float(found["high_freq_factor"])
+        return Rope("llama3", theta, factor, original, low_freq_factor=low, high_freq_factor=high)
+    return Rope(
+        "yarn",
+        theta,
+        factor,
+        original,
+        beta_fast=float(found.get("beta_fast") or 32),
+        beta_slow=float(found.get("beta_slow") or 1),
+        truncate=bool(found.get("truncate", True)),
+        attention_factor=_yarn_attention_factor(found),
+    )
+
+
+def _yarn_attention_factor(found: Mapping[str, Any]) -> float:
+    """YaRN (Peng et al. 2023), eq. 22: 0.1 ln(factor) + 1; DeepSeek gives the ratio of two such terms."""
+    if found.get("attention_factor") is not None:
+        return float(found["attention_factor"])
+    stretch = math.log(found["factor"]) if found["factor"] > 1 else 0.0
+    scale = lambda mscale: 0.1 * mscale * stretch + 1.0
+    if found.get("mscale") and found.get("mscale_all_dim"):
+        return scale(found["mscale"]) / scale(found["mscale_all_dim"])
+    return scale(1.0)
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """float32 [head_dim / 2]: radians per position of each pair of dimensions."""
+    frequency = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    if rope.type == "default":
+        return frequency
+    if rope.type == "linear":
+        return frequency / np.float32(rope.factor)
+    keep = _llama3_keep(rope, frequency) if rope.type == "llama3" else _yarn_keep(rope, head_dim)
+    return (frequency / np.float32(rope.factor) * (1 - keep) + frequency * keep).astype(np.float32)
+
+
+def _llama3_keep(rope: Rope, frequency: np.ndarray) -> np.ndarray:
+    """How much of each frequency stays unstretched: 1 for short wavelengths, 0 for long, a ramp between."""
+    rotations = rope.original_length * frequency / np.float32(2 * math.pi)
+    ramp = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    return np.clip(ramp, 0, 1)
+
+
+def _yarn_keep(rope: Rope, head_dim: int) -> np.ndarray:
+    """The same for YaRN, whose ramp runs over dimensions: `NTK-by-parts`, section 3.2 of the paper."""
+
+    def dimension(rotations: float) -> float:
+        return head_dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high += 0.001 if low == high else 0.0  # as transformers: no division by zero
+    return 1 - np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+
+
+def rope_angles(rope: Rope, head_dim: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 [B, T, 1, head_dim / 2] each, to be applied to all heads of a token."""
+    angles = positions_BT[..., None, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+
+
+def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates dimension i of each head against dimension i + H / 2, in float32; the dtype stays."""
+    cos, sin = angles
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
