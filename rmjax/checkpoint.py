@@ -1,0 +1,344 @@
+"""Checkpoints of a run: saved by Orbax in the background, sealed with digests, verified before they are used.
+
+    directory/120/...             the arrays, as Orbax lays them out
+                  host.json       what the host remembers, and the metrics of the step
+                  manifest.json   size and SHA-256 of every other file, written last
+
+Orbax restores a flipped byte without a word, and can name a step that lacks files as the latest one. So a
+step counts as finished only with its manifest, and as whole only when every file has the digest noted there.
+
+Orbax's CheckpointManager is not used, only its policies: it changes files after its last callback and deletes
+older steps right then, which leaves no moment for a manifest between the last byte of a step and the deletion
+of those that it replaces.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import logging as python_logging
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+from rmjax.sharding import path_name
+
+HOST, MANIFEST = "host.json", "manifest.json"
+UNNAMED = ".orbax-checkpoint-tmp"  # Orbax's suffix of a directory that it has not finished writing
+SMALL = 2**20  # bytes; files up to here are digested even where reading whole checkpoints would take too long
+HASH_THREADS = 4
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or what is there cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Info:
+    """What Orbax's preservation policies are told of a step."""
+
+    step: int
+    metrics: dict[str, Any] | None
+    time: datetime.datetime = datetime.datetime.min  # no policy used here looks at it
+
+
+def _rank(metrics: dict[str, Any]) -> tuple[float, int]:
+    return metrics["score"], -metrics["step"]
+
+
+class Checkpointer:
+    """Saves, keeps and restores the steps of one run.
+
+    Kept are the newest `keep_latest` steps and the best `keep_best` by `metric`; of equal ones the earliest
+    is the best. A step saved without the metric, or where it is not finite, is never among the best.
+
+    Every process of a job calls every method; only process 0 writes manifests and clears up.
+    """
+
+    def __init__(self, directory: Any, *, keep_latest: int, keep_best: int = 0, metric: str = "", mode: str = "max"):
+        """Opens `directory`, which need not exist; nothing is written before the first save.
+
+        Raises:
+            ValueError: nothing would be kept, `mode` is not 'max' or 'min', or `keep_best` has no metric.
+        """
+        if keep_latest < 1 or keep_best < 0:
+            raise ValueError(f"keep_latest={keep_latest}, keep_best={keep_best}: expected at least 1 and 0")
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode={mode!r}: expected 'max' or 'min', whichever is better for {metric!r}")
+        if keep_best and not metric:
+            raise ValueError(f"keep_best={keep_best} without a metric: name the metric that ranks the steps")
+        path = epath.Path(directory)
+        self._directory = path if path.is_absolute() else path.absolute()  # Orbax takes no other
+        self._metric, self._sign = metric, 1 if mode == "max" else -1
+        best = policies.BestN(get_metric_fn=_rank, n=keep_best, keep_checkpoints_without_metrics=False)
+        self._keep = policies.AnyPreservationPolicy([policies.LatestN(keep_latest), best])
+        self._orbax: ocp.AsyncCheckpointer | None = None
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: tuple[int, Future] | None = None  # a step being written, and its end
+        python_logging.getLogger("absl").addFilter(_without_orbax_chatter)
+
+    def save(self, step: int, state: Any, host: dict, metrics: dict[str, float] | None) -> None:
+        """Starts saving `state` (arrays) and `host` (JSON) as `step`, and returns once the arrays are copied.
+
+        The arrays may be donated or deleted afterwards. A save still under way is waited for first. A step
+        that is finished already is left as it is, with a warning.
+
+        Raises:
+            CheckpointError: this save, or the one before it, failed (a full disk); finished steps stay.
+        """
+        self.wait()
+        if (self._path(step) / MANIFEST).exists():
+            logging.warning("step %d is already saved in %s; it is left as it is", step, self._directory)
+            return
+        host_json = json.dumps({"host": host, "metrics": metrics or {}})
+        with self._failures_named(step):
+            if self._orbax is None:
+                self._clear_up()
+                self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+            self._orbax.save(self._path(step), args=ocp.args.PyTreeSave(state))
+            done = self._background.submit(self._finish, self._orbax, self._path(step), host_json)
+            self._saving = step, done
+
+    def restore(self, abstract_state: Any) -> tuple[int, Any, dict] | None:
+        """Restores the newest whole step and clears the way for training to go on from it.
+
+        Steps that fail verification are passed over with a warning. Unfinished ones are deleted and broken
+        ones renamed to 'broken-STEP', so that their numbers can be saved again.
+
+        Args:
+            abstract_state: the state's tree of ShapeDtypeStructs, each with the sharding wanted now; the mesh
+                may differ from the one saved on.
+
+        Returns:
+            (step, state, host), or None where no save was ever finished.
+
+        Raises:
+            CheckpointError: steps are there but none is whole (all are left as they are), or the newest has
+                other arrays, shapes or dtypes; every difference is named.
+        """
+        self.close()
+        step = self._newest_whole()
+        self._clear_up(after=-1 if step is None else step)
+        if step is None:
+            return None
+        return step, *self._read(step, abstract_state, partial=False)
+
+    def restore_step(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
+        """Restores a part of one step, for example only {'params': ...} of the best. Changes nothing on disk.
+
+        Returns:
+            (state, host), the state in the structure of `abstract_state`.
+
+        Raises:
+            CheckpointError: there is no such step, it is not whole, or an array is missing or of another
+                shape or dtype.
+        """
+        self.wait()
+        problem = _problem(self._path(step), deep=True)
+        if problem:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self._directory} cannot be used: {problem}; "
+                f"finished steps are {self.steps()}"
+            )
+        return self._read(step, abstract_state, partial=True)
+
+    def steps(self) -> list[int]:
+        """The finished steps, ascending. Large files are only checked for their size."""
+        return [step for step in self._sealed() if _problem(self._path(step), deep=False) is None]
+
+    def best_step(self) -> int | None:
+        """The best of the steps that are still here; None where none has the metric."""
+        ranked = [info.metrics for info in map(self._ranked, self.steps()) if info.metrics is not None]
+        return max(ranked, key=_rank)["step"] if ranked else None
+
+    def wait(self) -> None:
+        """Waits until the save under way is finished.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        if self._saving is not None:
+            (step, done), self._saving = self._saving, None
+            with self._failures_named(step):
+                done.result()
+
+    def close(self) -> None:
+        """Waits like `wait` and releases Orbax's threads; a later save starts them again."""
+        self.wait()
+        if self._orbax is not None:
+            self._orbax.close()
+            self._orbax = None
+
+    def _path(self, step: int) -> epath.Path:
+        return self._directory / str(step)
+
+    def _finish(self, orbax: ocp.AsyncCheckpointer, path: epath.Path, host_json: str) -> None:
+        """In the background: waits for the files of a step, seals it, then deletes the steps it replaces."""
+        orbax.wait_until_finished()
+        if jax.process_index() == 0:
+            (path / HOST).write_text(host_json)
+            _write_manifest(path)
+            self._delete_replaced()
+
+    def _delete_replaced(self) -> None:
+        infos = [self._ranked(step) for step in self.steps()]
+        kept = self._keep.should_preserve(infos, context=policies.PreservationContext())
+        for path in [self._path(info.step) for info, keep in zip(infos, kept) if not keep]:
+            try:
+                (path / MANIFEST).unlink()  # first, so that half a deletion is not taken for a broken save
+                path.rmtree()
+            except OSError as error:
+                logging.warning("could not delete the old checkpoint %s: %s", path, error)
+
+    def _ranked(self, step: int) -> _Info:
+        """A finished step as the policies want it; `metrics` is None where it cannot be among the best."""
+        score = self._host(step)["metrics"].get(self._metric, math.nan)
+        return _Info(step, {"score": self._sign * score, "step": step} if math.isfinite(score) else None)
+
+    def _host(self, step: int) -> dict:
+        return json.loads((self._path(step) / HOST).read_text())
+
+    def _sealed(self) -> list[int]:
+        """Steps with a manifest, ascending, whatever state they are in."""
+        if not self._directory.exists():
+            return []
+        names = [path.name for path in self._directory.iterdir() if (path / MANIFEST).exists()]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _newest_whole(self) -> int | None:
+        problems = []
+        for step in reversed(self._sealed()):
+            problem = _problem(self._path(step), deep=True)
+            if problem is None:
+                return step
+            logging.warning("the checkpoint of step %d is broken, going back to the one before: %s", step, problem)
+            problems.append(f"\n  step {step}: {problem}")
+        if problems:
+            raise CheckpointError(
+                f"every checkpoint in {self._directory} is broken; restore the files from a copy, or move "
+                f"the directory away to start again from the beginning:{''.join(problems)}"
+            )
+        return None
+
+    def _clear_up(self, after: float = math.inf) -> None:
+        """Deletes unfinished steps; sets broken ones aside: those later than `after`, or seen at a glance."""
+        if jax.process_index() != 0 or not self._directory.exists():
+            return
+        for path in self._directory.iterdir():
+            number = path.name.partition(UNNAMED)[0]
+            if not number.isdecimal():
+                continue
+            if path.name != number or not (path / MANIFEST).exists():
+                path.rmtree(missing_ok=True)
+            elif int(number) > after or _problem(path, deep=False):
+                aside = self._directory / f"broken-{number}"
+                if aside.exists():
+                    aside.rmtree()
+                path.rename(aside)
+                logging.warning("moved the broken checkpoint of step %s to %s", number, aside)
+
+    def _read(self, step: int, abstract: Any, partial: bool) -> tuple[Any, dict]:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            saved = _shapes(reader.metadata(self._path(step)).item_metadata.tree)
+            wanted = _shapes(abstract)
+            names = sorted(wanted if partial else wanted | saved)
+            problems = [
+                f"\n  {name}: saved is {saved.get(name, 'nothing')}, expected {wanted.get(name, 'nothing')}"
+                for name in names
+                if saved.get(name) != wanted.get(name)
+            ]
+            if problems:
+                raise CheckpointError(
+                    f"the checkpoint of step {step} in {self._directory} was saved by another configuration; "
+                    f"continue with that one, or use another directory:{''.join(problems)}"
+                )
+            return reader.restore(self._path(step), args=args), self._host(step)["host"]
+
+    @contextlib.contextmanager
+    def _failures_named(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            orbax, self._orbax = self._orbax, None
+            with contextlib.suppress(Exception):  # it reports the same failure again
+                if orbax is not None:
+                    orbax.close()
+            with contextlib.suppress(OSError):  # gives the space back; if it cannot, the next start does
+                self._clear_up()
+            last = self.steps()[-1:]
+            raise CheckpointError(
+                f"saving the checkpoint of step {step} in {self._directory} failed: {error} "
+                f"({f'step {last[0]} is the last one there' if last else 'there is none before it'}; "
+                f"check the free space and permissions, then start again with the same command)"
+            ) from error
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """The arrays of a tree by path, in words: {'params/score/kernel': 'float32 (8, 1)'}."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): f"{jax.numpy.dtype(leaf.dtype)} {tuple(leaf.shape)}" for path, leaf in leaves}
+
+
+def _files(step_path: epath.Path) -> list[str]:
+    """Names of all files of a step that its manifest covers, relative to it, sorted."""
+    found = [
+        (folder.relative_to(step_path) / name).as_posix() for folder, _, names in step_path.walk() for name in names
+    ]
+    return sorted(set(found) - {MANIFEST})
+
+
+def _digest(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_manifest(step_path: epath.Path) -> None:
+    names = _files(step_path)
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        digests = list(pool.map(lambda name: _digest(step_path / name), names))
+    sizes = [(step_path / name).stat().length for name in names]
+    files = {name: {"bytes": size, "sha256": digest} for name, size, digest in zip(names, sizes, digests)}
+    partial = step_path / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps({"files": files}, indent=1))
+    partial.rename(step_path / MANIFEST)
+
+
+def _problem(step_path: epath.Path, deep: bool) -> str | None:
+    """What is wrong with a step, naming the file; None where it is whole. `deep` digests large files too."""
+    try:
+        files = json.loads((step_path / MANIFEST).read_text())["files"]
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing, so the save was never finished"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"{MANIFEST} cannot be read: {error!r}"
+
+    def check(name: str) -> str | None:
+        path, (size, digest) = step_path / name, expected[name]
+        try:
+            found = path.stat().length
+            if found != size:
+                return f"{name} has {found} bytes, expected {size}"
+            if (deep or size <= SMALL) and _digest(path) != digest:
+                return f"{name} has other contents than were saved (SHA-256 differs)"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+        return None
+
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return next(filter(None, pool.map(check, expected)), None)
+
+
+def _without_orbax_chatter(record: python_logging.LogRecord) -> bool:
+    """Drops what Orbax logs: progress, and failures that reach the caller as an exception as well."""
+    return "/orbax/" not in record.pathname
