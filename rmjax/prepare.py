@@ -1,0 +1,171 @@
+"""What a run is made of, before its first step: groups, plans and batch shapes, and the model's first parameters."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from ml_collections import ConfigDict
+
+from rmjax import config as config_lib
+from rmjax.data import cache, loader, packing, synthetic
+from rmjax.data.chat import Chat, load_tokenizer
+from rmjax.data.loader import Shape
+from rmjax.data.packing import Plan
+from rmjax.models import heads, hf
+from rmjax.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One set of groups, its plan and the shape of its batches."""
+
+    groups: cache.Groups
+    plan: Plan
+    shape: Shape
+
+
+def open_chat(config: ConfigDict, workdir: Path) -> Chat:
+    """Loads the tokenizer and its template; "synthetic" makes the demo's own in the workdir."""
+    source = config.model.tokenizer or hf.resolve(config.model.init_from)
+    if source == "synthetic":
+        source = workdir / "tokenizer"
+        synthetic.make_tokenizer(source)
+    chat = Chat(
+        load_tokenizer(source),
+        template_kwargs=config_lib.template_kwargs(config),
+        max_length=config.data.max_length or config.plan.row_tokens,
+        over_long=config.data.over_long,
+    )
+    for note in chat.notes:
+        logging.warning("chat template: %s", note)
+    return chat
+
+
+def read_groups(config: ConfigDict, chat: Chat) -> tuple[cache.Groups, cache.Groups]:
+    """Reads, tokenizes and splits the data; groups that no row can hold are counted and left out."""
+    build = lambda source: cache.build(
+        source,
+        chat,
+        format=config.data.format,
+        ties="keep" if config.objective.ties == "half" else "skip",
+        on_bad_row=config.data.on_bad_row,
+        max_bad_fraction=config.data.max_bad_fraction,
+        workers=config.data.workers,
+        cache_dir=config.data.cache_dir,
+        progress=lambda text: print(text, flush=True),
+    ).fitting(config.plan.row_tokens)
+    groups = build(config.data.train)
+    if config.data.validation:
+        return groups, build(config.data.validation)
+    return cache.split(groups, config.data.validation_fraction, config.seed)
+
+
+def plan_training(config: ConfigDict, groups: cache.Groups, row_devices: int, micro_rows: int) -> Split:
+    """Plans as many epochs as the run's duration needs."""
+    make = lambda epochs: packing.make_plan(
+        groups.lengths,
+        groups.ends,
+        row_tokens=config.plan.row_tokens,
+        rows_per_step=config.plan.rows_per_step,
+        groups_per_step=config.plan.groups_per_step,
+        window=config.plan.window,
+        epochs=epochs,
+        seed=config.seed,
+    )
+    plan = make(1)
+    steps = steps_in(config.duration, plan)
+    while plan.steps < steps:
+        plan = make(max(len(plan.epoch_steps) + 1, round(steps / plan.epoch_steps[0])))
+    amount, unit = config_lib.parse_duration(config.duration)
+    if not (unit == "epoch" and amount == len(plan.epoch_steps)):  # whole epochs end where the last of them ends
+        plan = plan.first(steps)
+    k = int(groups.responses.max())
+    return Split(groups, plan, loader.plan_shape(plan, k, micro_rows=micro_rows, row_devices=row_devices))
+
+
+def plan_evaluation(config: ConfigDict, groups: cache.Groups, row_devices: int, micro_rows: int) -> Split:
+    """Plans one pass over the groups in which each stands exactly once."""
+    plan = packing.make_plan(
+        groups.lengths,
+        groups.ends,
+        row_tokens=config.plan.row_tokens,
+        rows_per_step=micro_rows * row_devices,
+        window=config.plan.window,
+        seed=None,
+    )
+    k = int(groups.responses.max())
+    return Split(groups, plan, loader.plan_shape(plan, k, micro_rows=micro_rows, row_devices=row_devices))
+
+
+def steps_in(duration: str, plan: Plan, total: int = 0) -> int:
+    """A duration in steps of this plan; at least 1."""
+    per_epoch = plan.epoch_steps[0]
+    return max(
+        1,
+        config_lib.steps_of(duration, steps_per_epoch=per_epoch, groups_per_step=plan.groups_per_step, total=total),
+    )
+
+
+def describe_plan(split: Split) -> list[str]:
+    """The plan in two lines."""
+    plan, shape = split.plan, split.shape
+    tokens, unshared = split.groups.lengths.sum(), split.groups.unshared.sum()
+    return [
+        f"plan: {plan.steps} steps of {plan.rows_per_step} rows x {plan.row_tokens} tokens, "
+        f"{plan.groups_per_step:.1f} groups a step, {plan.fill:.1%} full, "
+        f"{1 - tokens / unshared:.1%} of the tokens saved by sharing prompts",
+        f"batch: {shape.micro} micro-batches of {shape.rows} rows; at most {shape.groups} groups and {shape.ends} "
+        f"scored tokens in a row, {shape.responses} responses in a group",
+    ]
+
+
+def compute_dtype(config: ConfigDict) -> str:
+    """float32 on CPUs and bfloat16 elsewhere, unless the config says."""
+    automatic = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return automatic if config.model.compute_dtype == "auto" else config.model.compute_dtype
+
+
+def micro_batch_rows(config: ConfigDict, model: ModelConfig, state_bytes: float) -> int:
+    """Rows per device in a micro-batch: the config's, or as many as an estimate of the activations allows.
+
+    Args:
+        config: the config.
+        model: the model's shapes.
+        state_bytes: bytes per device of parameters, optimizer state and gradients.
+    """
+    if config.plan.micro_rows:
+        return config.plan.micro_rows
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 4 * 2**30)
+    size = jnp.dtype(compute_dtype(config)).itemsize
+    layer = 6 * model.width + 3 * model.mlp + 2 * (model.heads + model.kv_heads) * model.head_dim
+    kept = layer if config.model.remat == "none" else model.width  # numbers per token and layer
+    per_token = size * (model.layers * kept + 2 * layer)
+    return max(1, int((0.85 * limit - state_bytes) / (per_token * config.plan.row_tokens)))
+
+
+def model_values(config: ConfigDict, vocabulary: int) -> dict[str, Any]:
+    """The Hugging Face config values of the model: init_from's, or those of `model.scratch`.
+
+    Raises:
+        ValueError: the tokenizer has ids that the model's embedding lacks.
+    """
+    if config.model.init_from:
+        values = hf.read_config(hf.resolve(config.model.init_from))
+    else:
+        values = {"vocab_size": vocabulary, **config.model.scratch.to_dict()}
+    if values.get("vocab_size", vocabulary) < vocabulary:
+        raise ValueError(f"the tokenizer has {vocabulary} ids but the model's embedding {values['vocab_size']}")
+    return values
+
+
+def init_params(config: ConfigDict, model: ModelConfig, shapes: Any) -> tuple[Any, str]:
+    """Loads or initialises the parameters, sharded from the start; the second says where the head came from."""
+    if config.model.init_from:
+        return hf.load(hf.resolve(config.model.init_from), shapes, model, seed=config.seed)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    outputs = shapes["score"]["kernel"].shape[-1]
+    init = lambda: heads.init(model, outputs, config.model.param_dtype, seed=config.seed)
+    return jax.jit(init, out_shardings=shardings)(), "new"

@@ -1,0 +1,502 @@
+"""The training run, from top to bottom: config, model, step, loop, export. `prepare.py` makes its data."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from rmjax import config as config_lib
+from rmjax import export, objectives, optim, prepare, sharding
+from rmjax.checkpoint import Checkpointer
+from rmjax.data import audit, loader
+from rmjax.data.chat import Chat, set_pad_token
+from rmjax.data.loader import Shape
+from rmjax.data.packing import Plan
+from rmjax.models import config as model_config
+from rmjax.models import heads, hf
+from rmjax.models.config import ModelConfig
+from rmjax.objectives import sums as sums_lib
+from rmjax.objectives.sums import Sums
+from rmjax.prepare import Split
+from rmjax.writers import Progress, Writers
+
+# Keys that may differ between the runs that share a workdir: they change no number.
+FREE_KEYS = ("config.log.", "config.mesh.", "config.plan.micro_rows", "config.data.workers", "config.data.cache_dir")
+
+
+SHOWN = ("loss", "accuracy", "learning_rate")  # on the progress line
+
+
+class NonFiniteError(RuntimeError):
+    """A NaN or an infinity in a step's loss or gradients."""
+
+
+# ----------------------------------------------------------------------------------------------------
+# Config and workdir
+# ----------------------------------------------------------------------------------------------------
+
+
+def open_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Creates the workdir, or makes sure that it holds this very run; saves the resolved config.
+
+    Raises:
+        ValueError: the workdir holds a run of another config; names the keys.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path, text = workdir / "config.json", config_lib.to_json(config)
+    if path.exists():
+        changed = [d for d in config_lib.differences(path.read_text(), text) if not d.startswith(FREE_KEYS)]
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run of another config; choose another --workdir, or undo:\n  "
+                + "\n  ".join(changed)
+            )
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(text)
+    scratch.replace(path)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Model and optimizer
+# ----------------------------------------------------------------------------------------------------
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of a tree of shapes with shardings on one device."""
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Puts shardings on a tree of shapes."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def abstract_batch(shape: Shape, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a step's batch."""
+    placed = sharding.named(mesh, None, sharding.BATCH)
+    return {n: jax.ShapeDtypeStruct((shape.micro, *s), d, sharding=placed) for n, (s, d) in shape.fields().items()}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Step
+# ----------------------------------------------------------------------------------------------------
+
+
+def loss_sums(params: Any, batch: dict[str, jax.Array], graph: Any, objective: Any, config: ConfigDict) -> Sums:
+    """Losses and metrics of one micro-batch [B, ...] as sums."""
+    scorer = heads.merge(graph, params)
+    return objective.sums(scorer(batch, remat=config.model.remat, scan=not config.debug), batch)
+
+
+def accumulate(loss: Callable[[Any, Any], Sums], params: Any, batch: Any) -> tuple[Any, Sums]:
+    """Sums the gradients of the loss's numerator, and all sums, over the micro-batches of a step [M, B, ...]."""
+
+    def one(micro: Any) -> tuple[Any, Sums]:
+        numerator = lambda p: (lambda sums: (sums["loss"][0], sums))(loss(p, micro))
+        grads, sums = jax.grad(numerator, has_aux=True)(params)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
+
+    first, rest = jax.tree.map(lambda x: x[0], batch), jax.tree.map(lambda x: x[1:], batch)
+    carry = one(first)
+    if jax.tree.leaves(rest)[0].shape[0] == 0:
+        return carry
+
+    def body(carry: tuple[Any, Sums], micro: Any) -> tuple[tuple[Any, Sums], None]:
+        grads, sums = one(micro)
+        return (jax.tree.map(jnp.add, carry[0], grads), sums_lib.add(carry[1], sums)), None
+
+    return jax.lax.scan(body, carry, rest)[0]
+
+
+def train_step(
+    state: dict[str, Any],
+    batch: Any,
+    step: jax.Array,
+    *,
+    loss: Any,
+    tx: Any,
+    rate: optim.Schedule,
+    config: ConfigDict,
+) -> tuple[dict[str, Any], Sums]:
+    """One optimizer step. A loss or gradient that is not finite leaves the state as it was and counts.
+
+    Args:
+        state: {"params", "opt"}.
+        batch: arrays [M, B, ...].
+        step: int32 scalar, the step's number from 0.
+        loss: (params, micro-batch) -> sums.
+        tx: the optax chain.
+        rate: learning rate of a step.
+        config: the config.
+
+    Returns:
+        The new state, and the step's sums with `grad_norm`, `learning_rate` and `nonfinite_count`.
+    """
+    params = state["params"]
+    grads, sums = accumulate(loss, params, batch)
+    weight = jnp.maximum(sums["loss"][1], jnp.finfo(jnp.float32).tiny)
+    grads = optim.trainable(config.optim, jax.tree.map(lambda g: g / weight, grads))
+    norm, lr = optax.tree.norm(grads), rate(step)
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"][0])
+    updates, opt = tx.update(grads, state["opt"], params)
+    moved = jax.tree.map(lambda p, u: (p.astype(jnp.float32) - lr * u).astype(p.dtype), params, updates)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), {"params": moved, "opt": opt}, state)
+    extra = {"grad_norm": (norm, 1), "learning_rate": (lr, 1), "nonfinite_count": (~finite, 0)}
+    return new, sums | {name: sums_lib.fraction(*value) for name, value in extra.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is compiled, and the shapes it is compiled for."""
+
+    step: Any
+    evaluate: Any
+    state: Any
+    shardings: Any
+
+
+def build_program(
+    config: ConfigDict,
+    graph: Any,
+    objective: Any,
+    params: Any,
+    mesh: jax.sharding.Mesh,
+    total: int,
+    plan: Plan,
+) -> Program:
+    """Builds the jitted step and evaluation; `params` are shapes with shardings."""
+    tx = optim.make(config.optim)
+    warmup, decay = (
+        config_lib.steps_of(d, steps_per_epoch=plan.epoch_steps[0], groups_per_step=plan.groups_per_step, total=total)
+        for d in (config.optim.warmup, config.optim.decay)
+    )
+    rate = optim.schedule(config.optim, total, warmup, decay)
+    loss = lambda p, b: loss_sums(p, b, graph, objective, config)
+    replicated = sharding.named(mesh)
+    opt = jax.eval_shape(tx.init, params)
+    params_shardings = jax.tree.map(lambda x: x.sharding, params)
+    shardings = {"params": params_shardings, "opt": optim.state_shardings(opt, params_shardings, replicated)}
+    step = lambda state, batch, n: train_step(state, batch, n, loss=loss, tx=tx, rate=rate, config=config)
+    evaluate = lambda p, batch: jax.lax.stop_gradient(loss(p, jax.tree.map(lambda x: x[0], batch)))
+    if not config.debug:
+        step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+        evaluate = jax.jit(evaluate, out_shardings=replicated)
+    state = with_shardings({"params": params, "opt": opt}, shardings)
+    return Program(step, evaluate, state, shardings)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Loop
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Host:
+    """What the run remembers beside its arrays; saved with each checkpoint, so that a resumed run writes equal lines.
+
+    Attributes:
+        data: fingerprint of the training data; resuming with other data is refused.
+        window: sums since the last training line of the metrics.
+        best: best value of checkpoint.metric so far.
+        waits: evaluations since then.
+        skipped: steps that were skipped because they were not finite.
+        stopped: whether the run ended early.
+    """
+
+    data: str
+    window: Sums = dataclasses.field(default_factory=dict)
+    best: float | None = None
+    waits: int = 0
+    skipped: int = 0
+    stopped: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; floats keep every digit."""
+        return {**vars(self), "window": {name: x.tolist() for name, x in self.window.items()}}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Host":
+        """The inverse of `to_json`."""
+        return cls(**{**values, "window": {name: np.array(x) for name, x in values["window"].items()}})
+
+    def count(self, sums: Sums) -> None:
+        """Adds a step's sums to the window."""
+        self.window = sums_lib.add(self.window, sums) if self.window else sums
+
+    def judge(self, value: float | None, mode: str, patience: int) -> None:
+        """Takes in an evaluation's value of the metric; decides whether to stop early."""
+        better = value is not None and (
+            self.best is None or (value > self.best if mode == "max" else value < self.best)
+        )
+        self.best, self.waits = (value, 0) if better else (self.best, self.waits + 1)
+        self.stopped = bool(patience) and self.waits >= patience
+
+
+def evaluate(program: Program, params: Any, split: Split, objective: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    """Metrics over every group of the split, each exactly once."""
+    total: Sums = {}
+    for batch in loader.batches(split.groups, split.plan, split.shape, sharding.named(mesh, sharding.BATCH)):
+        sums = sums_lib.to_host(jax.device_get(program.evaluate(params, batch)))
+        total = sums_lib.add(total, sums) if total else sums
+    return objective.summary(total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything the loop needs, made once."""
+
+    config: ConfigDict
+    mesh: jax.sharding.Mesh
+    objective: Any
+    program: Program
+    train: Split
+    evaluations: dict[str, Split]  # by the name that their metrics carry
+    checkpointer: Checkpointer
+    writers: Writers
+
+    def every(self, duration: str) -> int:
+        """A duration of the config in steps."""
+        return prepare.steps_in(duration, self.train.plan, self.train.plan.steps)
+
+    def evaluate(self, state: dict[str, Any], step: int) -> dict[str, float]:
+        """Evaluates every split and writes one line."""
+        values = {
+            f"{name}/{key}": value
+            for name, split in self.evaluations.items()
+            for key, value in evaluate(self.program, state["params"], split, self.objective, self.mesh).items()
+        }
+        self.writers.write(step, values)
+        return values
+
+    def write_window(self, host: Host, step: int) -> None:
+        """Writes the training line of the steps since the last one."""
+        values = self.objective.summary(host.window) if host.window else {}
+        values.pop("nonfinite_count", None)
+        values["skipped_steps"] = float(host.skipped)
+        host.window = {}
+        self.writers.write(step, {f"train/{key}": value for key, value in values.items()})
+
+    def stop_nonfinite(self, state: dict[str, Any], host: Host, step: int) -> None:
+        """Saves the state from before the bad step and raises."""
+        if step not in self.checkpointer.steps():
+            self.checkpointer.save(step, state, host.to_json(), None)
+        self.checkpointer.wait()
+        split = self.train
+        rows = [split.groups.id(int(i)) for row in split.plan.rows(step) for i in row]
+        shown = ", ".join(rows[:20]) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
+        raise NonFiniteError(
+            f"step {step}: the loss or a gradient is NaN or infinite. The state from before it is saved as checkpoint "
+            f"{step}. Its groups: {shown}. Look at these rows, lower config.optim.learning_rate, or set "
+            f"config.on_nonfinite=skip in a new workdir to leave such steps out and count them."
+        )
+
+
+def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
+    """Trains from step `start` to the end of the plan or an early stop; returns the number of steps done."""
+    config, plan = run.config, run.train.plan
+    log_every, eval_every = run.every(config.log.every), run.every(config.eval.every)
+    save_every = run.every(config.checkpoint.every) if config.checkpoint.every else eval_every
+    progress = Progress(plan.steps, start)
+    if start == 0:
+        progress.note(f"before training: {in_words(run.evaluate(state, 0))}")
+    rows = sharding.named(run.mesh, sharding.BATCH)
+    ahead = loader.batches(run.train.groups, plan, run.train.shape, rows, start)
+    batch = next(ahead, None)
+    done = start
+    for step in range(start, plan.steps):
+        if host.stopped:
+            break
+        number = jax.device_put(np.int32(step), sharding.named(run.mesh))
+        state, sums = run.program.step(state, batch, number)
+        batch = next(ahead, None)  # goes to the devices while they compute
+        sums = sums_lib.to_host(jax.device_get(sums))
+        if sums["nonfinite_count"][0]:
+            if config.on_nonfinite == "stop":
+                run.stop_nonfinite(state, host, step)
+            host.skipped += 1
+            logging.warning("step %d is not finite and was skipped; %d so far", step, host.skipped)
+        else:
+            host.count(sums)
+        done, last = step + 1, step + 1 == plan.steps
+        values: dict[str, float] | None = None
+        shown = {name: x for name, x in run.objective.summary(sums).items() if name in SHOWN}
+        progress.step(done, shown, groups=sum(len(row) for row in plan.rows(step)))
+        if done % log_every == 0 or last:
+            run.write_window(host, done)
+            run.writers.timing(done, progress.rates())
+        if done % eval_every == 0 or last:
+            values = run.evaluate(state, done)
+            progress.note(f"step {done}: {in_words(values)}")
+            host.judge(values.get(config.checkpoint.metric), config.checkpoint.mode, config.checkpoint.patience)
+        if done % save_every == 0 or last or host.stopped:
+            run.checkpointer.save(done, state, host.to_json(), values)
+    if host.stopped:
+        progress.note(
+            f"stopped early: {config.checkpoint.metric} has not risen above {host.best} for {host.waits} evaluations"
+        )
+    progress.close()
+    run.checkpointer.wait()
+    return done
+
+
+def in_words(values: dict[str, float]) -> str:
+    """The metrics a person looks at after an evaluation, in one line."""
+    names = ("loss", "accuracy", "margin", "pairs")
+    parts = {name: values[f"validation/{name}"] for name in names if f"validation/{name}" in values}
+    text = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
+    gap = values.get("train_slice/accuracy", float("nan")) - parts.get("accuracy", float("nan"))
+    return f"validation {text}" + (f", train-validation gap {gap:+.3f}" if np.isfinite(gap) else "")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Run
+# ----------------------------------------------------------------------------------------------------
+
+
+def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
+    """Trains what the config says and exports it; continues where a run in the same workdir stopped.
+
+    Args:
+        config: a config made from `config.defaults()`.
+        workdir: where config, data cache, metrics, checkpoints and export go.
+        dry_run: print the audit, the plan, the parameters, their sharding and the compiled step's memory; no training.
+
+    Raises:
+        ValueError: a config, data or checkpoint that cannot be used; says what to change.
+        NonFiniteError: a loss or gradient that is not finite, with config.on_nonfinite="stop".
+    """
+    config_lib.check(config)
+    objective = objectives.make(config.objective)
+    mesh = sharding.make_mesh(config.mesh)
+    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    open_workdir(config, workdir)
+
+    chat = prepare.open_chat(config, workdir)
+    values = prepare.model_values(config, len(chat.tokenizer))
+    pad, changed = set_pad_token(chat, values["vocab_size"])
+    if changed:
+        print(f"pad token: {chat.tokenizer.pad_token!r} ({pad}), because the tokenizer's could be mistaken for text")
+    model = model_config.from_hf(values)
+    graph, shapes = heads.abstract(model, objective.outputs, config.model.param_dtype, prepare.compute_dtype(config))
+    shapes = with_shardings(shapes, sharding.param_shardings(mesh, shapes))
+    if config.model.init_from:
+        hf.check(hf.resolve(config.model.init_from), shapes, model)
+    print(parameter_overview.get_parameter_overview(shapes, include_stats="sharding" if dry_run else False))
+
+    train_groups, validation_groups = prepare.read_groups(config, chat)
+    lines = audit.lines(train_groups, validation_groups)
+    print("\n".join(lines), flush=True)
+    micro_rows = prepare.micro_batch_rows(config, model, 5 * bytes_per_device(shapes))
+    train = prepare.plan_training(config, train_groups, row_devices, micro_rows)
+    plan_eval = lambda groups: prepare.plan_evaluation(config, groups, row_devices, micro_rows)
+    evaluations = {"validation": plan_eval(validation_groups)}
+    if config.eval.train_groups:
+        evaluations["train_slice"] = plan_eval(train_groups.sample(config.eval.train_groups, config.seed))
+    print("\n".join(prepare.describe_plan(train)), flush=True)
+
+    program = build_program(config, graph, objective, shapes, mesh, train.plan.steps, train.plan)
+    if dry_run:
+        print("\n".join(compiled_memory(program, train.shape, mesh)))
+        return
+
+    checkpointer = Checkpointer(
+        workdir / "checkpoints",
+        keep_latest=config.checkpoint.keep_latest,
+        keep_best=config.checkpoint.keep_best,
+        metric=config.checkpoint.metric,
+        mode=config.checkpoint.mode,
+    )
+    with jax.set_mesh(mesh), contextlib.closing(checkpointer):
+        state, host, start = restore_or_init(config, checkpointer, program, model, train_groups.fingerprint)
+        with contextlib.closing(Writers.open(workdir, config, start)) as writers:
+            job = Run(config, mesh, objective, program, train, evaluations, checkpointer, writers)
+            last = loop(job, state, host, start)
+        finish(job, workdir, model, values, chat, last)
+
+
+def restore_or_init(
+    config: ConfigDict, checkpointer: Checkpointer, program: Program, model: ModelConfig, data: str
+) -> tuple[dict[str, Any], Host, int]:
+    """The newest whole checkpoint, or freshly loaded or initialised parameters; and the step to go on from.
+
+    Raises:
+        ValueError: the checkpoint was made from other data.
+    """
+    restored = checkpointer.restore(program.state)
+    if restored is not None:
+        start, state, values = restored
+        host = Host.from_json(values)
+        if host.data != data:
+            raise ValueError(
+                "the training data, its template or the tokenizer changed since the checkpoint was made; "
+                "choose another --workdir, or put them back"
+            )
+        print(f"continuing from step {start}", flush=True)
+        return state, host, start
+    params, head = prepare.init_params(config, model, program.state["params"])
+    norm = float(jnp.linalg.norm(params["score"]["kernel"]))
+    print(f"score head: {head}, norm {norm:.4g}", flush=True)
+    tx = optim.make(config.optim)
+    opt = jax.jit(tx.init, out_shardings=program.shardings["opt"])(params)
+    return {"params": params, "opt": opt}, Host(data), 0
+
+
+def compiled_memory(program: Program, shape: Shape, mesh: jax.sharding.Mesh) -> list[str]:
+    """Compiles the step for the devices that are here; says what it needs on each."""
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.named(mesh))
+    start = time.perf_counter()
+    compiled = program.step.lower(program.state, abstract_batch(shape, mesh), number).compile()
+    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+    gib = lambda n: f"{n / 2**30:.2f} GiB"
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    return [
+        f"mesh: {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())} on {mesh.devices.size} devices",
+        f"step: compiled in {seconds:.1f} s; per device {gib(arguments)} of parameters, optimizer state and batch, "
+        f"{gib(temporary)} of temporaries, {gib(arguments + temporary)} together",
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Export
+# ----------------------------------------------------------------------------------------------------
+
+
+def finish(run: Run, workdir: Path, model: ModelConfig, values: dict[str, Any], chat: Chat, last: int) -> None:
+    """Exports the best or the last step with its contract, and says where everything is."""
+    best = run.checkpointer.best_step() if run.config.export.step == "best" else None
+    step = last if best is None else best
+    state, _ = run.checkpointer.restore_step(step, {"params": run.program.state["params"]})
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    metrics = next((x for x in reversed(lines) if x["step"] == step and "validation/loss" in x), {"step": step})
+    export.write(
+        workdir / "export",
+        state["params"],
+        config=run.config,
+        values=values,
+        model=model,
+        chat=chat,
+        metrics=metrics,
+        data=run.train.groups.fingerprint,
+        validation=run.evaluations["validation"].groups,
+        mesh=run.mesh,
+    )
+    tensorboard = f" and {workdir / 'tensorboard'}" if run.config.log.tensorboard else ""
+    print(
+        f"\nstep {step}: validation accuracy {metrics.get('validation/accuracy', float('nan')):.4f}\n"
+        f"export:      {workdir / 'export'}\n"
+        f"checkpoints: {workdir / 'checkpoints'} (steps {', '.join(map(str, run.checkpointer.steps()))})\n"
+        f"metrics:     {workdir / 'metrics.jsonl'}{tensorboard}\n"
+        f"score with:  python -m rmjax.score --model={workdir / 'export'} --input=FILE --output=scores.jsonl",
+        flush=True,
+    )
