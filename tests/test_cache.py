@@ -1,6 +1,12 @@
 """The cache of token trees: what goes in comes out, once, whole, and with everything counted."""
 
 import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -82,6 +88,56 @@ def test_a_build_that_fails_leaves_nothing(build, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         build(GOOD)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".json"])
+@pytest.mark.parametrize("left", [0, 9, 0.5, -2])
+def test_a_damaged_file_is_built_again(build, tmp_path, caplog, suffix, left):
+    first = build(GOOD)
+    (path,) = (tmp_path / "cache").glob(f"*{suffix}")
+    whole = path.read_bytes()
+    path.unlink()  # `first` still maps it
+    path.write_bytes(whole[: left if isinstance(left, int) else int(left * len(whole))])
+    with caplog.at_level(logging.WARNING, "absl"):
+        again = build(GOOD)
+    np.testing.assert_array_equal(again.group(5).tree.tokens, first.group(5).tree.tokens)
+    assert (again.audit, path.read_bytes()) == (first.audit, whole)
+    (record,) = [record for record in caplog.records if "is built again" in record.getMessage()]
+    assert path.stem in record.getMessage() and "\n" not in record.getMessage()
+
+
+def test_what_killed_builds_left_is_removed_after_a_day(build, tmp_path):
+    (tmp_path / "cache").mkdir()
+    old, old_audit, fresh = (
+        tmp_path / "cache" / name for name in ("tmpa.partial", "tmpa.partial.json", "tmpb.partial")
+    )
+    for path in (old, old_audit, fresh):
+        path.touch()
+    for path in (old, old_audit):
+        os.utime(path, (0, time.time() - 25 * 3600))
+    build(GOOD)
+    assert fresh.exists() and not old.exists() and not old_audit.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_end_with_a_killed_parent(tokenizer_dir, tmp_path, number):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from rmjax.data import cache, chat\n"
+        "if __name__ == '__main__':\n"
+        f"    tokens = chat.Chat(chat.load_tokenizer({str(tokenizer_dir)!r}))\n"
+        "    cache.PROGRESS_SECONDS = 0.0\n"
+        f"    options = {{'workers': 2, 'cache_dir': {str(tmp_path)!r}}}\n"
+        "    options['progress'] = lambda line: print(line, flush=True)\n"
+        "    cache.build('synthetic://pairs?n=1000000', tokens, **options)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert "rows/s" in process.stdout.readline()  # so both processes are at work
+    finally:
+        process.send_signal(number)
+    process.communicate(timeout=15)  # returns when nobody holds the pipe any more
 
 
 def test_processes_give_the_same_groups_in_the_same_order(build, monkeypatch, tmp_path):

@@ -110,8 +110,10 @@ def test_one_bos_where_both_tokenizer_and_template_have_one(tokenizer):
 def test_a_template_with_todays_date_is_refused_until_the_date_is_fixed(tokenizer):
     tokenizer.chat_template = LLAMA_3
     tokenizer.bos_token = "<s>"
-    with pytest.raises(ValueError, match=r"today's date.*date_string"):
+    with pytest.raises(ValueError, match=r"today's date.*date_string") as error:
         Chat(tokenizer)
+    for where in ("config.data.template_kwargs in training", "--template_kwargs in scoring"):
+        assert where in str(error.value)
     chat = Chat(tokenizer, template_kwargs={"date_string": "26 Jul 2024"})
     assert any("inserts a date ('26 Jul 2024')" in note for note in chat.notes)
     assert "Today Date: 26 Jul 2024" in chat.render(talk("q", "a"))
@@ -142,6 +144,12 @@ def test_bad_arguments(tokenizer, tmp_path):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no chat template"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_directory_without_a_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')  # enough for transformers to make an empty one
+    with pytest.raises(FileNotFoundError, match=f"no tokenizer files in {tmp_path}"):
         load_tokenizer(tmp_path)
 
 

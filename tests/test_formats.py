@@ -265,6 +265,10 @@ def test_what_cannot_be_read_is_said_clearly(tmp_path):
     (tmp_path / "a.csv").write_text("a,b")
     with pytest.raises(ValueError, match="unknown kind of file"):
         list(sources.open_source(f"{tmp_path}/a.csv"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.csv").write_text("a,b")
+    with pytest.raises(FileNotFoundError, match=r"empty is a directory without any file that can be read: \.parquet"):
+        list(sources.open_source(f"{tmp_path}/empty"))
 
 
 def test_synthetic_sources_take_arguments():

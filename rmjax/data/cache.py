@@ -8,6 +8,7 @@ file with its audit.
 import collections
 import concurrent.futures
 import concurrent.futures.process
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import tokenizers
 import transformers
+from absl import logging
 
 from rmjax.data import formats, sources
 from rmjax.data.audit import Audit
@@ -36,6 +39,7 @@ CACHE_VERSION = 1  # of what is stored; another one is another file
 CHUNK = 256  # rows of a worker's job
 SMALL = 2048  # fewer rows than this are tokenized before processes would have started
 PROGRESS_SECONDS = 5.0
+ABANDONED_SECONDS = 24 * 3600.0  # a build writes all the time, so it no longer runs
 
 INTS, FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 NUMBERS = {  # one number per group, see Groups
@@ -178,7 +182,7 @@ def build(
     cache_dir: str | Path = "",
     progress: Callable[[str], None] | None = None,
 ) -> Groups:
-    """Reads, renders and tokenizes the sources of `spec`, or maps what an earlier call wrote.
+    """Reads, renders and tokenizes the sources of `spec`, or maps what an earlier call wrote, if that is whole.
 
     Args:
         spec: what `sources.open_source` takes.
@@ -204,13 +208,14 @@ def build(
     fingerprint = _digest([sources.fingerprint(spec), chat.fingerprint(), options])
     versions = [CACHE_VERSION, transformers.__version__, tokenizers.__version__]
     path = _directory(cache_dir) / f"{_digest([fingerprint, versions])}.arrow"
-    if not path.exists() or not path.with_suffix(".json").exists():
+    cached = _cached(path)
+    if cached is None:
         work = functools.partial(_tokenize, keep=on_bad_row == "keep", skip_ties=ties == "skip")
         reporter = _Progress(spec, progress)
         results = reporter.watch(_run(_jobs(spec, format), work, chat, workers))
         _write(path, _refuse_bad(results) if on_bad_row == "error" else results, spec)
-    store = _Store(path)
-    audit = Audit.from_json(path.with_suffix(".json").read_text())
+        cached = _load(path)
+    store, audit = cached
     audit.check(on_bad_row, max_bad_fraction)
     return Groups(store, np.arange(len(store)), fingerprint, audit)
 
@@ -281,8 +286,17 @@ _worker: Callable[[_Job], _Result]  # in worker processes
 
 def _start_worker(chat: Chat, work: Callable[[Chat, _Job], _Result]) -> None:
     global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
     _worker = functools.partial(work, chat)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent is gone; a killed one cannot tell its workers, which would wait forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(job: _Job) -> _Result:
@@ -415,6 +429,23 @@ def _write(path: Path, results: Iterator[_Result], spec: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def _load(path: Path) -> "tuple[_Store, Audit]":
+    return _Store(path), Audit.from_json(path.with_suffix(".json").read_text())
+
+
+def _cached(path: Path) -> "tuple[_Store, Audit] | None":
+    """What an earlier build wrote; None if it wrote nothing, or if the file is not whole any more."""
+    try:
+        return _load(path)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; Arrow's have no number
+            raise
+        logging.warning("%s is damaged and is built again (%s)", path, str(error).partition("\n")[0])
+        return None
+
+
 class _Store:
     """A cache file, memory-mapped: the numbers of all groups in memory, the rest as views of the map."""
 
@@ -468,6 +499,10 @@ def _directory(cache_dir: str | Path) -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmjax"
     directory = Path(cache_dir).expanduser() if cache_dir else default
     directory.mkdir(parents=True, exist_ok=True)
+    for partial in directory.glob("tmp*.partial*"):  # left by builds that were killed
+        with contextlib.suppress(OSError):  # somebody else's, or just deleted by another process
+            if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
+                partial.unlink()
     return directory
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -44,6 +45,8 @@ RESERVED = (
 )
 # How templates fail on a conversation: by refusing it, or by meeting what they did not expect.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
+# Files of which a directory with a tokenizer has at least one.
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 SETTINGS = (
     "conversation",
     "tools",
@@ -58,13 +61,19 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """Loads a tokenizer that has a chat template from a directory or hub id.
 
     Raises:
+        FileNotFoundError: a directory without a tokenizer.
         ValueError: it has no chat template.
     """
+    if Path(path).is_dir() and not any(file for name in TOKENIZER_FILES for file in Path(path).glob(name)):
+        raise FileNotFoundError(
+            f"there are no tokenizer files in {path}; copy tokenizer.json and tokenizer_config.json there, with the "
+            "chat template, or in training name another tokenizer (config.model.tokenizer)"
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of {path} has no chat template, so what is scored would be undefined; take the tokenizer "
-            "of the instruction-tuned model of the same family (config.model.tokenizer), or put a "
+            "of the instruction-tuned model of the same family (in training config.model.tokenizer), or put a "
             "chat_template.jinja beside tokenizer_config.json"
         )
     return tokenizer
@@ -106,7 +115,7 @@ class Chat:
         self.tokenizer, self.template_kwargs = tokenizer, dict(template_kwargs or {})
         self.max_length, self.over_long = max_length, over_long
         if taken := sorted(set(SETTINGS) & self.template_kwargs.keys()):
-            raise ValueError(f"data.template_kwargs: {taken[0]!r} is set by rmjax; it is no argument of a template")
+            raise ValueError(f"template_kwargs: {taken[0]!r} is set by rmjax; it is no argument of a template")
         self._refuse_clock()
         try:
             probe = self.render(PROBE)
@@ -236,8 +245,8 @@ class Chat:
             return
         raise ValueError(
             "the chat template inserts today's date, so tomorrow's scores would differ; fix the date it reads: "
-            'config.data.template_kwargs=\'{"date_string": "26 Jul 2024"}\' for Llama 3, or the variable that this '
-            "template sets from strftime_now"
+            'template_kwargs=\'{"date_string": "26 Jul 2024"}\' for Llama 3, or the variable that this template sets '
+            "from strftime_now (config.data.template_kwargs in training, --template_kwargs in scoring)"
         )
 
     def _depends_on_clock(self, template_kwargs: Mapping[str, Any]) -> bool:
@@ -268,7 +277,7 @@ class Chat:
         notes = []
         date = DATE.search(probe)
         if date or self._depends_on_clock({}):
-            what = repr(date[0]) if date else "as data.template_kwargs says"
+            what = repr(date[0]) if date else "as template_kwargs says"
             notes.append(f"it inserts a date ({what}); scores hold for that date only")
         if thinking := EMPTY_THINKING.search(probe):
             notes.append(f"it inserts an empty thinking block ({thinking[0]!r}) before the last response")

@@ -131,6 +131,9 @@ def _local_parts(item: str) -> list[Part]:
         files = [path]
     else:
         files = [Path(f) for f in sorted(glob.glob(str(path), recursive=True)) if Path(f).is_file()]
+    if not files and path.is_dir():
+        kinds_read = ", ".join(READERS)
+        raise FileNotFoundError(f"{item} is a directory without any file that can be read: {kinds_read}, also with .gz")
     if not files:
         raise FileNotFoundError(f"{item}: no such file, and nothing matches it; looked from {Path.cwd()}")
     return [_file_part(f) for f in files]
