@@ -4,6 +4,7 @@ Durations are text: "300 steps", "2 epochs", "5000 groups" or "10%" of the run (
 """
 
 import difflib
+import importlib.util
 import json
 import math
 import re
@@ -82,7 +83,7 @@ def defaults() -> ConfigDict:
     evaluation.train_groups = 256  # of the training set, fixed, evaluated too: the gap is a metric; 0 is none
 
     config.checkpoint = checkpoint = ConfigDict()
-    checkpoint.every = ""  # "" is at every evaluation
+    checkpoint.every = ""  # more checkpoints, between those of the evaluations
     checkpoint.keep_latest = 2
     checkpoint.keep_best = 1
     checkpoint.metric = "validation/accuracy"
@@ -124,6 +125,8 @@ def check(config: ConfigDict) -> None:
     """
     problems = []
     flat = dict(flatten(config))
+    if missing := [key for key, _ in flatten(defaults()) if key not in flat]:
+        raise ValueError(f"the config lacks {', '.join(missing)}; start from rmjax.config.defaults() in get_config")
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             near = difflib.get_close_matches(str(flat[key]), allowed, 1)
@@ -159,10 +162,21 @@ def check(config: ConfigDict) -> None:
         problems.append(str(error))
     for key in ("duration", "eval.every", "checkpoint.every", "log.every", "optim.warmup", "optim.decay"):
         try:
-            if flat[key] or key != "checkpoint.every":
-                parse_duration(flat[key])
+            amount, unit = parse_duration(flat[key]) if flat[key] or key != "checkpoint.every" else (1.0, "")
+            if not amount and not key.startswith("optim."):
+                problems.append(f"config.{key}={flat[key]!r} must be above 0; for never, give more than the run has")
+            if key == "duration" and unit == "%":
+                problems.append(
+                    f"config.duration={flat[key]!r} must be in steps, epochs or groups, not a share of itself"
+                )
         except ValueError as error:
             problems.append(f"config.{key}: {error}")
+    if config.export.step == "best" and not config.checkpoint.keep_best:
+        problems.append(
+            "config.export.step='best' needs config.checkpoint.keep_best of at least 1; or export the 'last'"
+        )
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        problems.append(f"config.log.wandb={config.log.wandb!r} needs the package wandb: pip install 'rmjax[wandb]'")
     if problems:
         raise ValueError("the config cannot be used:\n  " + "\n  ".join(problems))
 
@@ -232,9 +246,6 @@ def differences(old: str, new: str) -> list[str]:
     """Lists the keys in which two saved configs differ, as "config.seed: 0 before, 1 now"."""
     before, now = (dict(flatten(ConfigDict(json.loads(text)))) for text in (old, new))
     keys = sorted(before.keys() | now.keys())
-    absent = "absent"
-    return [
-        f"config.{key}: {before.get(key, absent)!r} before, {now.get(key, absent)!r} now"
-        for key in keys
-        if before.get(key, absent) != now.get(key, absent)
-    ]
+    default = dict(flatten(ConfigDict(json.loads(to_json(defaults())))))  # of a key that one of them did not have yet
+    pairs = {key: [side.get(key, default.get(key, "absent")) for side in (before, now)] for key in keys}
+    return [f"config.{key}: {old!r} before, {new!r} now" for key, (old, new) in pairs.items() if old != new]

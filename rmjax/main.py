@@ -9,40 +9,44 @@ Every key of the config can be given as --config.KEY=VALUE; rmjax/config.py list
 run that was stopped.
 """
 
+import contextlib
 import difflib
+import os
 import re
+import runpy
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+
+from rmjax import config as config_lib
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/bt_tiny.py.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "", "Where metrics, checkpoints and the export go.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show audit, plan, sharding and compiled memory; train nothing.")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Checks the command line and runs; an error is one paragraph, its traceback is in the workdir."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --name=value")
-    if CONFIG.value is None or not WORKDIR.value:
-        raise app.UsageError("--config and --workdir are required")
-    from rmjax import train  # here, so that --help and a mistyped flag answer at once
+def main(_: Sequence[str]) -> None:
+    """Runs what `parse` took; an error is one paragraph, its traceback is in the workdir."""
+    from rmjax import checkpoint, train  # here, so that --help and a mistyped flag answer at once
 
     logging.set_verbosity(logging.WARNING)
     workdir = Path(WORKDIR.value).expanduser().absolute()
     try:
         train.run(CONFIG.value, workdir, DRY_RUN.value)
-    except (ValueError, OSError, train.NonFiniteError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if CONFIG.value.debug:
             raise
         print(f"\nerror: {error}", file=sys.stderr)
-        if workdir.is_dir():
+        with contextlib.suppress(OSError):  # no workdir, or a full disk
             (workdir / "error.log").write_text(traceback.format_exc())
             print(f"(the traceback is in {workdir / 'error.log'})", file=sys.stderr)
+        if isinstance(error, checkpoint.CheckpointError):
+            sys.stderr.flush()
+            os._exit(1)  # at a normal exit Orbax's threads print hundreds of lines about the same failure
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
@@ -50,27 +54,71 @@ def main(argv: Sequence[str]) -> None:
 
 
 def cli() -> None:
-    """Parses flags, names the nearest key of a mistyped one, and runs `main`."""
+    """Parses flags and runs `main`."""
     app.run(main, flags_parser=parse)
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """absl's flag parser with an error that names the nearest config key."""
+    """absl's flag parser; what is wrong with the command line or the config file is said in a line or two."""
     try:
-        return flags.FLAGS(list(argv))
-    except (flags.Error, KeyError, AttributeError, ValueError) as error:
-        asked = [m[1] for a in argv if (m := re.match(r"--?config\.([\w.]+)", a))]
-        from rmjax import config as config_lib
-
-        keys = [key for key, _ in config_lib.flatten(config_lib.defaults())]
-        wrong = [a for a in asked if a not in keys and not a.startswith("model.scratch.")]
-        for key in wrong:
-            near = difflib.get_close_matches(key, keys, 1, 0.5)
-            hint = f"; did you mean --config.{near[0]}?" if near else ""
-            print(f"error: there is no config key {key!r}{hint}", file=sys.stderr)
-        if not wrong:
-            print(f"error: {error.args[0] if error.args else error}", file=sys.stderr)
+        others = flags.FLAGS(list(argv))
+        if others[1:]:
+            raise flags.Error(f"unexpected arguments {others[1:]}; options are written --name=value")
+        if not isinstance(CONFIG.value, ConfigDict) or not WORKDIR.value:
+            raise flags.Error("--config=FILE.py and --workdir=DIRECTORY are required; --help shows commands that run")
+        workdir = Path(WORKDIR.value).expanduser().absolute()
+        if files := [path for path in (workdir, *workdir.parents) if path.is_file()]:
+            raise flags.Error(f"--workdir={WORKDIR.value}: {files[0]} is a file; give a directory")
+        return others
+    except Exception as error:
+        print(f"error: {_explain(error, argv)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _explain(error: Exception, argv: Sequence[str]) -> str:
+    """What is wrong with the config file (flags pass over some of it), else with keys, else what the error says."""
+    path = re.search(r"^--?config[=\n](.*)$", "\n".join(argv), re.MULTILINE)
+    try:
+        config = _load_config(path[1]) if path else config_lib.defaults()
+    except ValueError as problem:
+        return str(problem)
+    keys = [key for key, _ in config_lib.flatten(config)]
+    asked = (re.match(r"--?config\.([\w.]+)", arg) for arg in argv)
+    wrong = [_wrong_key(match[1], keys) for match in asked if match and match[1] not in keys]
+    return "\nerror: ".join(wrong) or str(error.args[0] if error.args else error)
+
+
+def _wrong_key(key: str, keys: Sequence[str]) -> str:
+    if group := [k for k in keys if k.startswith(f"{key}.")]:
+        inner = ", ".join(dict.fromkeys(k.removeprefix(f"{key}.").partition(".")[0] for k in group))
+        return f"--config.{key} is a group of keys ({inner}); give one, e.g. --config.{group[0]}=VALUE"
+    near = difflib.get_close_matches(key, keys, 1)
+    return f"there is no config key {key!r}" + (f"; did you mean --config.{near[0]}?" if near else "")
+
+
+def _load_config(path: str) -> ConfigDict:
+    """Runs a config file, FILE.py or FILE.py:ARGUMENT; a ValueError says what is wrong with it, and in which line."""
+    path, colon, argument = path.partition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"there is no config file {path!r}; looked from {Path.cwd()}")
+    try:
+        config = runpy.run_path(path)["get_config"](*[argument] if colon else [])
+    except Exception as error:
+        lines = [f", line {at.lineno}" for at in traceback.extract_tb(error.__traceback__) if at.filename == path]
+        raise ValueError(f"config file {path}{lines[-1] if lines else ''}: {_failure(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"config file {path}: get_config() returned {type(config).__name__}, expected a ConfigDict")
+    return config
+
+
+def _failure(error: Exception) -> str:
+    """An error in a config file; for a wrong key ml_collections' shows the values of all others."""
+    text = str(error) if str(error) != "'get_config'" else "it defines no get_config()"
+    if near := re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text):
+        return f"there is no key {near[2]!r}; did you mean {near[1]!r}?"
+    if wrong := re.search(r'Key "(.*?)" does not exist and cannot be added.*present: "({})?', text):
+        return f"there is no key {wrong[1]!r}" + ("; set this group whole, to ConfigDict({...})" if wrong[2] else "")
+    return f"{type(error).__name__}: {text}"
 
 
 if __name__ == "__main__":

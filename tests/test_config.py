@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from rmjax import config as config_lib
 from rmjax.config import defaults
@@ -32,6 +33,11 @@ def test_shipped_configs_are_usable_and_documented(path):
     text = module["__doc__"]
     assert f"--config=configs/{path.name}" in text and "Hardware:" in text and "core" in text.lower()
     assert config_lib.differences(config_lib.to_json(config), config_lib.to_json(config)) == []
+
+
+def test_a_config_that_is_not_made_from_the_defaults():
+    with pytest.raises(ValueError, match=r"lacks .*model.init_from.*start from rmjax.config.defaults"):
+        config_lib.check(ConfigDict({"seed": 0}))
 
 
 def test_every_problem_is_named_at_once():
@@ -85,9 +91,59 @@ def test_differences_name_keys_and_both_values():
         ("--config.modle.init_from=x", "did you mean --config.model.init_from?"),
         ("--config.optim.learning_rate=fast", "learning_rate"),
         ("--wrkdir=x", "workdir"),
+        ("--config.model.scratch.hidden=3", "did you mean --config.model.scratch.hidden_size?"),
+        ("--config.optim=3", "--config.optim is a group of keys (b1, b2, "),
+        ("--workdir=README.md", "README.md is a file; give a directory"),
+        ("--workdir=README.md/run", "README.md is a file; give a directory"),
+        ("--workdir=", "--config=FILE.py and --workdir=DIRECTORY are required"),
+        ("stray", "unexpected arguments ['stray']"),
     ],
 )
 def test_mistyped_flags_on_the_command_line(flag, said, tmp_path):
-    command = [sys.executable, "-m", "rmjax.main", "--config=configs/bt_tiny.py", f"--workdir={tmp_path}", flag]
+    assert said in refusal("--config=configs/bt_tiny.py", f"--workdir={tmp_path}", flag)
+
+
+def refusal(*flags):
+    """What the command line says to flags it does not take: one sentence."""
+    command = [sys.executable, "-m", "rmjax.main", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1 and len(done.stderr) < 400
+    return done.stderr
+
+
+SET = "from rmjax.config import defaults\n\ndef get_config():\n    config = defaults()\n    {}\n    return config\n"
+
+
+@pytest.mark.parametrize(
+    "text,said",
+    [
+        (SET.format("config.optim.learning_rte = 1"), ", line 5: there is no key 'learning_rte'; did you mean"),
+        (SET.format("config['optim']['learning_rte'] += 1"), "did you mean 'learning_rate'?\n"),
+        (SET.format("config.model.scratch.width = 1"), "'width'; set this group whole"),
+        (SET.format("config.optim.zzz = 1"), "there is no key 'zzz'\n"),
+        (SET.format("config.seed = 1 / 0"), ", line 5: ZeroDivisionError: division by zero"),
+        (SET.format("config.seed = 'x'"), ", line 5: TypeError"),
+        (SET.format("open('gone.txt')"), ", line 5: FileNotFoundError"),
+        (SET.format("config = config.to_dict()"), "get_config() returned dict"),
+        (SET.format("config = (1"), "SyntaxError: '(' was never closed (my.py, line 5)"),
+        ("x = 1\n", "it defines no get_config()"),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_is_one_sentence(text, said, tmp_path):
+    path = tmp_path / "my.py"
+    path.write_text(text)
+    message = refusal(f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert str(path) in message and said in message
+
+
+def test_a_config_file_that_is_not_there(tmp_path):
+    assert "there is no config file 'gone.py'" in refusal("--config=gone.py", f"--workdir={tmp_path}")
+    assert "there is no config file 'gone.py'" in refusal("--config", "gone.py", "--config.seed=1", "--workdir=x")
+
+
+def test_help_shows_commands_and_no_flags_say_which_are_needed():
+    command = [sys.executable, "-m", "rmjax.main", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "--config=configs/bt_tiny.py --workdir=" in done.stdout and "--[no]dry_run" in done.stdout
+    assert "--config=FILE.py and --workdir=DIRECTORY are required" in refusal()
