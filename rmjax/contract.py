@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rmjax.data.chat import Chat
+from rmjax.data.chat import PROBE, Chat
 from rmjax.data.trees import Tokens
 
-FILE = "reward_contract.json"
+FILE, VERSION = "reward_contract.json", 1
 RULE = (
     "the last token of apply_chat_template(conversation, tokenize=False, add_generation_prompt=False), tokenized "
     "without adding special tokens; nothing is trimmed"
@@ -42,7 +42,7 @@ def make(
     """
     tokenizer = chat.tokenizer
     return {
-        "version": 1,
+        "version": VERSION,
         "scored_token": RULE,
         "template_sha256": template_hash(chat),
         "template_kwargs": chat.template_kwargs,
@@ -60,12 +60,19 @@ def make(
     }
 
 
-def golden_rows(chat: Chat, sequences: Sequence[Tokens], scores: Sequence[float]) -> list[dict[str, Any]]:
-    """Rendered text, token ids and score of each sequence whose text tokenizes back to the same ids."""
-    texts = [chat.tokenizer.decode(s, skip_special_tokens=False) for s in sequences]
-    same = [list(map(int, a)) == list(map(int, b)) for a, b in zip(chat.encode(texts), sequences)] if texts else []
-    rows = zip(texts, sequences, scores, same)
-    return [{"text": t, "token_ids": list(map(int, s)), "score": float(x)} for t, s, x, ok in rows if ok]
+def golden_rows(chat: Chat, sequences: Sequence[Tokens]) -> list[dict[str, Any]]:
+    """Rendered text and token ids of a made-up conversation and of these sequences, without scores.
+
+    The text of a sequence is decoded from its tokens; it is None where it tokenizes to others (some decoders drop
+    spaces, and normalizers change characters).
+    """
+    probe = chat.render(PROBE)
+    rows: list[dict[str, Any]] = [{"text": probe, "token_ids": chat.encode([probe])[0]}]
+    for sequence in sequences:
+        ids = list(map(int, sequence))
+        text = chat.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        rows.append({"text": text if chat.encode([text])[0] == ids else None, "token_ids": ids})
+    return rows
 
 
 def write(directory: Path, terms: dict[str, Any]) -> None:
@@ -74,9 +81,37 @@ def write(directory: Path, terms: dict[str, Any]) -> None:
 
 
 def read(directory: str | Path) -> dict[str, Any] | None:
-    """The contract of an export; None for a directory without one."""
+    """The contract of an export; None for a directory without one.
+
+    Raises:
+        ValueError: it is no JSON, or of another version.
+    """
     path = Path(directory) / FILE
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        terms = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it from the export again") from None
+    if not isinstance(terms, dict) or terms.get("version") != VERSION:
+        found = terms.get("version") if isinstance(terms, dict) else type(terms).__name__
+        raise ValueError(f"{path} is of version {found!r}, this rmjax reads {VERSION}; use the rmjax that wrote it")
+    return terms
+
+
+def template_kwargs(terms: dict[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The contract's template arguments, which `given` may repeat but not change.
+
+    Raises:
+        ValueError: others were given.
+    """
+    agreed = terms["template_kwargs"]
+    if given is not None and dict(given) != agreed:
+        raise ValueError(
+            f"template_kwargs {json.dumps(dict(given))} differ from the score contract's {json.dumps(agreed)}, with "
+            "which the model was trained; leave them out"
+        )
+    return agreed
 
 
 def check(terms: dict[str, Any], chat: Chat) -> None:
@@ -91,7 +126,7 @@ def check(terms: dict[str, Any], chat: Chat) -> None:
     if terms["template_sha256"] != template_hash(chat):
         problems.append("the tokenizer's chat template is not the one it was trained with")
     for number, row in enumerate(terms["golden"]):
-        if list(chat.encode([row["text"]])[0]) != row["token_ids"]:
+        if row["text"] is not None and chat.encode([row["text"]])[0] != row["token_ids"]:
             problems.append(f"golden row {number} is split into other tokens than it was in training")
     if problems:
         raise ValueError(

@@ -1,5 +1,7 @@
 """Writes a Hugging Face directory that transformers, vLLM and SGLang load, with its score contract."""
 
+import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,16 @@ from ml_collections import ConfigDict
 
 from rmjax import contract
 from rmjax.data.cache import Groups
-from rmjax.data.chat import Chat
+from rmjax.data.chat import PROBE, Chat, load_tokenizer
 from rmjax.models import hf
 from rmjax.models.config import ModelConfig
-from rmjax.reward_model import RewardModel, float32_scores
+from rmjax.reward_model import RewardModel
 
 GOLDEN = 4  # responses whose scores the contract keeps
+SAMPLES = (  # where normalizers and splitting rules differ
+    "It's 12345 + 6,789.50 and they'LL don't stop!!!  Two spaces, a\ttab.\r\n\n\n  if a_b == {c: [1]}:\n        d()\n",
+    " résumé re\u0301sume\u0301 ﬁne Ａ½ 日本語のテキスト、한국어 Привет مرحبا 🙂👩‍👩‍👧\u00a0\u200b ",
+)
 
 
 def write(
@@ -28,7 +34,6 @@ def write(
     metrics: Mapping[str, float],
     data: str,
     validation: Groups,
-    mesh: Any,
 ) -> None:
     """Exports parameters with tokenizer and contract; the directory appears whole or not at all.
 
@@ -44,7 +49,6 @@ def write(
         metrics: of the exported step, for the contract.
         data: fingerprint of the training data.
         validation: groups to take golden rows from.
-        mesh: mesh to score them on.
     """
     dtype = config.export.dtype
     if dtype == "auto":
@@ -60,12 +64,50 @@ def write(
 
     def complete(partial: Path) -> None:
         chat.tokenizer.save_pretrained(partial)
-        golden = golden_sequences(validation)
-        scores = float32_scores(RewardModel.load(partial, dtype="float32", mesh=mesh), golden)
-        contract.write(partial, {**terms, "golden": contract.golden_rows(chat, golden, scores)})
+        golden = contract.golden_rows(chat, golden_sequences(validation))
+        contract.write(partial, {**terms, "golden": golden})  # so that loading replays the tokens
+        scores = RewardModel.load(partial, dtype="float32").score_tokens([r["token_ids"] for r in golden])
+        scored = [{**row, "score": score} for row, score in zip(golden, scores)]
+        contract.write(partial, {**terms, "golden": scored})
 
     pad = chat.tokenizer.pad_token_id
     hf.save(directory, params, values, model, dtype=dtype, pad_token_id=pad, also=complete)
+
+
+def check_tokenizer(chat: Chat, values: Mapping[str, Any]) -> None:
+    """Refuses what could not be exported, before any training.
+
+    transformers picks the tokenizer's class by config.json's model_type as well, and some classes put their own
+    normalization and splitting around any vocabulary: beside a Qwen2 model, every tokenizer becomes Qwen2's. Such an
+    export would not see the tokens that were trained on.
+
+    Args:
+        chat: tokenizer and template that will be trained with.
+        values: Hugging Face config values of the model.
+
+    Raises:
+        ValueError: the tokenizer, saved beside such a config.json and loaded back, gives other tokens; or padding is
+            not to be told from text, since the pad token is missing, is EOS or is one that the template ends with.
+    """
+    tokenizer = chat.tokenizer
+    if tokenizer.pad_token_id in {None, tokenizer.eos_token_id, *chat.closing}:
+        raise ValueError(
+            f"pad token {tokenizer.pad_token!r} is missing, is EOS or ends the chat template, so that transformers "
+            "would score another token than the last; set an unused reserved token as pad_token"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "config.json").write_text(json.dumps(dict(values)))
+        tokenizer.save_pretrained(scratch)
+        again = Chat(load_tokenizer(scratch), template_kwargs=chat.template_kwargs)
+    texts = [chat.render(PROBE), *SAMPLES, "".join(tokenizer.get_added_vocab())]
+    same = again.render(PROBE) == texts[0] and again.tokenizer.pad_token_id == tokenizer.pad_token_id
+    if not same or again.encode(texts) != chat.encode(texts):
+        here, there = type(tokenizer).__name__, type(again.tokenizer).__name__
+        raise ValueError(
+            f"this tokenizer cannot be exported with a {values['model_type']} model: transformers loads it as {there} "
+            f"there and as {here} here, and these give other tokens. Take the tokenizer that belongs to the model "
+            "(leave config.model.tokenizer empty), or a model of another family"
+        )
 
 
 def golden_sequences(groups: Groups) -> list[np.ndarray]:

@@ -1,11 +1,11 @@
 """RewardModel: load a Hugging Face directory and score conversations."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rmjax import contract, sharding
@@ -36,47 +36,66 @@ class Unlabelled:
         return Group(tree, none, none, none, 0.0, "")
 
 
+class BadConversation(ValueError):
+    """A conversation that cannot be scored.
+
+    Attributes:
+        index: its place in the list.
+        detail: what is wrong with it.
+    """
+
+    def __init__(self, index: int, detail: str):
+        super().__init__(f"conversation {index}: {detail}")
+        self.index, self.detail = index, detail
+
+
 class RewardModel:
     """A reward model that scores conversations.
 
     Attributes:
         chat: tokenizer and chat template.
         config: shapes of the model.
+        params: its parameters, sharded over `mesh`.
         contract: the export's score contract; None for a directory that is not ours.
+        dtype: of the computation.
     """
 
     def __init__(self, chat: Chat, config: ModelConfig, params: Any, mesh: Any, dtype: str, terms: dict | None):
         self.chat, self.config, self.params, self.mesh, self.contract = chat, config, params, mesh, terms
-        graph, _ = heads.abstract(config, 1, "float32", dtype)
-
-        def forward(params: Any, batch: Any) -> jax.Array:
-            micro = jax.tree.map(lambda x: x[0], batch)
-            return heads.merge(graph, params)(micro, remat="none")[..., 0]
-
-        self._forward = jax.jit(forward, out_shardings=sharding.named(mesh))
+        self.dtype = dtype
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: str = "auto", mesh: Any = None) -> "RewardModel":
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str = "auto",
+        mesh: Any = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> "RewardModel":
         """Loads a Hugging Face sequence-classification directory (or hub id) of a supported family, ours or not.
 
         Args:
             path: directory or hub id with weights, config.json and tokenizer.
             dtype: of the computation: float32, bfloat16, or auto: float32 on CPUs and bfloat16 elsewhere. Parameters
                 keep float32 with float32, else the computation's dtype.
-            mesh: mesh to put it on; default is all devices on `fsdp`.
+            mesh: mesh to put it on; default is all devices of this process on `fsdp`.
+            template_kwargs: arguments of the chat template, where no score contract says them.
 
         Raises:
-            ValueError: no score head, an unsupported family, weights that do not match the config, or a tokenizer
-                or template other than the score contract's.
+            ValueError: no score head, an unsupported family, weights that do not match the config, a tokenizer
+                without a usable template, or tokenizer, template or arguments other than the score contract's.
         """
         directory = hf.resolve(path)
         config = from_hf(hf.read_config(directory))
         terms = contract.read(directory)
-        chat = Chat(load_tokenizer(directory), template_kwargs=terms["template_kwargs"] if terms else {})
+        if terms:
+            template_kwargs = contract.template_kwargs(terms, template_kwargs)
+        chat = Chat(load_tokenizer(directory), template_kwargs=template_kwargs)
         if terms:
             contract.check(terms, chat)
-        mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
-        dtype = {"auto": "float32" if jax.default_backend() == "cpu" else "bfloat16"}.get(dtype, dtype)
+        mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
+        dtype = heads.compute_dtype(dtype)
         _, shapes = heads.abstract(config, 1, dtype, dtype)
         shardings = sharding.param_shardings(mesh, shapes)
         shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -93,15 +112,18 @@ class RewardModel:
             One float per conversation, in order.
 
         Raises:
-            ValueError: a conversation that cannot be scored; names its place in the list.
+            BadConversation: one that cannot be scored.
         """
         texts, prompts = [], []
-        for number, conversation in enumerate(conversations):
+        for index, conversation in enumerate(conversations):
             try:
                 checked = check_conversation(conversation)
                 texts.append(self.chat.render(checked))
+                texts[-1].encode()
             except BadRow as bad:
-                raise ValueError(f"conversation {number}: {bad.detail}") from None
+                raise BadConversation(index, bad.detail) from None
+            except UnicodeEncodeError as error:  # half of a surrogate pair; tokenizers would stop at it
+                raise BadConversation(index, f"the text is no Unicode: {error.reason}") from None
             prompts.append(checked[:-1])
         return self.score_tokens(self.chat.encode(texts), prompts)
 
@@ -111,9 +133,18 @@ class RewardModel:
         Args:
             sequences: token ids of whole renderings.
             prompts: for each, a value that is equal for neighbours worth putting into one tree; default shares nothing.
+
+        Raises:
+            ValueError: a token that the embedding has no row for, or a sequence without tokens.
         """
         if not sequences:
             return []
+        largest = max(int(max(s, default=0)) for s in sequences)
+        if largest >= self.config.vocab:
+            raise ValueError(
+                f"token {largest} has no row in the model's embedding of {self.config.vocab}; the tokenizer is another "
+                "model's, or has tokens that were added after training"
+            )
         row = LEAST_ROW
         while row < max(len(s) for s in sequences):
             row *= 2
@@ -140,16 +171,27 @@ class RewardModel:
         shape = loader.plan_shape(plan, int(ends.max()), micro_rows=per_device, row_devices=devices)
         shape = loader.rounded(shape)
         source = loader.StepSource(Unlabelled(trees), plan, shape, (0, shape.rows))
-        placed = sharding.named(self.mesh, None, sharding.BATCH)
+        placed = sharding.named(self.mesh, sharding.BATCH)
         with jax.set_mesh(self.mesh):
             for step in range(plan.steps):
                 batch = source[step]
-                raw = self._forward(self.params, {name: jax.device_put(x, placed) for name, x in batch.items()})
+                arrays = {name: jax.device_put(x[0], placed) for name, x in batch.items()}
+                raw = _forward(self.params, arrays, config=self.config, dtype=self.dtype, out=sharding.named(self.mesh))
                 yield (
                     plan.rows(step),
                     {name: x[0] for name, x in batch.items()},
                     np.asarray(jax.device_get(raw)),
                 )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "out"))
+def _forward(params: Any, batch: Any, *, config: ModelConfig, dtype: str, out: jax.sharding.Sharding) -> jax.Array:
+    """Scores [B, E] of a batch; models of one config share what is compiled."""
+    graph, _ = heads.abstract(config, 1, dtype, dtype)
+    # Accelerators round float32 products to TF32 or bfloat16 unless told otherwise.
+    with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+        scores = heads.merge(graph, params)(batch, remat="none")[..., 0]
+    return jax.lax.with_sharding_constraint(scores, out)
 
 
 def _runs(sequences: Sequence[Tokens], prompts: Sequence[Any] | None, row: int) -> list[list[int]]:
@@ -167,8 +209,22 @@ def _runs(sequences: Sequence[Tokens], prompts: Sequence[Any] | None, row: int) 
     return runs
 
 
-def float32_scores(model: RewardModel, sequences: Sequence[Tokens]) -> list[float]:
-    """Scores token sequences with parameters and computation in float32, whatever the model computes in."""
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
-    exact = RewardModel(model.chat, model.config, params, model.mesh, "float32", model.contract)
-    return exact.score_tokens(sequences)
+def load_checked(
+    path: str | Path, *, dtype: str = "auto", template_kwargs: Mapping[str, Any] | None = None
+) -> RewardModel:
+    """Like RewardModel.load, but first replays the golden rows of the score contract, if there is one, in float32.
+
+    Raises:
+        ValueError: as RewardModel.load, or a golden row has another score than in its contract.
+    """
+    directory = hf.resolve(path)
+    load = functools.partial(RewardModel.load, directory, template_kwargs=template_kwargs)
+    terms = contract.read(directory)
+    if terms is None:
+        return load(dtype=dtype)
+    model = load(dtype="float32")
+    contract.check_scores(terms, model.score_tokens([row["token_ids"] for row in terms["golden"]]))
+    if heads.compute_dtype(dtype) != "float32":
+        del model  # makes room
+        model = load(dtype=dtype)
+    return model

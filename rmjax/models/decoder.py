@@ -203,6 +203,23 @@ class Decoder(nnx.Module):
         return None, jnp.array([NO_WINDOW if window is None else window for window in windows], jnp.int32)
 
 
+def saved_names(remat: str) -> tuple[str, ...]:
+    """The names that a remat policy saves, as they are in the layers; none for `none` and `full`.
+
+    Raises:
+        ValueError: `remat` names an unknown activation.
+    """
+    if remat in ("none", "full"):
+        return ()
+    names = [name.strip() for name in remat.split(",")]
+    if unknown := [name for name in names if name not in SAVED]:
+        raise ValueError(
+            f"remat {remat!r} names {', '.join(map(repr, unknown))}; "
+            f"expected 'none', 'full' or a comma separated list of {', '.join(SAVED)}"
+        )
+    return tuple(saved for name in names for saved in SAVED[name])
+
+
 def rematerialized(function: Any, remat: str, *, prevent_cse: bool) -> Any:
     """Wraps a layer so that its backward recomputes what `remat` (see Decoder.__call__) does not save.
 
@@ -211,13 +228,5 @@ def rematerialized(function: Any, remat: str, *, prevent_cse: bool) -> Any:
     """
     if remat == "none":
         return function
-    if remat == "full":
-        return jax.checkpoint(function, prevent_cse=prevent_cse)
-    names = [name.strip() for name in remat.split(",")]
-    if unknown := [name for name in names if name not in SAVED]:
-        raise ValueError(
-            f"remat {remat!r} names {', '.join(map(repr, unknown))}; "
-            f"expected 'none', 'full' or a comma separated list of {', '.join(SAVED)}"
-        )
-    policy = jax.checkpoint_policies.save_only_these_names(*(saved for name in names for saved in SAVED[name]))
-    return jax.checkpoint(function, policy=policy, prevent_cse=prevent_cse)
+    policy = jax.checkpoint_policies.save_only_these_names(*saved_names(remat))
+    return jax.checkpoint(function, policy=policy if remat != "full" else None, prevent_cse=prevent_cse)

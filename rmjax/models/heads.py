@@ -72,6 +72,12 @@ class Scorer(nnx.Module):
         return jnp.where(end_BE1 >= 0, self.score(self.decoder.norm(x_BED)), 0.0)
 
 
+def compute_dtype(dtype: str) -> str:
+    """What `auto` stands for here: float32 on CPUs and bfloat16 elsewhere."""
+    automatic = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return automatic if dtype == "auto" else dtype
+
+
 def abstract(
     config: ModelConfig,
     outputs: int,

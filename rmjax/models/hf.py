@@ -400,6 +400,9 @@ def _atomic_directory(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    if (partial / "config.json").is_file():  # safetensors gives its files to their owner alone
+        for file in partial.iterdir():
+            file.chmod((partial / "config.json").stat().st_mode)
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
