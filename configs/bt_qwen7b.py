@@ -3,7 +3,7 @@ r"""Bradley-Terry from Qwen2.5-7B-Instruct on Skywork-Reward-Preference-80K-v0.2
     python -m rmjax.main --config=configs/bt_qwen7b.py --workdir=runs/qwen7b
     ... --config.model.init_from=/models/Qwen2.5-7B-Instruct --config.data.train='/data/skywork/*.parquet'
 
-Hardware: 8 accelerators of 80 GB or more; parameters, gradients and moments are float32 (16 bytes a parameter, 15 GB
+Hardware: 8 accelerators of 80 GB or more; parameters, gradients and moments are float32 (16 bytes a parameter, 14 GB
 a device).
 Hours (an estimate from FLOPs, not measured): 80,000 pairs x about 1,200 tokens x 8 x 6.5e9 (full recompute) is 5e18;
 at 40 % of 8 x 989 TFLOP/s half an hour on 8 H100; with start-up, evaluation and saving about one.

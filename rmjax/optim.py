@@ -1,5 +1,6 @@
 """The optimizer: an optax chain, learning-rate schedules, and regex lists that decide it per parameter."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,8 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
     """AdamW up to the learning rate, which the step multiplies in: updates are to be subtracted times the rate.
 
     Clip by global norm, Adam, decoupled weight decay where `decays` says, per-parameter factors; frozen parameters have
-    neither update nor state. Loshchilov and Hutter 2019, arXiv:1711.05101.
+    no state, and their update is their gradient, which `trainable` has made 0.
+    Loshchilov and Hutter 2019, arXiv:1711.05101.
 
     Args:
         config: `config.optim`.
@@ -74,13 +76,7 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
     )
     frozen = by_rules(config.freezes, "freezes")
     trained = lambda tree: jax.tree.map(lambda f: not f, frozen(tree))
-    return optax.chain(optax.masked(optax.set_to_zero(), frozen), optax.masked(chain, trained))
-
-
-def trainable(config: ConfigDict, grads: Any) -> Any:
-    """Gradients with those of frozen parameters set to 0, so that XLA never computes them."""
-    frozen = by_rules(config.freezes, "freezes")(grads)
-    return jax.tree.map(lambda g, f: jnp.zeros_like(g) if f else g, grads, frozen)
+    return optax.masked(chain, trained)
 
 
 def state_shardings(state: Any, params_shardings: Any, replicated: Any) -> Any:
@@ -99,3 +95,31 @@ def state_shardings(state: Any, params_shardings: Any, replicated: Any) -> Any:
         return next((known[name] for name in names if name in known and leaf.ndim), replicated)
 
     return jax.tree_util.tree_map_with_path(one, state)
+
+
+def trainable(config: ConfigDict, grads: Any) -> Any:
+    """Gradients with those of frozen parameters set to 0, so that XLA never computes them."""
+    frozen = by_rules(config.freezes, "freezes")(grads)
+    return jax.tree.map(lambda g, f: jnp.zeros_like(g) if f else g, grads, frozen)
+
+
+def check(config: ConfigDict, shapes: Any) -> None:
+    """Refuses regex lists that do not fit the model's parameters.
+
+    Raises:
+        ValueError: a parameter that no rule covers, a rule that no parameter reaches (a last ".*" may), or nothing
+            left to train.
+    """
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    for key in ("decays", "freezes", "lr_factors"):
+        rules = config[key]
+        reached = {next((i for i, (p, _) in enumerate(rules) if re.fullmatch(p, name)), None) for name in names}
+        by_rules(rules, key)(shapes)
+        idle = [p for i, (p, _) in enumerate(rules) if i not in reached and p != ".*"]
+        if idle:
+            raise ValueError(
+                f"config.optim.{key}: no parameter is decided by {', '.join(map(repr, idle))}; the first match wins, "
+                f"and the parameters are {', '.join(names)}"
+            )
+    if all(jax.tree.leaves(by_rules(config.freezes, "freezes")(shapes))):
+        raise ValueError("config.optim.freezes freezes every parameter; nothing would be trained")

@@ -1,6 +1,7 @@
 """What a run is made of, before its first step: groups, plans and batch shapes, and the model's first parameters."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from rmjax import config as config_lib
-from rmjax.data import cache, loader, packing, synthetic
+from rmjax.data import cache, loader, packing, sources, synthetic
 from rmjax.data.chat import Chat, load_tokenizer
 from rmjax.data.loader import Shape
 from rmjax.data.packing import Plan
@@ -25,6 +26,18 @@ class Split:
     groups: cache.Groups
     plan: Plan
     shape: Shape
+
+
+def check_sources(config: ConfigDict) -> None:
+    """Finds out whether the data is there, before a model is downloaded for it.
+
+    Raises:
+        FileNotFoundError: a source that is not there.
+        ValueError: one that is of no known kind.
+    """
+    for spec in filter(None, (config.data.train, config.data.validation)):
+        for item in sources.split_spec(spec):
+            sources.parts(item)
 
 
 def open_chat(config: ConfigDict, workdir: Path) -> Chat:
@@ -75,20 +88,24 @@ def plan_training(config: ConfigDict, groups: cache.Groups, row_devices: int, mi
         epochs=epochs,
         seed=config.seed,
     )
-    plan = make(1)
-    steps = steps_in(config.duration, plan)
-    while plan.steps < steps:
-        plan = make(max(len(plan.epoch_steps) + 1, round(steps / plan.epoch_steps[0])))
     amount, unit = config_lib.parse_duration(config.duration)
-    if not (unit == "epoch" and amount == len(plan.epoch_steps)):  # whole epochs end where the last of them ends
+    if unit == "epoch" and amount == int(amount):
+        plan = make(int(amount))  # epochs differ by a step or two, so whole ones are not counted in steps
+    else:
+        plan = make(1)
+        steps = steps_in(config.duration, plan)
+        while plan.steps < steps:
+            plan = make(max(len(plan.epoch_steps) + 1, round(steps / plan.steps_per_epoch)))
         plan = plan.first(steps)
     k = int(groups.responses.max())
     return Split(groups, plan, loader.plan_shape(plan, k, micro_rows=micro_rows, row_devices=row_devices))
 
 
-def plan_evaluation(config: ConfigDict, groups: cache.Groups, row_devices: int, micro_rows: int) -> Split:
-    """Plans one pass over the groups in which each stands exactly once."""
-    plan = packing.make_plan(
+def plan_evaluations(
+    config: ConfigDict, sets: Mapping[str, cache.Groups], row_devices: int, micro_rows: int
+) -> dict[str, Split]:
+    """Plans one pass over each set in which every group stands exactly once; all have batches of one shape."""
+    make = lambda groups: packing.make_plan(
         groups.lengths,
         groups.ends,
         row_tokens=config.plan.row_tokens,
@@ -96,17 +113,21 @@ def plan_evaluation(config: ConfigDict, groups: cache.Groups, row_devices: int, 
         window=config.plan.window,
         seed=None,
     )
-    k = int(groups.responses.max())
-    return Split(groups, plan, loader.plan_shape(plan, k, micro_rows=micro_rows, row_devices=row_devices))
+    plans = {name: make(groups) for name, groups in sets.items()}
+    shapes = [
+        loader.plan_shape(plans[name], int(groups.responses.max()), micro_rows=micro_rows, row_devices=row_devices)
+        for name, groups in sets.items()
+    ]
+    most = {field: max(getattr(s, field) for s in shapes) for field in ("micro", "rows", "groups", "ends", "responses")}
+    shape = dataclasses.replace(shapes[0], **most)
+    return {name: Split(sets[name], plan, shape) for name, plan in plans.items()}
 
 
-def steps_in(duration: str, plan: Plan, total: int = 0) -> int:
-    """A duration in steps of this plan; at least 1."""
-    per_epoch = plan.epoch_steps[0]
-    return max(
-        1,
-        config_lib.steps_of(duration, steps_per_epoch=per_epoch, groups_per_step=plan.groups_per_step, total=total),
-    )
+def steps_in(duration: str, plan: Plan, least: int = 1) -> int:
+    """A duration in steps of this plan; "%" is of all its steps."""
+    per_epoch, per_step = plan.steps_per_epoch, plan.groups_per_step
+    steps = config_lib.steps_of(duration, steps_per_epoch=per_epoch, groups_per_step=per_step, total=plan.steps)
+    return max(least, steps)
 
 
 def describe_plan(split: Split) -> list[str]:
@@ -122,12 +143,6 @@ def describe_plan(split: Split) -> list[str]:
     ]
 
 
-def compute_dtype(config: ConfigDict) -> str:
-    """float32 on CPUs and bfloat16 elsewhere, unless the config says."""
-    automatic = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return automatic if config.model.compute_dtype == "auto" else config.model.compute_dtype
-
-
 def micro_batch_rows(config: ConfigDict, model: ModelConfig, state_bytes: float) -> int:
     """Rows per device in a micro-batch: the config's, or as many as an estimate of the activations allows.
 
@@ -139,7 +154,7 @@ def micro_batch_rows(config: ConfigDict, model: ModelConfig, state_bytes: float)
     if config.plan.micro_rows:
         return config.plan.micro_rows
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 4 * 2**30)
-    size = jnp.dtype(compute_dtype(config)).itemsize
+    size = jnp.dtype(heads.compute_dtype(config.model.compute_dtype)).itemsize
     layer = 6 * model.width + 3 * model.mlp + 2 * (model.heads + model.kv_heads) * model.head_dim
     kept = layer if config.model.remat == "none" else model.width  # numbers per token and layer
     per_token = size * (model.layers * kept + 2 * layer)
@@ -156,6 +171,19 @@ def model_values(config: ConfigDict, vocabulary: int) -> dict[str, Any]:
         values = hf.read_config(hf.resolve(config.model.init_from))
     else:
         values = {"vocab_size": vocabulary, **config.model.scratch.to_dict()}
+    longest, positions = config.data.max_length or config.plan.row_tokens, values.get("max_position_embeddings")
+    if positions and longest > positions:
+        logging.warning(
+            "conversations of up to %d tokens are let in (config.data.max_length), the model knows %d positions; "
+            "servers will refuse longer ones",
+            longest,
+            positions,
+        )
+    if config.model.param_dtype == "bfloat16":
+        logging.warning(
+            "config.model.param_dtype=bfloat16: updates smaller than 0.2 % of a parameter are rounded away, and Adam's "
+            "second moment is bfloat16 too; float32 is safe"
+        )
     if values.get("vocab_size", vocabulary) < vocabulary:
         raise ValueError(f"the tokenizer has {vocabulary} ids but the model's embedding {values['vocab_size']}")
     return values

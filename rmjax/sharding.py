@@ -107,3 +107,13 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Puts shardings on a tree of shapes."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of a tree of shapes with shardings on one device."""
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -24,17 +24,18 @@ from rmjax.data.chat import Chat, set_pad_token
 from rmjax.data.loader import Shape
 from rmjax.data.packing import Plan
 from rmjax.models import config as model_config
-from rmjax.models import heads, hf
+from rmjax.models import decoder, heads, hf
 from rmjax.models.config import ModelConfig
 from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.sums import Sums
 from rmjax.prepare import Split
 from rmjax.writers import Progress, Writers
 
-# Keys that may differ between the runs that share a workdir: they change no number.
-FREE_KEYS = ("config.log.", "config.mesh.", "config.plan.micro_rows", "config.data.workers", "config.data.cache_dir")
-
-
+# Keys that may differ between the runs that share a workdir: they change no number by more than rounding.
+FREE_KEYS = tuple(
+    f"config.{key}"
+    for key in ("mesh.", "plan.micro_rows", "data.workers", "data.cache_dir", "log.tensorboard", "log.wandb", "export.")
+)
 SHOWN = ("loss", "accuracy", "learning_rate")  # on the progress line
 
 
@@ -47,45 +48,30 @@ class NonFiniteError(RuntimeError):
 # ----------------------------------------------------------------------------------------------------
 
 
-def open_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Creates the workdir, or makes sure that it holds this very run; saves the resolved config.
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Makes sure that the workdir holds this very run, or none: a run is there once it has saved a checkpoint.
 
     Raises:
         ValueError: the workdir holds a run of another config; names the keys.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    path, text = workdir / "config.json", config_lib.to_json(config)
-    if path.exists():
-        changed = [d for d in config_lib.differences(path.read_text(), text) if not d.startswith(FREE_KEYS)]
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run of another config; choose another --workdir, or undo:\n  "
-                + "\n  ".join(changed)
-            )
+    path, checkpoints = workdir / "config.json", workdir / "checkpoints"
+    if not path.exists() or not checkpoints.is_dir() or not any(checkpoints.iterdir()):
+        return
+    changed = config_lib.differences(path.read_text(), config_lib.to_json(config))
+    changed = [d for d in changed if not d.startswith(FREE_KEYS)]
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a run of another config; choose another --workdir, or undo:\n  " + "\n  ".join(changed)
+        )
+
+
+def save_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes the resolved config into the workdir, whole."""
+    path = workdir / "config.json"
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(text)
+    scratch.write_text(config_lib.to_json(config))
     scratch.replace(path)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Model and optimizer
-# ----------------------------------------------------------------------------------------------------
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Bytes of a tree of shapes with shardings on one device."""
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Puts shardings on a tree of shapes."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-def abstract_batch(shape: Shape, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a step's batch."""
-    placed = sharding.named(mesh, None, sharding.BATCH)
-    return {n: jax.ShapeDtypeStruct((shape.micro, *s), d, sharding=placed) for n, (s, d) in shape.fields().items()}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -107,16 +93,17 @@ def accumulate(loss: Callable[[Any, Any], Sums], params: Any, batch: Any) -> tup
         grads, sums = jax.grad(numerator, has_aux=True)(params)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
-    first, rest = jax.tree.map(lambda x: x[0], batch), jax.tree.map(lambda x: x[1:], batch)
-    carry = one(first)
-    if jax.tree.leaves(rest)[0].shape[0] == 0:
-        return carry
+    first = jax.tree.map(lambda x: x[0], batch)
+    if jax.tree.leaves(batch)[0].shape[0] == 1:
+        return one(first)
+    grads, sums = jax.eval_shape(one, first)
+    start = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), grads), sums_lib.nothing(sums)
 
     def body(carry: tuple[Any, Sums], micro: Any) -> tuple[tuple[Any, Sums], None]:
         grads, sums = one(micro)
         return (jax.tree.map(jnp.add, carry[0], grads), sums_lib.add(carry[1], sums)), None
 
-    return jax.lax.scan(body, carry, rest)[0]
+    return jax.lax.scan(body, start, batch)[0]
 
 
 def train_step(
@@ -177,10 +164,7 @@ def build_program(
 ) -> Program:
     """Builds the jitted step and evaluation; `params` are shapes with shardings."""
     tx = optim.make(config.optim)
-    warmup, decay = (
-        config_lib.steps_of(d, steps_per_epoch=plan.epoch_steps[0], groups_per_step=plan.groups_per_step, total=total)
-        for d in (config.optim.warmup, config.optim.decay)
-    )
+    warmup, decay = (prepare.steps_in(d, plan, least=0) for d in (config.optim.warmup, config.optim.decay))
     rate = optim.schedule(config.optim, total, warmup, decay)
     loss = lambda p, b: loss_sums(p, b, graph, objective, config)
     replicated = sharding.named(mesh)
@@ -188,11 +172,11 @@ def build_program(
     params_shardings = jax.tree.map(lambda x: x.sharding, params)
     shardings = {"params": params_shardings, "opt": optim.state_shardings(opt, params_shardings, replicated)}
     step = lambda state, batch, n: train_step(state, batch, n, loss=loss, tx=tx, rate=rate, config=config)
-    evaluate = lambda p, batch: jax.lax.stop_gradient(loss(p, jax.tree.map(lambda x: x[0], batch)))
+    evaluate = lambda p, batch: loss(p, jax.tree.map(lambda x: x[0], batch))
     if not config.debug:
         step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
         evaluate = jax.jit(evaluate, out_shardings=replicated)
-    state = with_shardings({"params": params, "opt": opt}, shardings)
+    state = sharding.with_shardings({"params": params, "opt": opt}, shardings)
     return Program(step, evaluate, state, shardings)
 
 
@@ -206,7 +190,7 @@ class Host:
     """What the run remembers beside its arrays; saved with each checkpoint, so that a resumed run writes equal lines.
 
     Attributes:
-        data: fingerprint of the training data; resuming with other data is refused.
+        data: fingerprints of training and validation data; resuming with others is refused.
         window: sums since the last training line of the metrics.
         best: best value of checkpoint.metric so far.
         waits: evaluations since then.
@@ -267,7 +251,7 @@ class Run:
 
     def every(self, duration: str) -> int:
         """A duration of the config in steps."""
-        return prepare.steps_in(duration, self.train.plan, self.train.plan.steps)
+        return prepare.steps_in(duration, self.train.plan)
 
     def evaluate(self, state: dict[str, Any], step: int) -> dict[str, float]:
         """Evaluates every split and writes one line."""
@@ -306,10 +290,14 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
     """Trains from step `start` to the end of the plan or an early stop; returns the number of steps done."""
     config, plan = run.config, run.train.plan
     log_every, eval_every = run.every(config.log.every), run.every(config.eval.every)
-    save_every = run.every(config.checkpoint.every) if config.checkpoint.every else eval_every
+    save_every = run.every(config.checkpoint.every or config.eval.every)
     progress = Progress(plan.steps, start)
     if start == 0:
-        progress.note(f"before training: {in_words(run.evaluate(state, 0))}")
+        before = run.evaluate(state, 0)
+        if config.checkpoint.metric not in before:
+            names = ", ".join(sorted(before))
+            raise ValueError(f"config.checkpoint.metric={config.checkpoint.metric!r} is not measured; there is {names}")
+        progress.note(f"before training: {in_words(before)}")
     rows = sharding.named(run.mesh, sharding.BATCH)
     ahead = loader.batches(run.train.groups, plan, run.train.shape, rows, start)
     batch = next(ahead, None)
@@ -339,11 +327,13 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
             values = run.evaluate(state, done)
             progress.note(f"step {done}: {in_words(values)}")
             host.judge(values.get(config.checkpoint.metric), config.checkpoint.mode, config.checkpoint.patience)
-        if done % save_every == 0 or last or host.stopped:
+            if host.stopped and host.window:
+                run.write_window(host, done)
+        if done % save_every == 0 or values is not None:
             run.checkpointer.save(done, state, host.to_json(), values)
     if host.stopped:
         progress.note(
-            f"stopped early: {config.checkpoint.metric} has not risen above {host.best} for {host.waits} evaluations"
+            f"stopped early: {config.checkpoint.metric} has not improved on {host.best} for {host.waits} evaluations"
         )
     progress.close()
     run.checkpointer.wait()
@@ -380,16 +370,23 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
     objective = objectives.make(config.objective)
     mesh = sharding.make_mesh(config.mesh)
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    open_workdir(config, workdir)
+    check_workdir(config, workdir)
+    if dry_run and config.debug:
+        raise ValueError("config.debug compiles nothing, so there is nothing for --dry_run to show; leave one out")
+    prepare.check_sources(config)
 
     chat = prepare.open_chat(config, workdir)
     values = prepare.model_values(config, len(chat.tokenizer))
     pad, changed = set_pad_token(chat, values["vocab_size"])
     if changed:
         print(f"pad token: {chat.tokenizer.pad_token!r} ({pad}), because the tokenizer's could be mistaken for text")
+    export.check_tokenizer(chat, values)
     model = model_config.from_hf(values)
-    graph, shapes = heads.abstract(model, objective.outputs, config.model.param_dtype, prepare.compute_dtype(config))
-    shapes = with_shardings(shapes, sharding.param_shardings(mesh, shapes))
+    dtype = heads.compute_dtype(config.model.compute_dtype)
+    graph, shapes = heads.abstract(model, objective.outputs, config.model.param_dtype, dtype)
+    shapes = sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
+    optim.check(config.optim, shapes)
+    decoder.saved_names(config.model.remat)
     if config.model.init_from:
         hf.check(hf.resolve(config.model.init_from), shapes, model)
     print(parameter_overview.get_parameter_overview(shapes, include_stats="sharding" if dry_run else False))
@@ -397,17 +394,18 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
     train_groups, validation_groups = prepare.read_groups(config, chat)
     lines = audit.lines(train_groups, validation_groups)
     print("\n".join(lines), flush=True)
-    micro_rows = prepare.micro_batch_rows(config, model, 5 * bytes_per_device(shapes))
+    micro_rows = prepare.micro_batch_rows(config, model, 5 * sharding.bytes_per_device(shapes))
     train = prepare.plan_training(config, train_groups, row_devices, micro_rows)
-    plan_eval = lambda groups: prepare.plan_evaluation(config, groups, row_devices, micro_rows)
-    evaluations = {"validation": plan_eval(validation_groups)}
+    sets = {"validation": validation_groups}
     if config.eval.train_groups:
-        evaluations["train_slice"] = plan_eval(train_groups.sample(config.eval.train_groups, config.seed))
+        sets["train_slice"] = train_groups.sample(config.eval.train_groups, config.seed)
+    evaluations = prepare.plan_evaluations(config, sets, row_devices, micro_rows)
     print("\n".join(prepare.describe_plan(train)), flush=True)
 
     program = build_program(config, graph, objective, shapes, mesh, train.plan.steps, train.plan)
     if dry_run:
-        print("\n".join(compiled_memory(program, train.shape, mesh)))
+        with jax.set_mesh(mesh):
+            print("\n".join(compiled_memory(program, train.shape, mesh)))
         return
 
     checkpointer = Checkpointer(
@@ -417,11 +415,14 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
         metric=config.checkpoint.metric,
         mode=config.checkpoint.mode,
     )
+    save_config(config, workdir)
     with jax.set_mesh(mesh), contextlib.closing(checkpointer):
-        state, host, start = restore_or_init(config, checkpointer, program, model, train_groups.fingerprint)
+        data = f"{train_groups.fingerprint} {validation_groups.fingerprint}"
+        state, host, start = restore_or_init(config, checkpointer, program, model, data)
         with contextlib.closing(Writers.open(workdir, config, start)) as writers:
             job = Run(config, mesh, objective, program, train, evaluations, checkpointer, writers)
             last = loop(job, state, host, start)
+        del state  # makes room for the export
         finish(job, workdir, model, values, chat, last)
 
 
@@ -439,7 +440,7 @@ def restore_or_init(
         host = Host.from_json(values)
         if host.data != data:
             raise ValueError(
-                "the training data, its template or the tokenizer changed since the checkpoint was made; "
+                "the data, the chat template or the tokenizer changed since the checkpoint was made; "
                 "choose another --workdir, or put them back"
             )
         print(f"continuing from step {start}", flush=True)
@@ -455,15 +456,16 @@ def restore_or_init(
 def compiled_memory(program: Program, shape: Shape, mesh: jax.sharding.Mesh) -> list[str]:
     """Compiles the step for the devices that are here; says what it needs on each."""
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.named(mesh))
+    rows = sharding.named(mesh, sharding.BATCH)
     start = time.perf_counter()
-    compiled = program.step.lower(program.state, abstract_batch(shape, mesh), number).compile()
+    compiled = program.step.lower(program.state, loader.abstract_batch(shape, rows), number).compile()
     seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
-    gib = lambda n: f"{n / 2**30:.2f} GiB"
+    size = lambda n: f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     return [
         f"mesh: {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())} on {mesh.devices.size} devices",
-        f"step: compiled in {seconds:.1f} s; per device {gib(arguments)} of parameters, optimizer state and batch, "
-        f"{gib(temporary)} of temporaries, {gib(arguments + temporary)} together",
+        f"step: compiled in {seconds:.1f} s; per device {size(arguments)} of parameters, optimizer state and batch, "
+        f"{size(temporary)} of temporaries, {size(arguments + temporary)} together",
     ]
 
 
@@ -489,7 +491,6 @@ def finish(run: Run, workdir: Path, model: ModelConfig, values: dict[str, Any], 
         metrics=metrics,
         data=run.train.groups.fingerprint,
         validation=run.evaluations["validation"].groups,
-        mesh=run.mesh,
     )
     tensorboard = f" and {workdir / 'tensorboard'}" if run.config.log.tensorboard else ""
     print(

@@ -82,7 +82,7 @@ def run(c, steps=5, lr=0.1):
 
     @jax.jit
     def update(p, state, grads):
-        updates, state = tx.update(grads, state, p)
+        updates, state = tx.update(optim.trainable(c, grads), state, p)
         return jax.tree.map(lambda x, u: x - lr * u, p, updates), state
 
     for step in range(steps):
@@ -138,3 +138,11 @@ def test_state_is_sharded_as_its_parameters():
     moments = {k: v for k, v in got.items() if v != "replicated"}
     assert len(moments) == 2 * len(names) and all(k.endswith(str(v)) for k, v in moments.items())
     assert any(v == "replicated" for v in got.values())
+
+
+def test_rules_that_do_not_fit_the_model_are_refused():
+    with pytest.raises(ValueError, match=r"no parameter is decided by '\.\*embd\.\*'"):
+        optim.check(config(freezes=((r".*embd.*", True), (r".*", False))), params())
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        optim.check(config(freezes=((r".*", True),)), params())
+    optim.check(config(), params())

@@ -87,7 +87,7 @@ def finished(tmp_path_factory, cache_dir):
 
 def test_prints_what_a_user_needs(finished):
     workdir, output = finished
-    for part in ("decoder/embed/embedding", "Total:", "plan:", "validation", "pairs/s", "left", "step "):
+    for part in ("decoder/embed/embedding", "Total:", "plan:", "validation", "pairs/s", "elapsed", "step "):
         assert part in output, part
     for name in ("export", "checkpoints", "metrics.jsonl"):
         assert str(workdir / name) in output and (workdir / name).exists()
@@ -114,7 +114,7 @@ def program_pieces(config, micro_rows):
     model = model_config.from_hf({"vocab_size": 768, **config.model.scratch.to_dict()})
     graph, shapes = heads.abstract(model, 1)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    shapes = train.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
+    shapes = sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
     objective = objectives.make(config.objective)
     params = heads.init(model, 1, seed=0)
     loss = lambda p, b: train.loss_sums(p, b, graph, objective, config)
@@ -154,7 +154,7 @@ def test_evaluation_does_not_depend_on_the_batch_shape(cache_dir, tmp_path):  # 
     values = []
     for micro_rows, row_tokens in ((1, 256), (3, 256), (2, 512)):
         config.plan.row_tokens = row_tokens
-        split = prepare.plan_evaluation(config, validation, 1, micro_rows)
+        split = prepare.plan_evaluations(config, {"v": validation}, 1, micro_rows)["v"]
         values.append(train.evaluate(program, params, split, objective, mesh))
     for other in values[1:]:
         assert other["pairs"] == values[0]["pairs"] == len(validation)
@@ -196,9 +196,6 @@ def test_head_is_replicated_and_specs_come_from_the_rules():  # NUMERICS 22 and 
         }
     )
     _, shapes = heads.abstract(model, 1)
-    specs = {}
-    for pattern, spec in sharding.RULES:
-        specs[pattern] = spec
     assert sharding.first_match(sharding.RULES, "score/kernel", "sharding") == jax.sharding.PartitionSpec()
     names = [sharding.path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     assert all(sharding.first_match(sharding.RULES, name, "sharding") is not None for name in names)
@@ -315,7 +312,7 @@ def test_a_workdir_of_another_config_is_refused(finished, cache_dir):
     workdir, _ = finished
     with pytest.raises(ValueError, match=r"another config(.|\n)*config.optim.learning_rate: .* before, 0.5 now"):
         train.run(small(cache_dir, optim__learning_rate=0.5), workdir)
-    train.open_workdir(small(cache_dir, log__every="1 steps", mesh__fsdp=1), workdir)  # these change no number
+    train.check_workdir(small(cache_dir, log__tensorboard=True, mesh__fsdp=1), workdir)  # these change no number
 
 
 def test_other_data_under_a_run_is_refused(finished, tmp_path, cache_dir):
@@ -324,7 +321,7 @@ def test_other_data_under_a_run_is_refused(finished, tmp_path, cache_dir):
     config = json.loads((workdir / "config.json").read_text())
     config["data"]["train"] = "synthetic://pairs?n=161&seed=0"
     (workdir / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="training data, its template or the tokenizer changed"):
+    with pytest.raises(ValueError, match="the data, the chat template or the tokenizer changed"):
         train.run(small(cache_dir, data__train="synthetic://pairs?n=161&seed=0"), workdir)
 
 
@@ -337,7 +334,7 @@ def test_not_finite_stops_with_step_rows_and_checkpoint(tmp_path, cache_dir):  #
 
 
 def test_not_finite_steps_can_be_skipped_and_are_counted(tmp_path, cache_dir):
-    config = small(cache_dir, optim__learning_rate=1e30, optim__clip_norm=0.0, on_nonfinite="skip")
+    config = small(cache_dir, optim__learning_rate=1e30, optim__clip_norm=0.0, on_nonfinite="skip", duration="6 steps")
     train.run(config, tmp_path)
     assert column(tmp_path, "train/skipped_steps")[-1] > 0
 
@@ -345,9 +342,9 @@ def test_not_finite_steps_can_be_skipped_and_are_counted(tmp_path, cache_dir):
 def test_dry_run_trains_nothing(tmp_path, cache_dir, capsys):
     train.run(small(cache_dir), tmp_path, dry_run=True)
     output = capsys.readouterr().out
-    for part in ("plan:", "groups a step", "full", "sharing", "Total:", "per device", "GiB"):
+    for part in ("plan:", "groups a step", "full", "sharing", "Total:", "per device", "MiB"):
         assert part in output, part
-    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()
+    assert not [name for name in ("checkpoints", "metrics.jsonl", "config.json") if (tmp_path / name).exists()]
 
 
 def test_host_memory_of_a_run_survives_json():
@@ -373,7 +370,8 @@ def test_the_demo_from_start_to_export(tmp_path, cache_dir):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    finish(process, 900)
+    output = finish(process, 900)
+    assert "pairs/s" in output and " left" in output
     accuracy = column(tmp_path, "validation/accuracy")
     assert 0.4 < accuracy[0] < 0.6 and accuracy[-1] > 0.85
     assert (tmp_path / "export" / "model.safetensors").exists()
@@ -387,3 +385,64 @@ def test_the_demo_with_other_seeds(seed, tmp_path, cache_dir):
     train.run(config, tmp_path)
     accuracy = column(tmp_path, "validation/accuracy")
     assert 0.4 < accuracy[0] < 0.6 and accuracy[-1] > 0.85
+
+
+def test_a_metric_that_is_not_measured_is_named_before_training(tmp_path, cache_dir):
+    with pytest.raises(ValueError, match=r"'validation/acuracy' is not measured; there is .*validation/accuracy"):
+        train.run(small(cache_dir, checkpoint__metric="validation/acuracy"), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_start_that_failed_does_not_claim_the_workdir(tmp_path, cache_dir):
+    with pytest.raises(FileNotFoundError, match="nofile"):
+        train.run(small(cache_dir, data__train="nofile.jsonl"), tmp_path)
+    train.check_workdir(small(cache_dir), tmp_path)
+
+
+def test_whole_epochs_show_every_group_equally_often(cache_dir, tmp_path):
+    config = small(cache_dir, duration="3 epochs", plan__window=16)
+    groups, _ = prepare.read_groups(config, prepare.open_chat(config, tmp_path))
+    for count in range(40, 150, 5):
+        split = prepare.plan_training(config, groups.select(range(count)), 1, 4)
+        assert (np.bincount(split.plan.groups) == 3).all()
+
+
+def test_epochs_mean_the_data_not_the_run(cache_dir, tmp_path):
+    config = small(cache_dir, duration="0.5 epochs")
+    groups, _ = prepare.read_groups(config, prepare.open_chat(config, tmp_path))
+    plan = prepare.plan_training(config, groups, 1, 4).plan
+    assert prepare.steps_in("1 epochs", plan) == plan.steps_per_epoch > plan.steps
+    assert prepare.steps_in("50%", plan) == round(plan.steps / 2 + 0.01) and prepare.steps_in("0%", plan, least=0) == 0
+
+
+def test_evaluation_computes_no_more_rows_than_it_has(cache_dir, tmp_path):
+    config = small(cache_dir)
+    _, validation = prepare.read_groups(config, prepare.open_chat(config, tmp_path))
+    split = prepare.plan_evaluations(config, {"v": validation}, 1, 300)["v"]
+    assert split.shape.micro * split.shape.rows == sum(len(split.plan.rows(s)) for s in range(split.plan.steps))
+
+
+def test_the_best_evaluation_is_kept_and_exported_whatever_is_saved_between(tmp_path, cache_dir):
+    config = small(cache_dir, checkpoint__every="3 steps", eval__every="4 steps", optim__learning_rate=0.05)
+    train.run(config, tmp_path)
+    lines = [line for line in metrics(tmp_path) if "validation/accuracy" in line and line["step"] > 0]
+    best = max(lines, key=lambda line: (line["validation/accuracy"], -line["step"]))
+    contract = json.loads((tmp_path / "export" / "reward_contract.json").read_text())
+    assert contract["metrics"]["step"] == best["step"]
+
+
+@pytest.mark.parametrize(
+    "values,said",
+    [
+        ({"model__remat": "foo"}, "remat 'foo'"),
+        ({"duration": "10%"}, "not a share of itself"),
+        ({"eval__every": "0 steps"}, "must be above 0"),
+        ({"checkpoint__keep_best": 0}, "needs config.checkpoint.keep_best"),
+        ({"optim__freezes": ((".*", True),)}, "nothing would be trained"),
+        ({"log__wandb": "project"}, "needs the package wandb"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_data_is_read(values, said, tmp_path, cache_dir, monkeypatch):
+    monkeypatch.setattr(prepare, "read_groups", lambda *_: pytest.fail("the data was read"))
+    with pytest.raises(ValueError, match=said):
+        train.run(small(cache_dir, **values), tmp_path)

@@ -57,7 +57,7 @@ def plan_shape(plan: Plan, responses: int, *, micro_rows: int, row_devices: int)
         micro_rows: rows per device in one micro-batch, at most.
         row_devices: devices that the rows are split over (data x fsdp).
     """
-    per_device = -(-plan.rows_per_step // row_devices)
+    per_device = -(-int(np.diff(plan.step_start).max()) // row_devices)
     micro = -(-per_device // micro_rows)
     rows = -(-per_device // micro) * row_devices
     return Shape(micro, rows, plan.row_tokens, plan.max_groups, plan.max_ends, responses)
@@ -136,6 +136,17 @@ class StepSource:
         return {name: np.stack([batch[name] for batch in micro_batches]) for name in micro_batches[0]}
 
 
+def abstract_batch(shape: Shape, sharding: jax.sharding.NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of the arrays that `batches` yields."""
+    placed = _stacked(sharding)
+    return {n: jax.ShapeDtypeStruct((shape.micro, *s), d, sharding=placed) for n, (s, d) in shape.fields().items()}
+
+
+def _stacked(sharding: jax.sharding.NamedSharding) -> jax.sharding.NamedSharding:
+    """The sharding of [M, B, ...] where that of [B, ...] is given."""
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec))
+
+
 def local_rows(sharding: jax.sharding.NamedSharding, rows: int) -> tuple[int, int]:
     """The range of a batch's rows that this process's devices hold."""
     slices = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values() if index]
@@ -153,8 +164,7 @@ def batches(
     source = StepSource(groups, plan, shape, local_rows(sharding, shape.rows))
     dataset = grain.MapDataset.source(source)[start:]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    spec = jax.sharding.PartitionSpec(None, *sharding.spec)
-    placed = jax.sharding.NamedSharding(sharding.mesh, spec)
+    placed = _stacked(sharding)
     for batch in dataset.to_iter_dataset(options):
         yield {
             name: jax.make_array_from_process_local_data(placed, x, (shape.micro, shape.rows, *x.shape[2:]))

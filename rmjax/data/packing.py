@@ -20,6 +20,7 @@ class Plan:
         row_start: int64 [rows + 1]; where each row's groups begin in `groups`.
         step_start: int64 [steps + 1]; where each step's rows begin.
         epoch_steps: steps of each epoch.
+        steps_per_epoch: steps of the first whole epoch; stays when the plan is cut.
         rows_per_step: rows of a full step; the last of an epoch may have fewer.
         row_tokens: length of a row.
         fill: share of the epoch's slots (the last step's padding rows apart) that hold a token.
@@ -31,6 +32,7 @@ class Plan:
     row_start: np.ndarray
     step_start: np.ndarray
     epoch_steps: tuple[int, ...]
+    steps_per_epoch: int
     rows_per_step: int
     row_tokens: int
     fill: float
@@ -157,6 +159,7 @@ def make_plan(
         row_start=row_start,
         step_start=np.array(step_start, np.int64),
         epoch_steps=tuple(epoch_steps),
+        steps_per_epoch=epoch_steps[0],
         rows_per_step=rows_per_step,
         row_tokens=row_tokens,
         fill=float(lengths[groups].sum() / (len(rows) * row_tokens)),
