@@ -421,7 +421,8 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
         state, host, start = restore_or_init(config, checkpointer, program, model, data)
         with contextlib.closing(Writers.open(workdir, config, start)) as writers:
             job = Run(config, mesh, objective, program, train, evaluations, checkpointer, writers)
-            last = loop(job, state, host, start)
+            with jax.transfer_guard("disallow"):  # nothing goes to or from the devices unless it is asked for
+                last = loop(job, state, host, start)
         del state  # makes room for the export
         finish(job, workdir, model, values, chat, last)
 

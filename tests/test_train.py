@@ -260,13 +260,18 @@ def kill_when(process, ready, timeout=120):
     return False
 
 
-EARLY = {"checkpoint__patience": 3, "duration": "2 epochs", "checkpoint__every": "3 steps"}
+EARLY = {
+    "checkpoint__patience": 1,
+    "optim__learning_rate": 0.05,
+    "duration": "2 epochs",
+    "checkpoint__every": "3 steps",
+}
 
 
 @pytest.mark.slow
 def test_killed_anywhere_and_started_again_equals_uninterrupted(tmp_path, cache_dir):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(launch(whole, cache_dir, **EARLY))
+    assert "stopped early" in finish(launch(whole, cache_dir, **EARLY))
     lines = lambda: (killed / "metrics.jsonl").read_bytes().count(b"\n") if (killed / "metrics.jsonl").exists() else 0
     saving = lambda: any("tmp" in p.name or p.name == "3" for p in (killed / "checkpoints").glob("*"))
     kills = [

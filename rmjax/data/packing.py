@@ -58,7 +58,7 @@ class Plan:
             groups=self.groups[: self.row_start[rows]],
             row_start=self.row_start[: rows + 1],
             step_start=self.step_start[: steps + 1],
-            epoch_steps=tuple(int(min(b, steps) - a) for a, b in itertools.pairwise(epochs) if a < steps),
+            epoch_steps=tuple(min(b, steps) - a for a, b in itertools.pairwise(epochs.tolist()) if a < steps),
         )
 
     def rows(self, step: int) -> list[np.ndarray]:
