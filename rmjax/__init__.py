@@ -1,6 +1,10 @@
 """rmjax: train reward models in JAX/Flax, from a Hugging Face checkpoint to a Hugging Face checkpoint."""
 
+import os
 from typing import Any
+
+# transformers would tell everyone without torch that models are not available; only its tokenizers are used here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
 __all__ = ["RewardModel"]
