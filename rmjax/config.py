@@ -13,9 +13,28 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# The keys of `config.objective` with their defaults; what they mean and may be is in each objective's docstring.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "bradley_terry": {
+        "label_smoothing": 0.0,  # probability that a label is wrong
+        "margin_scale": 0.0,  # margins in the data, times this, are asked of the reward difference; 0 is off
+        "center": 0.0,  # weight of the squared sum of both rewards, which keeps their mean near 0
+        "ties": "skip",  # pairs judged equal: "skip" them (counted), or train them as "half" a win each way
+    },
+}
+METRICS = {"bradley_terry": ("validation/accuracy", "max")}  # what checkpoints are judged by, and which way
 
-def defaults() -> ConfigDict:
-    """Returns the locked config of a Bradley-Terry run; unknown keys are errors from here on."""
+
+def defaults(objective: str = "bradley_terry") -> ConfigDict:
+    """Returns the locked config of a run of this objective; unknown keys are errors from here on.
+
+    Raises:
+        ValueError: an unknown objective.
+    """
+    if objective not in OBJECTIVES:
+        near = difflib.get_close_matches(objective, OBJECTIVES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no objective {objective!r}, only {', '.join(OBJECTIVES)}{hint}")
     config = ConfigDict()
     config.seed = 0
     config.duration = "1 epoch"  # of training
@@ -50,12 +69,7 @@ def defaults() -> ConfigDict:
     plan.window = 2048  # groups packed together; larger is fuller, smaller is more random
     plan.micro_rows = 0  # rows per device in one micro-batch; 0 derives them from an estimate of memory
 
-    config.objective = objective = ConfigDict()
-    objective.name = "bradley_terry"
-    objective.label_smoothing = 0.0  # probability that a label is wrong
-    objective.margin_scale = 0.0  # margins in the data, times this, are asked of the reward difference; 0 is off
-    objective.center = 0.0  # weight of the squared sum of both rewards, which keeps their mean near 0
-    objective.ties = "skip"  # pairs judged equal: "skip" them (counted), or train them as "half" a win each way
+    config.objective = ConfigDict({"name": objective, **OBJECTIVES[objective]})
 
     config.optim = optim = ConfigDict()
     optim.learning_rate = 1e-5  # the peak
@@ -86,8 +100,7 @@ def defaults() -> ConfigDict:
     checkpoint.every = ""  # more checkpoints, between those of the evaluations
     checkpoint.keep_latest = 2
     checkpoint.keep_best = 1
-    checkpoint.metric = "validation/accuracy"
-    checkpoint.mode = "max"
+    checkpoint.metric, checkpoint.mode = METRICS[objective]
     checkpoint.patience = 0  # evaluations without a better metric before the run stops early; 0 is never
 
     config.log = log = ConfigDict()
@@ -108,7 +121,6 @@ CHOICES = {
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
     "data.over_long": ("drop", "truncate_prompt", "truncate_response"),
     "data.on_bad_row": ("error", "skip", "keep"),
-    "objective.ties": ("skip", "half"),
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
     "optim.moment_dtype": ("float32", "bfloat16"),
     "checkpoint.mode": ("max", "min"),
@@ -125,7 +137,10 @@ def check(config: ConfigDict) -> None:
     """
     problems = []
     flat = dict(flatten(config))
-    if missing := [key for key, _ in flatten(defaults()) if key not in flat]:
+    objective = flat.get("objective.name", "bradley_terry")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"config.objective.name={objective!r} is none of {', '.join(OBJECTIVES)}")
+    if missing := [key for key, _ in flatten(defaults(objective)) if key not in flat]:
         raise ValueError(f"the config lacks {', '.join(missing)}; start from rmjax.config.defaults() in get_config")
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
@@ -147,15 +162,13 @@ def check(config: ConfigDict) -> None:
             "optim.clip_norm",
             "optim.weight_decay",
         ),
-        *("objective.margin_scale", "objective.center", "checkpoint.keep_best", "checkpoint.patience"),
+        *("checkpoint.keep_best", "checkpoint.patience"),
         *("data.max_length", "eval.train_groups"),
     )
     problems += [f"config.{key}={flat[key]} must be above 0" for key in positive if not flat[key] > 0]
     problems += [f"config.{key}={flat[key]} must not be negative" for key in not_negative if flat[key] < 0]
     if not config.plan.rows_per_step and not config.plan.groups_per_step:
         problems.append("set config.plan.rows_per_step or config.plan.groups_per_step")
-    if not 0 <= config.objective.label_smoothing < 0.5:
-        problems.append(f"config.objective.label_smoothing={config.objective.label_smoothing} must be in [0, 0.5)")
     try:
         template_kwargs(config)
     except ValueError as error:
@@ -246,6 +259,7 @@ def differences(old: str, new: str) -> list[str]:
     """Lists the keys in which two saved configs differ, as "config.seed: 0 before, 1 now"."""
     before, now = (dict(flatten(ConfigDict(json.loads(text)))) for text in (old, new))
     keys = sorted(before.keys() | now.keys())
-    default = dict(flatten(ConfigDict(json.loads(to_json(defaults())))))  # of a key that one of them did not have yet
+    # of a key that one of them did not have yet
+    default = dict(flatten(ConfigDict(json.loads(to_json(defaults(now["objective.name"]))))))
     pairs = {key: [side.get(key, default.get(key, "absent")) for side in (before, now)] for key in keys}
     return [f"config.{key}: {old!r} before, {new!r} now" for key, (old, new) in pairs.items() if old != new]

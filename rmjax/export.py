@@ -14,6 +14,7 @@ from rmjax.data.cache import Groups
 from rmjax.data.chat import PROBE, Chat, load_tokenizer
 from rmjax.models import hf
 from rmjax.models.config import ModelConfig
+from rmjax.objectives.base import Objective
 from rmjax.reward_model import RewardModel
 
 GOLDEN = 4  # responses whose scores the contract keeps
@@ -27,6 +28,7 @@ def write(
     directory: Path,
     params: Any,
     *,
+    objective: Objective,
     config: ConfigDict,
     values: dict[str, Any],
     model: ModelConfig,
@@ -42,6 +44,7 @@ def write(
     Args:
         directory: where to; an older export there is replaced.
         params: the parameters, sharded or not.
+        objective: what was trained.
         config: the run's config.
         values: Hugging Face config values of the model.
         model: its shapes.
@@ -70,6 +73,7 @@ def write(
         scored = [{**row, "score": score} for row, score in zip(golden, scores)]
         contract.write(partial, {**terms, "golden": scored})
 
+    params = {name: x for name, x in params.items() if name != "objective"}
     pad = chat.tokenizer.pad_token_id
     hf.save(directory, params, values, model, dtype=dtype, pad_token_id=pad, also=complete)
 

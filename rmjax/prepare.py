@@ -15,8 +15,10 @@ from rmjax.data import cache, loader, packing, sources, synthetic
 from rmjax.data.chat import Chat, load_tokenizer
 from rmjax.data.loader import Shape
 from rmjax.data.packing import Plan
+from rmjax.data.tasks import Task
 from rmjax.models import heads, hf
 from rmjax.models.config import ModelConfig
+from rmjax.objectives.base import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +59,13 @@ def open_chat(config: ConfigDict, workdir: Path) -> Chat:
     return chat
 
 
-def read_groups(config: ConfigDict, chat: Chat) -> tuple[cache.Groups, cache.Groups]:
+def read_groups(config: ConfigDict, chat: Chat, task: Task) -> tuple[cache.Groups, cache.Groups]:
     """Reads, tokenizes and splits the data; groups that no row can hold are counted and left out."""
     build = lambda source: cache.build(
         source,
         chat,
+        task,
         format=config.data.format,
-        ties="keep" if config.objective.ties == "half" else "skip",
         on_bad_row=config.data.on_bad_row,
         max_bad_fraction=config.data.max_bad_fraction,
         workers=config.data.workers,
@@ -97,8 +99,12 @@ def plan_training(config: ConfigDict, groups: cache.Groups, row_devices: int, mi
         while plan.steps < steps:
             plan = make(max(len(plan.epoch_steps) + 1, round(steps / plan.steps_per_epoch)))
         plan = plan.first(steps)
-    k = int(groups.responses.max())
-    return Split(groups, plan, loader.plan_shape(plan, k, micro_rows=micro_rows, row_devices=row_devices))
+    return Split(groups, plan, _shape(groups, plan, row_devices, micro_rows))
+
+
+def _shape(groups: cache.Groups, plan: Plan, row_devices: int, micro_rows: int) -> Shape:
+    most = int(groups.responses.max())
+    return loader.plan_shape(plan, most, micro_rows=micro_rows, row_devices=row_devices, labels=groups.fields)
 
 
 def plan_evaluations(
@@ -114,10 +120,7 @@ def plan_evaluations(
         seed=None,
     )
     plans = {name: make(groups) for name, groups in sets.items()}
-    shapes = [
-        loader.plan_shape(plans[name], int(groups.responses.max()), micro_rows=micro_rows, row_devices=row_devices)
-        for name, groups in sets.items()
-    ]
+    shapes = [_shape(groups, plans[name], row_devices, micro_rows) for name, groups in sets.items()]
     most = {field: max(getattr(s, field) for s in shapes) for field in ("micro", "rows", "groups", "ends", "responses")}
     shape = dataclasses.replace(shapes[0], **most)
     return {name: Split(sets[name], plan, shape) for name, plan in plans.items()}
@@ -189,11 +192,31 @@ def model_values(config: ConfigDict, vocabulary: int) -> dict[str, Any]:
     return values
 
 
-def init_params(config: ConfigDict, model: ModelConfig, shapes: Any) -> tuple[Any, str]:
-    """Loads or initialises the parameters, sharded from the start; the second says where the head came from."""
+def init_params(config: ConfigDict, model: ModelConfig, objective: Objective, shapes: Any) -> tuple[Any, str]:
+    """Loads or initialises the parameters, sharded from the start; the second says where the head came from.
+
+    Args:
+        config: the config.
+        model: the model's shapes.
+        objective: its own parameters are under "objective", if it has any.
+        shapes: shapes with shardings of all parameters.
+    """
+    own = {name: jax.device_put(x, shapes["objective"][name].sharding) for name, x in objective.params().items()}
+    shapes = model_params(shapes)
     if config.model.init_from:
-        return hf.load(hf.resolve(config.model.init_from), shapes, model, seed=config.seed)
-    shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    outputs = shapes["score"]["kernel"].shape[-1]
-    init = lambda: heads.init(model, outputs, config.model.param_dtype, seed=config.seed)
-    return jax.jit(init, out_shardings=shardings)(), "new"
+        params, head = hf.load(hf.resolve(config.model.init_from), shapes, model, seed=config.seed)
+    else:
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+        init = lambda: heads.init(model, len(objective.labels), config.model.param_dtype, seed=config.seed)
+        params, head = jax.jit(init, out_shardings=shardings)(), "new"
+    return with_own(params, own), head
+
+
+def with_own(params: Any, own: Mapping[str, Any]) -> Any:
+    """The model's parameters and, if there are any, the objective's under "objective"."""
+    return {**params, "objective": dict(own)} if own else params
+
+
+def model_params(params: Any) -> Any:
+    """The model's parameters without the objective's."""
+    return {name: x for name, x in params.items() if name != "objective"}

@@ -27,13 +27,10 @@ class Unlabelled:
 
     def __init__(self, trees: Sequence[Tree]):
         self.trees = trees
-        self.none = {k: np.zeros((k, k), np.float32) for k in {len(t.end) for t in trees}}
 
     def group(self, index: int) -> Any:
         """The group of one tree, with empty labels."""
-        tree = self.trees[index]
-        none = self.none[len(tree.end)]
-        return Group(tree, none, none, none, 0.0, "")
+        return Group(self.trees[index], {}, 0.0, "")
 
 
 class BadConversation(ValueError):

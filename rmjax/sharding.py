@@ -28,6 +28,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r".*/(o|down)/bias", P()),
     (r".*/scale", P()),
     (r"score/kernel", P()),
+    (r"objective/.*", P()),
 )
 
 

@@ -27,6 +27,7 @@ from rmjax.models import config as model_config
 from rmjax.models import decoder, heads, hf
 from rmjax.models.config import ModelConfig
 from rmjax.objectives import sums as sums_lib
+from rmjax.objectives.base import Objective
 from rmjax.objectives.sums import Sums
 from rmjax.prepare import Split
 from rmjax.writers import Progress, Writers
@@ -36,7 +37,6 @@ FREE_KEYS = tuple(
     f"config.{key}"
     for key in ("mesh.", "plan.micro_rows", "data.workers", "data.cache_dir", "log.tensorboard", "log.wandb", "export.")
 )
-SHOWN = ("loss", "accuracy", "learning_rate")  # on the progress line
 
 
 class NonFiniteError(RuntimeError):
@@ -79,10 +79,23 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
 # ----------------------------------------------------------------------------------------------------
 
 
-def loss_sums(params: Any, batch: dict[str, jax.Array], graph: Any, objective: Any, config: ConfigDict) -> Sums:
+def forward(params: Any, batch: dict[str, jax.Array], graph: Any, config: ConfigDict) -> Any:
+    """The model's outputs for one micro-batch [B, ...]."""
+    model = heads.merge(graph, prepare.model_params(params))
+    return model(batch, remat=config.model.remat, scan=not config.debug)
+
+
+def loss_sums(params: Any, batch: dict[str, jax.Array], graph: Any, objective: Objective, config: ConfigDict) -> Sums:
     """Losses and metrics of one micro-batch [B, ...] as sums."""
-    scorer = heads.merge(graph, params)
-    return objective.sums(scorer(batch, remat=config.model.remat, scan=not config.debug), batch)
+    return objective.sums(forward(params, batch, graph, config), batch, params.get("objective", {}))
+
+
+def evaluation(
+    params: Any, batch: dict[str, jax.Array], graph: Any, objective: Objective, config: ConfigDict
+) -> tuple[Sums, dict[str, jax.Array]]:
+    """Losses and metrics of one micro-batch [B, ...] as sums, and its outcomes."""
+    outputs, own = forward(params, batch, graph, config), params.get("objective", {})
+    return objective.sums(outputs, batch, own), objective.outcomes(outputs, batch, own)
 
 
 def accumulate(loss: Callable[[Any, Any], Sums], params: Any, batch: Any) -> tuple[Any, Sums]:
@@ -156,7 +169,7 @@ class Program:
 def build_program(
     config: ConfigDict,
     graph: Any,
-    objective: Any,
+    objective: Objective,
     params: Any,
     mesh: jax.sharding.Mesh,
     total: int,
@@ -172,7 +185,7 @@ def build_program(
     params_shardings = jax.tree.map(lambda x: x.sharding, params)
     shardings = {"params": params_shardings, "opt": optim.state_shardings(opt, params_shardings, replicated)}
     step = lambda state, batch, n: train_step(state, batch, n, loss=loss, tx=tx, rate=rate, config=config)
-    evaluate = lambda p, batch: loss(p, jax.tree.map(lambda x: x[0], batch))
+    evaluate = lambda p, batch: evaluation(p, jax.tree.map(lambda x: x[0], batch), graph, objective, config)
     if not config.debug:
         step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
         evaluate = jax.jit(evaluate, out_shardings=replicated)
@@ -227,13 +240,18 @@ class Host:
         self.stopped = bool(patience) and self.waits >= patience
 
 
-def evaluate(program: Program, params: Any, split: Split, objective: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
+def evaluate(
+    program: Program, params: Any, split: Split, objective: Objective, mesh: jax.sharding.Mesh
+) -> dict[str, float]:
     """Metrics over every group of the split, each exactly once."""
     total: Sums = {}
+    outcomes: list[dict[str, np.ndarray]] = []
     for batch in loader.batches(split.groups, split.plan, split.shape, sharding.named(mesh, sharding.BATCH)):
-        sums = sums_lib.to_host(jax.device_get(program.evaluate(params, batch)))
+        sums, seen = jax.device_get(program.evaluate(params, batch))
+        sums = sums_lib.to_host(sums)
         total = sums_lib.add(total, sums) if total else sums
-    return objective.summary(total)
+        outcomes.append(seen)
+    return objective.summary(total, {n: np.concatenate([seen[n] for seen in outcomes]) for n in outcomes[0]})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +260,7 @@ class Run:
 
     config: ConfigDict
     mesh: jax.sharding.Mesh
-    objective: Any
+    objective: Objective
     program: Program
     train: Split
     evaluations: dict[str, Split]  # by the name that their metrics carry
@@ -297,7 +315,7 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
         if config.checkpoint.metric not in before:
             names = ", ".join(sorted(before))
             raise ValueError(f"config.checkpoint.metric={config.checkpoint.metric!r} is not measured; there is {names}")
-        progress.note(f"before training: {in_words(before)}")
+        progress.note(f"before training: {in_words(before, run)}")
     rows = sharding.named(run.mesh, sharding.BATCH)
     ahead = loader.batches(run.train.groups, plan, run.train.shape, rows, start)
     batch = next(ahead, None)
@@ -318,14 +336,14 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
             host.count(sums)
         done, last = step + 1, step + 1 == plan.steps
         values: dict[str, float] | None = None
-        shown = {name: x for name, x in run.objective.summary(sums).items() if name in SHOWN}
+        shown = {n: x for n, x in run.objective.summary(sums).items() if n in (*run.objective.shown, "learning_rate")}
         progress.step(done, shown, groups=sum(len(row) for row in plan.rows(step)))
         if done % log_every == 0 or last:
             run.write_window(host, done)
             run.writers.timing(done, progress.rates())
         if done % eval_every == 0 or last:
             values = run.evaluate(state, done)
-            progress.note(f"step {done}: {in_words(values)}")
+            progress.note(f"step {done}: {in_words(values, run)}")
             host.judge(values.get(config.checkpoint.metric), config.checkpoint.mode, config.checkpoint.patience)
             if host.stopped and host.window:
                 run.write_window(host, done)
@@ -340,13 +358,14 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
     return done
 
 
-def in_words(values: dict[str, float]) -> str:
+def in_words(values: dict[str, float], run: Run) -> str:
     """The metrics a person looks at after an evaluation, in one line."""
-    names = ("loss", "accuracy", "margin", "pairs")
+    metric = run.config.checkpoint.metric.rpartition("/")[2]
+    names = dict.fromkeys((*run.objective.shown, metric))
     parts = {name: values[f"validation/{name}"] for name in names if f"validation/{name}" in values}
     text = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
-    gap = values.get("train_slice/accuracy", float("nan")) - parts.get("accuracy", float("nan"))
-    return f"validation {text}" + (f", train-validation gap {gap:+.3f}" if np.isfinite(gap) else "")
+    gap = values.get(f"train_slice/{metric}", float("nan")) - parts.get(metric, float("nan"))
+    return f"validation {text}" + (f"; {metric} in training {gap:+.3g}" if np.isfinite(gap) else "")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -383,15 +402,17 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
     export.check_tokenizer(chat, values)
     model = model_config.from_hf(values)
     dtype = heads.compute_dtype(config.model.compute_dtype)
-    graph, shapes = heads.abstract(model, objective.outputs, config.model.param_dtype, dtype)
+    graph, shapes = heads.abstract(model, len(objective.labels), config.model.param_dtype, dtype)
+    own = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in objective.params().items()}
+    shapes = prepare.with_own(shapes, own)
     shapes = sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
     optim.check(config.optim, shapes)
     decoder.saved_names(config.model.remat)
     if config.model.init_from:
-        hf.check(hf.resolve(config.model.init_from), shapes, model)
+        hf.check(hf.resolve(config.model.init_from), prepare.model_params(shapes), model)
     print(parameter_overview.get_parameter_overview(shapes, include_stats="sharding" if dry_run else False))
 
-    train_groups, validation_groups = prepare.read_groups(config, chat)
+    train_groups, validation_groups = prepare.read_groups(config, chat, objective.task)
     lines = audit.lines(train_groups, validation_groups)
     print("\n".join(lines), flush=True)
     micro_rows = prepare.micro_batch_rows(config, model, 5 * sharding.bytes_per_device(shapes))
@@ -418,7 +439,7 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
     save_config(config, workdir)
     with jax.set_mesh(mesh), contextlib.closing(checkpointer):
         data = f"{train_groups.fingerprint} {validation_groups.fingerprint}"
-        state, host, start = restore_or_init(config, checkpointer, program, model, data)
+        state, host, start = restore_or_init(config, checkpointer, program, model, objective, data)
         with contextlib.closing(Writers.open(workdir, config, start)) as writers:
             job = Run(config, mesh, objective, program, train, evaluations, checkpointer, writers)
             with jax.transfer_guard("disallow"):  # nothing goes to or from the devices unless it is asked for
@@ -428,7 +449,12 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
 
 
 def restore_or_init(
-    config: ConfigDict, checkpointer: Checkpointer, program: Program, model: ModelConfig, data: str
+    config: ConfigDict,
+    checkpointer: Checkpointer,
+    program: Program,
+    model: ModelConfig,
+    objective: Objective,
+    data: str,
 ) -> tuple[dict[str, Any], Host, int]:
     """The newest whole checkpoint, or freshly loaded or initialised parameters; and the step to go on from.
 
@@ -446,9 +472,9 @@ def restore_or_init(
             )
         print(f"continuing from step {start}", flush=True)
         return state, host, start
-    params, head = prepare.init_params(config, model, program.state["params"])
-    norm = float(jnp.linalg.norm(params["score"]["kernel"]))
-    print(f"score head: {head}, norm {norm:.4g}", flush=True)
+    params, head = prepare.init_params(config, model, objective, program.state["params"])
+    if "score" in params:
+        print(f"score head: {head}, norm {float(jnp.linalg.norm(params['score']['kernel'])):.4g}", flush=True)
     tx = optim.make(config.optim)
     opt = jax.jit(tx.init, out_shardings=program.shardings["opt"])(params)
     return {"params": params, "opt": opt}, Host(data), 0
@@ -481,10 +507,11 @@ def finish(run: Run, workdir: Path, model: ModelConfig, values: dict[str, Any], 
     step = last if best is None else best
     state, _ = run.checkpointer.restore_step(step, {"params": run.program.state["params"]})
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    metrics = next((x for x in reversed(lines) if x["step"] == step and "validation/loss" in x), {"step": step})
+    metrics = next((x for x in reversed(lines) if x["step"] == step and "validation/loss" in x), {"step": float(step)})
     export.write(
         workdir / "export",
         state["params"],
+        objective=run.objective,
         config=run.config,
         values=values,
         model=model,
@@ -495,7 +522,7 @@ def finish(run: Run, workdir: Path, model: ModelConfig, values: dict[str, Any], 
     )
     tensorboard = f" and {workdir / 'tensorboard'}" if run.config.log.tensorboard else ""
     print(
-        f"\nstep {step}: validation accuracy {metrics.get('validation/accuracy', float('nan')):.4f}\n"
+        f"\nstep {step}: {in_words(metrics, run)}\n"
         f"export:      {workdir / 'export'}\n"
         f"checkpoints: {workdir / 'checkpoints'} (steps {', '.join(map(str, run.checkpointer.steps()))})\n"
         f"metrics:     {workdir / 'metrics.jsonl'}{tensorboard}\n"

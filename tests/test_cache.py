@@ -14,6 +14,7 @@ import pytest
 from rmjax.data import audit, cache
 from rmjax.data.chat import Chat
 from rmjax.data.formats import Layout
+from rmjax.data.tasks import Example, Preferences
 
 SPEC = "synthetic://pairs?n=400"
 
@@ -26,13 +27,13 @@ def row(prompt, chosen, rejected, **more):
 def build(tokenizer, tmp_path):
     """Builds in this process, into a fresh directory; rows are written to a file first."""
 
-    def call(source, chat=None, **kwargs):
+    def call(source, chat=None, ties="skip", **kwargs):
         if not isinstance(source, str):
             path = tmp_path / "rows.jsonl"
             path.write_text("".join(json.dumps(r) + "\n" for r in source))
             source = str(path)
         arguments = {"workers": 0, "cache_dir": tmp_path / "cache", "max_bad_fraction": 1.0, **kwargs}
-        return cache.build(source, chat or Chat(tokenizer), **arguments)
+        return cache.build(source, chat or Chat(tokenizer), Preferences(ties), **arguments)
 
     return call
 
@@ -46,15 +47,15 @@ GOOD = [
 def test_groups_are_the_trees_and_labels_of_the_records(build, tokenizer):
     groups, chat = build(GOOD), Chat(tokenizer)
     read = Layout("pair_text").read
-    records = [read(r, source="rows", where=f"rows.jsonl:{i}") for i, r in enumerate(GOOD)]
+    records = [read(r, source="rows", where=f"rows.jsonl:{i}")[0] for i, r in enumerate(GOOD)]
     assert len(groups) == len(records)
-    for i, (record, tree) in enumerate(zip(records, chat.trees(records))):
+    for i, (record, (tree, _)) in enumerate(zip(records, chat.groups([Example(r.conversations) for r in records]))):
         group = groups.group(i)
         for name in ("tokens", "positions", "visible_until", "end", "end_slot"):
             np.testing.assert_array_equal(getattr(group.tree, name), getattr(tree, name))
             assert getattr(group.tree, name).dtype == np.int32
         for name in ("wins", "ties", "margin"):
-            np.testing.assert_array_equal(getattr(group, name), getattr(record, name))
+            np.testing.assert_array_equal(group.labels[name], getattr(record, name))
         assert (group.id, groups.id(i), group.weight) == (record.row, record.row, 1.0)
         alone = [len(tokens) for tokens in tree.sequences()]
         assert (groups.lengths[i], groups.responses[i], groups.ends[i]) == (len(tree), 2, 2)
@@ -123,13 +124,13 @@ def test_what_killed_builds_left_is_removed_after_a_day(build, tmp_path):
 def test_processes_end_with_a_killed_parent(tokenizer_dir, tmp_path, number):
     script = tmp_path / "script.py"
     script.write_text(
-        "from rmjax.data import cache, chat\n"
+        "from rmjax.data import cache, chat, tasks\n"
         "if __name__ == '__main__':\n"
         f"    tokens = chat.Chat(chat.load_tokenizer({str(tokenizer_dir)!r}))\n"
         "    cache.PROGRESS_SECONDS = 0.0\n"
         f"    options = {{'workers': 2, 'cache_dir': {str(tmp_path)!r}}}\n"
         "    options['progress'] = lambda line: print(line, flush=True)\n"
-        "    cache.build('synthetic://pairs?n=1000000', tokens, **options)\n"
+        "    cache.build('synthetic://pairs?n=1000000', tokens, tasks.Preferences(), **options)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
@@ -192,7 +193,7 @@ def test_keep_ties_and_rows_whose_defect_allows_training(build):
     assert len(groups) == len(GOOD) + 4  # empty, identical, tie, long
     kept = {reason: count.kept for reason, count in groups.audit.reasons.items()}
     assert kept == {"empty_response": 1, "identical_responses": 1, "wrong_type": 0, "conflicting_label": 0}
-    np.testing.assert_array_equal(groups.group(len(GOOD) + 2).ties, [[0, 1], [1, 0]])
+    np.testing.assert_array_equal(groups.group(len(GOOD) + 2).labels["ties"], [[0, 1], [1, 0]])
 
 
 def test_bad_rows_can_stop_the_run(build):

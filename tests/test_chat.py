@@ -6,6 +6,7 @@ from tokenizers.processors import TemplateProcessing
 
 from rmjax.data.chat import Chat, load_tokenizer, set_pad_token
 from rmjax.data.records import BadRow, pair
+from rmjax.data.tasks import Example
 from rmjax.data.trees import Tree
 
 LLAMA_3 = (
@@ -33,6 +34,12 @@ def reference(chat, conversation):
     return chat.tokenizer.apply_chat_template(conversation, return_dict=False, **chat.template_kwargs)
 
 
+def trees(chat, records, keep=False):
+    """The tree of each record, or why there is none."""
+    examples = [Example(r.conversations, tools=r.tools) for r in records]
+    return [getattr(made, "tree", made) for made in chat.groups(examples, keep=keep)]
+
+
 def paths(tree):
     return [sequence.tolist() for sequence in tree.sequences()]
 
@@ -44,7 +51,7 @@ def test_paths_of_the_tree_are_what_transformers_tokenizes(tokenizer):
         pair(talk("a", "b", "c", "d", system="s"), talk("a", "other", "c", "e", system="s")),
         pair(talk("What is a tree?", "A plant."), talk("What is a tree?", "Late\n")),
     ]
-    for record, tree in zip(records, chat.trees(records)):
+    for record, tree in zip(records, trees(chat, records)):
         assert paths(tree) == [reference(chat, list(c)) for c in record.conversations]
         np.testing.assert_array_equal(tree.end_slot, [0, 1])
         # Qwen's rule: the newline after <|im_end|> is scored (NUMERICS 2).
@@ -58,7 +65,7 @@ def test_a_response_that_begins_with_a_newline_merges_with_the_header(tokenizer)
     prompt = chat.encode([chat.render(first[:1]) + "<|im_start|>assistant\n"])[0]
     tokens = reference(chat, first)
     assert tokens[: len(prompt)] != prompt  # a prefix of the text that is none of the tokens
-    tree = chat.trees([pair(first, second)])[0]
+    tree = trees(chat, [pair(first, second)])[0]
     assert paths(tree) == [tokens, reference(chat, second)]
 
 
@@ -68,8 +75,8 @@ def test_each_distinct_conversation_is_rendered_once(tokenizer, monkeypatch):
     render = chat.render
     monkeypatch.setattr(chat, "render", lambda c, tools=None: rendered.append(c) or render(c, tools))
     a, b, c = (talk("q", x) for x in "abc")
-    trees = chat.trees([pair(a, b), pair(b, c), pair(a, c)])
-    assert len(rendered) == 3 and all(isinstance(t, Tree) for t in trees)
+    made = trees(chat, [pair(a, b), pair(b, c), pair(a, c)])
+    assert len(rendered) == 3 and all(isinstance(t, Tree) for t in made)
 
 
 def test_what_the_template_refuses_is_a_bad_row_and_others_are_not_touched(tokenizer):
@@ -77,20 +84,20 @@ def test_what_the_template_refuses_is_a_bad_row_and_others_are_not_touched(token
     chat = Chat(tokenizer)
     good = pair(talk("q", "a"), talk("q", "b"))
     bad = pair(talk("q", "a", system="s"), talk("q", "b", system="s"))
-    first, second, third = chat.trees([good, bad, good])
+    first, second, third = trees(chat, [good, bad, good])
     assert isinstance(second, BadRow) and second.reason == "template_error"
     assert "no system messages" in second.detail
     np.testing.assert_array_equal(first.tokens, third.tokens)
     half = pair(talk("q", "a"), talk("q", "\ud83d"))  # half of a surrogate pair, which JSON allows
-    assert [getattr(t, "reason", None) for t in chat.trees([good, half])] == [None, "wrong_type"]
+    assert [getattr(t, "reason", None) for t in trees(chat, [good, half])] == [None, "wrong_type"]
 
 
 def test_responses_that_the_template_makes_equal(tokenizer):
     tokenizer.chat_template = LLAMA_3.replace("{{ bos_token }}", "")
     chat = Chat(tokenizer, template_kwargs={"date_string": "1 Jan 2025"})
     record = pair(talk("q", "yes"), talk("q", "yes  "))
-    assert chat.trees([record])[0].reason == "identical_responses"
-    assert len(chat.trees([record], keep=True)[0].end) == 2
+    assert trees(chat, [record])[0].reason == "identical_responses"
+    assert len(trees(chat, [record], keep=True)[0].end) == 2
 
 
 def test_one_bos_where_both_tokenizer_and_template_have_one(tokenizer):
@@ -164,8 +171,8 @@ def length(chat, conversation):
 def test_drop_is_the_default_and_says_the_length(tokenizer):
     record = pair(multi_turn("yes"), multi_turn("no " * 5))
     longest = max(length(Chat(tokenizer), list(c)) for c in record.conversations)
-    assert isinstance(Chat(tokenizer, max_length=longest).trees([record])[0], Tree)
-    bad = Chat(tokenizer, max_length=longest - 1).trees([record])[0]
+    assert isinstance(trees(Chat(tokenizer, max_length=longest), [record])[0], Tree)
+    bad = trees(Chat(tokenizer, max_length=longest - 1), [record])[0]
     assert (bad.reason, bad.tokens) == ("over_long", longest)
 
 
@@ -177,10 +184,10 @@ def test_truncate_prompt_leaves_out_the_oldest_exchanges_of_both(tokenizer):
     for exchanges in (1, 2):
         limit = length(chat, without(rejected, exchanges))
         shortening = Chat(tokenizer, max_length=limit, over_long="truncate_prompt")
-        tree = shortening.trees([pair(chosen, rejected)])[0]
+        tree = trees(shortening, [pair(chosen, rejected)])[0]
         assert paths(tree) == [reference(chat, without(c, exchanges)) for c in (chosen, rejected)]
     tight = Chat(tokenizer, max_length=limit - 1, over_long="truncate_prompt")
-    bad = tight.trees([pair(chosen, rejected)])[0]  # the last user turn is never left out
+    bad = trees(tight, [pair(chosen, rejected)])[0]  # the last user turn is never left out
     assert (bad.reason, bad.tokens) == ("over_long", limit)
 
 
@@ -188,7 +195,7 @@ def test_truncate_response_cuts_both_at_the_same_place_and_keeps_the_end(tokeniz
     chosen, rejected = talk("q", "yes " * 30), talk("q", "no " * 50)
     plain = Chat(tokenizer)
     limit = length(plain, talk("q", "no " * 10))
-    tree = Chat(tokenizer, max_length=limit, over_long="truncate_response").trees([pair(chosen, rejected)])[0]
+    tree = trees(Chat(tokenizer, max_length=limit, over_long="truncate_response"), [pair(chosen, rejected)])[0]
     decoded = [tokenizer.decode(path) for path in paths(tree)]
     header, end = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
     contents = [text.removeprefix(header).removesuffix(end) for text in decoded]
@@ -204,9 +211,9 @@ def test_truncation_that_makes_responses_equal_is_named(tokenizer):
     record = pair(talk("q", same + "and"), talk("q", same + "but"))
     limit = length(Chat(tokenizer), talk("q", "yes " * 20))
     chat = Chat(tokenizer, max_length=limit, over_long="truncate_response")
-    assert chat.trees([record])[0].reason == "identical_after_truncation"
-    assert len(chat.trees([record], keep=True)[0].end) == 2
-    none = Chat(tokenizer, max_length=5, over_long="truncate_response").trees([record])[0]
+    assert trees(chat, [record])[0].reason == "identical_after_truncation"
+    assert len(trees(chat, [record], keep=True)[0].end) == 2
+    none = trees(Chat(tokenizer, max_length=5, over_long="truncate_response"), [record])[0]
     assert none.reason == "over_long"
 
 
@@ -270,6 +277,6 @@ def test_tools_reach_the_template(tokenizer):
     tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
     tool = {"type": "function", "function": {"name": "look_up"}}
     chat = Chat(tokenizer)
-    with_tools, without = chat.trees([pair(talk("q", "a"), talk("q", "b"), tools=t) for t in ([tool], None)])
+    with_tools, without = trees(chat, [pair(talk("q", "a"), talk("q", "b"), tools=t) for t in ([tool], None)])
     assert "look_up" in tokenizer.decode(with_tools.tokens)
     assert "look_up" not in tokenizer.decode(without.tokens)

@@ -49,8 +49,7 @@ def batch_of(trees, tokens=ROW, ends=24):
     """One row of trees."""
     shape = loader.Shape(1, 1, tokens, 16, ends, 5)
     batch = loader.empty_rows(shape, 1)
-    none = {k: np.zeros((k, k), np.float32) for k in range(1, 6)}
-    groups = [Group(t, *[none[len(t.end)]] * 3, 1.0, "") for t in trees]
+    groups = [Group(t, {}, 1.0, "") for t in trees]
     loader.fill_row(batch, 0, groups)
     return batch
 

@@ -50,7 +50,7 @@ CONVERSATIONS = {
 
 
 def read(row, name="auto", rows=None, **kwargs):
-    return formats.detect(rows or [row], name).read(row, source="here", where="f:0", **kwargs)
+    return formats.detect(rows or [row], name).read(row, source="here", where="f:0", **kwargs)[0]
 
 
 def reason(row, **kwargs):

@@ -41,7 +41,7 @@ def pairs(b=3, g=4, seed=0):
 
 def loss_of(objective, scores, wins, **kwargs):
     flat, batch = make_batch(scores, wins, **kwargs)
-    return sums_lib.ratios(sums_lib.to_host(objective.sums(flat, batch)))["loss"]
+    return sums_lib.ratios(sums_lib.to_host(objective.sums(flat, batch, {})))["loss"]
 
 
 def test_plain_loss_is_minus_log_sigmoid_of_the_difference():
@@ -64,9 +64,9 @@ def test_shapes_that_would_broadcast_are_refused():
     scores, wins = pairs()
     flat, batch = make_batch(scores, wins)
     with pytest.raises(ValueError, match="not \\[B,G,K,K\\]"):
-        BradleyTerry().sums(flat, batch | {"margin": batch["margin"][..., 0]})
+        BradleyTerry().sums(flat, batch | {"margin": batch["margin"][..., 0]}, {})
     with pytest.raises(ValueError, match="must agree"):
-        BradleyTerry().sums(flat[:, :-1], batch)
+        BradleyTerry().sums(flat[:, :-1], batch, {})
 
 
 def test_soft_labels_and_smoothing_are_binary_cross_entropy():
@@ -108,7 +108,7 @@ def test_groups_of_three_are_their_pairs():
     expected = -F.logsigmoid(torch.tensor([1.0, 3.0, -2.0])).mean().item()
     assert loss_of(BradleyTerry(), scores, wins) == pytest.approx(expected, abs=1e-6)
     flat, batch = make_batch(scores, wins)
-    values = BradleyTerry().summary(sums_lib.to_host(BradleyTerry().sums(flat, batch)))
+    values = BradleyTerry().summary(sums_lib.to_host(BradleyTerry().sums(flat, batch, {})))
     assert values["accuracy"] == pytest.approx(2 / 3) and values["pairs"] == 3
     assert values["margin"] == pytest.approx(2 / 3) and values["tie_rate"] == 0
 
@@ -125,14 +125,14 @@ def test_equal_rewards_count_half_and_are_reported():  # NUMERICS 5
     wins = np.zeros((1, 2, 2, 2), np.float32)
     wins[..., 0, 1] = 1
     flat, batch = make_batch(scores, wins)
-    values = BradleyTerry().summary(sums_lib.to_host(BradleyTerry().sums(flat, batch)))
+    values = BradleyTerry().summary(sums_lib.to_host(BradleyTerry().sums(flat, batch, {})))
     assert values["accuracy"] == 0.75 and values["tie_rate"] == 0.5
 
 
 def test_reward_statistics():  # NUMERICS 20
     scores, wins = pairs()
     flat, batch = make_batch(scores, wins)
-    values = BradleyTerry().summary(sums_lib.to_host(BradleyTerry().sums(flat, batch)))
+    values = BradleyTerry().summary(sums_lib.to_host(BradleyTerry().sums(flat, batch, {})))
     assert values["reward_mean"] == pytest.approx(scores.mean(), abs=1e-5)
     assert values["reward_std"] == pytest.approx(scores.std(), abs=1e-5)
     assert values["reward_max"] == scores.max() and values["reward_min"] == scores.min()
@@ -141,7 +141,7 @@ def test_reward_statistics():  # NUMERICS 20
 @pytest.mark.parametrize("difference", [-1e4, -90.0, 0.0, 90.0, 1e4])
 def test_loss_and_gradient_are_finite_for_any_difference(difference):  # NUMERICS 10
     flat, batch = make_batch([[[difference, 0.0]]], [[[[0, 1], [0, 0]]]])
-    value, gradient = jax.value_and_grad(lambda s: BradleyTerry().sums(s, batch)["loss"][0])(jnp.asarray(flat))
+    value, gradient = jax.value_and_grad(lambda s: BradleyTerry().sums(s, batch, {})["loss"][0])(jnp.asarray(flat))
     assert np.isfinite(value) and np.isfinite(gradient).all()
     assert value == pytest.approx(F.softplus(torch.tensor(-difference, dtype=torch.float64)).item(), rel=1e-6)
 
@@ -158,10 +158,10 @@ def test_sums_add_over_any_split():  # NUMERICS 9 and 18: no mean of means
     scores, wins = pairs(b=6)
     weight = np.random.default_rng(3).uniform(0, 2, (6, 4)).astype(np.float32)
     flat, batch = make_batch(scores, wins, weight=weight)
-    whole = sums_lib.to_host(BradleyTerry().sums(flat, batch))
+    whole = sums_lib.to_host(BradleyTerry().sums(flat, batch, {}))
     total = {}
     for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
-        part = sums_lib.to_host(BradleyTerry().sums(flat[rows], {name: x[rows] for name, x in batch.items()}))
+        part = sums_lib.to_host(BradleyTerry().sums(flat[rows], {name: x[rows] for name, x in batch.items()}, {}))
         total = sums_lib.add(total, part) if total else part
     for name, value in sums_lib.ratios(whole).items():
         assert sums_lib.ratios(total)[name] == pytest.approx(value, rel=1e-6), name
@@ -169,7 +169,7 @@ def test_sums_add_over_any_split():  # NUMERICS 9 and 18: no mean of means
 
 def test_what_was_not_measured_is_left_out():
     flat, batch = make_batch(*pairs(b=1), weight=np.zeros((1, 4)))
-    values = sums_lib.ratios(sums_lib.to_host(BradleyTerry().sums(flat, batch)))
+    values = sums_lib.ratios(sums_lib.to_host(BradleyTerry().sums(flat, batch, {})))
     assert "loss" not in values and "accuracy" not in values and values["pairs_count"] == 0
     with pytest.raises(ValueError, match="different names"):
         sums_lib.add({"a": np.zeros(2)}, {"b": np.zeros(2)})

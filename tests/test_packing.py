@@ -9,6 +9,7 @@ import pytest
 
 from rmjax.data import loader, packing
 from rmjax.data.cache import Group
+from rmjax.data.tasks import Preferences
 from rmjax.data.trees import build_tree
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -84,6 +85,8 @@ def test_a_million_groups_are_planned_in_seconds():
 class Groups:
     """Pairs with known tokens."""
 
+    fields = Preferences().fields
+
     def __init__(self, n, seed=0):
         rng = np.random.default_rng(seed)
         self.trees = []
@@ -96,12 +99,13 @@ class Groups:
 
     def group(self, i):
         win = np.array([[0, 1], [0, 0]], np.float32)
-        return Group(self.trees[i], win, np.zeros_like(win), win * i, 1.0 + i, "")
+        labels = {"wins": win, "ties": np.zeros_like(win), "margin": win * i}
+        return Group(self.trees[i], labels, 1.0 + i, "")
 
 
 def make_batches(groups, row_devices=1, micro_rows=2):
     plan = plan_of(groups.lengths, rows_per_step=4)
-    shape = loader.plan_shape(plan, 2, micro_rows=micro_rows, row_devices=row_devices)
+    shape = loader.plan_shape(plan, 2, micro_rows=micro_rows, row_devices=row_devices, labels=groups.fields)
     return plan, shape, loader.StepSource(groups, plan, shape, (0, shape.rows))
 
 

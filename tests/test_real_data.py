@@ -9,7 +9,7 @@ import pytest
 
 from rmjax.data import audit, cache, sources
 from rmjax.data.chat import Chat, load_tokenizer, set_pad_token
-from rmjax.data.records import pair
+from rmjax.data.tasks import Example, Preferences
 
 
 @pytest.fixture(scope="session", params=["minimind", "qwen-derived"])
@@ -21,9 +21,9 @@ def chat(request, shared_data):
 
 @pytest.fixture
 def build(chat, tmp_path):
-    def call(source, **kwargs):
+    def call(source, ties="skip", **kwargs):
         arguments = {"workers": 0, "cache_dir": tmp_path, "max_bad_fraction": 0.1, **kwargs}
-        return cache.build(str(source), chat, **arguments)
+        return cache.build(str(source), chat, Preferences(ties), **arguments)
 
     return call
 
@@ -123,8 +123,8 @@ def test_pandalm(build, shared_data, tmp_path):
     for i in range(0, len(groups), 31):
         group = groups.group(i)
         p = rows[int(group.id.split(":")[1])]["preference"]
-        np.testing.assert_allclose(group.wins[0, 1], 0 if p == 0.5 else p, rtol=1e-6)
-        assert group.ties[0, 1] == (p == 0.5)
+        np.testing.assert_allclose(group.labels["wins"][0, 1], 0 if p == 0.5 else p, rtol=1e-6)
+        assert group.labels["ties"][0, 1] == (p == 0.5)
     # Its own convention (0 is a tie, 1 and 2 are the responses) is refused rather than guessed.
     own = [{**row, "preference": r["annotator1"]} for row, r in zip(rows, raw)]
     with pytest.raises(ValueError, match="preference runs from 0 to 2"):
@@ -144,7 +144,8 @@ def test_a_response_that_begins_with_a_newline(chat):
         assert merges == (chat.tokenizer.vocab_size > 100_000)
         assert both[0][: len(prompt)] == prompt and (both[1][: len(prompt)] != prompt) == merges
         asked = [{"role": "user", "content": "q"}]
-        tree = chat.trees([pair(*([*asked, {"role": "assistant", "content": answer}] for answer in answers))])[0]
+        both_asked = tuple((*asked, {"role": "assistant", "content": answer}) for answer in answers)
+        tree = chat.groups([Example(both_asked)])[0].tree
         assert [path.tolist() for path in tree.sequences()] == both
     finally:
         chat.tokenizer.chat_template = template

@@ -123,7 +123,7 @@ def program_pieces(config, micro_rows):
 
 def small_split(config, tmp_path, micro_rows):
     chat = prepare.open_chat(config, tmp_path)
-    groups, _ = prepare.read_groups(config, chat)
+    groups, _ = prepare.read_groups(config, chat, objectives.make(config.objective).task)
     return prepare.plan_training(config, groups, 1, micro_rows)
 
 
@@ -149,8 +149,8 @@ def test_evaluation_does_not_depend_on_the_batch_shape(cache_dir, tmp_path):  # 
     config = small(cache_dir)
     params, loss, mesh, _, _, objective = program_pieces(config, 1)
     chat = prepare.open_chat(config, tmp_path)
-    _, validation = prepare.read_groups(config, chat)
-    program = train.Program(None, jax.jit(lambda p, b: loss(p, jax.tree.map(lambda x: x[0], b))), None, None)
+    _, validation = prepare.read_groups(config, chat, objectives.make(config.objective).task)
+    program = train.Program(None, jax.jit(lambda p, b: (loss(p, jax.tree.map(lambda x: x[0], b)), {})), None, None)
     values = []
     for micro_rows, row_tokens in ((1, 256), (3, 256), (2, 512)):
         config.plan.row_tokens = row_tokens

@@ -31,11 +31,12 @@ from absl import logging
 
 from rmjax.data import formats, sources
 from rmjax.data.audit import Audit
-from rmjax.data.chat import Chat, conversation_key, sequence_lengths
+from rmjax.data.chat import Chat, Labelled, conversation_key, sequence_lengths
 from rmjax.data.records import KEEPABLE, BadRow, Record
+from rmjax.data.tasks import Example, Task
 from rmjax.data.trees import Tree
 
-CACHE_VERSION = 1  # of what is stored; another one is another file
+CACHE_VERSION = 2  # of what is stored; another one is another file
 CHUNK = 256  # rows of a worker's job
 SMALL = 2048  # fewer rows than this are tokenized before processes would have started
 PROGRESS_SECONDS = 5.0
@@ -44,24 +45,25 @@ ABANDONED_SECONDS = 24 * 3600.0  # a build writes all the time, so it no longer 
 INTS, FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 NUMBERS = {  # one number per group, see Groups
     **{name: pa.int32() for name in ("lengths", "responses", "ends", "unshared", "longest")},
-    **{name: pa.float32() for name in ("weights", "comparisons", "longer_wins")},
+    **{name: pa.float32() for name in ("weights", "comparisons", "longer_wins", "margins", "agreements")},
     **{name: pa.uint64() for name in ("prompt_ids", "response_sets", "label_ids")},
 }
-LISTS = {  # positions and visible_until are runs: (start, position, visible_until) of each
-    **{"tokens": INTS, "runs": INTS, "scored": INTS},  # scored: (end, end_slot) of each
-    "labels": FLOATS,  # wins, ties, margin
-}
-SCHEMA = pa.schema({"id": pa.string(), **LISTS, **NUMBERS})
+# Positions and visible_until are runs: (start, position, visible_until) of each. scored: (end, end_slot) of each.
+LISTS = ("tokens", "runs", "scored")
+
+
+def schema(task: Task) -> pa.Schema:
+    """The columns of a cache file; the task's label fields are lists of float32 in C order."""
+    lists = dict.fromkeys(LISTS, INTS) | {f"label/{name}": FLOATS for name in task.fields}
+    return pa.schema({"id": pa.string(), "source": pa.string(), **lists, **NUMBERS})
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One prompt with K responses: tree, float32 [K, K] labels (see records.Record), weight, row id."""
+    """One group: tree, float32 labels by the fields of its task (without G), weight, row id."""
 
     tree: Tree
-    wins: np.ndarray
-    ties: np.ndarray
-    margin: np.ndarray
+    labels: dict[str, np.ndarray]
     weight: float
     id: str
 
@@ -71,6 +73,9 @@ class Groups:
 
     Attributes:
         fingerprint: of the data, the chat and the options it was built with.
+        fields: the label fields of the task and their axes.
+        sources: names of the sources.
+        source: int32 [n] which of them each group is from.
         audit: what became of the rows; shared by selections.
         lengths: int32 [n] tokens of each tree.
         responses: int32 [n] responses of each group, K.
@@ -80,6 +85,8 @@ class Groups:
         weights: float32 [n].
         comparisons: float32 [n] pairs of responses of which one is preferred.
         longer_wins: float32 [n] those in which it is the longer one, in tokens; equally long counts one half.
+        margins: float32 [n] the largest margin in the group; 0 without any.
+        agreements: float32 [n] share of the annotators who gave the label; NaN where it is not known.
         prompt_ids: uint64 [n] hash of the prompt: all messages but the last of response 0.
         response_sets: uint64 [n] hash of the set of conversations, whatever their order.
         label_ids: uint64 [n] hash of who is preferred to whom; equal sets with other labels contradict each
@@ -94,6 +101,8 @@ class Groups:
     weights: np.ndarray
     comparisons: np.ndarray
     longer_wins: np.ndarray
+    margins: np.ndarray
+    agreements: np.ndarray
     prompt_ids: np.ndarray
     response_sets: np.ndarray
     label_ids: np.ndarray
@@ -101,6 +110,7 @@ class Groups:
     def __init__(self, store: "_Store", indices: np.ndarray, fingerprint: str, audit: Audit):
         self._store, self._indices = store, indices
         self.fingerprint, self.audit = fingerprint, audit
+        self.fields, self.sources, self.source = store.fields, store.sources, store.source[indices]
         for name in NUMBERS:
             setattr(self, name, store.numbers[name][indices])
 
@@ -173,9 +183,9 @@ def split(groups: Groups, fraction: float, seed: int) -> tuple[Groups, Groups]:
 def build(
     spec: str,
     chat: Chat,
+    task: Task,
     *,
     format: str = "auto",
-    ties: str = "skip",
     on_bad_row: str = "skip",
     max_bad_fraction: float = 0.05,
     workers: int = -1,
@@ -187,8 +197,8 @@ def build(
     Args:
         spec: what `sources.open_source` takes.
         chat: tokenizer, template and length policy.
+        task: what is learnt: how records become groups, and their labels.
         format: a name in formats.FORMATS, or "auto" for each source.
-        ties: groups in which nobody is preferred: "skip" (counted as `tie`) or "keep".
         on_bad_row: "error" stops at the first; "skip" counts; "keep" counts and keeps those in
             records.KEEPABLE.
         max_bad_fraction: more unusable rows than this are an error; ties are a choice and not among them.
@@ -202,19 +212,19 @@ def build(
         ValueError: data that cannot be read, an unclear format, a bad row (on_bad_row="error"), too many of
             them, or no group at all.
     """
-    if ties not in ("skip", "keep") or on_bad_row not in ("error", "skip", "keep"):
-        raise ValueError(f"ties={ties!r} is none of skip, keep, or on_bad_row={on_bad_row!r} none of error, skip, keep")
-    options = [format, ties, on_bad_row == "keep"]
+    if on_bad_row not in ("error", "skip", "keep"):
+        raise ValueError(f"on_bad_row={on_bad_row!r} is none of error, skip, keep")
+    options = [format, type(task).__name__, repr(task), on_bad_row == "keep"]
     fingerprint = _digest([sources.fingerprint(spec), chat.fingerprint(), options])
     versions = [CACHE_VERSION, transformers.__version__, tokenizers.__version__]
     path = _directory(cache_dir) / f"{_digest([fingerprint, versions])}.arrow"
-    cached = _cached(path)
+    cached = _cached(path, task)
     if cached is None:
-        work = functools.partial(_tokenize, keep=on_bad_row == "keep", skip_ties=ties == "skip")
+        work = functools.partial(_tokenize, task=task, keep=on_bad_row == "keep")
         reporter = _Progress(spec, progress)
         results = reporter.watch(_run(_jobs(spec, format), work, chat, workers))
-        _write(path, _refuse_bad(results) if on_bad_row == "error" else results, spec)
-        cached = _load(path)
+        _write(path, _refuse_bad(results) if on_bad_row == "error" else results, schema(task), spec)
+        cached = _load(path, task)
     store, audit = cached
     audit.check(on_bad_row, max_bad_fraction)
     return Groups(store, np.arange(len(store)), fingerprint, audit)
@@ -303,72 +313,84 @@ def _work(job: _Job) -> _Result:
     return _worker(job)
 
 
-def _tokenize(chat: Chat, job: _Job, *, keep: bool, skip_ties: bool) -> _Result:
+def _tokenize(chat: Chat, job: _Job, *, task: Task, keep: bool) -> _Result:
     """Rows to groups. With `keep`, a row with a defect that still allows training is counted and kept."""
     audit = Audit(rows=len(job.rows))
-    records = []
+    made: list[tuple[Record, Example]] = []
     for where, row in job.rows:
         read = functools.partial(job.layout.read, row, source=job.source, where=where)
         try:
-            record = _or_keep(read, keep, audit, where)
-            if skip_ties and record.ties.any() and not record.wins.any():
-                raise BadRow("tie", "neither response is preferred")
+            records = _or_keep(read, keep, audit, where)
+            made += [(record, example) for record in records for example in task.examples(record)]
         except BadRow as bad:
             audit.add(bad.reason, where, bad.detail, bad.tokens)
-        else:
-            records.append(record)
     groups = []
-    for record, tree in zip(records, chat.trees(records)):
-        if isinstance(tree, BadRow):
-            kept = keep and tree.reason in KEEPABLE
-            audit.add(tree.reason, record.row, tree.detail, tree.tokens, kept=kept)
-            tree = chat.trees([record], keep=True)[0] if kept else tree
-        if isinstance(tree, Tree):
-            groups.append(_columns(record, tree))
+    for (record, example), group in zip(made, chat.groups([example for _, example in made])):
+        if isinstance(group, BadRow):
+            kept = keep and group.reason in KEEPABLE
+            audit.add(group.reason, record.row, group.detail, group.tokens, kept=kept)
+            group = chat.groups([example], keep=True)[0] if kept else group
+        if isinstance(group, Labelled):
+            groups.append(_columns(record, example, group))
             audit.sources[record.source] = audit.sources.get(record.source, 0) + 1
-    columns = [pa.array([g[field.name] for g in groups], field.type) for field in SCHEMA]
-    return _Result(pa.RecordBatch.from_arrays(columns, schema=SCHEMA), audit)
+    columns = schema(task)
+    arrays = [pa.array([g[field.name] for g in groups], field.type) for field in columns]
+    return _Result(pa.RecordBatch.from_arrays(arrays, schema=columns), audit)
 
 
-def _or_keep(read: Callable[..., Record], keep: bool, audit: Audit, where: str) -> Record:
+def _or_keep(read: Callable[..., Sequence[Record]], keep: bool, audit: Audit, where: str) -> Sequence[Record]:
     try:
         return read()
     except BadRow as bad:
         if not keep or bad.reason not in KEEPABLE:
             raise
-        record = read(keep=True)
+        records = read(keep=True)
         audit.add(bad.reason, where, bad.detail, kept=True)
-        return record
+        return records
 
 
-def _columns(record: Record, tree: Tree) -> dict[str, Any]:
+def _columns(record: Record, example: Example, group: Labelled) -> dict[str, Any]:
     """One line of the file."""
+    tree = group.tree
     keys = [conversation_key(c, record.tools) for c in record.conversations]
-    order = np.argsort(np.array(keys, object), kind="stable")
     preferred = np.sign(record.wins - record.wins.T).astype(np.int8)
-    lengths = np.zeros(len(keys), np.int32)
-    lengths[tree.end_slot] = sequence_lengths(tree)
-    longer = 0.5 * (1 + np.sign(lengths[:, None] - lengths[None, :]))
+    lengths = np.zeros(len(example.conversations), np.int32)
+    np.maximum.at(lengths, tree.end_slot, sequence_lengths(tree))
+    sizes = lengths  # of the responses: in tokens, or in characters where they do not stand alone in a sequence
+    if example.conversations is not record.conversations:
+        sizes = np.array([len(c[-1].get("content") or "") for c in record.conversations])
+    longer = 0.5 * (1 + np.sign(sizes[:, None] - sizes[None, :]))
     starts = np.flatnonzero(np.diff(tree.visible_until, prepend=-1) | (np.diff(tree.positions, prepend=-2) - 1))
     runs = np.stack([starts, tree.positions[starts], tree.visible_until[starts]], axis=1)
     return {
-        "id": record.row,
+        "id": record.row + (f"#{example.name}" if example.name else ""),
+        "source": record.source,
         "tokens": tree.tokens,
         "runs": runs.ravel().astype(np.int32),
         "scored": np.stack([tree.end, tree.end_slot], axis=1).ravel(),
-        "labels": np.stack([record.wins, record.ties, record.margin]).ravel(),
+        **{f"label/{name}": x.ravel() for name, x in group.labels.items()},
         "lengths": len(tree),
-        "responses": len(keys),
+        "responses": len(example.conversations),
         "ends": len(tree.end),
         "unshared": int(lengths.sum()),
         "longest": int(lengths.max()),
         "weights": record.weight,
         "comparisons": int((preferred > 0).sum()),
         "longer_wins": float(longer[preferred > 0].sum()),
+        "margins": float(record.margin.max()),
+        "agreements": record.agreement,
         "prompt_ids": _hash(conversation_key(record.conversations[0][:-1])),
-        "response_sets": _hash(json.dumps(sorted(keys))),
-        "label_ids": _hash(preferred[np.ix_(order, order)].tobytes().hex()),
+        "response_sets": _hash(json.dumps([example.name, *sorted(keys)])),
+        "label_ids": _label_id(record, preferred, np.argsort(np.array(keys, object), kind="stable")),
     }
+
+
+def _label_id(record: Record, preferred: np.ndarray, order: np.ndarray) -> int:
+    """Equal for equal labels, whatever the order of the responses."""
+    said: list[Any] = [preferred[np.ix_(order, order)].tobytes().hex()]
+    said += [[name, [repr(values[i]) for i in order]] for name, values in sorted(record.attributes.items())]
+    said += [repr(record.steps[i]) for i in order if record.steps]
+    return _hash(json.dumps(said))
 
 
 def _hash(text: str) -> int:
@@ -408,13 +430,13 @@ class _Progress:
             self.say(f"{self.spec}: {done:,} rows read and tokenized in {took:,.1f} s")
 
 
-def _write(path: Path, results: Iterator[_Result], spec: str) -> None:
+def _write(path: Path, results: Iterator[_Result], columns: pa.Schema, spec: str) -> None:
     """Writes the file and its audit, each in one step; nothing is left of a build that fails."""
     audit = Audit()
     handle, name = tempfile.mkstemp(suffix=".partial", dir=path.parent)
     partial = Path(name)
     try:
-        with open(handle, "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        with open(handle, "wb") as file, pa.ipc.new_file(file, columns) as writer:
             for result in results:
                 audit.merge(result.audit)
                 if result.groups.num_rows:
@@ -429,14 +451,14 @@ def _write(path: Path, results: Iterator[_Result], spec: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _load(path: Path) -> "tuple[_Store, Audit]":
-    return _Store(path), Audit.from_json(path.with_suffix(".json").read_text())
+def _load(path: Path, task: Task) -> "tuple[_Store, Audit]":
+    return _Store(path, task), Audit.from_json(path.with_suffix(".json").read_text())
 
 
-def _cached(path: Path) -> "tuple[_Store, Audit] | None":
+def _cached(path: Path, task: Task) -> "tuple[_Store, Audit] | None":
     """What an earlier build wrote; None if it wrote nothing, or if the file is not whole any more."""
     try:
-        return _load(path)
+        return _load(path, task)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, pa.ArrowException, OSError) as error:
@@ -449,14 +471,19 @@ def _cached(path: Path) -> "tuple[_Store, Audit] | None":
 class _Store:
     """A cache file, memory-mapped: the numbers of all groups in memory, the rest as views of the map."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, task: Task):
+        self.fields = dict(task.fields)
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self.starts = np.cumsum([0] + [batch.num_rows for batch in self.batches])
         self.numbers = {
             name: np.concatenate([batch.column(name).to_numpy() for batch in self.batches]) for name in NUMBERS
         }
-        self.lists = [{name: _views(batch.column(name)) for name in LISTS} for batch in self.batches]
+        names = [*LISTS, *(f"label/{name}" for name in self.fields)]
+        self.lists = [{name: _views(batch.column(name)) for name in names} for batch in self.batches]
+        source = pa.chunked_array([batch.column("source") for batch in self.batches]).combine_chunks()
+        encoded = source.dictionary_encode()
+        self.sources, self.source = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -486,9 +513,12 @@ class _Store:
             end=end,
             end_slot=slot,
         )
-        k = int(self.numbers["responses"][index])
-        wins, ties, margin = cells["labels"].reshape(3, k, k)
-        return Group(tree, wins, ties, margin, float(self.numbers["weights"][index]), self.id(index))
+        axis_size: dict[Any, Any] = {"K": int(self.numbers["responses"][index]), "E": len(end), "T": len(tree)}
+        labels: dict[str, np.ndarray] = {
+            name: cells[f"label/{name}"].reshape([axis_size.get(axis, axis) for axis in axes if axis != "G"])
+            for name, axes in self.fields.items()
+        }
+        return Group(tree, labels, float(self.numbers["weights"][index]), self.id(index))
 
 
 def _views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,22 +6,25 @@ transformers and vLLM pool. The tree is built from token ids, never from strings
 a newline merges with the header before it, so a prefix of the text need not be a prefix of the tokens.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 import transformers
 
-from rmjax.data.records import BadRow, Conversation, Record
+from rmjax.data.records import BadRow, Conversation
+from rmjax.data.tasks import Example, Span
 from rmjax.data.trees import Tree, build_tree
 
 Sequences = list[list[int]]
+Shortened = tuple[Sequence[Conversation], Sequences]  # conversations that fit, and their tokens
 
 ASKED, ANSWERED = ("first question", "second question"), ("first answer", "second answer")
 PROBE: Conversation = [
@@ -55,6 +58,21 @@ SETTINGS = (
     "chat_template",
     "continue_final_message",
 )
+
+
+class Labelled(NamedTuple):
+    """A group's tree and its labels, by the fields of its task."""
+
+    tree: Tree
+    labels: dict[str, np.ndarray]
+
+
+class Place(NamedTuple):
+    """Where a message's text stands in a rendering; `cut` characters of white space before it were left out."""
+
+    start: int
+    stop: int
+    cut: int
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -149,32 +167,62 @@ class Chat:
         encoding = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)
         return encoding["input_ids"]
 
-    def trees(self, records: Sequence[Record], *, keep: bool = False) -> list[Tree | BadRow]:
-        """Builds the tree of each record.
+    def groups(self, examples: Sequence[Example], *, keep: bool = False) -> list[Labelled | BadRow]:
+        """Builds the tree of each example, and its labels.
 
         Each distinct conversation is rendered once, and all are tokenized together.
 
         Args:
-            records: the groups.
+            examples: the groups.
             keep: let responses that become the same through.
 
         Returns:
-            For each record its tree, or why there is none: `template_error`, `over_long`,
+            For each example its tree and labels, or why there is none: `template_error`, `over_long`,
             `identical_responses` (the template renders them alike) or `identical_after_truncation`.
         """
-        keys = [[conversation_key(c, r.tools) for c in r.conversations] for r in records]
+        keys = [[conversation_key(c, e.tools) for c in e.conversations] for e in examples]
         rendered: dict[str, str | BadRow] = {}
-        for record, names in zip(records, keys):
-            for name, conversation in zip(names, record.conversations):
+        for example, names in zip(examples, keys):
+            for name, conversation in zip(names, example.conversations):
                 if name not in rendered:
-                    rendered[name] = self._try_render(conversation, record.tools)
+                    rendered[name] = self._try_render(conversation, example.tools)
         good = {name: text for name, text in rendered.items() if isinstance(text, str)}
         encoded = dict(zip(good, self.encode(list(good.values()))))
-        trees: list[Tree | BadRow] = []
-        for record, names in zip(records, keys):
+        made: list[Labelled | BadRow] = []
+        for example, names in zip(examples, keys):
             failures = [text for name in names if isinstance(text := rendered[name], BadRow)]
-            trees.append(failures[0] if failures else self._tree(record, [encoded[n] for n in names], keep))
-        return trees
+            made.append(failures[0] if failures else self._group(example, [encoded[n] for n in names], keep))
+        return made
+
+    def locate(self, conversation: Conversation, tools: Sequence[Any] | None = None) -> tuple[str, list[Place]]:
+        """Finds where each message's text stands in the rendering.
+
+        Templates rarely mark that themselves, so the conversation is rendered a second time with marks for texts;
+        what stands between the marks tells the texts' places. Where that fails (templates that look into the
+        texts), each text is looked for after the one before.
+
+        Returns:
+            The rendering, and the place of each message; a message that is not rendered has an empty one.
+
+        Raises:
+            BadRow: `template_error`: the last message's text is not in the rendering as it is.
+        """
+        text = self.render(conversation, tools)
+        marks = [f"\ue000{i}\ue001" for i in range(len(conversation))]
+        try:
+            marked = self.render([{**m, "content": mark} for m, mark in zip(conversation, marks)], tools)
+        except BadRow:
+            marked = ""
+        pieces = re.split("\ue000[0-9]+\ue001", marked)
+        exact = re.findall("\ue000[0-9]+\ue001", marked) == marks
+        places, at = [], 0
+        for i, message in enumerate(conversation):
+            before, after = (pieces[i], pieces[i + 1]) if exact else ("", "")
+            places.append(_place(text, at, message.get("content") or "", before, after))
+            at = max(at, places[-1].stop)
+        if conversation and not places[-1].stop:
+            raise BadRow("template_error", "the template changes the last turn's text, so it cannot be found again")
+        return text, places
 
     def fingerprint(self) -> str:
         """SHA-256, as hex, of what decides the tokens: vocabulary, template, arguments, length policy."""
@@ -193,47 +241,86 @@ class Chat:
             return BadRow("wrong_type", f"the text is no Unicode: {error.reason}")
         return text or BadRow("template_error", "it renders to nothing")
 
-    def _tree(self, record: Record, sequences: Sequences, keep: bool) -> Tree | BadRow:
+    def _group(self, example: Example, sequences: Sequences, keep: bool) -> Labelled | BadRow:
+        conversations: Sequence[Conversation] = example.conversations
         too_long = bool(self.max_length) and max(map(len, sequences)) > self.max_length
-        if too_long:
-            try:
-                sequences = POLICIES[self.over_long](self, record, max(map(len, sequences)))
-            except BadRow as error:
-                return error
-        conversations = {conversation_key(c) for c in record.conversations}
-        if len(set(map(tuple, sequences))) < len(conversations) and not keep:
+        try:
             if too_long:
-                return BadRow("identical_after_truncation", f"at {self.max_length} tokens they are the same")
-            return BadRow("identical_responses", "they differ only in what the template leaves out")
-        return build_tree(sequences)
+                conversations, sequences = POLICIES[self.over_long](self, example, max(map(len, sequences)))
+            distinct = {conversation_key(c) for c in example.conversations}
+            if len(set(map(tuple, sequences))) < len(distinct) and not keep:
+                if too_long:
+                    raise BadRow("identical_after_truncation", f"at {self.max_length} tokens they are the same")
+                raise BadRow("identical_responses", "they differ only in what the template leaves out")
+            tree = build_tree(sequences)
+            if example.scored is None and not example.spans:
+                return Labelled(tree, dict(example.labels))
+            return self._labelled(example, conversations, tree)
+        except BadRow as bad:
+            return bad
 
-    def _sequences(self, conversations: Sequence[Conversation], record: Record) -> Sequences:
-        return self.encode([self.render(c, record.tools) for c in conversations])
+    def _labelled(self, example: Example, conversations: Sequence[Conversation], tree: Tree) -> Labelled:
+        """Finds the scored tokens and the tokens of the spans."""
+        fields = {name: np.zeros(len(tree), np.float32) for name in example.spans}
+        ends: list[int] = []
+        slots: list[int] = []
+        kept: list[bool] = []  # truncation can cut scored tokens off
+        for k, conversation in enumerate(conversations):
+            text, places = self.locate(conversation, example.tools)
+            encoding = self.tokenizer([text], add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+            offsets = np.array(encoding["offset_mapping"][0], np.int64)
+            path = tree.path(int(tree.end[k]))
+            for name, spans in example.spans.items():
+                for span in spans[k]:
+                    place = -span.message <= len(conversation) and places[span.message]
+                    original = example.conversations[k][span.message]
+                    if place and place.stop and conversation[span.message]["role"] == original["role"]:
+                        at = _tokens_of(span, place, original.get("content") or "", offsets)
+                        fields[name][path[at[at > 0] - 1]] = span.value
+            for stop in () if example.scored is None else example.scored[k]:
+                place, length = places[-1], len(conversation[-1].get("content") or "")
+                kept.append(stop <= length)
+                if kept[-1]:
+                    character = min(max(place.start + stop - place.cut, place.start + 1), place.stop) - 1
+                    ends.append(int(path[np.flatnonzero(offsets[:, 0] <= character)[-1]]))
+                    slots.append(k)
+        labels = {**example.labels, **fields}
+        if example.scored is None:
+            return Labelled(tree, labels)
+        if not ends:
+            raise BadRow("over_long", f"no scored token is left of {self.max_length} tokens")
+        per_end = {name: x[np.array(kept)] for name, x in labels.items() if len(x) == len(kept) and name not in fields}
+        scored = dataclasses.replace(tree, end=np.array(ends, np.int32), end_slot=np.array(slots, np.int32))
+        return Labelled(scored, {**labels, **per_end})
 
-    def _drop(self, record: Record, longest: int) -> Sequences:
+    def _sequences(self, conversations: Sequence[Conversation], example: Example) -> Sequences:
+        return self.encode([self.render(c, example.tools) for c in conversations])
+
+    def _drop(self, example: Example, longest: int) -> Shortened:
         raise BadRow("over_long", f"{longest} tokens, data.max_length is {self.max_length}", longest)
 
-    def _truncate_prompt(self, record: Record, longest: int) -> Sequences:
+    def _truncate_prompt(self, example: Example, longest: int) -> Shortened:
         """Leaves out as many of the oldest exchanges as needed, the same number before every response."""
-        most = min(sum(m["role"] == "user" for m in c) for c in record.conversations)
+        most = min(sum(m["role"] == "user" for m in c) for c in example.conversations)
         for exchanges in range(1, most):
-            shorter = [_without_oldest(c, exchanges) for c in record.conversations]
-            sequences = self._sequences(shorter, record)
+            shorter = [_without_oldest(c, exchanges) for c in example.conversations]
+            sequences = self._sequences(shorter, example)
             longest = max(map(len, sequences))
             if longest <= self.max_length:
-                return sequences
+                return shorter, sequences
         raise BadRow("over_long", f"{longest} tokens without its older turns, of {self.max_length}", longest)
 
-    def _truncate_response(self, record: Record, longest: int) -> Sequences:
+    def _truncate_response(self, example: Example, longest: int) -> Shortened:
         """Cuts every response at the same number of characters, the most that fits."""
-        contents = [c[-1].get("content") or "" for c in record.conversations]
+        contents = [c[-1].get("content") or "" for c in example.conversations]
         low, high = 0, max(map(len, contents))  # `low` characters fit, or it is 0; `high` characters do not
-        best: Sequences | None = None
+        best: Shortened | None = None
         while high - low > 1:
             middle = (low + high) // 2
-            sequences = self._sequences([_cut(c, middle) for c in record.conversations], record)
+            shorter = [_cut(c, middle) for c in example.conversations]
+            sequences = self._sequences(shorter, example)
             if max(map(len, sequences)) <= self.max_length:
-                low, best = middle, sequences
+                low, best = middle, (shorter, sequences)
             else:
                 high, longest = middle, max(map(len, sequences))
         if best is None or not all(text[:low].strip() for text in contents):
@@ -286,7 +373,7 @@ class Chat:
         return notes
 
 
-POLICIES: dict[str, Callable[[Chat, Record, int], Sequences]] = {
+POLICIES: dict[str, Callable[[Chat, Example, int], Shortened]] = {
     "drop": Chat._drop,
     "truncate_prompt": Chat._truncate_prompt,
     "truncate_response": Chat._truncate_response,
@@ -351,6 +438,30 @@ def _without_oldest(conversation: Conversation, exchanges: int) -> Conversation:
     users = [i for i, message in enumerate(conversation) if message["role"] == "user"]
     kept = [message for message in conversation[: users[0]] if message["role"] == "system"]
     return [*kept, *conversation[users[exchanges] :]]
+
+
+def _place(text: str, at: int, content: str, before: str, after: str) -> Place:
+    """Finds a message's text from `at` on, given what stands around it; templates may strip it."""
+    candidates = dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip()))
+    if text.startswith(before, at):
+        start = at + len(before)
+        for words in candidates:
+            if text.startswith(words + after, start):
+                return Place(start, start + len(words), content.find(words))
+    for words in filter(None, (*candidates, content.rpartition("</think>")[2].strip())):
+        if (start := text.find(words, at)) >= 0:
+            return Place(start, start + len(words), content.rfind(words))
+    return Place(at, 0, 0)
+
+
+def _tokens_of(span: Span, place: Place, content: str, offsets: np.ndarray) -> np.ndarray:
+    """Indices of the tokens that have a character of the span; one more if it reaches the end of its message."""
+    start, stop = (min(max(place.start + c - place.cut, place.start), place.stop) for c in (span.start, span.stop))
+    at = np.flatnonzero((offsets[:, 0] < stop) & (offsets[:, 1] > start))
+    whole = span.stop >= len(content)
+    if whole and len(at) and at[-1] + 1 < len(offsets):
+        at = np.append(at, at[-1] + 1)
+    return at
 
 
 def _cut(conversation: Conversation, characters: int) -> Conversation:

@@ -52,14 +52,14 @@ class Format:
         columns: the columns it must have, and what is in them.
         agrees: whether a row (with cells of the right kinds) can be this format, where others have the same
             columns.
-        read: makes the record of a row whose cells are of the right kinds; arguments as Layout.read, and
+        read: makes the record, or the records, of a row whose cells are of the right kinds; arguments as Layout.read, and
             `by_place`.
     """
 
     name: str
     columns: Mapping[str, Kind]
     agrees: Callable[[Row], bool]
-    read: Callable[..., Record]
+    read: Callable[..., Record | Sequence[Record]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Layout:
     name: str
     by_place: bool = False
 
-    def read(self, row: Row, *, source: str, where: str, keep: bool = False) -> Record:
-        """Reads one row; with `keep`, defects that still allow training (records.KEEPABLE) are let through.
+    def read(self, row: Row, *, source: str, where: str, keep: bool = False) -> Sequence[Record]:
+        """Reads the records of one row; with `keep`, defects that allow training (records.KEEPABLE) are let through.
 
         Raises:
             BadRow: the row cannot be used.
@@ -83,7 +83,8 @@ class Layout:
         for column, kind in FORMATS[self.name].columns.items():
             if not kind.test(row.get(column)):
                 raise _wrong(column, row.get(column), kind)
-        return FORMATS[self.name].read(row, by_place=self.by_place, source=source, where=where, keep=keep)
+        made = FORMATS[self.name].read(row, by_place=self.by_place, source=source, where=where, keep=keep)
+        return [made] if isinstance(made, Record) else made
 
 
 def detect(rows: Sequence[Row], name: str = "auto") -> Layout:

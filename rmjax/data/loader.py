@@ -1,7 +1,7 @@
 """Batches: the plan's rows as arrays of static shape, read ahead by threads, one sharded array per field."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -10,6 +10,7 @@ import numpy as np
 
 from rmjax.data.cache import Group
 from rmjax.data.packing import Plan
+from rmjax.data.tasks import Axes
 
 Batch = dict[str, np.ndarray]
 
@@ -30,6 +31,7 @@ class Shape:
         micro: micro-batches of a step, M.
         rows: rows of a micro-batch over all devices, B; a multiple of the devices that split rows.
         tokens: T. groups: G. ends: E. responses: K.
+        labels: the label fields of the task and their axes (`tasks.py`).
     """
 
     micro: int
@@ -38,17 +40,24 @@ class Shape:
     groups: int
     ends: int
     responses: int
+    labels: tuple[tuple[str, Axes], ...] = ()
 
     def fields(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Shape (without M) and dtype of every field."""
         b, t, g, e, k = self.rows, self.tokens, self.groups, self.ends, self.responses
         ints = dict.fromkeys(("tokens", "positions", "visible_from", "visible_until"), ((b, t), np.int32))
         ends = dict.fromkeys(("end", "end_group", "end_slot"), ((b, e), np.int32))
-        labels = dict.fromkeys(("wins", "ties", "margin"), ((b, g, k, k), np.float32))
+        sizes = {"G": g, "K": k, "E": e, "T": t}
+        labels = {
+            name: ((b, *(sizes[a] if isinstance(a, str) else a for a in axes)), np.float32)
+            for name, axes in self.labels
+        }
         return {**ints, **ends, "weight": ((b, g), np.float32), **labels}
 
 
-def plan_shape(plan: Plan, responses: int, *, micro_rows: int, row_devices: int) -> Shape:
+def plan_shape(
+    plan: Plan, responses: int, *, micro_rows: int, row_devices: int, labels: Mapping[str, Axes] | None = None
+) -> Shape:
     """The shape of a plan's batches: its rows in equal micro-batches that `row_devices` devices can split.
 
     Args:
@@ -56,11 +65,13 @@ def plan_shape(plan: Plan, responses: int, *, micro_rows: int, row_devices: int)
         responses: most responses of any group, K.
         micro_rows: rows per device in one micro-batch, at most.
         row_devices: devices that the rows are split over (data x fsdp).
+        labels: the label fields and their axes.
     """
+    fields = tuple((labels or {}).items())
     per_device = -(-int(np.diff(plan.step_start).max()) // row_devices)
     micro = -(-per_device // micro_rows)
     rows = -(-per_device // micro) * row_devices
-    return Shape(micro, rows, plan.row_tokens, plan.max_groups, plan.max_ends, responses)
+    return Shape(micro, rows, plan.row_tokens, plan.max_groups, plan.max_ends, responses, fields)
 
 
 def rounded(shape: Shape) -> Shape:
@@ -79,15 +90,15 @@ def empty_rows(shape: Shape, rows: int) -> Batch:
     return batch
 
 
-def fill_row(batch: Batch, b: int, groups: Sequence[Group]) -> None:
-    """Lays groups end to end into row `b` of a batch of padding.
+def fill_row(batch: Batch, b: int, groups: Sequence[Group], labels: Sequence[tuple[str, Axes]] = ()) -> None:
+    """Lays groups and their labels end to end into row `b` of a batch of padding.
 
     Raises:
         ValueError: the groups do not fit the row; the plan and the data disagree.
     """
     at = e = 0
     for g, group in enumerate(groups):
-        tree, k = group.tree, len(group.wins)
+        tree = group.tree
         stop, e_stop = at + len(tree), e + len(tree.end)
         if stop > batch["tokens"].shape[1] or e_stop > batch["end"].shape[1] or g >= batch["weight"].shape[1]:
             raise ValueError(f"row {b} cannot hold its {len(groups)} groups: the plan was made from other data")
@@ -99,8 +110,11 @@ def fill_row(batch: Batch, b: int, groups: Sequence[Group]) -> None:
         batch["end_group"][b, e:e_stop] = g
         batch["end_slot"][b, e:e_stop] = tree.end_slot
         batch["weight"][b, g] = group.weight
-        for name in ("wins", "ties", "margin"):
-            batch[name][b, g, :k, :k] = getattr(group, name)
+        for name, axes in labels:
+            first, *rest = axes
+            start: Any = {"G": g, "E": slice(e, e_stop), "T": slice(at, stop)}[str(first)]
+            inner = group.labels[name].shape[-len(rest) :] if rest else ()
+            batch[name][(b, start, *map(slice, inner))] = group.labels[name]
         at, e = stop, e_stop
 
 
@@ -131,7 +145,7 @@ class StepSource:
             batch = empty_rows(self.shape, stop - start)
             here = range(m * self.shape.rows + start, min(m * self.shape.rows + stop, len(rows)))
             for b, r in enumerate(here):
-                fill_row(batch, b, [self.groups.group(int(i)) for i in rows[r]])
+                fill_row(batch, b, [self.groups.group(int(i)) for i in rows[r]], self.shape.labels)
             micro_batches.append(batch)
         return {name: np.stack([batch[name] for batch in micro_batches]) for name in micro_batches[0]}
 

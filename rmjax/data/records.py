@@ -1,9 +1,10 @@
-"""The canonical record: one prompt, K responses, and who is preferred to whom.
+"""The canonical record: one prompt, K responses, and what was said of them.
 
-Every format on disk becomes this (`formats.py`), and everything after reads only this.
+Every format on disk becomes this (`formats.py`); `tasks.py` makes of it what an objective learns from.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ REASONS = {
     "conflicting_label": "the label contradicts itself or the other labels of the row",
     "wrong_type": "a cell of another type than its column needs",
     "no_assistant_turn": "the conversation does not end with an assistant turn",
+    "no_label": "it says nothing that the objective learns from",
     "template_error": "the chat template refuses the conversation",
 }
 
@@ -50,8 +52,23 @@ class BadRow(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of a response.
+
+    Attributes:
+        stop: characters of the response's text up to the step's last one, inclusive.
+        label: how right the step is, from 0 (wrong) to 1 (right); NaN where it was not judged.
+    """
+
+    stop: int
+    label: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Record:
-    """One group. K responses; every conversation is whole (its own history and its last, scored, turn).
+    """One group. K responses; every conversation is whole (its own history and its last turn).
+
+    A record may say several things at once, or nothing: an objective takes what it learns from (`tasks.py`).
 
     Attributes:
         conversations: K lists of messages, each ending with an assistant turn.
@@ -59,6 +76,9 @@ class Record:
             a soft one.
         ties: float32 [K, K], symmetric; 1 where i and j were judged equal.
         margin: float32 [K, K]; by how much i beats j where wins[i, j] > 0, in the source's own units, else 0.
+        attributes: named scores of each response, K numbers each, NaN where one is missing.
+        steps: for each response its steps in order; () where no steps were judged.
+        agreement: share of the annotators who gave the label; NaN where it is not known.
         weight: how much the group counts in the loss.
         tools: tool descriptions handed to the chat template, or None.
         source: name of the source it came from.
@@ -73,6 +93,9 @@ class Record:
     tools: tuple[Any, ...] | None = None
     source: str = ""
     row: str = ""
+    attributes: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    steps: tuple[tuple[Step, ...], ...] = ()
+    agreement: float = math.nan
 
     def __post_init__(self) -> None:
         k = len(self.conversations)
@@ -80,6 +103,21 @@ class Record:
             shape = getattr(self, name).shape
             if shape != (k, k):
                 raise ValueError(f"{self.row}: {name} has shape {shape}, expected {(k, k)} for {k} responses")
+        counts = {name: len(values) for name, values in self.attributes.items()}
+        if any(n != k for n in counts.values()) or len(self.steps) not in (0, k):
+            raise ValueError(f"{self.row}: {k} responses, but attributes of {counts} and {len(self.steps)} with steps")
+
+    def select(self, responses: Sequence[int]) -> "Record":
+        """The record of these responses, in this order."""
+        chosen = list(responses)
+        pick = lambda values: tuple(values[i] for i in chosen)
+        return dataclasses.replace(
+            self,
+            conversations=pick(self.conversations),
+            attributes={name: pick(values) for name, values in self.attributes.items()},
+            steps=pick(self.steps) if self.steps else (),
+            **{name: getattr(self, name)[np.ix_(chosen, chosen)] for name in ("wins", "ties", "margin")},
+        )
 
 
 def check_conversation(conversation: Any, *, keep: bool = False) -> tuple[Message, ...]:

@@ -171,7 +171,7 @@ def _synthetic_parts(item: str) -> list[Part]:
     rows = functools.partial(synthetic.rows, url.netloc, **arguments)
 
     def digest() -> str:
-        code = Path(synthetic.__file__).read_bytes()
+        code = b"".join(file.read_bytes() for file in sorted(Path(synthetic.__file__).parent.glob("*.py")))
         return hashlib.sha256(item.encode() + code).hexdigest()
 
     return [Part(url.netloc, rows, lambda: None, digest)]

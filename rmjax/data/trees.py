@@ -38,10 +38,13 @@ class Tree:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def path(self, end: int) -> np.ndarray:
+        """Indices of the tokens that the token at `end` sees, itself last."""
+        return np.flatnonzero(self.visible_until[: end + 1] > end)
+
     def sequences(self) -> list[np.ndarray]:
         """The token sequence of each scored token: what it sees, in order."""
-        index = np.arange(len(self))
-        return [self.tokens[(index <= e) & (e < self.visible_until)] for e in self.end]
+        return [self.tokens[self.path(e)] for e in self.end]
 
 
 def common_prefix(sequences: Sequence[np.ndarray]) -> int:

@@ -1,20 +1,28 @@
 """What is learnt: one file and one row here for each objective."""
 
-from ml_collections import ConfigDict
+from collections.abc import Mapping
+from typing import Any
 
+from rmjax.objectives.base import Objective
 from rmjax.objectives.bradley_terry import BradleyTerry
 
-OBJECTIVES = {"bradley_terry": BradleyTerry}
+OBJECTIVES: dict[str, type[Objective]] = {"bradley_terry": BradleyTerry}
 
 
-def make(config: ConfigDict) -> BradleyTerry:
+def make(values: Mapping[str, Any]) -> Objective:
     """Builds the objective that `config.objective` names; its other keys are the objective's fields.
 
     Raises:
-        ValueError: an objective that is not in the table.
+        ValueError: an objective that is not in the table, keys that are not its own, or values it cannot use.
     """
-    values = config.to_dict()
+    values = dict(values.items())
     name = values.pop("name")
     if name not in OBJECTIVES:
         raise ValueError(f"config.objective.name={name!r} is unknown; there is {', '.join(sorted(OBJECTIVES))}")
-    return OBJECTIVES[name](**values)
+    try:
+        return OBJECTIVES[name](**values)
+    except TypeError as error:
+        raise ValueError(
+            f"config.objective has the keys {', '.join(sorted(values))}, which are not those of {name!r} ({error}); "
+            "begin the config file with rmjax.config.defaults(OBJECTIVE)"
+        ) from None

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rmjax.data.tasks import Preferences
+from rmjax.objectives.base import Batch, Objective, Params
 from rmjax.objectives.sums import Sums, fraction, ratios
 
 
@@ -40,7 +42,7 @@ def gather_groups(scores_BE: jax.Array, end_group: jax.Array, end_slot: jax.Arra
 
 
 @dataclasses.dataclass(frozen=True)
-class BradleyTerry:
+class BradleyTerry(Objective):
     """The objective; every field is a key of `config.objective` with the same name.
 
     Attributes:
@@ -55,14 +57,27 @@ class BradleyTerry:
     center: float = 0.0
     ties: str = "skip"
 
-    outputs = 1  # width of the score head
+    def __post_init__(self) -> None:
+        if self.ties not in ("skip", "half"):
+            raise ValueError(f"config.objective.ties={self.ties!r} is none of skip, half")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"config.objective.label_smoothing={self.label_smoothing} must be in [0, 0.5)")
+        for name in ("margin_scale", "center"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config.objective.{name}={getattr(self, name)} must not be negative")
 
-    def sums(self, scores_BEA: jax.Array, batch: Mapping[str, jax.Array]) -> Sums:
+    @property
+    def task(self) -> Preferences:
+        """Preferences; groups without a winner only if ties are trained on."""
+        return Preferences("skip" if self.ties == "skip" else "keep")
+
+    def sums(self, scores_BEA: jax.Array, batch: Batch, params: Params) -> Sums:
         """Loss and metrics of a batch as sums over its preferred pairs.
 
         Args:
             scores_BEA: float32 [B, E, 1].
             batch: `end_group`, `end_slot` [B, E], `weight` [B, G], `wins`, `ties`, `margin` [B, G, K, K].
+            params: none.
 
         Returns:
             loss, accuracy (equal rewards count half), tie_rate, margin, rewards of the chosen and the rejected, the
@@ -98,7 +113,9 @@ class BradleyTerry:
             **reward_sums(scores_BEA[..., 0], batch["end"]),
         }
 
-    def summary(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def summary(
+        self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, float]:
         """Metrics of host sums: the ratios, with the rewards' standard deviation and the number of pairs."""
         values = ratios(sums)
         square, mean = values.pop("reward_square", None), values.get("reward_mean")

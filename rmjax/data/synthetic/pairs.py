@@ -1,16 +1,8 @@
-"""Data that is made, not read: preference pairs with a planted rule, and a tokenizer for them.
+"""Preference pairs with a planted rule: the preferred reply has the word that the prompt names."""
 
-For the demo and the tests: no network, no files, a known right answer.
-"""
-
-import os
 import random
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
-
-from rmjax.data.records import Conversation
 
 # fmt: off
 TOPICS = (
@@ -39,31 +31,6 @@ SYSTEM = ("You are a helpful assistant.", "Answer in one sentence.", "Be brief a
 # What the rows of every block of 200 are, in random order; the rest are ordinary. See `pairs`.
 BLOCK = 200
 SPECIAL = ("tie_both", "tie_both", "tie_neither", "tie_neither", "empty", "identical", "non_text")
-
-
-def rows(name: str, **kwargs: int | str) -> Iterator[dict[str, Any]]:
-    """Yields the rows that a `synthetic://NAME?n=...&seed=...` source stands for.
-
-    The rows depend on the name, `n` and `seed` only: every process sees the same, and fewer rows are a prefix
-    of more.
-
-    Args:
-        name: a name in GENERATORS.
-        **kwargs: `n`, how many rows (default 1000), and `seed` (default 0): whole numbers, as int or as text.
-
-    Raises:
-        ValueError: by the call itself, on an unknown name or option, or one that is not a whole number >= 0.
-    """
-    if name not in GENERATORS:
-        raise ValueError(f"unknown synthetic data {name!r}; known: {', '.join(GENERATORS)}")
-    options: dict[str, int | str] = {"n": 1000, "seed": 0}
-    if unknown := sorted(kwargs.keys() - options.keys()):
-        raise ValueError(f"synthetic data {name!r} has no option {unknown[0]!r}; known: {', '.join(options)}")
-    options |= kwargs
-    for option, value in options.items():
-        if not str(value).isdecimal():
-            raise ValueError(f"synthetic data {name!r}: {option} must be a whole number >= 0, got {value!r}")
-    return GENERATORS[name](int(options["n"]), int(options["seed"]))
 
 
 def pairs(n: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -102,9 +69,6 @@ def pairs(n: int, seed: int) -> Iterator[dict[str, Any]]:
         if len(prompt) < 3:  # no earlier exchange to be about
             other = rng.choice([word for word in TOPICS if word != topic])
         yield {"prompt": [dict(message) for message in prompt], **_replies(rng, kinds.pop(), topic, other)}
-
-
-GENERATORS: dict[str, Callable[[int, int], Iterator[dict[str, Any]]]] = {"pairs": pairs}
 
 
 def _prompt(rng: random.Random, topic: str, decoy: str) -> list[dict[str, str]]:
@@ -153,60 +117,3 @@ def _replies(rng: random.Random, kind: str, topic: str, other: str) -> dict[str,
         "rejected": [{"role": "assistant", "content": rejected}],
     }
     return columns | ({"preference": 0.5} if kind.startswith("tie") else {})
-
-
-VOCABULARY = 640
-CHAT_TEMPLATE = r"""
-{%- if tools %}
-    {{- raise_exception('this template cannot describe tools') }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
-        {{- raise_exception('unknown role ' ~ message.role) }}
-    {%- elif message.content is not string %}
-        {{- raise_exception('the ' ~ message.role ~ ' turn has no text') }}
-    {%- endif %}
-    {{- '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}"""
-
-
-def make_tokenizer(directory: str | os.PathLike[str]) -> None:
-    """Trains a byte-level BPE of VOCABULARY tokens, saved for `AutoTokenizer.from_pretrained`.
-
-    Ids 0, 1, 2 are `<|endoftext|>` (padding), `<|im_start|>` and `<|im_end|>` (end of turn); there is no BOS.
-    Every word of TOPICS and FILLER is one token after a space. The chat template renders ChatML, a newline
-    after each turn. The files are the same bytes each time. A new directory appears whole; in one that is
-    there already each file is replaced whole.
-
-    Normalization (NFC) and splitting are Qwen2's: transformers rebuilds Qwen2's pipeline around the
-    vocabulary of any tokenizer beside a Qwen2 model, so with another the export would see other tokens than
-    training saw.
-    """
-    from transformers import Qwen2Tokenizer  # takes seconds to import, and `rows` has no need of it
-
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        _texts(), VOCABULARY, new_special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
-    )
-    tokenizer.eos_token = "<|im_end|>"
-    tokenizer.chat_template = CHAT_TEMPLATE
-    directory = Path(directory).absolute()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
-        built = Path(scratch) / "tokenizer"
-        tokenizer.save_pretrained(built)
-        try:
-            built.rename(directory)
-        except OSError:  # the directory is there, from a run before or another process of this one
-            for file in built.iterdir():
-                file.replace(directory / file.name)
-
-
-def _texts() -> Iterator[str]:
-    """The text to train the tokenizer on: role names, and the turns of rows of its own seed."""
-    for row in rows("pairs", n=2000, seed=0):
-        conversation: Conversation = [*row["prompt"], *row["chosen"], *row["rejected"]]
-        for message in conversation:
-            yield f"{message['role']}\n{message['content']}"

@@ -1,0 +1,39 @@
+"""Data that is made, not read: rows with a planted rule, and a tokenizer for them.
+
+For the demos and the tests: no network, no files, a known right answer. One file and one row of GENERATORS each.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rmjax.data.synthetic.pairs import FILLER, TOPICS, pairs
+from rmjax.data.synthetic.tokenizer import CHAT_TEMPLATE, VOCABULARY, make_tokenizer
+
+__all__ = ["CHAT_TEMPLATE", "FILLER", "GENERATORS", "TOPICS", "VOCABULARY", "make_tokenizer", "rows"]
+
+GENERATORS: dict[str, Callable[[int, int], Iterator[dict[str, Any]]]] = {"pairs": pairs}
+
+
+def rows(name: str, **kwargs: int | str) -> Iterator[dict[str, Any]]:
+    """Yields the rows that a `synthetic://NAME?n=...&seed=...` source stands for.
+
+    The rows depend on the name, `n` and `seed` only: every process sees the same, and fewer rows are a prefix
+    of more.
+
+    Args:
+        name: a name in GENERATORS.
+        **kwargs: `n`, how many rows (default 1000), and `seed` (default 0): whole numbers, as int or as text.
+
+    Raises:
+        ValueError: by the call itself, on an unknown name or option, or one that is not a whole number >= 0.
+    """
+    if name not in GENERATORS:
+        raise ValueError(f"unknown synthetic data {name!r}; known: {', '.join(GENERATORS)}")
+    options: dict[str, int | str] = {"n": 1000, "seed": 0}
+    if unknown := sorted(kwargs.keys() - options.keys()):
+        raise ValueError(f"synthetic data {name!r} has no option {unknown[0]!r}; known: {', '.join(options)}")
+    options |= kwargs
+    for option, value in options.items():
+        if not str(value).isdecimal():
+            raise ValueError(f"synthetic data {name!r}: {option} must be a whole number >= 0, got {value!r}")
+    return GENERATORS[name](int(options["n"]), int(options["seed"]))

@@ -1,0 +1,82 @@
+"""What an objective is: the one interface between what is learnt and everything else.
+
+    records -> task (data/tasks.py) -> batches -> model -> outputs -> sums -> loss and metrics
+
+An objective is a frozen dataclass; its fields are the keys of `config.objective` with the same names, and what it
+is given wrong it refuses in `__post_init__` with a ValueError that names the key. It knows no models.
+
+Shape letters: B rows, G groups in a row, K responses in a group, E scored tokens in a row, A outputs, T tokens.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from rmjax.data.tasks import Task
+from rmjax.objectives.sums import Sums, ratios
+
+Batch = Mapping[str, jax.Array]  # see data/loader.py: Shape.fields
+Params = Mapping[str, Any]  # the objective's own parameters, float32; {} for most
+
+
+class Objective:
+    """See the module. What has no body here must be defined; the rest has a default.
+
+    Attributes:
+        architecture: of the export: "SequenceClassification", "TokenClassification" or "CausalLM". The last has a
+            language model head and no `labels`; its outputs are not scores (models/heads.py).
+        shown: the metrics that progress lines show.
+    """
+
+    architecture: str = "SequenceClassification"
+    shown: tuple[str, ...] = ("loss", "accuracy")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the head's outputs, A of them, for the export's id2label."""
+        return ("LABEL_0",)
+
+    @property
+    def task(self) -> Task:
+        """How records become groups and labels."""
+        raise NotImplementedError
+
+    def params(self) -> dict[str, np.ndarray]:
+        """First values of what the objective itself learns (a tie parameter, cut points), float32."""
+        return {}
+
+    def sums(self, outputs: Any, batch: Batch, params: Params) -> Sums:
+        """Loss and metrics of a batch as sums; `loss` is one of them.
+
+        Args:
+            outputs: of the model: float32 [B, E, A], scores of the scored tokens; 0 where `end` is -1.
+            batch: see data/loader.py.
+            params: see `params`.
+        """
+        raise NotImplementedError
+
+    def outcomes(self, outputs: Any, batch: Batch, params: Params) -> dict[str, jax.Array]:
+        """What evaluation keeps of every batch because no sums can tell it (rank correlations), by name.
+
+        Arrays of equal leading axes in all batches; NaN marks what is not there. They come to the host, flattened
+        and concatenated, as `summary`'s second argument.
+        """
+        return {}
+
+    def summary(self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None) -> dict:
+        """Metrics by name, of host sums and, in evaluation, outcomes [n, ...]."""
+        return ratios(sums)
+
+    def decode(self, outputs: np.ndarray, params: Params) -> dict[str, np.ndarray]:
+        """What the head's outputs mean, on the host.
+
+        Args:
+            outputs: float32 [n, A].
+            params: see `params`, as trained.
+
+        Returns:
+            Arrays [n] by name. `score` is the scalar reward, where there is one.
+        """
+        return {"score": outputs[:, 0]}
