@@ -106,7 +106,8 @@ def test_config_is_read_by_both_versions_of_transformers(form, tmp_path):
         }
     source["a_key_of_its_own"] = 7
     ours = from_hf(source)
-    written = hf.scorer_config(source, ours, labels=1, dtype=jnp.bfloat16, pad_token_id=3)
+    kind = {"architecture": "SequenceClassification", "labels": ["reward"], "problem_type": "regression"}
+    written = hf.config_json(source, ours, **kind, dtype=jnp.bfloat16, pad_token_id=3)
     older = {key: value for key, value in written.items() if key not in ("rope_parameters", "dtype")}
     newer = {key: value for key, value in written.items() if key not in ("rope_scaling", "rope_theta", "torch_dtype")}
     for config in (written, older, newer):

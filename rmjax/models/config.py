@@ -40,6 +40,7 @@ class ModelConfig:
         mlp_bias: whether the three MLP projections have.
         qk_norm: whether queries and keys are normalised per head (Qwen3).
         init_std: standard deviation of newly initialised kernels.
+        tied: whether a language model's output embedding is its input embedding.
     """
 
     family: str
@@ -58,6 +59,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     init_std: float = 0.02
+    tied: bool = False
 
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
@@ -102,6 +104,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         mlp_bias=bool(config.get("mlp_bias")) and family == "llama",
         qk_norm=family == "qwen3",
         init_std=float(config.get("initializer_range") or 0.02),
+        tied=bool(config.get("tie_word_embeddings")),
     )
 
 

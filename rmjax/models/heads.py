@@ -1,6 +1,6 @@
-"""The scorer: a decoder and a linear head on the scored tokens, and its parameters as a plain nested dict.
+"""What stands on the decoder: a score of some tokens, or a language model; parameters are a plain nested dict.
 
-Shape letters: B rows, T tokens, E scored tokens in a row, A attributes, D width.
+Shape letters: B rows, T tokens, E scored tokens in a row, A outputs, D width, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from rmjax.kernels.cross_entropy import cross_entropy
 from rmjax.models.config import ModelConfig
-from rmjax.models.decoder import Decoder, normal
+from rmjax.models.decoder import Decoder, Embed, normal
 
 Params = dict[str, Any]  # plain nested dict of arrays, or of jax.ShapeDtypeStruct
+WHERE = ("tokens", "positions", "visible_from", "visible_until")  # what the decoder reads of a batch
 
 
 class ScoreHead(nnx.Module):
@@ -64,12 +66,52 @@ class Scorer(nnx.Module):
         Returns:
             float32 [B, E, A]; 0 where `end` is -1, and no gradient from there.
         """
-        where = (batch[name] for name in ("tokens", "positions", "visible_from", "visible_until"))
-        x_BTD = self.decoder(*where, remat=remat, scan=scan)
+        x_BTD = self.decoder(*(batch[name] for name in WHERE), remat=remat, scan=scan)
         end_BE1 = batch["end"][..., None]
         # The final norm sees only the tokens that are scored.
         x_BED = jnp.take_along_axis(x_BTD, jnp.maximum(end_BE1, 0), axis=1)
         return jnp.where(end_BE1 >= 0, self.score(self.decoder.norm(x_BED)), 0.0)
+
+
+class LanguageModel(nnx.Module):
+    """Rows of trees in, how likely their next tokens are out.
+
+    Attributes:
+        decoder: Decoder.
+        lm_head: the output embedding, [V, D] as the input's; None where they are one (tied).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike = jnp.float32,
+        compute_dtype: DTypeLike = jnp.float32,
+    ):
+        self.decoder = Decoder(config, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype)
+        self.lm_head = None if config.tied else Embed(config, rngs=rngs, dtype=param_dtype)
+
+    def __call__(
+        self, batch: Mapping[str, jax.Array], *, remat: str = "full", scan: bool = True
+    ) -> dict[str, jax.Array]:
+        """Compares each token's prediction with the token at the next index, its target in a tree (data/trees.py).
+
+        Args:
+            batch: int32 `tokens`, `positions`, `visible_from`, `visible_until` [B, T], and `loss_weight` [B, T]: 0
+                where nothing is asked for, so nothing is computed. The last token of a tree has no target of its own,
+                so its weight must be 0.
+            remat: see Decoder.__call__.
+            scan: see Decoder.__call__.
+
+        Returns:
+            `nll`, `correct`: float32 [B, T], see `cross_entropy`.
+        """
+        x_BTD = self.decoder(*(batch[name] for name in WHERE), remat=remat, scan=scan)
+        targets_BT = jnp.roll(batch["tokens"], -1, axis=1)
+        table_VD = (self.lm_head or self.decoder.embed).embedding[...]
+        nll_BT, correct_BT = cross_entropy(self.decoder.norm(x_BTD), table_VD, targets_BT, batch["loss_weight"])
+        return {"nll": nll_BT, "correct": correct_BT}
 
 
 def compute_dtype(dtype: str) -> str:
@@ -78,28 +120,57 @@ def compute_dtype(dtype: str) -> str:
     return automatic if dtype == "auto" else dtype
 
 
+def make(config: ModelConfig, outputs: int, architecture: str, **options: Any) -> Scorer | LanguageModel:
+    """A new model, as transformers names its architectures.
+
+    Args:
+        config: of the decoder.
+        outputs: A, of a scorer; a language model has none.
+        architecture: "SequenceClassification" or "TokenClassification", which differ in name alone: a Scorer, whose
+            scored tokens are the batch's; or "CausalLM": a LanguageModel.
+        **options: of the class.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    if architecture == "CausalLM":
+        return LanguageModel(config, **options)
+    if architecture in ("SequenceClassification", "TokenClassification"):
+        return Scorer(config, outputs, **options)
+    raise ValueError(f"architecture {architecture!r} is none of SequenceClassification, TokenClassification, CausalLM")
+
+
 def abstract(
     config: ModelConfig,
     outputs: int,
     param_dtype: DTypeLike = jnp.float32,
     compute_dtype: DTypeLike = jnp.float32,
+    architecture: str = "SequenceClassification",
 ) -> tuple[Any, Params]:
-    """The scorer's structure and the shapes of its parameters, nothing allocated.
+    """The model's structure and the shapes of its parameters, nothing allocated; for the arguments see `make`.
 
     Returns:
         The graphdef for `merge`, and a nested dict of jax.ShapeDtypeStruct.
     """
-    build = lambda: Scorer(config, outputs, rngs=nnx.Rngs(0), param_dtype=param_dtype, compute_dtype=compute_dtype)
+    dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+    build = lambda: make(config, outputs, architecture, rngs=nnx.Rngs(0), **dtypes)
     graphdef, state = nnx.split(nnx.eval_shape(build))
     return graphdef, nnx.to_pure_dict(state)
 
 
-def init(config: ModelConfig, outputs: int, param_dtype: DTypeLike = jnp.float32, *, seed: int = 0) -> Params:
+def init(
+    config: ModelConfig,
+    outputs: int,
+    param_dtype: DTypeLike = jnp.float32,
+    *,
+    seed: int = 0,
+    architecture: str = "SequenceClassification",
+) -> Params:
     """New parameters; call it under `jax.jit(..., out_shardings=...)` so that none is ever unsharded."""
-    scorer = Scorer(config, outputs, rngs=nnx.Rngs(seed), param_dtype=param_dtype)
-    return nnx.to_pure_dict(nnx.split(scorer)[1])
+    model = make(config, outputs, architecture, rngs=nnx.Rngs(seed), param_dtype=param_dtype)
+    return nnx.to_pure_dict(nnx.split(model)[1])
 
 
-def merge(graphdef: Any, params: Params) -> Scorer:
-    """The scorer with these parameters; cheap, to be called inside the function that is differentiated."""
+def merge(graphdef: Any, params: Params) -> Any:
+    """The Scorer or LanguageModel with these parameters; cheap, to be called inside what is differentiated."""
     return nnx.merge(graphdef, params)

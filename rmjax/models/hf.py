@@ -1,18 +1,14 @@
-"""Hugging Face checkpoints in and out: one table of names per family, used in both directions.
+"""Hugging Face checkpoints in and out, by the tables of hf_tables.py; what is written is in hf_export.py.
 
-Weights are read by memory map straight into shards and written tensor by tensor; the whole model is never on
-one host. PyTorch stores a kernel as [out, in]; it is transposed on the device.
+Weights are read by memory map straight into shards; the whole model is never on one host.
 """
 
-import contextlib
 import functools
 import json
-import math
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import huggingface_hub
 import jax
@@ -20,67 +16,44 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rmjax.models.config import ModelConfig
+from rmjax.models.hf_export import config_json, save
+from rmjax.models.hf_tables import (
+    INDEX,
+    LM_HEAD,
+    SCORE,
+    SCORE_BIAS,
+    TABLES,
+    WEIGHTS,
+    Row,
+    convert,
+    expected_rows,
+)
 from rmjax.sharding import path_name
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SCORE = "score.weight"
-IGNORED = re.compile(r"(model\.)?lm_head\.weight|.*\.rotary_emb\.inv_freq")  # known, and of no use to a scorer
+__all__ = [
+    "INDEX",
+    "TABLES",
+    "WEIGHTS",
+    "check",
+    "config_json",
+    "expected_rows",
+    "load",
+    "read_config",
+    "resolve",
+    "save",
+]
+
+HEADS = (SCORE, SCORE_BIAS, LM_HEAD)  # of no use to a model without them
+BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-class Row(NamedTuple):
-    """One parameter: our path, its name in a checkpoint, and whether its last two axes swap places."""
-
-    path: str
-    name: str
-    transposed: bool = False
-
-    @property
-    def stacked(self) -> bool:
-        """Whether our array holds all layers, which are one tensor each in the checkpoint."""
-        return "{layer}" in self.name
-
-    def names(self, layers: int) -> list[str]:
-        """Its tensors in the checkpoint: one for each layer, or one."""
-        return [self.name.format(layer=layer) for layer in range(layers if self.stacked else 1)]
-
-    def shape(self, leaf: Any) -> tuple[int, ...]:
-        """Shape of one of these tensors."""
-        shape = tuple(leaf.shape[1:] if self.stacked else leaf.shape)
-        return shape[::-1] if self.transposed else shape
-
-
-def _projections(block: str, names: str) -> tuple[Row, ...]:
-    rows = []
-    for ours in names.split():
-        theirs = f"model.layers.{{layer}}.{block}.{ours}_proj"
-        rows.append(Row(f"decoder/layers/{ours}/kernel", f"{theirs}.weight", transposed=True))
-        rows.append(Row(f"decoder/layers/{ours}/bias", f"{theirs}.bias"))
-    return tuple(rows)
-
-
-_LLAMA = (
-    Row("decoder/embed/embedding", "model.embed_tokens.weight"),
-    Row("decoder/layers/attention_norm/scale", "model.layers.{layer}.input_layernorm.weight"),
-    *_projections("self_attn", "q k v o"),
-    Row("decoder/layers/mlp_norm/scale", "model.layers.{layer}.post_attention_layernorm.weight"),
-    *_projections("mlp", "gate up down"),
-    Row("decoder/norm/scale", "model.norm.weight"),
-    Row("score/kernel", SCORE, transposed=True),
-)
-_QWEN3 = (
-    *_LLAMA,
-    Row("decoder/layers/q_norm/scale", "model.layers.{layer}.self_attn.q_norm.weight"),
-    Row("decoder/layers/k_norm/scale", "model.layers.{layer}.self_attn.k_norm.weight"),
-)
-# A row counts where the model has its parameter: the config decides about biases.
-TABLES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _QWEN3}
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+def is_hub_id(text: str | Path) -> bool:
+    """Whether it has the form owner/name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(text)) is not None
 
 
 def resolve(path_or_id: str | Path) -> Path:
@@ -91,7 +64,7 @@ def resolve(path_or_id: str | Path) -> Path:
     """
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
+    if not is_hub_id(path_or_id):
         raise ValueError(f"{path_or_id}: no such directory, and not a Hub id of the form owner/name either")
     try:
         snapshot = huggingface_hub.snapshot_download(
@@ -137,9 +110,9 @@ class _Checkpoint:
                 raise ValueError(f"{path} cannot be read ({error}); is it a whole download?") from error
             self.slices.update({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
         if not any(name.startswith("model.") for name in self.slices):  # saved from the bare decoder
-            add = lambda name: name if name == SCORE else f"model.{name}"
+            add = lambda name: name if name in HEADS else f"model.{name}"
             self.slices = {add(name): tensor for name, tensor in self.slices.items()}
-        self.slices = {name: tensor for name, tensor in self.slices.items() if not IGNORED.fullmatch(name)}
+        self.slices = {name: tensor for name, tensor in self.slices.items() if not BUFFERS.fullmatch(name)}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.slices[name].get_shape())
@@ -166,15 +139,6 @@ def _weight_files(directory: Path) -> list[Path]:
     raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX} but {', '.join(found)}: {advice}")
 
 
-def expected_rows(params: Any, config: ModelConfig) -> dict[Row, Any]:
-    """Each row of the family's table that the model has, with its leaf of `params`."""
-    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
-    rows = {row: leaves.pop(row.path) for row in TABLES[config.family] if row.path in leaves}
-    if leaves:
-        raise ValueError(f"the table of {config.family} has no row for {', '.join(leaves)}")
-    return rows
-
-
 def load(
     directory: str | Path,
     abstract: Any,
@@ -194,11 +158,13 @@ def load(
         require_head: a missing score head is an error.
 
     Returns:
-        Parameters like `abstract`; and "kept" if the score head is the checkpoint's, "new" if it has none
-        with this number of labels and N(0, config.init_std) was drawn, as transformers does.
+        Parameters like `abstract`; and "kept" if the head is the checkpoint's, "new" if it has no score head
+        with this number of labels and N(0, config.init_std) was drawn, as transformers does. The output embedding
+        of a language model is always the checkpoint's.
 
     Raises:
-        ValueError: unreadable or missing files; or all unknown, missing and mis-shaped names in one message.
+        ValueError: unreadable or missing files; a score head with a bias that is not 0; or all unknown, missing and
+            mis-shaped names in one message.
     """
     checkpoint, rows, head = _open(directory, abstract, config, require_head)
     leaves = {}
@@ -218,22 +184,39 @@ def _open(
     directory: str | Path, abstract: Any, config: ModelConfig, require_head: bool
 ) -> tuple[_Checkpoint, dict[Row, Any], str]:
     """The checkpoint, the rows of the model's parameters, and "kept" or "new" for the score head."""
-    checkpoint = _Checkpoint(Path(directory))
-    rows = expected_rows(abstract, config)
-    score = next(row for row in rows if row.name == SCORE)
-    labels = checkpoint.shape(SCORE)[0] if SCORE in checkpoint.slices else 0
-    wanted = rows[score].shape[-1]
-    head = "kept" if labels == wanted else "new"
-    if require_head and head == "new":
-        found = f"{SCORE} of {labels} labels" if labels else f"no {SCORE}"
-        raise ValueError(
-            f"{directory} has no score head: {found} in its weights, expected {wanted} label(s). "
-            "Give a reward model, or train one first"
-        )
-    if head == "new":
-        checkpoint.slices.pop(SCORE, None)
-    _check(directory, checkpoint, {row: leaf for row, leaf in rows.items() if row != score or head == "kept"}, config)
+    checkpoint, rows = _Checkpoint(Path(directory)), expected_rows(abstract, config)
+    score = next((row for row in rows if row.name == SCORE), None)
+    if score is None:
+        head, wanted = "kept", rows
+    else:
+        head = _score_head(directory, checkpoint, rows[score].shape[-1], require_head)
+        wanted = {row: leaf for row, leaf in rows.items() if row != score or head == "kept"}
+    for name in HEADS:
+        if name not in {row.name for row in wanted}:
+            checkpoint.slices.pop(name, None)
+    _check(directory, checkpoint, wanted, config)
     return checkpoint, rows, head
+
+
+def _score_head(directory: str | Path, checkpoint: _Checkpoint, wanted: int, require: bool) -> str:
+    """Whether the checkpoint's score head is "kept", or a "new" one is needed for `wanted` labels."""
+    labels = checkpoint.shape(SCORE)[0] if SCORE in checkpoint.slices else 0
+    if labels != wanted:
+        if require:
+            found = f"{SCORE} of {labels} labels" if labels else f"no {SCORE}"
+            raise ValueError(
+                f"{directory} has no score head: {found} in its weights, expected {wanted} label(s). "
+                "Give a reward model, or train one first"
+            )
+        return "new"
+    if SCORE_BIAS in checkpoint.slices:  # transformers' token classifiers have one
+        bias = np.asarray(checkpoint.slices[SCORE_BIAS][:], np.float32)
+        if bias.any():
+            raise ValueError(
+                f"{directory} has a {SCORE_BIAS} of up to {np.abs(bias).max():.4g}, and score heads here have none, so "
+                f"its scores would change. To train a new head, remove {SCORE} and {SCORE_BIAS} from its weights"
+            )
+    return "kept"
 
 
 def _check(directory: str | Path, checkpoint: _Checkpoint, rows: Mapping[Row, Any], config: ModelConfig) -> None:
@@ -295,9 +278,9 @@ def _read(checkpoint: _Checkpoint, row: Row, leaf: Any, config: ModelConfig) -> 
 
     sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
     raw = jax.make_array_from_callback(shape, exchanged(sharding, len(shape), row), part, dtype=dtype)
-    convert = functools.partial(_convert, transposed=row.transposed, dtype=leaf.dtype)
+    to_ours = functools.partial(convert, transposed=row.transposed, dtype=leaf.dtype)
     # Waiting frees this parameter's host copy before the next is read.
-    return jax.block_until_ready(jax.jit(convert, out_shardings=sharding)(raw))
+    return jax.block_until_ready(jax.jit(to_ours, out_shardings=sharding)(raw))
 
 
 def exchanged(sharding: Sharding, ndim: int, row: Row) -> Sharding:
@@ -308,168 +291,6 @@ def exchanged(sharding: Sharding, ndim: int, row: Row) -> Sharding:
     return NamedSharding(sharding.mesh, P(*spec[:-2], spec[-1], spec[-2]))
 
 
-def _convert(x: jax.Array, *, transposed: bool, dtype: DTypeLike) -> jax.Array:
-    return (jnp.swapaxes(x, -1, -2) if transposed else x).astype(dtype)
-
-
 def _new_head(leaf: Any, config: ModelConfig, seed: int) -> jax.Array:
     draw = lambda: (config.init_std * jax.random.normal(jax.random.key(seed), leaf.shape)).astype(leaf.dtype)
     return jax.jit(draw, out_shardings=getattr(leaf, "sharding", None))()
-
-
-def save(
-    directory: str | Path,
-    params: Any,
-    hf_config: Mapping[str, Any],
-    config: ModelConfig,
-    *,
-    dtype: DTypeLike,
-    pad_token_id: int,
-    updates: Mapping[str, Any] | None = None,
-    also: Callable[[Path], None] | None = None,
-    max_shard_bytes: float = 5e9,
-) -> None:
-    """Writes a Hugging Face sequence-classification directory, whole or not at all.
-
-    On several hosts every process must call it, since parameters are gathered; the first one writes.
-
-    Args:
-        directory: replaced if it is an export already.
-        params: of a Scorer, sharded or not.
-        hf_config: config.json of the model that the parameters came from; its other values are kept.
-        config: of the model.
-        dtype: of the weights on disk; the score head stays float32, rounding it would gain nothing.
-        pad_token_id: the right-most token that is none of these is what transformers scores.
-        updates: further values of config.json.
-        also: called with the directory before it gets its name, to write the tokenizer and whatever else.
-        max_shard_bytes: size of the largest weight file, and so of the host memory that is needed.
-
-    Raises:
-        ValueError: `directory` holds something else than an export.
-        OSError: it cannot be written; nothing is left and an export that was there stays.
-    """
-    rows = expected_rows(params, config)
-    labels = next(leaf.shape[-1] for row, leaf in rows.items() if row.name == SCORE)
-    written = scorer_config(hf_config, config, labels=labels, dtype=dtype, pad_token_id=pad_token_id)
-    with _atomic_directory(Path(directory)) as partial:
-        _write_weights(partial, rows, config, jnp.dtype(dtype), max_shard_bytes)
-        if jax.process_index() == 0:
-            (partial / "config.json").write_text(json.dumps({**written, **(updates or {})}, indent=2) + "\n")
-            if also is not None:
-                also(partial)
-
-
-def scorer_config(
-    hf_config: Mapping[str, Any], config: ModelConfig, *, labels: int, dtype: DTypeLike, pad_token_id: int
-) -> dict[str, Any]:
-    """The config.json of a scorer, for transformers v4 and v5 and the servers that read the older form."""
-    rope = dict(hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {})
-    rope["rope_type"] = config.rope.type
-    rope.pop("type", None)  # the name that v4 used first; two names for one thing can disagree
-    rope.pop("rope_theta", None)
-    names = [f"LABEL_{label}" for label in range(labels)]
-    return {
-        **hf_config,
-        "architectures": [f"{CLASSES[config.family]}ForSequenceClassification"],
-        "id2label": {str(label): name for label, name in enumerate(names)},
-        "label2id": {name: label for label, name in enumerate(names)},
-        "num_labels": labels,
-        "problem_type": "regression",
-        "pad_token_id": pad_token_id,
-        "dtype": jnp.dtype(dtype).name,
-        "torch_dtype": jnp.dtype(dtype).name,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": None if config.rope.type == "default" else rope,
-        "rope_parameters": {**rope, "rope_theta": config.rope.theta},
-    }
-
-
-@contextlib.contextmanager
-def _atomic_directory(directory: Path) -> Iterator[Path]:
-    """A directory to write into that gets its name when all went well; only process 0 touches the disk."""
-    partial = directory.with_name(f".{directory.name}.partial")
-    if jax.process_index() != 0:
-        yield partial
-        return
-    if directory.exists() and not (directory / "config.json").is_file() and any(directory.iterdir()):
-        raise ValueError(f"{directory} is there and is not an export (no config.json); choose another directory")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if (partial / "config.json").is_file():  # safetensors gives its files to their owner alone
-        for file in partial.iterdir():
-            file.chmod((partial / "config.json").stat().st_mode)
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_weights(
-    directory: Path, rows: Mapping[Row, Any], config: ModelConfig, dtype: Any, max_shard_bytes: float
-) -> None:
-    """One file, or several numbered ones and an index; one of them at a time is on the host."""
-    row_of = {name: (row, layer) for row in rows for layer, name in enumerate(row.names(config.layers))}
-    dtypes = {row: jnp.dtype("float32" if row.name == SCORE else dtype) for row in rows}
-    sizes = {name: math.prod(row.shape(rows[row])) * dtypes[row].itemsize for name, (row, _) in row_of.items()}
-    shards = _split(sizes, max_shard_bytes)
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name in names:
-            row, layer = row_of[name]
-            tensors[name] = _to_host(row, rows[row], layer, dtypes[row])
-            weight_map[name] = file
-        if jax.process_index() == 0:
-            save_file(tensors, directory / file, metadata={"format": "pt"})
-    if len(shards) > 1 and jax.process_index() == 0:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _split(sizes: Mapping[str, int], most: float) -> list[list[str]]:
-    """Consecutive names whose sizes add up to at most `most`; a larger one stands alone.
-
-    >>> _split({"a": 2, "b": 2, "c": 5}, 4)
-    [['a', 'b'], ['c']]
-    """
-    shards: list[list[str]] = []
-    filled = 0.0
-    for name, size in sizes.items():
-        if not shards or filled + size > most:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
-def _to_host(row: Row, leaf: Any, layer: int, dtype: np.dtype) -> np.ndarray:
-    """One tensor of the checkpoint, gathered from all devices, [out, in] and contiguous."""
-    sharding = getattr(leaf, "sharding", None)
-    everywhere = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
-    shape = {"stacked": row.stacked, "transposed": row.transposed}
-    tensor = _gather(leaf, layer, **shape, dtype=dtype, sharding=everywhere)
-    return np.ascontiguousarray(tensor)
-
-
-@functools.partial(jax.jit, static_argnames=("stacked", "transposed", "dtype", "sharding"))
-def _gather(
-    x: jax.Array,
-    layer: int,
-    *,
-    stacked: bool,
-    transposed: bool,
-    dtype: np.dtype,
-    sharding: NamedSharding | None,
-) -> jax.Array:
-    one = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) if stacked else x
-    one = _convert(one, transposed=transposed, dtype=dtype)
-    return one if sharding is None else jax.lax.with_sharding_constraint(one, sharding)
