@@ -16,13 +16,50 @@ from ml_collections import ConfigDict
 # The keys of `config.objective` with their defaults; what they mean and may be is in each objective's docstring.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "bradley_terry": {
+        "rankings": "pairs",  # of more than two responses: every labelled pair, or as one by "plackett_luce"
+        "ties": "skip",  # pairs judged equal: skip, half a win each way, rao_kupper, davidson, or efron (of rankings)
         "label_smoothing": 0.0,  # probability that a label is wrong
         "margin_scale": 0.0,  # margins in the data, times this, are asked of the reward difference; 0 is off
+        "scaled": False,  # the loss of a pair times its margin, the strength of the preference
+        "focal": 0.0,  # gamma: pairs already told apart count less; 2 as published, 0 is off
         "center": 0.0,  # weight of the squared sum of both rewards, which keeps their mean near 0
-        "ties": "skip",  # pairs judged equal: "skip" them (counted), or train them as "half" a win each way
+        "barrier": 0.0,  # weight of the penalty that keeps rewards within -5 and 5; 0.02 as published
+    },
+    "pairwise": {
+        "classes": 3,  # 3 (A, B, tie) or 2 (A, B)
+        "template": "",  # Jinja2 file that states the judging question; "" is the packaged one
+        "ties": "skip",  # with 2 classes, pairs judged equal: "skip" (counted), or train as "half" a verdict each way
+        "strength": "none",  # of a preference: "none", "weight" of the pair, or log-odds of a "soft" label
+        "strength_scale": 1.0,  # strengths in the data are multiplied by it
+        "label_smoothing": 0.0,  # share of each label that is spread over all classes
+    },
+    "pointwise": {
+        "attributes": ("score",),  # names of the scores in the data
+        "scales": (0.0, 4.0),  # lowest and highest score, or such a pair for each attribute
+        "loss": "mse",  # mse, huber, ordinal, categorical or hl_gauss
+        "delta": 0.5,  # of huber: larger errors count linearly; 1 is half the scale
+        "bins": 0,  # levels of ordinal, categorical and hl_gauss; 0 is one for each whole number of the scale
+        "sigma": 0.75,  # of hl_gauss: standard deviation of a label, in widths of a bin
+        "weights": (),  # of the attributes in the reward; () is their mean
+    },
+    "prm": {},
+    "sft": {
+        "turns": "all",  # learn "all" assistant turns, or the "last"
+        "target": "messages",  # conversations as they are, or judges' of their "score" or "pair" verdicts
+        "template": "",  # of a judge: Jinja2 file that states the question; "" is the packaged one
+        "attributes": (),  # of "score": names of what is rated; () is all that a record has
+        "scale": (1.0, 5.0),  # of "score": lowest and highest rating
+        "ties": True,  # of "pair": whether a verdict may be "tie"; if not, ties are skipped (counted)
+        "both_orders": False,  # of "pair": show each pair in both orders, not in one
     },
 }
-METRICS = {"bradley_terry": ("validation/accuracy", "max")}  # what checkpoints are judged by, and which way
+METRICS = {  # what checkpoints are judged by, and which way
+    "bradley_terry": ("validation/accuracy", "max"),
+    "pairwise": ("validation/accuracy_averaged", "max"),
+    "sft": ("validation/loss", "min"),
+    "pointwise": ("validation/mse", "min"),
+    "prm": ("validation/first_error_accuracy", "max"),
+}
 
 
 def defaults(objective: str = "bradley_terry") -> ConfigDict:
@@ -53,6 +90,10 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     data.train = ""  # files, globs, hf://datasets/OWNER/NAME/..., separated by commas
     data.validation = ""  # the same; "" splits `validation_fraction` off the training data, by prompt
     data.validation_fraction = 0.05
+    data.weights = ""  # how often an epoch shows the groups of a source: "helpsteer=2,hh-rlhf=0.25"; 1 for the others
+    data.filter = ""  # of training and validation: "length < 2000 and source != 'x' and agreement > 0.6"
+    data.sample = ""  # of training, by prompt: "1000" or "10%" of each source, or "hh-rlhf=1000,helpsteer=10%"
+    data.augment = ""  # of training: "all_pairs" of rankings, "swap" (a copy with the responses reversed), or both
     data.format = "auto"  # a name from the README's table of formats, or detected from the columns
     data.template_kwargs = "{}"  # JSON, for the chat template: '{"enable_thinking": false}'
     data.max_length = 0  # tokens of one conversation; 0 is plan.row_tokens
@@ -112,6 +153,34 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     export.step = "best"  # "best" by checkpoint.metric, or "last"
     export.dtype = "auto"  # float32, bfloat16, float16, or auto: that of init_from, else of the parameters
     config.lock()
+    return config
+
+
+def demo(objective: str = "bradley_terry") -> ConfigDict:
+    """The defaults with what all demos share: a model of 0.14 M parameters, made on the spot, on generated data."""
+    config = defaults(objective)
+    config.model.tokenizer = "synthetic"
+    config.model.scratch = ConfigDict(
+        {
+            "model_type": "qwen2",
+            "hidden_size": 64,
+            "intermediate_size": 192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10_000.0,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.1,  # a model this narrow hardly moves from Qwen's 0.02
+        }
+    )
+    config.model.remat = "none"
+    config.plan.row_tokens = 512
+    config.plan.groups_per_step = 64
+    config.optim.learning_rate = 3e-3
+    config.optim.warmup = "5%"
+    config.optim.weight_decay = 0.01
     return config
 
 

@@ -71,15 +71,15 @@ def parse(argv: Sequence[str]) -> list[str]:
             raise flags.Error(f"--workdir={WORKDIR.value}: {files[0]} is a file; give a directory")
         return others
     except Exception as error:
-        print(f"error: {_explain(error, argv)}", file=sys.stderr)
+        print(f"error: {explain(error, argv)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _explain(error: Exception, argv: Sequence[str]) -> str:
+def explain(error: Exception, argv: Sequence[str]) -> str:
     """What is wrong with the config file (flags pass over some of it), else with keys, else what the error says."""
     path = re.search(r"^--?config[=\n](.*)$", "\n".join(argv), re.MULTILINE)
     try:
-        config = _load_config(path[1]) if path else config_lib.defaults()
+        config = load_config(path[1]) if path else config_lib.defaults()
     except ValueError as problem:
         return str(problem)
     keys = [key for key, _ in config_lib.flatten(config)]
@@ -96,7 +96,7 @@ def _wrong_key(key: str, keys: Sequence[str]) -> str:
     return f"there is no config key {key!r}" + (f"; did you mean --config.{near[0]}?" if near else "")
 
 
-def _load_config(path: str) -> ConfigDict:
+def load_config(path: str) -> ConfigDict:
     """Runs a config file, FILE.py or FILE.py:ARGUMENT; a ValueError says what is wrong with it, and in which line."""
     path, colon, argument = path.partition(":")
     if not Path(path).is_file():

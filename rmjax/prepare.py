@@ -1,18 +1,21 @@
 """What a run is made of, before its first step: groups, plans and batch shapes, and the model's first parameters."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
 from rmjax import config as config_lib
-from rmjax.data import cache, loader, packing, sources, synthetic
+from rmjax.data import augment, cache, loader, measure, packing, select, sources, synthetic
+from rmjax.data import groups as groups_lib
 from rmjax.data.chat import Chat, load_tokenizer
+from rmjax.data.groups import Groups
 from rmjax.data.loader import Shape
 from rmjax.data.packing import Plan
 from rmjax.data.tasks import Task
@@ -25,18 +28,23 @@ from rmjax.objectives.base import Objective
 class Split:
     """One set of groups, its plan and the shape of its batches."""
 
-    groups: cache.Groups
+    groups: Groups
     plan: Plan
     shape: Shape
 
 
 def check_sources(config: ConfigDict) -> None:
-    """Finds out whether the data is there, before a model is downloaded for it.
+    """Finds out whether the data is there and what is chosen of it can be read, before a model is downloaded for it.
 
     Raises:
         FileNotFoundError: a source that is not there.
-        ValueError: one that is of no known kind.
+        ValueError: one that is of no known kind, or a filter, a sample, weights or augmentations that say nothing.
     """
+    augment.parse(config.data.augment)
+    select.parse_sample(config.data.sample)
+    select.parse_weights(config.data.weights)
+    if config.data.filter:
+        select.check_filter(config.data.filter)
     for spec in filter(None, (config.data.train, config.data.validation)):
         for item in sources.split_spec(spec):
             sources.parts(item)
@@ -59,9 +67,11 @@ def open_chat(config: ConfigDict, workdir: Path) -> Chat:
     return chat
 
 
-def read_groups(config: ConfigDict, chat: Chat, task: Task) -> tuple[cache.Groups, cache.Groups]:
-    """Reads, tokenizes and splits the data; groups that no row can hold are counted and left out."""
-    build = lambda source: cache.build(
+def build_groups(
+    config: ConfigDict, chat: Chat, task: Task, source: str, *, augmentations: Sequence[str] = (), file: Any = None
+) -> Groups:
+    """Reads and tokenizes a source; progress is printed to `file`, standard output by default."""
+    return cache.build(
         source,
         chat,
         task,
@@ -70,16 +80,33 @@ def read_groups(config: ConfigDict, chat: Chat, task: Task) -> tuple[cache.Group
         max_bad_fraction=config.data.max_bad_fraction,
         workers=config.data.workers,
         cache_dir=config.data.cache_dir,
-        progress=lambda text: print(text, flush=True),
-    ).fitting(config.plan.row_tokens)
-    groups = build(config.data.train)
+        augmentations=augmentations,
+        progress=lambda text: print(text, flush=True, file=file),
+    )
+
+
+def read_groups(config: ConfigDict, chat: Chat, task: Task) -> tuple[Groups, Groups]:
+    """Reads, tokenizes, filters and splits the data; groups that no row can hold are counted and left out.
+
+    What is split off for validation is neither augmented nor sampled, so it is the same whatever training takes.
+    """
+
+    def read(source: str, augmentations: Sequence[str] = ()) -> Groups:
+        groups = build_groups(config, chat, task, source, augmentations=augmentations)
+        return select.filtered(groups.fitting(config.plan.row_tokens), config.data.filter)
+
+    groups = read(config.data.train, augment.parse(config.data.augment))
     if config.data.validation:
-        return groups, build(config.data.validation)
-    return cache.split(groups, config.data.validation_fraction, config.seed)
+        train, validation = groups_lib.for_training(groups), read(config.data.validation)
+    else:
+        train, validation = groups_lib.split(groups, config.data.validation_fraction, config.seed)
+    train = select.sampled(train, config.data.sample, config.seed)
+    return train, validation if config.data.validation else validation.audited(train.audit)
 
 
-def plan_training(config: ConfigDict, groups: cache.Groups, row_devices: int, micro_rows: int) -> Split:
-    """Plans as many epochs as the run's duration needs."""
+def plan_training(config: ConfigDict, groups: Groups, row_devices: int, micro_rows: int) -> Split:
+    """Plans as many epochs as the run's duration needs; an epoch shows each source as often as its weight says."""
+    weights = select.weights(groups.sources, config.data.weights) if config.data.weights else None
     make = lambda epochs: packing.make_plan(
         groups.lengths,
         groups.ends,
@@ -89,6 +116,8 @@ def plan_training(config: ConfigDict, groups: cache.Groups, row_devices: int, mi
         window=config.plan.window,
         epochs=epochs,
         seed=config.seed,
+        source=groups.source,
+        weights=weights,
     )
     amount, unit = config_lib.parse_duration(config.duration)
     if unit == "epoch" and amount == int(amount):
@@ -102,13 +131,13 @@ def plan_training(config: ConfigDict, groups: cache.Groups, row_devices: int, mi
     return Split(groups, plan, _shape(groups, plan, row_devices, micro_rows))
 
 
-def _shape(groups: cache.Groups, plan: Plan, row_devices: int, micro_rows: int) -> Shape:
+def _shape(groups: Groups, plan: Plan, row_devices: int, micro_rows: int) -> Shape:
     most = int(groups.responses.max())
     return loader.plan_shape(plan, most, micro_rows=micro_rows, row_devices=row_devices, labels=groups.fields)
 
 
 def plan_evaluations(
-    config: ConfigDict, sets: Mapping[str, cache.Groups], row_devices: int, micro_rows: int
+    config: ConfigDict, sets: Mapping[str, Groups], row_devices: int, micro_rows: int
 ) -> dict[str, Split]:
     """Plans one pass over each set in which every group stands exactly once; all have batches of one shape."""
     make = lambda groups: packing.make_plan(
@@ -134,16 +163,38 @@ def steps_in(duration: str, plan: Plan, least: int = 1) -> int:
 
 
 def describe_plan(split: Split) -> list[str]:
-    """The plan in two lines."""
+    """The plan in two lines, and one of what an epoch shows of each source if there are several."""
     plan, shape = split.plan, split.shape
     tokens, unshared = split.groups.lengths.sum(), split.groups.unshared.sum()
-    return [
+    lines = [
         f"plan: {plan.steps} steps of {plan.rows_per_step} rows x {plan.row_tokens} tokens, "
         f"{plan.groups_per_step:.1f} groups a step, {plan.fill:.1%} full, "
         f"{1 - tokens / unshared:.1%} of the tokens saved by sharing prompts",
         f"batch: {shape.micro} micro-batches of {shape.rows} rows; at most {shape.groups} groups and {shape.ends} "
         f"scored tokens in a row, {shape.responses} responses in a group",
     ]
+    return [*lines, _mixture(split)] if len(split.groups.sources) > 1 else lines
+
+
+def _mixture(split: Split) -> str:
+    """What the first epoch shows, or as much of it as is planned."""
+    plan, groups = split.plan, split.groups
+    shown = plan.first(plan.epoch_steps[0]).groups
+    have, drawn = (np.bincount(x, minlength=len(groups.sources)) for x in (groups.source, groups.source[shown]))
+    largest = np.argsort(-drawn, kind="stable")[:12].tolist()
+    parts = [f"{groups.sources[k]} {drawn[k]:,} of {have[k]:,} ({drawn[k] / len(shown):.1%})" for k in largest]
+    others = len(groups.sources) - len(parts)
+    return "an epoch shows: " + ", ".join(parts) + (f" and {others} more sources" if others else "")
+
+
+def save_audit(path: Path, train: Split, validation: Groups, task: Task) -> None:
+    """Writes what the data is like as JSON; `python -m rmjax.data audit --config=FILE --html=FILE` draws it."""
+    report = measure.report(
+        {"training": train.groups, "validation": validation},
+        plans={"training": measure.filling(train.groups, train.plan)},
+        names=getattr(task, "names", ()),
+    )
+    measure.save(path, report)
 
 
 def micro_batch_rows(config: ConfigDict, model: ModelConfig, state_bytes: float) -> int:
@@ -207,7 +258,8 @@ def init_params(config: ConfigDict, model: ModelConfig, objective: Objective, sh
         params, head = hf.load(hf.resolve(config.model.init_from), shapes, model, seed=config.seed)
     else:
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
-        init = lambda: heads.init(model, len(objective.labels), config.model.param_dtype, seed=config.seed)
+        kind = {"seed": config.seed, "architecture": objective.architecture}
+        init = lambda: heads.init(model, len(objective.labels), config.model.param_dtype, **kind)
         params, head = jax.jit(init, out_shardings=shardings)(), "new"
     return with_own(params, own), head
 

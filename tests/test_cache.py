@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rmjax.data import audit, cache
+from rmjax.data import groups as groups_lib
 from rmjax.data.chat import Chat
 from rmjax.data.formats import Layout
 from rmjax.data.tasks import Example, Preferences
@@ -107,6 +108,66 @@ def test_a_damaged_file_is_built_again(build, tmp_path, caplog, suffix, left):
     assert path.stem in record.getMessage() and "\n" not in record.getMessage()
 
 
+@pytest.fixture
+def interrupted(build, monkeypatch, tmp_path):
+    """A build of three jobs, stopped in the third; what it left, and a whole file of the same for comparison."""
+    monkeypatch.setattr(cache, "CHUNK", 10)
+    build(GOOD, cache_dir=tmp_path / "whole")
+    (whole,) = (tmp_path / "whole").glob("*.arrow")
+    tokenize, jobs = cache._tokenize, []
+
+    def stop(chat, job, **kwargs):
+        if len(jobs) == 2:
+            raise KeyboardInterrupt
+        jobs.append(job)
+        return tokenize(chat, job, **kwargs)
+
+    monkeypatch.setattr(cache, "_tokenize", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(GOOD)
+    jobs.clear()
+    monkeypatch.setattr(cache, "_tokenize", lambda chat, job, **kw: jobs.append(job) or tokenize(chat, job, **kw))
+    (left,) = (tmp_path / "cache").iterdir()
+    return left, whole, jobs
+
+
+def finished(directory, whole):
+    """Whether a directory holds the same file as that of a build without interruption, its audit, and nothing else."""
+    (arrow,), (text,) = directory.glob("*.arrow"), directory.glob("*.json")
+    same = arrow.read_bytes() == whole.read_bytes() and text.read_text() == whole.with_suffix(".json").read_text()
+    return same and len(list(directory.iterdir())) == 2
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(build, interrupted, tmp_path, monkeypatch):
+    _, whole, jobs = interrupted
+    monkeypatch.setattr(cache, "PROGRESS_SECONDS", 0.0)
+    said = []
+    build(GOOD, progress=said.append)
+    assert [where for job in jobs for where, _ in job.rows] == [f"rows.jsonl:{i}" for i in range(20, 30)]
+    assert (
+        finished(tmp_path / "cache", whole) and "30 rows" in said[-1] and "(20 of them by an earlier run)" in said[-1]
+    )
+
+
+@pytest.mark.parametrize("left", [0, 5, 8, 0.2, 0.5, 0.8, -1])
+def test_a_build_goes_on_from_however_much_was_written(build, interrupted, tmp_path, left):
+    partial, whole, _ = interrupted
+    content = partial.read_bytes()
+    partial.write_bytes(content[: left if isinstance(left, int) else int(left * len(content))])
+    build(GOOD)
+    assert finished(tmp_path / "cache", whole)
+
+
+def test_what_another_process_is_writing_is_left_alone(build, interrupted, tmp_path):
+    partial, whole, jobs = interrupted
+    with open(partial, "rb") as file:
+        assert cache._lock(file)
+        build(GOOD)
+    assert len(jobs) == 3 and partial.exists()
+    partial.unlink()
+    assert finished(tmp_path / "cache", whole)
+
+
 def test_what_killed_builds_left_is_removed_after_a_day(build, tmp_path):
     (tmp_path / "cache").mkdir()
     old, old_audit, fresh = (
@@ -135,10 +196,15 @@ def test_processes_end_with_a_killed_parent(tokenizer_dir, tmp_path, number):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
     try:
-        assert "rows/s" in process.stdout.readline()  # so both processes are at work
+        for _ in range(3):
+            assert "rows/s" in process.stdout.readline()  # so both processes are at work
     finally:
         process.send_signal(number)
     process.communicate(timeout=15)  # returns when nobody holds the pipe any more
+    (left,) = tmp_path.glob("*.partial")
+    with open(left, "rb") as file:
+        results = list(cache._whole(file))
+    assert results and all(result.groups.num_rows == sum(result.audit.sources.values()) for result in results)
 
 
 def test_processes_give_the_same_groups_in_the_same_order(build, monkeypatch, tmp_path):
@@ -218,16 +284,16 @@ def test_each_source_has_its_own_format(build, tmp_path):
 
 def test_split_keeps_each_prompt_on_one_side(build):
     groups = build(SPEC)
-    train, validation = cache.split(groups, 0.2, seed=1)
+    train, validation = groups_lib.split(groups, 0.2, seed=1)
     assert len(train) + len(validation) == len(groups)
     assert 0.15 < len(validation) / len(groups) < 0.25
     assert not set(train.prompt_ids) & set(validation.prompt_ids)
     ids = lambda g: [g.id(i) for i in range(len(g))]
     assert sorted(ids(train) + ids(validation)) == sorted(ids(groups))
-    assert ids(cache.split(groups, 0.2, seed=1)[1]) == ids(validation)
-    assert ids(cache.split(groups, 0.2, seed=2)[1]) != ids(validation)
+    assert ids(groups_lib.split(groups, 0.2, seed=1)[1]) == ids(validation)
+    assert ids(groups_lib.split(groups, 0.2, seed=2)[1]) != ids(validation)
     with pytest.raises(ValueError, match="leaves training or validation without any"):
-        cache.split(groups, 0.0, seed=1)
+        groups_lib.split(groups, 0.0, seed=1)
 
 
 def test_views(build):
@@ -278,7 +344,7 @@ def test_length_auc_is_the_share_of_longer_winners(build, tokenizer):
 def test_the_demos_data_cannot_be_told_by_length(build):
     groups = build("synthetic://pairs?n=1500")
     assert 0.45 < audit.length_auc(groups) < 0.55
-    assert any("length alone predicts" in line for line in audit.lines(*cache.split(groups, 0.1, 0)))
+    assert any("length alone predicts" in line for line in audit.lines(*groups_lib.split(groups, 0.1, 0)))
 
 
 def test_audit_goes_through_json_and_merges():
@@ -287,7 +353,7 @@ def test_audit_goes_through_json_and_merges():
     second.add("over_long", "f:3", "7 tokens", tokens=7)
     first.merge(second)
     assert (first.rows, first.sources) == (5, {"a": 2, "b": 1})
-    assert first.reasons["over_long"] == audit.Count(2, 0, "f:0: 9 tokens", 9)
+    assert first.reasons["over_long"] == audit.Count(2, 0, "f:0: 9 tokens", 9, {"f": 2})
     assert audit.Audit.from_json(first.to_json()) == first
     with pytest.raises(ValueError, match="unknown reason"):
         first.add("boring", "f:0", "")

@@ -1,7 +1,14 @@
 """Rendering, tokens, the length policy and the checks of templates; the reference is transformers."""
 
+import dataclasses
+import json
+import random
+from pathlib import Path
+
 import numpy as np
 import pytest
+import transformers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
 from rmjax.data.chat import Chat, load_tokenizer, set_pad_token
@@ -59,6 +66,100 @@ def test_paths_of_the_tree_are_what_transformers_tokenizes(tokenizer):
         assert tree.tokens[tree.end].tolist() == [newline, newline]
 
 
+def trained(tokenizer, **parts):
+    """A BPE with other parts, and the special tokens and the template of `tokenizer`."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    special = ["<unk>", "<s>", "<|im_start|>", "<|im_end|>"]
+    words = ["user question", "assistant question\n", "a question e \u0301", "<|im_ end|>"] * 9
+    backend.train_from_iterator(words, trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    fast.chat_template = tokenizer.chat_template
+    return fast
+
+
+def metaspace(tokenizer):
+    """As Llama 2's newer files: the first word of a text gets a space, what follows a special token does not."""
+    made = trained(tokenizer, pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="first"))
+    first, later = made(["question", "<|im_end|>question"], add_special_tokens=False)["input_ids"]
+    assert later[1:] != first
+    return made
+
+
+def prepends(tokenizer):
+    """As Llama 2's older files: a space before every text, and after every special token."""
+    parts = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    return trained(tokenizer, normalizer=normalizers.Sequence(parts))
+
+
+def strips(tokenizer):
+    """Special tokens that take the spaces beside them."""
+    path = Path(tokenizer.name_or_path) / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    for token in settings["added_tokens"]:
+        token["lstrip"] = token["rstrip"] = token["content"] == "<|im_start|>"
+    backend = Tokenizer.from_str(json.dumps(settings))
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    made.chat_template = tokenizer.chat_template
+    assert len(made("e \n<|im_start|> \n e", add_special_tokens=False)["input_ids"]) == 3
+    return made
+
+
+def longer(tokenizer):
+    """A token that begins as a special one does."""
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<|im_end|> question")])
+    return tokenizer
+
+
+def splits(tokenizer):
+    """Special tokens are text like any other."""
+    tokenizer.split_special_tokens = True
+    return tokenizer
+
+
+@pytest.mark.parametrize("change", [None, metaspace, prepends, strips, longer, splits])
+def test_what_texts_share_is_tokenized_as_it_is_alone(tokenizer, change):
+    tokenizer = change(tokenizer) if change else tokenizer
+    chat = Chat(tokenizer)
+    rng = random.Random(0)
+    pieces = [
+        "\n",
+        " ",
+        "question",
+        " question",
+        "user",
+        "<|im_end|>",
+        "<|im_start|>",
+        "<|im_",
+        "end|>",
+        "e",
+        "\u0301",
+        "<s>",
+    ]
+    draw = lambda most: "".join(rng.choices(pieces, k=rng.randint(0, most)))
+    texts = []
+    for _ in range(300):
+        prompt = draw(20)
+        texts += [prompt[: rng.randint(0, len(prompt))] + draw(8) for _ in range(2)] + [
+            prompt + draw(8) for _ in range(3)
+        ]
+    expected = [tokenizer([text], add_special_tokens=False)["input_ids"][0] for text in texts]
+    assert chat.encode(texts) == expected and chat.encode([]) == []
+
+
+def test_a_shared_prompt_is_tokenized_once(tokenizer, monkeypatch):
+    chat, seen = Chat(tokenizer), []
+    encode = chat._encoder._encode
+    monkeypatch.setattr(chat._encoder, "_encode", lambda texts: seen.extend(texts) or encode(texts))
+    prompt = "What is a tree? " * 20
+    renderings = [chat.render(talk(prompt, answer)) for answer in ("A plant.", "A graph.", "Late")]
+    assert chat.encode(renderings) == [
+        reference(chat, talk(prompt, answer)) for answer in ("A plant.", "A graph.", "Late")
+    ]
+    assert seen == [renderings[0], *(f"<|im_start|>assistant\n{answer}<|im_end|>\n" for answer in ("A graph.", "Late"))]
+
+
 def test_a_response_that_begins_with_a_newline_merges_with_the_header(tokenizer):
     chat = Chat(tokenizer)
     first, second = talk("q", "\nyes"), talk("q", "yes")
@@ -88,7 +189,8 @@ def test_what_the_template_refuses_is_a_bad_row_and_others_are_not_touched(token
     assert isinstance(second, BadRow) and second.reason == "template_error"
     assert "no system messages" in second.detail
     np.testing.assert_array_equal(first.tokens, third.tokens)
-    half = pair(talk("q", "a"), talk("q", "\ud83d"))  # half of a surrogate pair, which JSON allows
+    # Half of a surrogate pair, which JSON allows; a record refuses it in a content, the rendering anywhere else.
+    half = dataclasses.replace(good, conversations=(talk("q", "a"), talk("q", "\ud83d")))
     assert [getattr(t, "reason", None) for t in trees(chat, [good, half])] == [None, "wrong_type"]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rmjax.data import loader
-from rmjax.data.cache import Group
+from rmjax.data.groups import Group
 from rmjax.data.trees import build_tree
 from rmjax.models import config as model_config
 from rmjax.models import heads

@@ -7,33 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from format_rows import NAMED, ROWS, SYSTEM, assistant, user
 
 from rmjax.data import formats, sources
 from rmjax.data.records import BadRow
 
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-ROWS = {
-    "pair_text": {"prompt": "q", "chosen": "yes", "rejected": "no"},
-    "pair_transcript": {
-        "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: q\n\nAssistant: yes",
-        "rejected": "\n\nHuman: a\n\nAssistant: other\n\nHuman: q\n\nAssistant: no",
-    },
-    "pair_plain": {"chosen": "yes", "rejected": "no"},
-    "pair_messages": {"chosen": [user("q"), assistant("yes")], "rejected": [user("q"), assistant("no")]},
-    "pair_conversations": {
-        "conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}],
-        "chosen": {"from": "gpt", "value": "yes"},
-        "rejected": {"from": "gpt", "value": "no"},
-    },
-}
 CONVERSATIONS = {
     "pair_text": ([user("q"), assistant("yes")], [user("q"), assistant("no")]),
     "pair_transcript": (
@@ -42,10 +20,7 @@ CONVERSATIONS = {
     ),
     "pair_plain": ([user(""), assistant("yes")], [user(""), assistant("no")]),
     "pair_messages": ([user("q"), assistant("yes")], [user("q"), assistant("no")]),
-    "pair_conversations": (
-        [{"role": "system", "content": "s"}, user("q"), assistant("yes")],
-        [{"role": "system", "content": "s"}, user("q"), assistant("no")],
-    ),
+    "pair_conversations": ([SYSTEM, user("q"), assistant("yes")], [SYSTEM, user("q"), assistant("no")]),
 }
 
 
@@ -60,8 +35,17 @@ def reason(row, **kwargs):
 
 
 @pytest.mark.parametrize("name", formats.FORMATS)
-def test_each_format_is_recognised_and_read(name):
-    assert formats.detect([ROWS[name]]).name == name
+def test_each_format_is_recognised_by_its_columns(name):
+    if name in NAMED:
+        assert formats.detect([NAMED[name]]).name != name
+        assert formats.detect([NAMED[name]], name).name == name
+    else:
+        assert formats.detect([ROWS[name]]).name == name
+        assert formats.detect([{**ROWS[name], "note": "a column of no meaning"}]).name == name
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_each_pair_format_is_read(name):
     record = read(ROWS[name])
     assert tuple(map(list, record.conversations)) == CONVERSATIONS[name]
     np.testing.assert_array_equal(record.wins, [[0, 1], [0, 0]])
@@ -76,12 +60,43 @@ def test_first_rows_must_agree():
 
 
 def test_unknown_columns_name_what_was_seen_and_the_closest():
-    with pytest.raises(ValueError, match=r"better \(str\), worse \(str\), prompt \(str\).*closest is pair_text"):
-        formats.detect([{"better": "x", "worse": "y", "prompt": "z"}])
+    with pytest.raises(ValueError, match=r"prompt \(str\), choosen \(str\).*Closest is pair_text.*mean 'choosen'"):
+        formats.detect([{"prompt": "x", "choosen": "y", "rejected": "z"}])
+    with pytest.raises(ValueError, match=r"Closest is stepwise, which needs 'labels' as a list, not as str '\+-'"):
+        formats.detect([{"prompt": "x", "completions": ["y", "z"], "labels": "+-"}])
+    with pytest.raises(ValueError, match=r"Closest is ranked, but its rows differ.*`scores` \(higher is better\)"):
+        formats.detect([{"prompt": "x", "responses": ["y", "z"]}])
     with pytest.raises(ValueError, match="did you mean 'pair_text'"):
         formats.detect([ROWS["pair_text"]], "pairtext")
     with pytest.raises(ValueError, match="needs a column 'prompt'"):
         formats.detect([ROWS["pair_plain"]], "pair_text")
+    with pytest.raises(ValueError, match=r"scored_text needs a column of numbers that are scores.*response \(str\)"):
+        formats.detect([{"prompt": "q", "response": "a"}])
+
+
+@pytest.mark.parametrize("column", ["question", "promt", "context"])
+def test_a_prompt_under_another_name_is_not_dropped_without_a_word(column):
+    with pytest.raises(ValueError, match="Closest is pair_text, which needs 'prompt'"):
+        formats.detect([{column: "q", **ROWS["pair_plain"]}])
+
+
+def test_json_written_as_text_is_said():
+    as_text = lambda name: {c: cell if isinstance(cell, bool) else json.dumps(cell) for c, cell in ROWS[name].items()}
+    with pytest.raises(ValueError, match=r"'messages' hold JSON as text \(the first is str .*this is boolean"):
+        formats.detect([as_text("boolean")])
+    with pytest.raises(ValueError, match=r"'messages' is wrong throughout: a list of messages.*holds JSON as text"):
+        formats.detect([as_text("boolean")], "boolean")
+    rows = [{"prompt": "q", **as_text("pair_messages")}]  # texts, so it would fit pair_text
+    with pytest.raises(ValueError, match=r"'chosen' and 'rejected' hold conversations as JSON text"):
+        formats.detect(rows)
+    assert formats.detect(rows, "pair_text").name == "pair_text"
+    assert formats.detect([{**ROWS["pair_text"], "chosen": "[1, 2]"}]).name == "pair_text"
+
+
+def test_every_format_says_what_it_is():
+    lines = formats.lines()
+    assert [line.partition(":")[0] for line in lines] == list(formats.FORMATS)
+    assert all(form.means for form in formats.FORMATS.values())
 
 
 def test_a_wrong_column_is_an_error_and_a_wrong_cell_a_bad_row():
@@ -155,12 +170,12 @@ def test_a_tie_written_as_zero_beside_one_and_two_is_refused():
 
 def test_other_columns_reach_the_record():
     tool = {"type": "function", "function": {"name": "f"}}
-    extra = {"system": "be kind", "tools": json.dumps([tool]), "source": "elsewhere", "weight": 0.5}
+    extra = {"system": "be brief", "tools": json.dumps([tool]), "source": "elsewhere", "weight": 0.5}
     record = read({**ROWS["pair_text"], **extra})
-    assert record.conversations[1][0] == {"role": "system", "content": "be kind"}
+    assert record.conversations[1][0] == {"role": "system", "content": "be brief"}
     assert (record.tools, record.source, record.weight) == ((tool,), "elsewhere", 0.5)
     own = read({**ROWS["pair_conversations"], **extra})
-    assert own.conversations[0][0]["content"] == "s"  # a conversation's own system message stays
+    assert own.conversations[0][0]["content"] == "be kind"  # a conversation's own system message stays
 
 
 def test_prompts_of_messages_apart_or_repeated():
@@ -215,7 +230,7 @@ def test_every_kind_of_file(tmp_path, name):
     rows = [{"chosen": f"yes {i}", "rejected": "né\u2028"} for i in range(2500)]
     path = write(tmp_path / name, rows)
     assert list(sources.open_source(str(path))) == [(f"{name}:{i}", row) for i, row in enumerate(rows)]
-    assert sources.count_rows(str(path)) == (None if name.endswith(".json") else 2500)
+    assert sources.count_rows(str(path)) == 2500
 
 
 def test_directories_globs_and_lists(tmp_path):
@@ -234,7 +249,8 @@ def test_directories_globs_and_lists(tmp_path):
 def test_json_columns_and_misnamed_lines(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"chosen": [[user("q"), assistant("a")]] * 2, "rejected": [[user("q")]] * 2}))
-    assert [len(row["chosen"]) for _, row in sources.open_source(str(path))] == [2, 2]
+    rows = [row for _, row in sources.open_source(str(path))]
+    assert [len(row["chosen"]) for row in rows] == [2, 2] and formats.detect(rows).name == "pair_messages"
     path.write_text(json.dumps({"chosen": [1, 2], "rejected": [1]}))
     with pytest.raises(ValueError, match="equally long columns"):
         list(sources.open_source(str(path)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rmjax.data import loader, packing
-from rmjax.data.cache import Group
+from rmjax.data.groups import Group
 from rmjax.data.tasks import Preferences
 from rmjax.data.trees import build_tree
 

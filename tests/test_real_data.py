@@ -1,13 +1,13 @@
 """Real preference data through real tokenizers, with the traps it is known to hold; skipped where it is
 absent."""
 
-import itertools
 import json
 
 import numpy as np
 import pytest
 
 from rmjax.data import audit, cache, sources
+from rmjax.data import groups as groups_lib
 from rmjax.data.chat import Chat, load_tokenizer, set_pad_token
 from rmjax.data.tasks import Example, Preferences
 
@@ -62,7 +62,7 @@ def test_conversations(build, chat, shared_data, name, rows, prompts):
         assert [path.tolist() for path in groups.group(i).tree.sequences()] == expected
     # Prompts repeat across rows; a split keeps them together.
     assert len(np.unique(groups.prompt_ids)) == prompts
-    train, validation = cache.split(groups, 0.2, 0)
+    train, validation = groups_lib.split(groups, 0.2, 0)
     assert audit.shared_prompts(train, validation) == 0
     assert (groups.unshared > groups.lengths).all()
 
@@ -78,42 +78,32 @@ def ranked(node, history=()):
         yield from ranked(reply, history)
 
 
-def test_open_assistant(build, chat, shared_data, tmp_path):
+def test_open_assistant(build, chat, shared_data):
     path = shared_data / "open-assistant" / "en_100_tree.jsonl"
     found = [group for _, row in sources.open_source(str(path)) for group in ranked(row["prompt"])]
-    assert len(found) == 211
-    answer = lambda reply: [{"role": "assistant", "content": reply["text"]}]
-    rows = [
-        {"prompt": history, "chosen": answer(better), "rejected": answer(worse)}
-        for history, replies in found
-        for better, worse in itertools.combinations(replies, 2)
-    ]
-    assert len(rows) == 751
-    groups = build(write(tmp_path / "oa.jsonl", rows))
-    assert len(groups) == 751 and len(np.unique(groups.prompt_ids)) == 211
-    for i in range(0, 751, 53):
-        expected = [reference(chat, rows[i]["prompt"] + rows[i][side]) for side in ("chosen", "rejected")]
-        assert [path.tolist() for path in groups.group(i).tree.sequences()] == expected
+    groups = build(path)
+    assert len(groups) == len(np.unique(groups.prompt_ids)) == len(found) == 211
+    assert groups.comparisons.sum() == 751
+    # One message has replies of which some were not ranked; the rest of its tree is used.
+    assert {reason: (c.rows, c.kept) for reason, c in groups.audit.reasons.items()} == {"no_label": (1, 1)}
+    for i in range(0, 211, 17):
+        history, replies = found[i]
+        group = groups.group(i)
+        expected = [reference(chat, [*history, {"role": "assistant", "content": r["text"]}]) for r in replies]
+        best_first = np.argsort(-group.labels["wins"].sum(axis=1), kind="stable")
+        assert [group.tree.sequences()[j].tolist() for j in best_first] == expected
 
 
-def vote(row):
-    """Probability that response 1 is better, from votes 1, 2 and 0 (a tie)."""
-    votes = [row[f"annotator{i}"] for i in (1, 2, 3)]
-    return float(np.mean([{0: 0.5, 1: 1.0, 2: 0.0}[v] for v in votes]))
+def votes(row):
+    """Shares of the votes: response 1 is better, response 2 is, a tie."""
+    given = [row[f"annotator{i}"] for i in (1, 2, 3)]
+    return [given.count(v) / 3 for v in (1, 2, 0)]
 
 
 def test_pandalm(build, shared_data, tmp_path):
-    raw = [row for _, row in sources.open_source(f"{shared_data}/pandalm/testset-v1.json")]
-    rows = [
-        {
-            "prompt": f"{r['instruction']}\n\n{r['input']}".strip(),
-            "chosen": r["response1"],
-            "rejected": r["response2"],
-            "preference": vote(r),
-        }
-        for r in raw
-    ]
-    groups = build(write(tmp_path / "pandalm.jsonl", rows), ties="keep")
+    path = shared_data / "pandalm" / "testset-v1.json"
+    raw = [row for _, row in sources.open_source(str(path))]
+    groups = build(path, ties="keep")
     counted = {reason: count.rows for reason, count in groups.audit.reasons.items()}
     assert counted.pop("wrong_type") == 6  # JSON `true`
     assert counted.pop("empty_response") == 54
@@ -122,11 +112,12 @@ def test_pandalm(build, shared_data, tmp_path):
     assert len(np.unique(groups.prompt_ids)) <= 170
     for i in range(0, len(groups), 31):
         group = groups.group(i)
-        p = rows[int(group.id.split(":")[1])]["preference"]
-        np.testing.assert_allclose(group.labels["wins"][0, 1], 0 if p == 0.5 else p, rtol=1e-6)
-        assert group.labels["ties"][0, 1] == (p == 0.5)
-    # Its own convention (0 is a tie, 1 and 2 are the responses) is refused rather than guessed.
-    own = [{**row, "preference": r["annotator1"]} for row, r in zip(rows, raw)]
+        said = [group.labels["wins"][0, 1], group.labels["wins"][1, 0], group.labels["ties"][0, 1]]
+        shares = votes(raw[int(group.id.split(":")[1])])
+        np.testing.assert_allclose(said, shares, rtol=1e-6)
+        np.testing.assert_allclose(groups.agreements[i], max(shares), rtol=1e-6)
+    # Its own convention (0 is a tie, 1 and 2 are the responses) is refused for pairs rather than guessed.
+    own = [{"prompt": "q", "chosen": "a", "rejected": "b", "preference": r["annotator1"]} for r in raw]
     with pytest.raises(ValueError, match="preference runs from 0 to 2"):
         build(write(tmp_path / "own.jsonl", own))
 
@@ -149,6 +140,16 @@ def test_a_response_that_begins_with_a_newline(chat):
         assert [path.tolist() for path in tree.sequences()] == both
     finally:
         chat.tokenizer.chat_template = template
+
+
+def test_what_conversations_share_is_tokenized_as_it_is_alone(chat, shared_data):
+    rows = [row for _, row in sources.open_source(f"{shared_data}/llama-factory/dpo_en_demo.json")]
+    texts = [chat.render(turns(row, response)) for row in rows[:60] for response in ("chosen", "rejected")]
+    texts += [text[: len(text) * 2 // 3] for text in texts] + [
+        text.replace("<|im_end|>", "<|im_end|>\n") for text in texts
+    ]
+    texts.sort()  # neighbours that share a part, and others that do not
+    assert chat.encode(texts) == chat.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def test_what_the_templates_add_is_named(chat):

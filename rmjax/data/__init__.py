@@ -1,1 +1,5 @@
 """From files to batches: sources, formats, chat templates, trees, plan, loader."""
+
+from rmjax.data.sources import register
+
+__all__ = ["register"]

@@ -1,8 +1,10 @@
 """What became of the rows and what the groups look like, counted while reading, in a few lines."""
 
+import collections
 import copy
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,7 +12,7 @@ import numpy as np
 from rmjax.data.records import REASONS
 
 # Choices of the config, not defects of the data.
-CHOSEN = ("tie", "tree_too_long")
+CHOSEN = ("tie", "tree_too_long", "filter", "sample")
 REMEDY = {"over_long": "data.max_length", "tree_too_long": "plan.row_tokens"}
 
 
@@ -20,15 +22,17 @@ class Count:
 
     Attributes:
         rows: how many.
-        kept: how many of them were used all the same (data.on_bad_row="keep").
+        kept: how many of them were used all the same (data.on_bad_row="keep"), or without the part that is wrong.
         example: the first, "file.jsonl:17: what was found".
         tokens: the length that would take all of them, where length is the reason.
+        files: how many stand in each file.
     """
 
     rows: int = 0
     kept: int = 0
     example: str = ""
     tokens: int = 0
+    files: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -39,11 +43,13 @@ class Audit:
         rows: rows read.
         reasons: rows with a defect, by its name in records.REASONS.
         sources: groups of each source.
+        augmented: under each augmentation, how many groups it changed and how many it made of them.
     """
 
     rows: int = 0
     reasons: dict[str, Count] = dataclasses.field(default_factory=dict)
     sources: dict[str, int] = dataclasses.field(default_factory=dict)
+    augmented: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def add(self, reason: str, where: str, detail: str, tokens: int = 0, kept: bool = False) -> None:
         """Counts a row under a reason; the first of each is its example.
@@ -53,13 +59,20 @@ class Audit:
         """
         if reason not in REASONS:
             raise ValueError(f"unknown reason {reason!r}; known: {', '.join(REASONS)}")
-        self._count(reason, Count(1, int(kept), f"{where}: {detail}", tokens))
+        self._count(reason, Count(1, int(kept), f"{where}: {detail}", tokens, {where.rpartition(":")[0]: 1}))
+
+    def add_all(self, reason: str, places: Sequence[str], detail: str, tokens: int = 0) -> None:
+        """Counts many rows under a reason; `detail` is said of the first."""
+        files = collections.Counter(place.rpartition(":")[0] for place in places)
+        self._count(reason, Count(len(places), 0, f"{places[0]}: {detail}", tokens, dict(files)))
 
     def merge(self, other: "Audit") -> None:
         """Adds the counts of other rows that come after these."""
         self.rows += other.rows
-        for source, groups in other.sources.items():
-            self.sources[source] = self.sources.get(source, 0) + groups
+        self.sources = _added(self.sources, other.sources)
+        for name, (changed, made) in other.augmented.items():
+            before = self.augmented.get(name, (0, 0))
+            self.augmented[name] = before[0] + changed, before[1] + made
         for reason, count in other.reasons.items():
             self._count(reason, count)
 
@@ -70,6 +83,7 @@ class Audit:
             before.kept + more.kept,
             before.example or more.example,
             max(before.tokens, more.tokens),
+            _added(before.files, more.files),
         )
 
     def copy(self) -> "Audit":
@@ -87,6 +101,8 @@ class Audit:
             ValueError: names the reasons, an example of each, and what to change.
         """
         bad = self.unusable()
+        if on_bad_row == "error":  # none is let through, so those that are kept lost a part
+            bad = sum(c.rows for reason, c in self.reasons.items() if reason not in CHOSEN)
         if on_bad_row == "error" and bad:
             raise ValueError(
                 f"{bad} of {self.rows} rows cannot be used; {self.reasons_text()}; repair them, or count and leave "
@@ -111,11 +127,16 @@ class Audit:
         """Reads what `to_json` wrote."""
         data = json.loads(text)
         reasons = {name: Count(**count) for name, count in data["reasons"].items()}
-        return cls(data["rows"], reasons, data["sources"])
+        augmented = {name: (changed, made) for name, (changed, made) in data["augmented"].items()}
+        return cls(data["rows"], reasons, data["sources"], augmented)
+
+
+def _added(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+    return {name: first.get(name, 0) + second.get(name, 0) for name in {**first, **second}}
 
 
 class GroupSet(Protocol):
-    """What is asked of groups here; see cache.Groups."""
+    """What is asked of groups here; see groups.Groups."""
 
     audit: Audit
     lengths: np.ndarray
@@ -152,18 +173,25 @@ def shared_prompts(train: GroupSet, validation: GroupSet) -> int:
     return len(np.intersect1d(train.prompt_ids, validation.prompt_ids))
 
 
-def lines(train: GroupSet, validation: GroupSet) -> list[str]:
-    """The audit of a run's data, for the terminal."""
-    text = []
-    audits = [train.audit] if train.audit is validation.audit else [train.audit, validation.audit]
-    for audit in audits:
-        text.append(_rows_line(audit))
-        text.extend(f"  {_reason_line(reason, count)}" for reason, count in audit.reasons.items())
+def lines(train: GroupSet, validation: GroupSet | None = None) -> list[str]:
+    """The audit of a run's data, or of one set of groups, for the terminal."""
+    if validation is None:
+        return [*rows_lines(train.audit), *_groups_lines("groups", train)]
+    text = rows_lines(train.audit)
+    if validation.audit is not train.audit:
+        text += rows_lines(validation.audit)
     for name, groups in (("training", train), ("validation", validation)):
         text.extend(_groups_lines(name, groups))
     shared = shared_prompts(train, validation)
     text.append(f"prompts in both training and validation: {shared}" + (" (their scores mislead)" if shared else ""))
     return text
+
+
+def rows_lines(audit: Audit) -> list[str]:
+    """What became of the rows: how many were read, and a line for each reason."""
+    reasons = [_reason_line(reason, count) for reason, count in audit.reasons.items()]
+    made = [f"{name} made {new:,} groups of {changed:,}" for name, (changed, new) in audit.augmented.items()]
+    return [_rows_line(audit), *(f"  {text}" for text in (*reasons, *made))]
 
 
 def _rows_line(audit: Audit) -> str:
@@ -184,9 +212,10 @@ def _groups_lines(name: str, groups: GroupSet) -> list[str]:
     median, p90, p99, most = np.quantile(groups.lengths, [0.5, 0.9, 0.99, 1.0])
     again, contradicting = repeats(groups)
     tokens = int(groups.lengths.sum())
+    by_length = f"; length alone predicts the label with AUC {length_auc(groups):.3f}"
     return [
         f"{name}: {len(groups):,} groups with {len(np.unique(groups.prompt_ids)):,} prompts; {again:,} repeated, "
-        f"{contradicting:,} contradicting; length alone predicts the label with AUC {length_auc(groups):.3f}",
+        f"{contradicting:,} contradicting" + (by_length if groups.comparisons.any() else ""),
         f"  {tokens:,} tokens ({groups.unshared.sum() / tokens:.2f} times that unshared); trees: median "
         f"{median:,.0f}, 90 % {p90:,.0f}, 99 % {p99:,.0f}, longest {most:,.0f}; longest conversation "
         f"{groups.longest.max():,}",

@@ -19,11 +19,12 @@ import jinja2
 import numpy as np
 import transformers
 
+from rmjax.data import encoding, places
+from rmjax.data.encoding import Encoder, Sequences
 from rmjax.data.records import BadRow, Conversation
 from rmjax.data.tasks import Example, Span
 from rmjax.data.trees import Tree, build_tree
 
-Sequences = list[list[int]]
 Shortened = tuple[Sequence[Conversation], Sequences]  # conversations that fit, and their tokens
 
 ASKED, ANSWERED = ("first question", "second question"), ("first answer", "second answer")
@@ -50,6 +51,7 @@ RESERVED = (
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
 # Files of which a directory with a tokenizer has at least one.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+KEY = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
 SETTINGS = (
     "conversation",
     "tools",
@@ -67,12 +69,11 @@ class Labelled(NamedTuple):
     labels: dict[str, np.ndarray]
 
 
-class Place(NamedTuple):
-    """Where a message's text stands in a rendering; `cut` characters of white space before it were left out."""
+class Rendering(NamedTuple):
+    """A text, and the characters of its tokens as in places.edges."""
 
-    start: int
-    stop: int
-    cut: int
+    text: str
+    edges: np.ndarray
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -99,7 +100,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 def conversation_key(conversation: Conversation, tools: Sequence[Any] | None = None) -> str:
     """A text that is equal for equal conversations."""
-    return json.dumps([conversation, tools], sort_keys=True, ensure_ascii=False, default=str)
+    return KEY.encode([conversation, tools])
 
 
 class Chat:
@@ -113,6 +114,7 @@ class Chat:
             last user turn stay) or "truncate_response" (all responses at the same number of characters).
         notes: what the template inserts on its own and thereby changes scores, as sentences.
         closing: ids of the tokens that a rendering ends with, after the last response's text.
+        special: ids of the special tokens.
     """
 
     def __init__(
@@ -139,9 +141,11 @@ class Chat:
             probe = self.render(PROBE)
         except BadRow as error:
             raise ValueError(f"the chat template cannot render a plain conversation: {error.detail}") from None
+        self._encoder = Encoder(tokenizer, probe)
         self.notes = self._find_notes(probe)
         tail = probe.rpartition(ANSWERED[-1])[2]
         self.closing = {*self.encode([tail])[0], self.encode([probe])[0][-1]}
+        self.special = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
 
     def render(self, conversation: Conversation, tools: Sequence[Any] | None = None) -> str:
         """Renders a whole conversation as the model reads it.
@@ -162,10 +166,7 @@ class Chat:
 
     def encode(self, texts: Sequence[str]) -> Sequences:
         """Token ids of renderings; special tokens only where the text has them, so never a second BOS."""
-        if not texts:
-            return []
-        encoding = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)
-        return encoding["input_ids"]
+        return self._encoder.encode(texts)
 
     def groups(self, examples: Sequence[Example], *, keep: bool = False) -> list[Labelled | BadRow]:
         """Builds the tree of each example, and its labels.
@@ -187,48 +188,26 @@ class Chat:
                 if name not in rendered:
                     rendered[name] = self._try_render(conversation, example.tools)
         good = {name: text for name, text in rendered.items() if isinstance(text, str)}
-        encoded = dict(zip(good, self.encode(list(good.values()))))
+        located = {name for e, names in zip(examples, keys) if e.spans or e.scored is not None for name in names}
+        plain = {name: text for name, text in good.items() if name not in located}
+        encoded = dict(zip(plain, self.encode(list(plain.values()))))
+        renderings: dict[str, Rendering] = {}
+        spotted = [name for name in good if name in located]
+        for name, both in zip(spotted, self._encode_with_edges([good[name] for name in spotted])):
+            encoded[name], renderings[name] = both
         made: list[Labelled | BadRow] = []
         for example, names in zip(examples, keys):
             failures = [text for name in names if isinstance(text := rendered[name], BadRow)]
-            made.append(failures[0] if failures else self._group(example, [encoded[n] for n in names], keep))
+            sequences = [] if failures else [encoded[n] for n in names]
+            texts = [renderings[n] for n in names if n in renderings]
+            made.append(failures[0] if failures else self._group(example, sequences, texts, len(set(names)), keep))
         return made
-
-    def locate(self, conversation: Conversation, tools: Sequence[Any] | None = None) -> tuple[str, list[Place]]:
-        """Finds where each message's text stands in the rendering.
-
-        Templates rarely mark that themselves, so the conversation is rendered a second time with marks for texts;
-        what stands between the marks tells the texts' places. Where that fails (templates that look into the
-        texts), each text is looked for after the one before.
-
-        Returns:
-            The rendering, and the place of each message; a message that is not rendered has an empty one.
-
-        Raises:
-            BadRow: `template_error`: the last message's text is not in the rendering as it is.
-        """
-        text = self.render(conversation, tools)
-        marks = [f"\ue000{i}\ue001" for i in range(len(conversation))]
-        try:
-            marked = self.render([{**m, "content": mark} for m, mark in zip(conversation, marks)], tools)
-        except BadRow:
-            marked = ""
-        pieces = re.split("\ue000[0-9]+\ue001", marked)
-        exact = re.findall("\ue000[0-9]+\ue001", marked) == marks
-        places, at = [], 0
-        for i, message in enumerate(conversation):
-            before, after = (pieces[i], pieces[i + 1]) if exact else ("", "")
-            places.append(_place(text, at, message.get("content") or "", before, after))
-            at = max(at, places[-1].stop)
-        if conversation and not places[-1].stop:
-            raise BadRow("template_error", "the template changes the last turn's text, so it cannot be found again")
-        return text, places
 
     def fingerprint(self) -> str:
         """SHA-256, as hex, of what decides the tokens: vocabulary, template, arguments, length policy."""
         special = [self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.unk_token]
         policy = [self.template_kwargs, self.max_length, self.over_long]
-        parts = [_vocabulary_digest(self.tokenizer), self.tokenizer.chat_template, special, policy]
+        parts = [encoding.vocabulary_digest(self.tokenizer), self.tokenizer.chat_template, special, policy]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def _try_render(self, conversation: Conversation, tools: Sequence[Any] | None) -> str | BadRow:
@@ -241,48 +220,65 @@ class Chat:
             return BadRow("wrong_type", f"the text is no Unicode: {error.reason}")
         return text or BadRow("template_error", "it renders to nothing")
 
-    def _group(self, example: Example, sequences: Sequences, keep: bool) -> Labelled | BadRow:
+    def _encode_with_edges(self, texts: Sequence[str]) -> list[tuple[list[int], Rendering]]:
+        if not texts:
+            return []
+        encoding = self.tokenizer(list(texts), add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        renderings = map(Rendering, texts, map(places.edges, encoding["offset_mapping"]))
+        return list(zip(encoding["input_ids"], renderings))
+
+    def _group(
+        self, example: Example, sequences: Sequences, texts: Sequence[Rendering], distinct: int, keep: bool
+    ) -> Labelled | BadRow:
         conversations: Sequence[Conversation] = example.conversations
         too_long = bool(self.max_length) and max(map(len, sequences)) > self.max_length
         try:
             if too_long:
                 conversations, sequences = POLICIES[self.over_long](self, example, max(map(len, sequences)))
-            distinct = {conversation_key(c) for c in example.conversations}
-            if len(set(map(tuple, sequences))) < len(distinct) and not keep:
+            if len(set(map(tuple, sequences))) < distinct and not keep:
                 if too_long:
                     raise BadRow("identical_after_truncation", f"at {self.max_length} tokens they are the same")
                 raise BadRow("identical_responses", "they differ only in what the template leaves out")
             tree = build_tree(sequences)
             if example.scored is None and not example.spans:
                 return Labelled(tree, dict(example.labels))
-            return self._labelled(example, conversations, tree)
+            if too_long:
+                rendered = [self.render(c, example.tools) for c in conversations]
+                texts = [rendering for _, rendering in self._encode_with_edges(rendered)]
+            return self._labelled(example, conversations, texts, tree)
         except BadRow as bad:
             return bad
 
-    def _labelled(self, example: Example, conversations: Sequence[Conversation], tree: Tree) -> Labelled:
+    def _labelled(
+        self, example: Example, conversations: Sequence[Conversation], texts: Sequence[Rendering], tree: Tree
+    ) -> Labelled:
         """Finds the scored tokens and the tokens of the spans."""
         fields = {name: np.zeros(len(tree), np.float32) for name in example.spans}
         ends: list[int] = []
         slots: list[int] = []
         kept: list[bool] = []  # truncation can cut scored tokens off
-        for k, conversation in enumerate(conversations):
-            text, places = self.locate(conversation, example.tools)
-            encoding = self.tokenizer([text], add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-            offsets = np.array(encoding["offset_mapping"][0], np.int64)
+        for k, (conversation, text) in enumerate(zip(conversations, texts)):
             path = tree.path(int(tree.end[k]))
-            for name, spans in example.spans.items():
-                for span in spans[k]:
-                    place = -span.message <= len(conversation) and places[span.message]
-                    original = example.conversations[k][span.message]
-                    if place and place.stop and conversation[span.message]["role"] == original["role"]:
-                        at = _tokens_of(span, place, original.get("content") or "", offsets)
-                        fields[name][path[at[at > 0] - 1]] = span.value
+            spans = [span for of_field in example.spans.values() for span in of_field[k]]
+            wanted = {len(conversation) - 1, *(len(conversation) + span.message for span in spans)}
+            render = lambda c: self.render(c, example.tools)
+            found = places.locate(render, text.text, conversation, wanted)
+            last = found[-1]
+            if last is None:
+                raise BadRow("template_error", "the template changes the last turn's text, so it cannot be found again")
+            special = np.isin(tree.tokens[path], list(self.special))
+            for name, of_field in example.spans.items():
+                for span in of_field[k]:
+                    at = _tokens_of(span, example.conversations[k], conversation, found, text.edges, special)
+                    fields[name][path[at[at > 0] - 1]] = span.value
             for stop in () if example.scored is None else example.scored[k]:
-                place, length = places[-1], len(conversation[-1].get("content") or "")
-                kept.append(stop <= length)
+                content = conversation[-1].get("content") or ""
+                kept.append(stop <= len(content))
                 if kept[-1]:
-                    character = min(max(place.start + stop - place.cut, place.start + 1), place.stop) - 1
-                    ends.append(int(path[np.flatnonzero(offsets[:, 0] <= character)[-1]]))
+                    if stop <= last.cut and content[:stop].strip():
+                        raise BadRow("template_error", f"the template leaves out a step: {content[:stop][-60:]!r}")
+                    character = max(last.characters(0, stop)[1] - 1, last.start)
+                    ends.append(int(path[np.flatnonzero(text.edges[:, 0] <= character)[-1]]))
                     slots.append(k)
         labels = {**example.labels, **fields}
         if example.scored is None:
@@ -312,6 +308,8 @@ class Chat:
 
     def _truncate_response(self, example: Example, longest: int) -> Shortened:
         """Cuts every response at the same number of characters, the most that fits."""
+        if any(c[-1]["role"] != "assistant" for c in example.conversations):  # a judge's question, which ends with it
+            raise BadRow("over_long", f"{longest} tokens, data.max_length is {self.max_length}", longest)
         contents = [c[-1].get("content") or "" for c in example.conversations]
         low, high = 0, max(map(len, contents))  # `low` characters fit, or it is 0; `high` characters do not
         best: Shortened | None = None
@@ -421,18 +419,6 @@ def set_pad_token(chat: Chat, vocab_size: int = 0) -> tuple[int, bool]:
     return pad, True
 
 
-def _vocabulary_digest(tokenizer: Any) -> str:
-    """Digest of the tokenizer's serialization, without what calls change and what only decoding reads."""
-    if not tokenizer.is_fast:
-        parts: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    else:
-        parts = json.loads(tokenizer.backend_tokenizer.to_str())
-        ignored = ("truncation", "padding", "post_processor", "decoder")
-        parts = {key: value for key, value in parts.items() if key not in ignored}
-        parts["added_tokens"] = [{**token, "special": None} for token in parts["added_tokens"]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 def _without_oldest(conversation: Conversation, exchanges: int) -> Conversation:
     """Leaves out what stands before user turn number `exchanges`, except leading system messages."""
     users = [i for i, message in enumerate(conversation) if message["role"] == "user"]
@@ -440,27 +426,29 @@ def _without_oldest(conversation: Conversation, exchanges: int) -> Conversation:
     return [*kept, *conversation[users[exchanges] :]]
 
 
-def _place(text: str, at: int, content: str, before: str, after: str) -> Place:
-    """Finds a message's text from `at` on, given what stands around it; templates may strip it."""
-    candidates = dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip()))
-    if text.startswith(before, at):
-        start = at + len(before)
-        for words in candidates:
-            if text.startswith(words + after, start):
-                return Place(start, start + len(words), content.find(words))
-    for words in filter(None, (*candidates, content.rpartition("</think>")[2].strip())):
-        if (start := text.find(words, at)) >= 0:
-            return Place(start, start + len(words), content.rfind(words))
-    return Place(at, 0, 0)
+def _tokens_of(
+    span: Span,
+    original: Conversation,
+    conversation: Conversation,
+    found: Sequence[places.Place | None],
+    edges: np.ndarray,
+    special: np.ndarray,
+) -> np.ndarray:
+    """Indices of the tokens of a span; of those that end the turn too, if it reaches the end of its message.
 
-
-def _tokens_of(span: Span, place: Place, content: str, offsets: np.ndarray) -> np.ndarray:
-    """Indices of the tokens that have a character of the span; one more if it reaches the end of its message."""
-    start, stop = (min(max(place.start + c - place.cut, place.start), place.stop) for c in (span.start, span.stop))
-    at = np.flatnonzero((offsets[:, 0] < stop) & (offsets[:, 1] > start))
-    whole = span.stop >= len(content)
-    if whole and len(at) and at[-1] + 1 < len(offsets):
-        at = np.append(at, at[-1] + 1)
+    None where truncation left the message out, or the template does not show it. A message that was cut ends nowhere.
+    """
+    i = len(conversation) + span.message
+    place = found[i] if i >= 0 else None
+    if place is None or conversation[i]["role"] != original[span.message]["role"]:
+        return np.zeros(0, np.int64)
+    content = conversation[i]["content"]
+    at = places.tokens_within(edges, *place.characters(span.start, span.stop))
+    if len(at) and span.stop >= len(content) and content == original[span.message]["content"]:
+        following = [other.start for other in found[i + 1 :] if other]
+        shown = any(m.get("content") for m in conversation[i + 1 :])
+        limit = following[0] if following else place.stop + 1 if shown else int(edges[-1, 1])
+        at = np.concatenate([at, places.closing_tokens(edges, special, int(at[-1]), limit)])
     return at
 
 

@@ -8,7 +8,7 @@ import grain
 import jax
 import numpy as np
 
-from rmjax.data.cache import Group
+from rmjax.data.groups import Group
 from rmjax.data.packing import Plan
 from rmjax.data.tasks import Axes
 

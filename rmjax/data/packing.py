@@ -102,6 +102,30 @@ def pack_epoch(lengths: np.ndarray, row_tokens: int, window: int, order: np.ndar
     return rows
 
 
+def draw(source: np.ndarray, weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The groups that an epoch of a weighted mixture shows, in the order of the data, some of them several times.
+
+    The epochs walk through one fixed permutation of each source, over and over: with weight w an epoch goes w times
+    its length, so a group is shown floor(w) or ceil(w) times in an epoch, and none again before all have been.
+
+    Args:
+        source: int [n] source of each group.
+        weights: float [sources], not negative.
+        seed: of the permutations.
+        epoch: counted from 0.
+
+    Returns:
+        int32 group numbers, ascending.
+    """
+    drawn = []
+    for k, weight in enumerate(weights.tolist()):
+        members = np.flatnonzero(source == k).astype(np.int32)
+        start, stop = (round(weight * len(members) * e) for e in (epoch, epoch + 1))
+        order = np.random.default_rng((seed, k, len(weights))).permutation(members)
+        drawn.append(order[np.arange(start, stop) % max(len(members), 1)])
+    return np.sort(np.concatenate(drawn))
+
+
 def make_plan(
     lengths: np.ndarray,
     ends: np.ndarray,
@@ -112,8 +136,10 @@ def make_plan(
     window: int = 2048,
     epochs: int = 1,
     seed: int | None = 0,
+    source: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
 ) -> Plan:
-    """Plans `epochs` epochs: shuffle groups, pack best-fit within windows, shuffle rows, cut into steps.
+    """Plans `epochs` epochs: draw and shuffle groups, pack best-fit within windows, shuffle rows, cut into steps.
 
     Args:
         lengths: int [n] tokens of each group's tree.
@@ -122,11 +148,13 @@ def make_plan(
         rows_per_step: rows of a step; 0 derives them so that a step has `groups_per_step` groups on average.
         groups_per_step: see `rows_per_step`.
         window: groups that are packed together.
-        epochs: how often every group is shown.
+        epochs: how often every group is shown, where there are no weights.
         seed: of the shuffles; None keeps the given order of groups within the packing, for evaluation.
+        source: int [n] source of each group, where there are weights.
+        weights: float [sources] how often an epoch shows the groups of each; see `draw`.
 
     Raises:
-        ValueError: no groups, or a tree longer than a row.
+        ValueError: no groups, a tree longer than a row, or an epoch without groups.
     """
     if not len(lengths):
         raise ValueError("there are no groups to plan")
@@ -135,7 +163,12 @@ def make_plan(
     rows: list[np.ndarray] = []
     step_start, epoch_steps = [0], []
     for epoch in range(epochs):
-        order = np.arange(len(lengths), dtype=np.int32)
+        if source is None or weights is None:
+            order = np.arange(len(lengths), dtype=np.int32)
+        else:
+            order = draw(source, weights, seed or 0, epoch)
+            if not len(order):
+                raise ValueError(f"the weights {weights.tolist()} show no group in epoch {epoch}; raise them")
         rng = np.random.default_rng((seed or 0, epoch))
         if seed is not None:
             rng.shuffle(order)
@@ -143,7 +176,7 @@ def make_plan(
         if seed is not None:
             packed = [packed[i] for i in rng.permutation(len(packed))]
         if not rows_per_step:
-            rows_per_step = max(1, round(groups_per_step * len(packed) / len(lengths)))
+            rows_per_step = max(1, round(groups_per_step * len(packed) / len(order)))
         cuts = [
             len(rows) + min(cut, len(packed))
             for cut in range(rows_per_step, len(packed) + rows_per_step, rows_per_step)

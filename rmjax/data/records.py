@@ -1,6 +1,7 @@
 """The canonical record: one prompt, K responses, and what was said of them.
 
-Every format on disk becomes this (`formats.py`); `tasks.py` makes of it what an objective learns from.
+Every format on disk becomes this (`formats`), and this can go back to disk (`store.py`); `tasks.py` makes of it what
+an objective learns from.
 """
 
 import dataclasses
@@ -22,9 +23,12 @@ REASONS = {
     "identical_after_truncation": "the responses became the same when they were truncated",
     "over_long": "longer than data.max_length and the policy data.over_long could not shorten it",
     "tree_too_long": "the group's tree does not fit a row of plan.row_tokens",
+    "filter": "config.data.filter leaves it out",
+    "sample": "config.data.sample leaves it out",
     "tie": "neither response is preferred (objective.ties='skip')",
     "conflicting_label": "the label contradicts itself or the other labels of the row",
     "wrong_type": "a cell of another type than its column needs",
+    "out_of_scale": "a score outside its attribute's scale (objective.scales)",
     "no_assistant_turn": "the conversation does not end with an assistant turn",
     "no_label": "it says nothing that the objective learns from",
     "template_error": "the chat template refuses the conversation",
@@ -138,6 +142,8 @@ def check_conversation(conversation: Any, *, keep: bool = False) -> tuple[Messag
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise BadRow("wrong_type", f"the {message['role']}'s content is {type(content).__name__}, expected text")
+        if content and not content.isascii() and not _is_unicode(content):
+            raise BadRow("wrong_type", f"the {message['role']}'s content is no Unicode: half of a surrogate pair")
     if not conversation or conversation[-1]["role"] != "assistant":
         last = conversation[-1]["role"] if conversation else "nothing"
         raise BadRow("no_assistant_turn", f"the conversation ends with {last}, expected an assistant turn")
@@ -147,18 +153,104 @@ def check_conversation(conversation: Any, *, keep: bool = False) -> tuple[Messag
     return tuple(conversation)
 
 
-def pair(
-    chosen: Any,
-    rejected: Any,
+def _is_unicode(text: str) -> bool:
+    """JSON can escape half of a surrogate pair, which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def group(
+    conversations: Sequence[Any],
     *,
-    preference: float = 1.0,
-    margin: float = 0.0,
+    wins: Any = None,
+    ties: Any = None,
+    margin: Any = None,
+    attributes: Mapping[str, Sequence[float]] | None = None,
+    steps: Sequence[Sequence[Step]] = (),
+    agreement: float = math.nan,
     weight: float = 1.0,
     tools: Sequence[Any] | None = None,
     source: str = "",
     row: str = "",
     keep: bool = False,
+    defects: list[BadRow] | None = None,
 ) -> Record:
+    """Builds a group of K whole conversations.
+
+    A response that cannot be used, or that is the same as one before it, is left out where the others can be used
+    without it: two of them if something was said of pairs, else one.
+
+    Args:
+        conversations: K lists of messages.
+        wins: numbers [K, K] as in Record, as the others; None is 0 everywhere.
+        ties: the same.
+        margin: the same.
+        attributes: K scores for each name.
+        steps: K sequences of steps, or none.
+        agreement: as in Record.
+        weight: as in Record.
+        tools: tool descriptions for the chat template.
+        source: name of the source.
+        row: where the row stands in it.
+        keep: let the defects in KEEPABLE through.
+        defects: takes why responses were left out or let through. Without it none is left out.
+
+    Raises:
+        BadRow: the group cannot be used.
+    """
+    k = len(conversations)
+    matrix = lambda x: np.zeros((k, k), np.float32) if x is None else np.array(x, np.float32)
+    wins, ties, margin = matrix(wins), matrix(ties), matrix(margin)
+    least = 2 if k > 1 and (wins.any() or ties.any()) else 1
+    checked, bad = _check_all(conversations, keep)
+    if bad and not keep and (defects is None or k - len(bad) < least):
+        raise next(iter(bad.values()))
+    if defects is not None:
+        defects.extend(bad.values())
+    made = Record(
+        tuple(checked),
+        wins,
+        ties,
+        margin,
+        weight=weight,
+        tools=tuple(tools) if tools else None,
+        source=source,
+        row=row,
+        attributes={name: tuple(map(float, values)) for name, values in (attributes or {}).items()},
+        steps=tuple(map(tuple, steps)),
+        agreement=agreement,
+    )
+    return made.select([i for i in range(k) if keep or i not in bad]) if bad else made
+
+
+def _check_all(conversations: Sequence[Any], keep: bool) -> tuple[list[tuple[Message, ...]], dict[int, BadRow]]:
+    """The conversations, () for one that cannot be used, and what is wrong with which."""
+    checked: list[tuple[Message, ...]] = []
+    bad: dict[int, BadRow] = {}
+    for i, conversation in enumerate(conversations):
+        try:
+            try:
+                checked.append(check_conversation(conversation))
+            except BadRow as error:
+                if not (keep and error.reason in KEEPABLE):
+                    raise
+                bad[i] = error
+                checked.append(check_conversation(conversation, keep=True))
+        except BadRow as error:
+            if keep:
+                raise
+            bad[i] = error
+            checked.append(())
+        if i not in bad and checked[i] in checked[:i]:
+            same = f"responses {checked.index(checked[i]) + 1} and {i + 1} of {len(conversations)} are the same"
+            bad[i] = BadRow("identical_responses", same)
+    return checked, bad
+
+
+def pair(chosen: Any, rejected: Any, *, preference: float = 1.0, margin: float = 0.0, **rest: Any) -> Record:
     """Builds the group of a preference pair from two whole conversations.
 
     Args:
@@ -166,24 +258,33 @@ def pair(
         rejected: messages of the other one (response 1).
         preference: probability in [0, 1] that `chosen` is better; 0.5 is a tie.
         margin: by how much, in the source's units; belongs to whichever side is preferred.
-        weight: weight of the group in the loss.
-        tools: tool descriptions for the chat template.
-        source: name of the source.
-        row: where the row stands in it.
-        keep: let the defects in KEEPABLE through.
+        **rest: as in `group`.
 
     Raises:
         BadRow: a conversation that cannot be used, `identical_responses`, or a preference outside [0, 1].
     """
-    conversations = (check_conversation(chosen, keep=keep), check_conversation(rejected, keep=keep))
-    if conversations[0] == conversations[1] and not keep:
-        raise BadRow("identical_responses", "both conversations are the same")
     if not 0.0 <= preference <= 1.0:
         raise BadRow("conflicting_label", f"preference {preference} is outside [0, 1]")
-    wins, ties, margins = (np.zeros((2, 2), np.float32) for _ in range(3))
-    if preference == 0.5:
-        ties[0, 1] = ties[1, 0] = 1.0
-    else:
-        wins[0, 1], wins[1, 0] = preference, 1.0 - preference
-        margins[(0, 1) if preference > 0.5 else (1, 0)] = margin
-    return Record(conversations, wins, ties, margins, weight, tuple(tools) if tools else None, source, row)
+    tie = preference == 0.5
+    wins = [[0.0, 0.0 if tie else preference], [0.0 if tie else 1.0 - preference, 0.0]]
+    margins = [[0.0, margin if preference > 0.5 else 0.0], [margin if preference < 0.5 else 0.0, 0.0]]
+    return group([chosen, rejected], wins=wins, ties=[[0, tie], [tie, 0]], margin=margins, **rest)
+
+
+def compare(scores: Sequence[float]) -> dict[str, Any]:
+    """What scores say of pairs: the higher one wins, equal ones tie, and the margin is the difference.
+
+    >>> compare([3.0, 1.0, float("nan")])["wins"].tolist()
+    [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+    Args:
+        scores: K numbers; NaN is compared with nothing.
+
+    Returns:
+        `wins`, `ties` and `margin`, float32 [K, K], as in Record.
+    """
+    s = np.array(scores, np.float64)
+    difference = s[:, None] - s[None, :]
+    wins, ties = difference > 0, (difference == 0) & ~np.eye(len(s), dtype=bool)
+    arrays = {"wins": wins, "ties": ties, "margin": np.where(wins, difference, 0)}
+    return {name: x.astype(np.float32) for name, x in arrays.items()}

@@ -1,37 +1,45 @@
-"""Where rows come from: files, globs and directories, the Hugging Face hub, and made-up data.
+"""Where rows come from: files, the Hugging Face hub, databases, Python itself, and made-up data.
 
 A source is written as a path or as `scheme://...`; several are separated by commas. `SCHEMES` says what the
-parts of a source are, `READERS` how a file of each kind is read. Rows are plain dicts; what they mean is for
-`formats.py`.
+parts of a source are, `files.READERS` how a file of each kind is read. Rows are plain dicts; what they mean is for
+`formats`.
 """
 
 import dataclasses
+import datetime
+import decimal
 import functools
 import glob
-import gzip
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 from urllib.parse import parse_qsl, urlsplit
 
 import huggingface_hub
-import pyarrow as pa
-import pyarrow.parquet as pq
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from rmjax.data import synthetic
-
-Row = dict[str, Any]
+from rmjax.data import database, files, synthetic
+from rmjax.data.files import Row
 
 # What `datasets.save_to_disk` writes beside the data.
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# Words in a path that say which split a file belongs to.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One file of a source, or one made-up set.
+    """One file of a source, one table, or one made-up set.
 
     Attributes:
         name: short name; rows are called "name:17".
@@ -49,34 +57,43 @@ class Part:
 def split_spec(spec: str) -> list[str]:
     """Splits "a.jsonl, hf://datasets/o/n/b.parquet" at its commas, unless all of it is one existing path.
 
+    SQL has commas too, so a source with `query=` reaches to the end of the text.
+
     Raises:
         ValueError: it names nothing.
     """
     if spec.strip() and os.path.exists(spec):
         return [spec]
-    items = [item.strip() for item in spec.split(",") if item.strip()]
+    sql = re.search(r"[^,]*://[^,]*[?&]query=", spec)
+    listed, rest = (spec[: sql.start()], [spec[sql.start() :]]) if sql else (spec, [])
+    items = [item.strip() for item in [*listed.split(","), *rest] if item.strip()]
     if not items:
         raise ValueError("no data was named; give a file, a directory, a glob or hf://datasets/OWNER/NAME/...")
     return items
 
 
 def source_name(item: str) -> str:
-    """The name a source's rows carry: "owner/name" on the hub, else the file's name without its suffixes.
+    """The name a source's rows carry: "owner/name" on the hub, a table, else the file's name without its suffixes.
 
     >>> source_name("hf://datasets/o/n@main/data/*.parquet"), source_name("dir/train.jsonl.gz")
     ('o/n', 'train')
     """
-    parts = urlsplit(item)
-    if parts.scheme == "hf":
-        owner_name = item.removeprefix("hf://").removeprefix("datasets/").split("/")[:2]
-        return "/".join(owner_name).split("@")[0]
-    if parts.scheme == "synthetic":
-        return parts.netloc
-    return Path(item).name.split(".")[0] or item
+    scheme, rest = _scheme(item), item.partition("://")[2]
+    if not scheme:
+        return Path(item).name.split(".")[0] or item
+    if scheme == "hf":
+        return "/".join(rest.removeprefix("datasets/").split("/")[:2]).split("@")[0]
+    if scheme == "aligned":
+        return source_name(rest.split("+")[0])
+    if SCHEMES.get(scheme) is _database_parts:
+        return database.name(item)
+    return rest.partition("?")[0]
 
 
 def open_source(spec: str) -> Iterator[tuple[str, Row]]:
     """Yields (row id, row) of every source in `spec`, in order; ids are "file.jsonl:17", counting from 0.
+
+    Files of one source that have the same name are called by as many directories as tell them apart.
 
     Raises:
         FileNotFoundError: a path or glob that matches nothing.
@@ -106,62 +123,281 @@ def fingerprint(spec: str) -> str:
 
 
 def parts(item: str) -> list[Part]:
-    """The files (or made-up set) of one source.
+    """The files (or tables, or made-up sets) of one source.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: an unknown scheme.
     """
-    scheme, separator, _ = item.partition("://")
-    if not separator:
-        return _local_parts(item)
+    scheme = _scheme(item)
+    if not scheme:
+        return _file_parts(_local_files(item))
     if scheme not in SCHEMES:
         raise ValueError(f"{item}: unknown scheme {scheme}://; known: local paths, {'://, '.join(SCHEMES)}://")
     return SCHEMES[scheme](item)
 
 
-def _local_parts(item: str) -> list[Part]:
+def _scheme(item: str) -> str:
+    """What stands before "://", less the driver of a database ("postgresql+psycopg2"); "" for a path."""
+    scheme, separator, _ = item.partition("://")
+    return scheme.partition("+")[0] if separator else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, here and on the hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _file_parts(paths: Sequence[Path]) -> list[Part]:
+    return [_file_part(name, path) for name, path in zip(_short_names(paths), paths)]
+
+
+def _file_part(name: str, path: Path) -> Part:
+    if not files.kind(path):
+        raise ValueError(f"{path}: unknown kind of file; known: {', '.join(files.READERS)}, each also with .gz")
+    bind = functools.partial
+    return Part(name, bind(files.read, path), bind(files.count, path), bind(files.digest, path))
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """The ends of the paths, as long as it takes to tell them apart."""
+    for length in range(1, max((len(path.parts) for path in paths), default=0) + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _local_files(item: str) -> list[Path]:
     path = Path(item).expanduser()
     if path.is_dir():
-        files = [f for f in sorted(path.rglob("*")) if f.is_file() and _kind(f) and f.name not in NOT_DATA]
-        kinds = sorted({_kind(f) for f in files})
-        if len(kinds) > 1:
-            raise ValueError(f"{item} holds files of several kinds ({', '.join(kinds)}); choose with a glob")
+        found = [f.relative_to(path) for f in sorted(path.rglob("*")) if f.is_file()]
+        chosen = [path / f for f in _only_data(item, found)]
     elif path.is_file():
-        files = [path]
+        chosen = [path]
     else:
-        files = [Path(f) for f in sorted(glob.glob(str(path), recursive=True)) if Path(f).is_file()]
-    if not files and path.is_dir():
-        kinds_read = ", ".join(READERS)
-        raise FileNotFoundError(f"{item} is a directory without any file that can be read: {kinds_read}, also with .gz")
-    if not files:
+        matches = dict.fromkeys(sorted(glob.glob(str(path), recursive=True)))
+        chosen = [Path(f) for f in matches if Path(f).is_file()]
+    if not chosen and path.is_dir():
+        kinds = ", ".join(files.READERS)
+        raise FileNotFoundError(f"{item} is a directory without any file that can be read: {kinds}, also with .gz")
+    if not chosen:
         raise FileNotFoundError(f"{item}: no such file, and nothing matches it; looked from {Path.cwd()}")
-    return [_file_part(f) for f in files]
+    return chosen
+
+
+def _only_data(item: str, paths: Sequence[Path]) -> list[Path]:
+    """The files of a directory that are read when the directory is named, if they belong together."""
+    data = [path for path in paths if files.kind(path) and path.name not in NOT_DATA]
+    kinds = sorted({files.kind(path) for path in data})
+    if len(kinds) > 1:
+        raise ValueError(f"{item} holds files of several kinds ({', '.join(kinds)}); choose with a glob")
+    words = {word for path in data for word in re.split(r"[^a-z]+", str(path).lower())}
+    splits = [split for split, names in SPLITS.items() if words.intersection(names)]
+    if len(splits) > 1:
+        raise ValueError(f"{item} holds several splits ({', '.join(splits)}); choose one with a glob")
+    return data
 
 
 @functools.cache  # one listing, so one state of the repository, per process
-def _hub_parts(item: str) -> list[Part]:
+def _hub_files(item: str) -> list[Path]:
     """Files of a hub repository; each is downloaded once, into the hub's own cache."""
     fs = huggingface_hub.HfFileSystem()
     path = item.removeprefix("hf://").rstrip("/")
     try:
-        names = fs.glob(path) if glob.has_magic(path) else [path]
-        if len(names) == 1 and fs.isdir(names[0]):
-            names = [name for name in fs.find(names[0]) if not Path(name).name.startswith(".")]
-        files = [name for name in sorted(names) if _kind(Path(name)) and Path(name).name not in NOT_DATA]
-        local = [_download(fs, name) for name in files]
+        if glob.has_magic(path):
+            found = [Path(name) for name in fs.glob(path)]
+            chosen = sorted(f for f in found if files.kind(f) and f.name not in NOT_DATA)
+        elif fs.isdir(path):
+            found = [Path(name).relative_to(path) for name in sorted(fs.find(path))]
+            chosen = [path / f for f in _only_data(item, [f for f in found if not f.name.startswith(".")])]
+        else:
+            chosen = [Path(path)]
+        local = [_download(fs, str(name)) for name in chosen]
     except OSError as error:
-        raise FileNotFoundError(f"{item}: the hub did not give it ({type(error).__name__}: {error})") from error
+        raise FileNotFoundError(f"{item}: {_hub_advice(item, error)}") from error
     if not local:
-        raise FileNotFoundError(f"{item}: no {', '.join(READERS)} file there")
-    return [_file_part(f) for f in local]
+        raise FileNotFoundError(f"{item}: no {', '.join(files.READERS)} file there")
+    return local
 
 
-def _download(fs: huggingface_hub.HfFileSystem, name: str) -> Path:
+def _download(fs: "huggingface_hub.HfFileSystem", name: str) -> Path:
     at: Any = fs.resolve_path(name)
     return Path(
         huggingface_hub.hf_hub_download(at.repo_id, at.path_in_repo, repo_type=at.repo_type, revision=at.revision)
     )
+
+
+def _hub_advice(item: str, error: BaseException) -> str:
+    """What the hub's error means, and what to do."""
+    kinds = (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError)  # the first is one of the second, too
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, kinds):
+        cause = cause.__cause__
+    at = re.match(r"hf://(datasets/)?[^/@]+/[^/@]+", item)
+    page = "https://huggingface.co/" + (at[0] if at else item).removeprefix("hf://")
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    if isinstance(cause, GatedRepoError):
+        return f"the repository is gated; accept its terms at {page}, then {log_in}"
+    if isinstance(cause, RepositoryNotFoundError):
+        return f"no such repository, or a private one; look at {page}, and if it is yours, {log_in}"
+    if isinstance(cause, RevisionNotFoundError):
+        return f"no such revision; the branches and tags are at {page}/tree/main"
+    return f"the hub did not give it ({type(error).__name__}: {error}); its files are at {page}/tree/main"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Aligned files: `aligned://prompts.json+responses.json+rewards.json`
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _aligned_parts(item: str) -> list[Part]:
+    """One part: row i of every file, merged into one row."""
+    pieces = item.removeprefix("aligned://").split("+")
+    paths = []
+    for piece in pieces:
+        found = _hub_files(piece) if piece.startswith("hf://") else _local_files(piece)
+        if len(found) != 1:
+            raise ValueError(f"{item}: {piece} is {len(found)} files, expected one")
+        paths += found
+    if len(paths) < 2:
+        raise ValueError(f"{item}: expected several files, joined by +")
+    digest = lambda: hashlib.sha256("".join(map(files.digest, paths)).encode()).hexdigest()
+    name = "+".join(_short_names(paths))
+    return [Part(name, functools.partial(_zipped, item, paths), functools.partial(files.count, paths[0]), digest)]
+
+
+def _zipped(item: str, paths: Sequence[Path]) -> Iterator[Row]:
+    for i, cells in enumerate(itertools.zip_longest(*(files.read(path, _columns_of) for path in paths))):
+        if None in cells:
+            counts = [f"{path.name} {sum(1 for _ in files.read(path, _columns_of))}" for path in paths]
+            raise ValueError(f"{item}: aligned files must have equally many rows, found {', '.join(counts)}")
+        row: Row = {}
+        for path, more in zip(paths, cells):
+            for column in row.keys() & more.keys():
+                if row[column] != more[column]:
+                    raise ValueError(f"{item}, row {i}: {path.name} and a file before it differ in {column!r}")
+            row |= more
+        yield row
+
+
+def _columns_of(value: Any, where: str) -> Row:
+    """An object is columns; what else stands in a file gets the name that formats have for it.
+
+    >>> _columns_of("hi", ""), _columns_of(["yo", "oh"], ""), _columns_of([0.5, 2], "")
+    ({'prompt': 'hi'}, {'response_1': 'yo', 'response_2': 'oh'}, {'rewards': [0.5, 2]})
+    """
+    if isinstance(value, dict):
+        return value
+    kinds = {type(x) for x in value} if isinstance(value, list) else set()
+    if isinstance(value, str) or kinds == {dict}:
+        return {"prompt": value}
+    if kinds == {str}:
+        return {f"response_{i}": text for i, text in enumerate(value, 1)}
+    if kinds and kinds <= {int, float}:
+        return {"rewards": value}
+    expected = "an object, text or messages (the prompt), a list of texts (responses), or of numbers (rewards)"
+    raise ValueError(f"{where} is {str(value)[:60]!r}, expected {expected}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Databases, Python and made-up data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _database_parts(item: str) -> list[Part]:
+    at = database.locate(item)
+    return [Part(at.name, at.rows, at.count, lambda: _digest_rows(item, at.rows()))]
+
+
+class _Registered:
+    """An iterable, or a function that makes one, under a name."""
+
+    def __init__(self, name: str, rows: Iterable[Row] | Callable[[], Iterable[Row]], version: str | None):
+        self.name, self._rows, self._version = name, rows, version
+        self._last: Iterator[Row] | None = None
+
+    def rows(self) -> Iterator[Row]:
+        """Yields the rows, from the first one each time."""
+        made = self._rows() if callable(self._rows) else self._rows
+        if iter(made) is made and made is self._last:
+            raise ValueError(f"python://{self.name}: {_ONCE}")
+        self._last = made if iter(made) is made else None
+        for i, row in enumerate(made):
+            if not isinstance(row, Mapping):
+                raise ValueError(f"row {i} of python://{self.name} is a {type(row).__name__}, expected a dict")
+            yield dict(row)
+
+    def count(self) -> int | None:
+        """Number of rows, where it can be told."""
+        return len(self._rows) if isinstance(self._rows, Sequence) else None
+
+    def digest(self) -> str:
+        """Of the version, or else of all rows."""
+        if self._version is not None:
+            return hashlib.sha256(self._version.encode()).hexdigest()
+        return _digest_rows(f"python://{self.name}", self.rows())
+
+
+_ONCE = (
+    "the rows can be read only once, but are read several times; give a list, or a function that makes a new generator"
+)
+_REGISTERED: dict[str, _Registered] = {}
+
+
+def register(name: str, rows: Iterable[Row] | Callable[[], Iterable[Row]], version: str | None = None) -> None:
+    """Gives rows that are made in Python a name, so that `config.data.train = "python://NAME"` reads them.
+
+    Every process of a run registers them itself; the processes that tokenize get the rows from it. A name that is
+    registered again stands for the new rows.
+
+        rmjax.data.register("mine", [{"prompt": "hi", "chosen": "hello", "rejected": "no"}])
+
+    Args:
+        name: letters, digits, ".", "_" and "-".
+        rows: dicts of any format, in anything that can be iterated twice (a list, a data set), or a function that
+            returns them.
+        version: says whether the rows are those of an earlier run, so that what was tokenized then can be used;
+            without it all rows are hashed, at the start of every run.
+
+    Raises:
+        ValueError: another kind of name, or an iterator, which could be read only once.
+    """
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"{name!r} cannot be the name of a source; use letters, digits, '.', '_' and '-'")
+    if not callable(rows) and iter(rows) is rows:
+        raise ValueError(f"python://{name}: {_ONCE}")
+    _REGISTERED[name] = _Registered(name, rows, version)
+
+
+def _python_parts(item: str) -> list[Part]:
+    name = item.removeprefix("python://")
+    if name not in _REGISTERED:
+        known = ", ".join(_REGISTERED) or "none"
+        raise ValueError(f"{item}: nothing has that name; call rmjax.data.register({name!r}, rows); known: {known}")
+    found = _REGISTERED[name]
+    return [Part(name, found.rows, found.count, found.digest)]
+
+
+def _digest_rows(item: str, rows: Iterable[Row]) -> str:
+    """SHA-256 over rows in their order."""
+    total = hashlib.sha256()
+    for i, row in enumerate(rows):
+        try:
+            total.update(json.dumps(row, sort_keys=True, default=_plain).encode("utf-8", "surrogatepass") + b"\n")
+        except TypeError as error:
+            advice = "give register() a version" if item.startswith("python://") else "leave its column out"
+            raise ValueError(f"row {i} of {item} cannot be hashed ({error}); {advice}") from error
+    return total.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, as something that is the same in every process."""
+    if hasattr(value, "tolist"):  # of numpy
+        return value.tolist()
+    if isinstance(value, bytes | datetime.date | datetime.time | decimal.Decimal | uuid.UUID):
+        return str(value)
+    raise TypeError(f"a value is of type {type(value).__name__}")
 
 
 def _synthetic_parts(item: str) -> list[Part]:
@@ -174,10 +410,7 @@ def _synthetic_parts(item: str) -> list[Part]:
         code = b"".join(file.read_bytes() for file in sorted(Path(synthetic.__file__).parent.glob("*.py")))
         return hashlib.sha256(item.encode() + code).hexdigest()
 
-    return [Part(url.netloc, rows, lambda: None, digest)]
-
-
-SCHEMES: dict[str, Callable[[str], list[Part]]] = {"hf": _hub_parts, "synthetic": _synthetic_parts}
+    return [Part(url.netloc, rows, lambda: int(arguments.get("n", synthetic.OPTIONS["n"])), digest)]
 
 
 def _value(text: str) -> Any:
@@ -187,127 +420,11 @@ def _value(text: str) -> Any:
         return text
 
 
-def _kind(path: Path) -> str:
-    """The suffix that says how a file is read, .gz aside; "" when none of READERS."""
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    return suffix if suffix in READERS else ""
-
-
-def _file_part(path: Path) -> Part:
-    if not _kind(path):
-        raise ValueError(f"{path}: unknown kind of file; known: {', '.join(READERS)}, each also with .gz")
-    read, count = READERS[_kind(path)]
-    rows, counted = functools.partial(_checked, read, path), functools.partial(count, path)
-    return Part(path.name, rows, counted, functools.partial(_file_digest, path))
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _checked(read: Callable[[Path], Iterator[Row]], path: Path) -> Iterator[Row]:
-    """Reads a file; what the libraries say about broken ones gets the file's name."""
-    try:
-        yield from read(path)
-    except (pa.ArrowInvalid, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as {_kind(path)}: {error}") from error
-
-
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.name.endswith(".gz") else open(path, "rb")
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    with _open(path) as file:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
-
-
-def _count_parquet(path: Path) -> int:
-    with _open(path) as file:
-        return pq.ParquetFile(file).metadata.num_rows
-
-
-def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """Both of Arrow's layouts: the file with a footer, and the stream that `datasets` writes."""
-    with _open(path) as file:
-        has_footer = file.read(6) == b"ARROW1"
-        file.seek(0)
-        if not has_footer:
-            yield from pa.ipc.open_stream(file)
-            return
-        reader = pa.ipc.open_file(file)
-        for i in range(reader.num_record_batches):
-            yield reader.get_batch(i)
-
-
-def _read_arrow(path: Path) -> Iterator[Row]:
-    for batch in _arrow_batches(path):
-        for start in range(0, batch.num_rows, 1024):
-            yield from batch.slice(start, 1024).to_pylist()
-
-
-def _count_arrow(path: Path) -> int:
-    return sum(batch.num_rows for batch in _arrow_batches(path))
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
-                yield _object(_parse(text, f"{path}, line {number}"), f"{path}, line {number}")
-
-
-def _count_jsonl(path: Path) -> int:
-    with _open(path) as file:
-        return sum(bool(line.strip()) for line in file)
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    """A JSON array of objects, one object of equally long columns, or (often so named) JSON lines."""
-    with _open(path) as file:
-        text = file.read().decode("utf-8-sig")
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        if text.lstrip()[:1] == "{" and error.msg == "Extra data":
-            yield from _read_jsonl(path)
-            return
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    if isinstance(data, dict):
-        data = _columns_to_rows(data, str(path))
-    if not isinstance(data, list):
-        raise ValueError(f"{path} holds a {type(data).__name__}, expected a list of objects or columns")
-    for i, row in enumerate(data):
-        yield _object(row, f"{path}, item {i}")
-
-
-def _columns_to_rows(columns: dict[str, Any], where: str) -> list[Row]:
-    """{"a": [1, 2], "b": [3, 4]} -> [{"a": 1, "b": 3}, {"a": 2, "b": 4}]."""
-    lengths = {k: len(v) if isinstance(v, list) else type(v).__name__ for k, v in columns.items()}
-    if not lengths or len(set(lengths.values())) > 1 or not all(isinstance(n, int) for n in lengths.values()):
-        raise ValueError(f"{where} is one object, so its values must be equally long columns; found {lengths}")
-    return [dict(zip(columns, values)) for values in zip(*columns.values())]
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}): {text[:80]!r}") from None
-
-
-def _object(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is a {type(value).__name__}, expected an object")
-    return value
-
-
-# suffix: how rows are read, and how they are counted without reading them all (None: they cannot be).
-READERS: dict[str, tuple[Callable[[Path], Iterator[Row]], Callable[[Path], int | None]]] = {
-    ".parquet": (_read_parquet, _count_parquet),
-    ".arrow": (_read_arrow, _count_arrow),
-    ".jsonl": (_read_jsonl, _count_jsonl),
-    ".json": (_read_json, lambda path: None),
+SCHEMES: dict[str, Callable[[str], list[Part]]] = {
+    "hf": lambda item: _file_parts(_hub_files(item)),
+    "sqlite": _database_parts,
+    "postgresql": _database_parts,
+    "python": _python_parts,
+    "aligned": _aligned_parts,
+    "synthetic": _synthetic_parts,
 }

@@ -46,7 +46,7 @@ class Example:
             one, in order; None scores the rendering's last token alone.
         spans: for each field of axis "T", for each conversation, the texts whose tokens get a value. The value
             stands at the token *before* each of them, whose next-token target it is; a span that reaches the end of
-            its message takes one more token, the one that ends the turn.
+            its message takes the tokens that end the turn too, up to the first special one.
         tools: tool descriptions for the chat template, or None.
         name: distinguishes the groups of one record, "" where there is one.
     """
@@ -117,9 +117,11 @@ class Attributes:
 
     Attributes:
         names: the attributes that are learnt, A of them; others in the data are not read.
+        scales: lowest and highest score of each; () is without limits.
     """
 
     names: tuple[str, ...]
+    scales: tuple[tuple[float, float], ...] = ()
 
     @property
     def fields(self) -> Mapping[str, Axes]:
@@ -127,9 +129,17 @@ class Attributes:
         return dict.fromkeys(("value", "mask"), ("G", "K", len(self.names)))
 
     def examples(self, record: Record) -> Sequence[Example]:
-        """One group."""
+        """One group.
+
+        Raises:
+            BadRow: `no_label`, or `out_of_scale`.
+        """
         k = len(record.conversations)
         missing = (np.nan,) * k
+        for name, (low, high) in zip(self.names, self.scales):
+            for score in record.attributes.get(name, ()):
+                if score < low or score > high:  # not of NaN
+                    raise BadRow("out_of_scale", f"{name} is {score:g}, its scale goes from {low:g} to {high:g}")
         value = np.array([record.attributes.get(name, missing) for name in self.names], np.float32).T
         mask = ~np.isnan(value)
         if not mask.any():

@@ -42,6 +42,12 @@ class Tree:
         """Indices of the tokens that the token at `end` sees, itself last."""
         return np.flatnonzero(self.visible_until[: end + 1] > end)
 
+    def scored(self, at: Sequence[Sequence[int]]) -> "Tree":
+        """The tree with other scored tokens: for each sequence their places in it, in order."""
+        ends = [self.path(int(end))[list(places)] for end, places in zip(self.end, at, strict=True)]
+        slots = np.repeat(np.arange(len(at), dtype=np.int32), [len(places) for places in at])
+        return dataclasses.replace(self, end=np.concatenate(ends).astype(np.int32), end_slot=slots)
+
     def sequences(self) -> list[np.ndarray]:
         """The token sequence of each scored token: what it sees, in order."""
         return [self.tokens[self.path(e)] for e in self.end]

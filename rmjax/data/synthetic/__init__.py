@@ -7,11 +7,24 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rmjax.data.synthetic.pairs import FILLER, TOPICS, pairs
+from rmjax.data.synthetic.rankings import rankings
+from rmjax.data.synthetic.ratings import ratings
+from rmjax.data.synthetic.scores import scores
+from rmjax.data.synthetic.steps import steps
 from rmjax.data.synthetic.tokenizer import CHAT_TEMPLATE, VOCABULARY, make_tokenizer
+from rmjax.data.synthetic.verdicts import verdicts
 
-__all__ = ["CHAT_TEMPLATE", "FILLER", "GENERATORS", "TOPICS", "VOCABULARY", "make_tokenizer", "rows"]
+__all__ = ["CHAT_TEMPLATE", "FILLER", "GENERATORS", "OPTIONS", "TOPICS", "VOCABULARY", "make_tokenizer", "rows"]
 
-GENERATORS: dict[str, Callable[[int, int], Iterator[dict[str, Any]]]] = {"pairs": pairs}
+GENERATORS: dict[str, Callable[[int, int], Iterator[dict[str, Any]]]] = {
+    "pairs": pairs,
+    "rankings": rankings,
+    "ratings": ratings,
+    "scores": scores,
+    "steps": steps,
+    "verdicts": verdicts,
+}
+OPTIONS: dict[str, int | str] = {"n": 1000, "seed": 0}  # of every generator, and what they are unless given
 
 
 def rows(name: str, **kwargs: int | str) -> Iterator[dict[str, Any]]:
@@ -29,10 +42,9 @@ def rows(name: str, **kwargs: int | str) -> Iterator[dict[str, Any]]:
     """
     if name not in GENERATORS:
         raise ValueError(f"unknown synthetic data {name!r}; known: {', '.join(GENERATORS)}")
-    options: dict[str, int | str] = {"n": 1000, "seed": 0}
-    if unknown := sorted(kwargs.keys() - options.keys()):
-        raise ValueError(f"synthetic data {name!r} has no option {unknown[0]!r}; known: {', '.join(options)}")
-    options |= kwargs
+    if unknown := sorted(kwargs.keys() - OPTIONS.keys()):
+        raise ValueError(f"synthetic data {name!r} has no option {unknown[0]!r}; known: {', '.join(OPTIONS)}")
+    options = OPTIONS | kwargs
     for option, value in options.items():
         if not str(value).isdecimal():
             raise ValueError(f"synthetic data {name!r}: {option} must be a whole number >= 0, got {value!r}")

@@ -1,0 +1,199 @@
+"""How far annotators agree: Cohen's and Fleiss' kappa, Krippendorff's alpha (`pip install 'rmjax[agreement]'`).
+
+All are 1 where everybody says the same and 0 where agreement is what chance gives. They are computed by statsmodels and
+by the package krippendorff; what is ours is how answers are put together for them.
+"""
+
+import collections
+import dataclasses
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rmjax.data import formats, sources
+from rmjax.data.formats import judged, label_studio
+from rmjax.data.records import BadRow
+
+Answers = Mapping[str, float]  # of one question on one item, by person
+Votes = Callable[[Mapping[str, Any]], list[tuple[str, Answers]]]  # gives the answers of a row, each to its question
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Agreement on one question.
+
+    Attributes:
+        question: "preference", or the name of an attribute.
+        items: what was asked about and answered by two people or more: pairs, or responses.
+        people: who answered.
+        cohen: mean of Cohen's kappa over all pairs of people with items in common (Light 1971); quadratic weights
+            for attributes.
+        fleiss: Fleiss' kappa over the items with the most frequent number of answers; answers are categories.
+        alpha: Krippendorff's alpha over all items; nominal for preferences, interval for attributes.
+    """
+
+    question: str
+    items: int
+    people: int
+    cohen: float
+    fleiss: float
+    alpha: float
+
+    def __str__(self) -> str:
+        figures = (("Cohen's kappa", self.cohen), ("Fleiss' kappa", self.fleiss), ("Krippendorff's alpha", self.alpha))
+        text = ", ".join(f"{name} {value:.3f}" for name, value in figures)
+        return f"agreement on {self.question}: {text} ({self.items:,} items, {self.people:,} annotators)"
+
+
+def cohen_kappa(first: Sequence[float], second: Sequence[float], *, quadratic: bool = False) -> float:
+    """Cohen's kappa of two raters (Cohen 1960), or with quadratic weights (Cohen 1968).
+
+    Args:
+        first: N answers.
+        second: the other's answers to the same.
+        quadratic: a disagreement counts as the square of the difference of the answers.
+
+    Returns:
+        NaN where both gave the same answer throughout: chance explains all.
+
+    Raises:
+        ImportError: statsmodels is not installed.
+    """
+    raters = _needs("statsmodels.stats.inter_rater")
+    values, codes = np.unique(np.stack([first, second]), return_inverse=True)
+    table = np.zeros((len(values), len(values)))
+    np.add.at(table, tuple(codes.reshape(2, -1)), 1)
+    if len(values) == 1:
+        return math.nan
+    weights = np.square(values[:, None] - values[None, :]) if quadratic else None
+    return float(raters.cohens_kappa(table, weights=weights, return_results=False))
+
+
+def fleiss_kappa(counts: Any) -> float:
+    """Fleiss' kappa (Fleiss 1971): every item is rated equally often, not necessarily by the same people.
+
+    Args:
+        counts: [items, categories] how many raters put the item there.
+
+    Returns:
+        NaN where all ratings are of one category.
+
+    Raises:
+        ImportError: statsmodels is not installed.
+    """
+    raters = _needs("statsmodels.stats.inter_rater")
+    counts = np.asarray(counts)
+    return math.nan if (counts.sum(0) > 0).sum() < 2 else float(raters.fleiss_kappa(counts))
+
+
+def krippendorff_alpha(ratings: Any, level: str = "nominal") -> float:
+    """Krippendorff's alpha (Krippendorff 2011, "Computing Krippendorff's alpha-reliability").
+
+    Args:
+        ratings: [raters, items] numbers; NaN where a rater did not rate an item.
+        level: "nominal", "ordinal", "interval" or "ratio".
+
+    Returns:
+        NaN where all ratings are the same, or none is of an item that another rated too.
+
+    Raises:
+        ImportError: the package krippendorff is not installed.
+    """
+    krippendorff = _needs("krippendorff")
+    ratings = np.asarray(ratings, np.float64)
+    shared = ratings[:, (~np.isnan(ratings)).sum(0) > 1]
+    if len(np.unique(shared[~np.isnan(shared)])) < 2:
+        return math.nan
+    return float(krippendorff.alpha(reliability_data=shared, level_of_measurement=level))
+
+
+def summarise(question: str, items: Sequence[Answers]) -> Summary:
+    """Agreement on a question, from the answers to it on each item.
+
+    Raises:
+        ImportError: the packages are not installed.
+    """
+    items = [answers for answers in items if len(answers) > 1]
+    people = sorted({person for answers in items for person in answers})
+    verdict = question == "preference"
+    of_each = np.array([[answers.get(person, math.nan) for answers in items] for person in people]).reshape(
+        -1, len(items)
+    )
+    kappas = []
+    for first, second in itertools.combinations(of_each, 2):
+        both = ~np.isnan(first) & ~np.isnan(second)
+        if both.any():
+            kappas.append(cohen_kappa(first[both], second[both], quadratic=not verdict))
+    kappas = [kappa for kappa in kappas if not math.isnan(kappa)]
+    usual = max(collections.Counter(map(len, items)).items(), key=lambda item: (item[1], item[0]), default=(0, 0))[0]
+    values = sorted({value for answers in items for value in answers.values()})
+    counts = [[list(a.values()).count(value) for value in values] for a in items if len(a) == usual]
+    return Summary(
+        question,
+        len(items),
+        len(people),
+        sum(kappas) / len(kappas) if kappas else math.nan,
+        fleiss_kappa(counts) if counts else math.nan,
+        krippendorff_alpha(of_each, "nominal" if verdict else "interval") if items else math.nan,
+    )
+
+
+def _annotated_pair(row: Mapping[str, Any]) -> list[tuple[str, Answers]]:
+    votes: Answers = {name: row[name] for name in row if judged.VOTER.fullmatch(name) and judged.VOTE.test(row[name])}
+    return [("preference", votes)]
+
+
+# The formats that say who gave which answer.
+VOTES: dict[str, Votes] = {
+    "annotated_pair": _annotated_pair,
+    "label_studio": label_studio.votes,
+}
+
+
+def summaries(spec: str, format: str = "auto") -> list[Summary]:
+    """Agreement on every question that several people answered in the sources of `spec`; [] where there is none.
+
+    Rows that the format cannot read are left out; the audit counts them.
+
+    Args:
+        spec: what `sources.open_source` takes.
+        format: a name in formats.FORMATS, or "auto" for each source.
+
+    Raises:
+        ImportError: there are such answers, but the packages are not installed.
+        FileNotFoundError, ValueError: as `sources.open_source` and `formats.detect`.
+    """
+    asked: dict[str, list[Answers]] = {}
+    for item in sources.split_spec(spec):
+        rows = (row for _, row in sources.open_source(item))
+        first = list(itertools.islice(rows, formats.LOOK))
+        answers_of = VOTES.get(formats.detect(first, format).name)
+        if answers_of is None:
+            continue
+        for row in itertools.chain(first, rows):
+            try:
+                for question, answers in answers_of(row):
+                    asked.setdefault(question, []).append(answers)
+            except (BadRow, *formats.MISSHAPEN):
+                continue
+    return [summarise(q, items) for q, items in asked.items() if any(len(answers) > 1 for answers in items)]
+
+
+def lines(spec: str, format: str = "auto") -> list[str]:
+    """`summaries` for the terminal: a line each, or one that says what to install."""
+    try:
+        return [str(summary) for summary in summaries(spec, format)]
+    except ImportError as error:
+        return [str(error)]
+
+
+def _needs(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"agreement of annotators needs {package}: pip install 'rmjax[agreement]'") from error

@@ -1,0 +1,80 @@
+"""More groups for training out of those that are there; validation keeps them as they are.
+
+`config.data.augment` names rows of AUGMENTATIONS, separated by commas, which are done in that order.
+"""
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Callable, Sequence
+
+from rmjax.data.records import Record
+
+# What a group serves for: anything, training alone (it was made), or evaluation alone (others took its place).
+ANY, TRAINING, EVALUATION = range(3)
+
+
+def all_pairs(record: Record) -> list[Record]:
+    """A ranking of more than two responses becomes its labelled pairs, each with the weight of the whole.
+
+    Example: of responses 0, 1, 2 with `wins` of 0 over 1 and over 2, the pairs (0, 1) and (0, 2).
+    """
+    k = len(record.conversations)
+    said = (record.wins + record.wins.T + record.ties) > 0
+    pairs = [pair for pair in itertools.combinations(range(k), 2) if said[pair]]
+    if k < 3 or not pairs:
+        return [record]
+    return [dataclasses.replace(record.select(pair), row=f"{record.row}#{pair[0]}-{pair[1]}") for pair in pairs]
+
+
+def swap(record: Record) -> list[Record]:
+    """A group and its copy with the responses in the opposite order, for judges, which read them in order."""
+    k = len(record.conversations)
+    return [record] if k < 2 else [record, dataclasses.replace(record.select(range(k)[::-1]), row=f"{record.row}#swap")]
+
+
+AUGMENTATIONS: dict[str, Callable[[Record], list[Record]]] = {"all_pairs": all_pairs, "swap": swap}
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """Reads `config.data.augment`.
+
+    >>> parse("all_pairs, swap")
+    ('all_pairs', 'swap')
+
+    Raises:
+        ValueError: a name that is not in AUGMENTATIONS, or one that stands there twice.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in AUGMENTATIONS:
+            near = difflib.get_close_matches(name, AUGMENTATIONS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"config.data.augment={text!r}: {name!r} is none of {', '.join(AUGMENTATIONS)}{hint}")
+        if names.count(name) > 1:
+            raise ValueError(f"config.data.augment={text!r} names {name!r} twice; name it once")
+    return names
+
+
+def augment(record: Record, names: Sequence[str], counts: dict[str, tuple[int, int]]) -> list[tuple[Record, int]]:
+    """The record and what is made of it, each with what it serves for.
+
+    Args:
+        record: as it was read.
+        names: of AUGMENTATIONS, in order.
+        counts: under each name, how many groups were changed and how many new ones were made of them; added to.
+    """
+    serving, replaced = [(record, ANY)], []
+    for name in names:
+        after: list[tuple[Record, int]] = []
+        for one, use in serving:
+            made = AUGMENTATIONS[name](one)
+            new = [other for other in made if other is not one]
+            after += [(other, use if other is one else TRAINING) for other in made]
+            if len(new) == len(made) and use == ANY:
+                replaced.append((one, EVALUATION))
+            if new:
+                changed, before = counts.get(name, (0, 0))
+                counts[name] = changed + 1, before + len(new)
+        serving = after
+    return serving + replaced

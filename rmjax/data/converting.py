@@ -1,0 +1,138 @@
+"""Any source to Parquet files of records (`store.py`), whole or split; `python -m rmjax.data convert` and `split`."""
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rmjax.data import reading, sources, splitting, store
+from rmjax.data.audit import Audit
+from rmjax.data.records import Record
+
+WHOLE = "records"  # the file in a directory when nothing is split
+
+
+def convert(
+    source: str,
+    output: Path,
+    *,
+    shares: Mapping[str, float] | None = None,
+    seed: int = 0,
+    format: str = "auto",
+    on_bad_row: str = "skip",
+    audit: Audit | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[dict[Path, int], list[str]]:
+    """Writes the records of a source; every file appears whole, and only when all are.
+
+    Args:
+        source: what `sources.open_source` takes.
+        output: a file that ends with .parquet, or a directory, which a split needs.
+        shares: of each part, see `splitting.parse`; the parts become PART.parquet.
+        seed: of the split.
+        format: a name in formats.FORMATS, or "auto".
+        on_bad_row: "error", "skip" or "keep", see `reading.records`.
+        audit: counts rows, reasons, and records of each source.
+        progress: is given a line of text now and then.
+
+    Returns:
+        Records of each file; and how the kinds of rows are shared out, as lines of a table, if they are split.
+
+    Raises:
+        FileNotFoundError: a source is not there.
+        FileExistsError: `output` holds something that was not written by this.
+        ValueError: data that cannot be read, no record at all, or a part without any.
+    """
+    files = targets(output, shares)
+    for item in map(Path, sources.split_spec(source)):
+        if own := [file for file in files if item.resolve() in (file.resolve(), *file.resolve().parents)]:
+            raise ValueError(f"--output: {own[0]} would be written into the source {item}; name another")
+    audit = Audit() if audit is None else audit
+    records = reading.records(source, format=format, on_bad_row=on_bad_row, audit=audit, progress=progress)
+    kinds: list[tuple[str, ...]] = []
+    prompts: list[int] = []
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".convert.", dir=files[0].parent) as scratch:
+        whole = Path(scratch) / files[0].name
+        watched = _watched(records, prompts, kinds) if shares else records
+        count = store.write(whole, watched)
+        if not count:
+            raise ValueError(f"{source}: none of its {audit.rows} rows could be used; {audit.reasons_text()}")
+        if not shares:
+            whole.replace(files[0])
+            return {files[0]: count}, []
+        parts = splitting.assign(np.array(prompts, np.uint64), kinds, shares, seed)
+        counts = np.bincount(parts, minlength=len(shares)).tolist()
+        if empty := [name for name, n in zip(shares, counts) if not n]:
+            raise ValueError(f"{source}: {len(set(prompts))} prompts leave nothing for {', '.join(empty)}")
+        made = [Path(scratch) / "parts" / file.name for file in files]
+        _divide(whole, made, parts)
+        for scratch_file, file in zip(made, files):
+            scratch_file.replace(file)
+    return dict(zip(files, counts)), splitting.table(kinds, parts, shares)
+
+
+def targets(output: Path, shares: Mapping[str, float] | None) -> list[Path]:
+    """The files to write.
+
+    Raises:
+        FileExistsError: one of them was not written by this, or the directory holds other files.
+        ValueError: a split into one file.
+    """
+    if output.suffix == ".parquet" and not output.is_dir():
+        if shares:
+            raise ValueError(f"--output={output} is one file, a split needs a directory")
+        files = [output]
+    else:
+        if output.is_file():
+            raise FileExistsError(f"--output={output} is a file; name one that ends with .parquet, or a directory")
+        files = [output / f"{name}.parquet" for name in shares or (WHOLE,)]
+        others = sorted(path for path in output.glob("[!.]*") if path not in files)
+        if others:  # a directory is read as one source, so what else is there would be mixed in
+            raise FileExistsError(f"--output={output} holds {others[0].name}; give an empty or a new directory")
+    for file in filter(Path.exists, files):
+        if not _ours(file):
+            raise FileExistsError(f"--output: {file} is there already and was not written by this; name another")
+    return files
+
+
+def _ours(file: Path) -> bool:
+    with contextlib.suppress(pa.ArrowException, OSError):
+        return b"rmjax" in (pq.read_schema(file).metadata or {})
+    return False
+
+
+def _watched(records: Iterable[Record], prompts: list[int], kinds: list[tuple[str, ...]]) -> Iterator[Record]:
+    """Passes records through and notes what a split needs to know of each."""
+    for record in records:
+        prompts.append(prompt_id(record))
+        kinds.append((record.source, splitting.label(record)))
+        yield record
+
+
+def prompt_id(record: Record) -> int:
+    """Hash of the prompt; without one, of the conversations, so that not all such records are one prompt's."""
+    text = reading.prompt_text(record) or repr(record.conversations)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _divide(whole: Path, made: list[Path], parts: np.ndarray) -> None:
+    """Writes each part's records of the whole file, in their order."""
+    made[0].parent.mkdir()
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(pq.ParquetFile(whole))
+        writers = [
+            stack.enter_context(pq.ParquetWriter(file, source.schema_arrow, compression="zstd")) for file in made
+        ]
+        at = 0
+        for batch in source.iter_batches(store.ROW_GROUP):
+            here = parts[at : at + len(batch)]
+            at += len(batch)
+            for i, writer in enumerate(writers):
+                if (here == i).any():
+                    writer.write_batch(batch.filter(pa.array(here == i)))

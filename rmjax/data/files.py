@@ -1,0 +1,172 @@
+"""Rows of one file: Parquet, Arrow, JSON lines or JSON, gzipped or not. `READERS` has a line for each kind."""
+
+import concurrent.futures
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+BLOCK = 2**22
+
+Row = dict[str, Any]
+AsRow = Callable[[Any, str], Row]  # makes a row of what stands in a JSON file, from it and from where it stands
+
+
+def kind(path: Path) -> str:
+    """The suffix that says how a file is read, .gz aside; "" when none of READERS."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    return suffix if suffix in READERS else ""
+
+
+def as_object(value: Any, where: str) -> Row:
+    """The value itself, which must be an object."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is a {type(value).__name__}, expected an object")
+    return value
+
+
+def read(path: Path, as_row: AsRow = as_object) -> Iterator[Row]:
+    """Yields the rows of a file.
+
+    Args:
+        path: a file of a kind in READERS.
+        as_row: what makes a row of each value of a JSON file.
+
+    Raises:
+        ValueError: contents that cannot be read, with the line where that is known.
+    """
+    try:
+        yield from READERS[kind(path)][0](path, as_row)
+    except (pa.ArrowInvalid, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as {kind(path)}: {error}") from error
+
+
+def count(path: Path) -> int | None:
+    """The number of rows; None for a JSON file that was not read before, which must be loaded whole to tell."""
+    return READERS[kind(path)][1](path)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 over the SHA-256 of every BLOCK bytes of the contents, as hex; threads share the work."""
+
+    def block(start: int) -> bytes:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(BLOCK)).digest()
+
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return hashlib.sha256(b"".join(pool.map(block, range(0, path.stat().st_size, BLOCK)))).hexdigest()
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.name.endswith(".gz") else open(path, "rb")
+
+
+def _read_parquet(path: Path, as_row: AsRow) -> Iterator[Row]:
+    with _open(path) as file:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+
+
+def _count_parquet(path: Path) -> int:
+    with _open(path) as file:
+        return pq.ParquetFile(file).metadata.num_rows
+
+
+def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """Both of Arrow's layouts: the file with a footer, and the stream that `datasets` writes."""
+    with _open(path) as file:
+        has_footer = file.read(6) == b"ARROW1"
+        file.seek(0)
+        if not has_footer:
+            yield from pa.ipc.open_stream(file)
+            return
+        reader = pa.ipc.open_file(file)
+        for i in range(reader.num_record_batches):
+            yield reader.get_batch(i)
+
+
+def _read_arrow(path: Path, as_row: AsRow) -> Iterator[Row]:
+    for batch in _arrow_batches(path):
+        for start in range(0, batch.num_rows, 1024):
+            yield from batch.slice(start, 1024).to_pylist()
+
+
+def _count_arrow(path: Path) -> int:
+    return sum(batch.num_rows for batch in _arrow_batches(path))
+
+
+def _read_jsonl(path: Path, as_row: AsRow) -> Iterator[Row]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
+                yield as_row(_parse(text, f"{path}, line {number}"), f"{path}, line {number}")
+
+
+def _count_jsonl(path: Path) -> int:
+    with _open(path) as file:
+        return sum(bool(line.strip()) for line in file)
+
+
+_json_counts: dict[tuple[Path, int, int], int] = {}  # rows by path, time of change and size
+
+
+def _json_key(path: Path) -> tuple[Path, int, int]:
+    stat = path.stat()
+    return path, stat.st_mtime_ns, stat.st_size
+
+
+def _read_json(path: Path, as_row: AsRow) -> Iterator[Row]:
+    """A JSON array, one object of equally long columns, or (often so named) JSON lines."""
+    key = _json_key(path)
+    with _open(path) as file:
+        text = file.read().decode("utf-8-sig")
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        if text.lstrip()[:1] == "{" and error.msg == "Extra data":
+            _json_counts[key] = _count_jsonl(path)
+            yield from _read_jsonl(path, as_row)
+            return
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    if isinstance(data, dict):
+        data = _columns_to_rows(data, str(path))
+    if not isinstance(data, list):
+        raise ValueError(f"{path} holds a {type(data).__name__}, expected a list of objects or columns")
+    _json_counts[key] = len(data)
+    for i, value in enumerate(data):
+        yield as_row(value, f"{path}, item {i}")
+
+
+def _count_json(path: Path) -> int | None:
+    return _json_counts.get(_json_key(path))
+
+
+def _columns_to_rows(columns: dict[str, Any], where: str) -> list[Row]:
+    """{"a": [1, 2], "b": [3, 4]} -> [{"a": 1, "b": 3}, {"a": 2, "b": 4}]."""
+    lengths = {k: len(v) if isinstance(v, list) else type(v).__name__ for k, v in columns.items()}
+    if not lengths or len(set(lengths.values())) > 1 or not all(isinstance(n, int) for n in lengths.values()):
+        raise ValueError(f"{where} is one object, so its values must be equally long columns; found {lengths}")
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}): {text[:80]!r}") from None
+
+
+# suffix: how rows are read, and how they are counted without reading them all (None: they cannot be).
+READERS: dict[str, tuple[Callable[[Path, AsRow], Iterator[Row]], Callable[[Path], int | None]]] = {
+    ".parquet": (_read_parquet, _count_parquet),
+    ".arrow": (_read_arrow, _count_arrow),
+    ".jsonl": (_read_jsonl, _count_jsonl),
+    ".json": (_read_json, _count_json),
+}

@@ -1,0 +1,108 @@
+"""Records of any source, one after the other, with what could not be read counted; no tokenizer is needed."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from rmjax.data import formats, sources
+from rmjax.data.audit import Audit
+from rmjax.data.records import BadRow, Record
+
+REPORT_SECONDS = 5.0
+REPORT_ROWS = 256  # between two looks at the clock
+
+T = TypeVar("T")
+
+
+def records(
+    spec: str,
+    *,
+    format: str = "auto",
+    on_bad_row: str = "skip",
+    audit: Audit | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[Record]:
+    """Yields the records of every source in `spec`, in order.
+
+    Args:
+        spec: what `sources.open_source` takes.
+        format: a name in formats.FORMATS, or "auto" for each source.
+        on_bad_row: "error" stops at the first row that cannot be used, "skip" counts it, "keep" counts it and yields
+            it if its defect is in records.KEEPABLE.
+        audit: counts rows, reasons, and records of each source.
+        progress: is given a line of text now and then.
+
+    Raises:
+        FileNotFoundError: a source is not there.
+        ValueError: data that cannot be read, an unclear format, or a bad row (on_bad_row="error").
+    """
+    audit = Audit() if audit is None else audit
+    for item in sources.split_spec(spec):
+        rows = sources.open_source(item)
+        first = list(itertools.islice(rows, formats.LOOK))
+        try:
+            layout = formats.detect([row for _, row in first], format)
+        except ValueError as error:
+            raise ValueError(f"{item}: {error}") from None
+        for where, row in reported(itertools.chain(first, rows), item, progress):
+            audit.rows += 1
+            made = read_row(layout, row, sources.source_name(item), where, on_bad_row == "keep", audit)
+            if on_bad_row == "error":
+                audit.check("error", 0.0)
+            for record in made:
+                audit.sources[record.source] = audit.sources.get(record.source, 0) + 1
+                yield record
+
+
+def read_row(
+    layout: formats.Layout, row: sources.Row, source: str, where: str, keep: bool, audit: Audit
+) -> Sequence[Record]:
+    """The records of a row; what is wrong with it is counted, and kept if it, or the rest of it, is used."""
+    defects: list[BadRow] = []
+    try:
+        made = layout.read(row, source=source, where=where, keep=keep, defects=defects)
+    except BadRow as bad:
+        audit.add(bad.reason, where, bad.detail, bad.tokens)
+        return []
+    for defect in defects:
+        audit.add(defect.reason, where, defect.detail, defect.tokens, kept=True)
+    return made
+
+
+def prompt_text(record: Record) -> str:
+    """All turns of the prompt but system messages, case and spacing aside; "" without a prompt."""
+    turns = ((m["role"], m.get("content") or "") for m in record.conversations[0][:-1] if m["role"] != "system")
+    said = [f"{role}: {words}" for role, content in turns if (words := " ".join(content.casefold().split()))]
+    return "\n".join(said)
+
+
+def prompts(spec: str) -> dict[str, str]:
+    """The prompts (`prompt_text`) of a source, each with the first row that has it.
+
+    Raises:
+        FileNotFoundError: a source is not there.
+        ValueError: data that cannot be read, or an unclear format.
+    """
+    found: dict[str, str] = {}
+    for record in records(spec):
+        found.setdefault(prompt_text(record), record.row)
+    found.pop("", None)
+    return found
+
+
+def reported(rows: Iterator[T], item: str, say: Callable[[str], None] | None) -> Iterator[T]:
+    """Passes rows through; says how many were read and how long the others will take, every few seconds."""
+    start = last = time.monotonic()
+    total: int | None = None
+    for done, row in enumerate(rows, 1):
+        yield row
+        if say is None or done % REPORT_ROWS or time.monotonic() - last < REPORT_SECONDS:
+            continue
+        if last == start:  # counting can take a moment, so only for data that takes long
+            total = sources.count_rows(item)
+        last = time.monotonic()
+        rate = done / (last - start)
+        of = f" of {total:,}" if total else ""
+        left = f", {(total - done) / rate:,.0f} s left" if total else ""
+        say(f"{item}: {done:,}{of} rows, {rate:,.0f} rows/s{left}")

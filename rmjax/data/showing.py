@@ -1,0 +1,167 @@
+"""What `python -m rmjax.data inspect` shows: the columns of a source, and records as people read them."""
+
+import json
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rmjax.data.formats import LOOK
+from rmjax.data.formats.cells import is_null
+from rmjax.data.records import Record
+
+LONGEST = 600  # characters of a text that are shown
+MARKS = ("⟦", "⟧")  # around a scored token
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of the first rows: name, types of the cells, nulls, and the range of numbers."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    wide = max(map(len, names), default=0)
+    lines = []
+    for name in names:
+        cells = [row[name] for row in rows if not is_null(row.get(name))]
+        kinds = " or ".join(dict.fromkeys(map(kind, cells))) or "nothing"
+        numbers = [cell for cell in cells if isinstance(cell, int | float) and not isinstance(cell, bool)]
+        between = f", {min(numbers):g} to {max(numbers):g}" if numbers else ""
+        missing = f", {len(rows) - len(cells):,} of {len(rows):,} null or missing" if len(cells) < len(rows) else ""
+        lines.append(f"  {name:{wide}}  {kinds}{between}{missing}")
+    return lines
+
+
+def kind(cell: Any) -> str:
+    """What a cell is.
+
+    >>> kind([{"role": "user", "content": "hi"}]), kind('{"a": 1}'), kind([1, 2.5])
+    ('list of {role, content}', 'text (JSON of {a})', 'list of number')
+    """
+    if isinstance(cell, bool):
+        return "true/false"
+    if isinstance(cell, int | float):
+        return "number"
+    if isinstance(cell, str):
+        return f"text{_as_json(cell)}"
+    if isinstance(cell, Mapping):
+        names = list(cell)
+        return "{" + ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") + "}"
+    if isinstance(cell, list):
+        return "list of " + (" or ".join(dict.fromkeys(map(kind, cell[:20]))) or "nothing")
+    return "null" if cell is None else type(cell).__name__
+
+
+def _as_json(text: str) -> str:
+    if text.lstrip()[:1] not in ("[", "{"):
+        return ""
+    try:
+        return f" (JSON of {kind(json.loads(text))})"
+    except json.JSONDecodeError:
+        return ""
+
+
+def record(shown: Record) -> list[str]:
+    """A record: its prompt once, its responses, and what is said of them."""
+    lines = [f"{shown.row}  (source {shown.source}, {_said(shown)})"]
+    first = shown.conversations[0]
+    shared = all(c[:-1] == first[:-1] for c in shown.conversations)
+    if shared:
+        lines += _turns(first[:-1])
+    for i, conversation in enumerate(shown.conversations):
+        lines.append(f"  response {i + 1} of {len(shown.conversations)}{_about(shown, i)}")
+        lines += _turns(conversation[-1:] if shared else conversation)
+    return lines
+
+
+def _said(shown: Record) -> str:
+    agreement = [f"agreement {shown.agreement:.2g}"] if shown.agreement == shown.agreement else []
+    tools = [f"{len(shown.tools)} tools"] if shown.tools else []
+    return ", ".join([f"weight {shown.weight:g}", *agreement, *tools])
+
+
+def _about(shown: Record, i: int) -> str:
+    """What is said of response i."""
+    others = range(len(shown.conversations))
+    said = []
+    for j in others:
+        share, other = float(shown.wins[i, j]), float(shown.wins[j, i])
+        how = [f"by {shown.margin[i, j]:g}"] * bool(shown.margin[i, j]) + [f"at {share:.2g}"] * bool(other)
+        if share > other:
+            said.append(" ".join([f"better than {j + 1}", *how]))
+        if shown.ties[i, j]:
+            said.append(f"equal to {j + 1}" + (f" at {shown.ties[i, j]:.2g}" if share or other else ""))
+    for name, values in shown.attributes.items():
+        said.append(f"{name} {values[i]:g}" if values[i] == values[i] else f"{name} missing")
+    if shown.steps:
+        labels = ["?" if step.label != step.label else f"{step.label:g}" for step in shown.steps[i]]
+        said.append(f"steps {' '.join(labels)}")
+    return f": {', '.join(said)}" if said else ""
+
+
+def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Each message with its role, wrapped to the terminal."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    for message in messages:
+        extra = {key: value for key, value in message.items() if key not in ("role", "content")}
+        text = shorten(message.get("content") or "") + (f" {json.dumps(extra, ensure_ascii=False)}" if extra else "")
+        head = f"    {message['role']:9} | "
+        for line in text.splitlines() or [""]:
+            wrapped = textwrap.wrap(line, width - len(head), break_long_words=True) or [""]
+            for piece in wrapped:
+                yield (head + piece).rstrip()
+                head = f"    {'':9} | "
+
+
+def shorten(text: str, longest: int = LONGEST) -> str:
+    """Leaves out the middle of a long text and says how much.
+
+    >>> shorten("abcdefghij", 4)
+    'ab [... 6 more characters ...] ij'
+    """
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} more characters ...] {text[-half:]}"
+
+
+def rendering(chat: Any, shown: Record) -> list[str]:
+    """Each conversation as the model reads it, with its number of tokens and its scored tokens marked.
+
+    Args:
+        chat: a data.chat.Chat without a limit of length.
+        shown: steps, where the record has them, are what is scored.
+
+    Raises:
+        BadRow: the template or the task refuses the record.
+    """
+    from rmjax.data.tasks import Example, Steps
+
+    example = Steps().examples(shown)[0] if shown.steps else Example(shown.conversations, tools=shown.tools)
+    (made,) = chat.groups([example], keep=True)
+    if isinstance(made, Exception):
+        raise made
+    lines = []
+    for k, conversation in enumerate(shown.conversations):
+        text = chat.render(conversation, shown.tools)
+        encoding = chat.tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
+        offsets = np.array(encoding["offset_mapping"][0])
+        scored = made.tree.positions[made.tree.end[made.tree.end_slot == k]]
+        lines.append(f"  response {k + 1}: {len(offsets):,} tokens, {MARKS[0]}scored{MARKS[1]}")
+        marked, at = "", 0
+        for start, stop in offsets[np.sort(scored)].tolist():
+            marked += shorten(text[at:start]) + MARKS[0] + text[start:stop].replace("\n", "\\n") + MARKS[1]
+            at = stop
+        lines += textwrap.indent(marked + shorten(text[at:]), "    | ", lambda _: True).splitlines()
+    return lines
+
+
+def first_row(row: Mapping[str, Any]) -> list[str]:
+    """A row as it is, for data whose format is not known."""
+    return [
+        f"    {name} = {shorten(json.dumps(cell, ensure_ascii=False, default=str), 300)}" for name, cell in row.items()
+    ]
+
+
+def looked_at(rows: int) -> str:
+    """How many rows the columns were told from."""
+    return f"the first {rows:,} rows" if rows == LOOK else f"{rows:,} rows"
