@@ -45,6 +45,8 @@ def check_sources(config: ConfigDict) -> None:
     select.parse_weights(config.data.weights)
     if config.data.filter:
         select.check_filter(config.data.filter)
+    if config.data.weights or config.data.sample:
+        sources.refuse_equal_names(config.data.train, "config.data.weights and sample")
     for spec in filter(None, (config.data.train, config.data.validation)):
         for item in sources.split_spec(spec):
             sources.parts(item)

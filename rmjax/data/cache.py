@@ -32,14 +32,14 @@ from absl import logging
 
 from rmjax.data import formats, sources
 from rmjax.data.audit import Audit
-from rmjax.data.augment import ANY, EVALUATION, augment
+from rmjax.data.augment import EVALUATION, augment
 from rmjax.data.chat import Chat, Labelled, conversation_key, sequence_lengths
 from rmjax.data.groups import Groups, Store, schema
-from rmjax.data.reading import read_row
+from rmjax.data.reading import prompt_id, read_row
 from rmjax.data.records import KEEPABLE, BadRow, Record
 from rmjax.data.tasks import Example, Task
 
-CACHE_VERSION = 3  # of what is stored; another one is another file
+CACHE_VERSION = 4  # of what is stored; another one is another file
 CHUNK = 256  # rows of a worker's job
 SMALL = 2048  # fewer rows than this are tokenized before processes would have started
 PROGRESS_SECONDS = 5.0
@@ -187,39 +187,47 @@ def _work(job: _Job) -> _Result:
 def _tokenize(chat: Chat, job: _Job, *, task: Task, keep: bool, augmentations: Sequence[str] = ()) -> _Result:
     """Rows to groups. With `keep`, a row with a defect that still allows training is counted and kept."""
     audit = Audit(rows=len(job.rows))
-    said: set[tuple[str, str]] = set()  # (row, reason) of augmented groups: a row counts once
+    lost: dict[tuple[str, str], BadRow] = {}  # by row and reason: a row counts once, however many groups it makes
 
-    def count(where: str, use: int, bad: BadRow, kept: bool = False) -> None:
-        if use == ANY or (where, bad.reason) not in said:
-            audit.add(bad.reason, where, bad.detail, bad.tokens, kept=kept)
-        if use != ANY:
-            said.add((where, bad.reason))
+    def lose(where: str, bad: BadRow) -> None:
+        if (where, bad.reason) not in lost or bad.tokens > lost[where, bad.reason].tokens:
+            lost[where, bad.reason] = bad
 
-    made: list[tuple[str, int, Record, Example]] = []
+    made: list[tuple[str, int, int, Record, Example, int]] = []
     for where, row in job.rows:
         for whole in read_row(job.layout, row, job.source, where, keep, audit):
+            prompt = prompt_id(whole)  # of what was read: a swapped copy stays on its side of a split
             for record, use in augment(whole, augmentations, audit.augmented):
                 try:
-                    made += [(where, use, record, example) for example in task.examples(record)]
+                    examples = task.examples(record)
                 except BadRow as bad:
-                    count(where, use, bad)
-    groups = []
-    for (where, use, record, example), group in zip(made, chat.groups([example for *_, example in made])):
+                    examples = [bad]
+                groups_made = [example for example in examples if isinstance(example, Example)]
+                made += [(where, use, prompt, record, example, len(groups_made)) for example in groups_made]
+                for part in examples:
+                    if isinstance(part, BadRow):
+                        lose(where, part)
+    groups, used = [], set()
+    tokenized = chat.groups([example for *_, example, _ in made])
+    for (where, use, prompt, record, example, shares), group in zip(made, tokenized):
         if isinstance(group, BadRow):
             kept = keep and group.reason in KEEPABLE
-            count(where, use, group, kept)
+            lose(where, group)
             group = chat.groups([example], keep=True)[0] if kept else group
         if isinstance(group, Labelled):
-            groups.append({**_columns(record, example, group), "uses": use})
+            groups.append({**_columns(record, example, group, shares), "prompt_ids": prompt, "uses": use})
+            used.add(where)
             if use != EVALUATION:
                 audit.sources[record.source] = audit.sources.get(record.source, 0) + 1
+    for (where, _), defect in lost.items():
+        audit.add(defect.reason, where, defect.detail, defect.tokens, kept=where in used)
     columns = schema(task)
     arrays = [pa.array([g[field.name] for g in groups], field.type) for field in columns]
     return _Result(pa.RecordBatch.from_arrays(arrays, schema=columns), audit)
 
 
-def _columns(record: Record, example: Example, group: Labelled) -> dict[str, Any]:
-    """One line of the file."""
+def _columns(record: Record, example: Example, group: Labelled, shares: int) -> dict[str, Any]:
+    """One line of the file; what the whole record says is shared out among its groups, `shares` of them."""
     tree = group.tree
     keys = [conversation_key(c, record.tools) for c in record.conversations]
     preferred = np.sign(record.wins - record.wins.T).astype(np.int8)
@@ -248,11 +256,10 @@ def _columns(record: Record, example: Example, group: Labelled) -> dict[str, Any
         "longest": int(whole.max()),
         "prompt_characters": sum(len(m.get("content") or "") for m in record.conversations[0][:-1]),
         "weights": record.weight,
-        "comparisons": int((preferred > 0).sum()),
-        "longer_wins": float(longer[preferred > 0].sum()),
+        "comparisons": float((preferred > 0).sum()) / shares,
+        "longer_wins": float(longer[preferred > 0].sum()) / shares,
         "margins": float(record.margin.max()),
         "agreements": record.agreement,
-        "prompt_ids": _hash(conversation_key(record.conversations[0][:-1])),
         "response_sets": _hash(json.dumps([example.name, *sorted(keys)])),
         "label_ids": _label_id(record, preferred, np.argsort(np.array(keys, object), kind="stable")),
     }

@@ -206,6 +206,8 @@ class Chat:
     def fingerprint(self) -> str:
         """SHA-256, as hex, of what decides the tokens: vocabulary, template, arguments, length policy."""
         special = [self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.unk_token]
+        special += [getattr(self.tokenizer, "split_special_tokens", False)]
+        special += [self.tokenizer.pad_token] * ("pad_token" in str(self.tokenizer.chat_template))
         policy = [self.template_kwargs, self.max_length, self.over_long]
         parts = [encoding.vocabulary_digest(self.tokenizer), self.tokenizer.chat_template, special, policy]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -200,6 +200,8 @@ def _open_chat(tokenizer: str) -> Any:
 
 
 def _to_label_studio(args: argparse.Namespace) -> None:
+    if args.split:
+        raise ValueError("--to=label_studio writes one project; split first, and convert the parts")
     audit = Audit()
     records = reading.records(args.source, format=args.format, on_bad_row=args.on_bad_row, audit=audit, progress=_say)
     try:

@@ -1,7 +1,6 @@
 """Any source to Parquet files of records (`store.py`), whole or split; `python -m rmjax.data convert` and `split`."""
 
 import contextlib
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -49,8 +48,9 @@ def convert(
         ValueError: data that cannot be read, no record at all, or a part without any.
     """
     files = targets(output, shares)
-    for item in map(Path, sources.split_spec(source)):
-        if own := [file for file in files if item.resolve() in (file.resolve(), *file.resolve().parents)]:
+    for item in sources.split_spec(source):
+        read = {Path(item).resolve(), *(file.resolve() for file in sources.local_files(item))}
+        if own := [file for file in files if not read.isdisjoint((file.resolve(), *file.resolve().parents))]:
             raise ValueError(f"--output: {own[0]} would be written into the source {item}; name another")
     audit = Audit() if audit is None else audit
     records = reading.records(source, format=format, on_bad_row=on_bad_row, audit=audit, progress=progress)
@@ -110,15 +110,9 @@ def _ours(file: Path) -> bool:
 def _watched(records: Iterable[Record], prompts: list[int], kinds: list[tuple[str, ...]]) -> Iterator[Record]:
     """Passes records through and notes what a split needs to know of each."""
     for record in records:
-        prompts.append(prompt_id(record))
+        prompts.append(reading.prompt_id(record))
         kinds.append((record.source, splitting.label(record)))
         yield record
-
-
-def prompt_id(record: Record) -> int:
-    """Hash of the prompt; without one, of the conversations, so that not all such records are one prompt's."""
-    text = reading.prompt_text(record) or repr(record.conversations)
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def _divide(whole: Path, made: list[Path], parts: np.ndarray) -> None:

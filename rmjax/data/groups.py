@@ -61,10 +61,11 @@ class Groups:
         prompt_characters: int32 [n] characters of the prompt's text: all messages but the last of response 0.
         weights: float32 [n].
         comparisons: float32 [n] pairs of responses of which one is preferred.
-        longer_wins: float32 [n] those in which it is the longer one, in tokens; equally long counts one half.
+        longer_wins: float32 [n] those in which it is the longer one, in tokens (characters where a sequence holds more
+            than one response); equally long counts one half.
         margins: float32 [n] the largest margin in the group; 0 without any.
         agreements: float32 [n] share of the annotators who gave the label; NaN where it is not known.
-        prompt_ids: uint64 [n] hash of the prompt: all messages but the last of response 0.
+        prompt_ids: uint64 [n] hash of the prompt (reading.prompt_id) of the record as it was read.
         response_sets: uint64 [n] hash of the set of conversations, whatever their order.
         label_ids: uint64 [n] hash of who is preferred to whom; equal sets with other labels contradict each
             other.

@@ -27,7 +27,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import jinja2.meta
@@ -36,6 +36,8 @@ import numpy as np
 
 from rmjax.data.records import BadRow, Conversation, Message, Record
 from rmjax.data.tasks import Axes, Example, no_label
+
+T = TypeVar("T")
 
 VERDICTS = ("A", "B", "tie")
 SWAPPED = (1, 0, 2)  # what each verdict is when the responses change places
@@ -191,6 +193,18 @@ def divide(first: Conversation, second: Conversation) -> tuple[Conversation, str
 # ----------------------------------------------------------------------------------------------------
 
 
+def some_good(made: list[T | BadRow]) -> list[T | BadRow]:
+    """What was made of a record's parts.
+
+    Raises:
+        BadRow: the first, if nothing good was made.
+    """
+    bad = [part for part in made if isinstance(part, BadRow)]
+    if bad and len(bad) == len(made):
+        raise bad[0]
+    return made
+
+
 def labelled_pairs(record: Record) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yields (i, j, float64 [3]) for i < j of which something is said: shares of "i better", "j better" and "tie"."""
     for i, j in itertools.combinations(range(len(record.conversations)), 2):
@@ -236,15 +250,13 @@ class Judgements:
         one, other = (ask(self.template, "pair", history, t, ties=self.classes == 3) for t in (texts, texts[::-1]))
         return (one,), (other,)
 
-    def examples(self, record: Record) -> Sequence[Example]:
+    def examples(self, record: Record) -> Sequence[Example | BadRow]:
         """One group for each labelled pair."""
         pairs = list(labelled_pairs(record))
         if not pairs:
             raise no_label(record, "preferences")
-        usable = [(i, j, verdict) for i, j, said in pairs if (verdict := self._verdict(said)) is not None]
-        if not usable:
-            raise BadRow("tie", "no response is preferred, and there are 2 classes")
-        return [self._example(record, i, j, verdict, f"{i}-{j}" if len(pairs) > 1 else "") for i, j, verdict in usable]
+        name = lambda i, j: f"{i}-{j}" if len(pairs) > 1 else ""
+        return some_good([self._example(record, i, j, said, name(i, j)) for i, j, said in pairs])
 
     def _verdict(self, said: np.ndarray) -> np.ndarray | None:
         """Shares of the classes [C]; None for a tie that is skipped."""
@@ -254,10 +266,15 @@ class Judgements:
             return said[:2] + said[2] / 2
         return said[:2] / said[:2].sum() if said[:2].any() else None
 
-    def _example(self, record: Record, i: int, j: int, verdict: np.ndarray, name: str) -> Example:
-        questions = self.questions(record.conversations[i], record.conversations[j])
+    def _example(self, record: Record, i: int, j: int, said: np.ndarray, name: str) -> Example | BadRow:
+        if (verdict := self._verdict(said)) is None:
+            return BadRow("tie", "neither response is preferred, and there are 2 classes")
+        try:
+            questions = self.questions(record.conversations[i], record.conversations[j])
+        except BadRow as bad:
+            return bad
         if questions[0] == questions[1] and record.conversations[i] != record.conversations[j]:
-            raise BadRow("identical_responses", "they differ only in what the judge is not shown")
+            return BadRow("identical_responses", "they differ only in what the judge is not shown")
         labels = {
             "verdict": np.stack([verdict, verdict[list(SWAPPED[: self.classes])]]).astype(np.float32),
             "strength": np.array([max(record.margin[i, j], record.margin[j, i])], np.float32),
@@ -290,11 +307,12 @@ def score_conversations(
     scale: tuple[float, float],
     attributes: Sequence[str] = (),
     feedback: Sequence[str] = (),
-) -> list[Conversation]:
+) -> list[Conversation | BadRow]:
     """A judge's rating of each response, as a conversation of a question and an answer.
 
     The answer is the feedback, if there is any, and then the verdict: "<score>3</score>" for one attribute, whatever
-    its name, and for several one line each, "<helpfulness>3</helpfulness>". Responses that lack one are left out.
+    its name, and for several one line each, "<helpfulness>3</helpfulness>". A BadRow (`no_label`, `out_of_scale`)
+    stands for a response that lacks one, or has one off the scale.
 
     Args:
         record: with the attributes.
@@ -304,16 +322,19 @@ def score_conversations(
         feedback: a text for each response, written before its verdict; () is none.
 
     Raises:
-        BadRow: `no_label`: no response has all attributes. `conflicting_label`: a score outside the scale, or feedback
-            that contains a verdict of its own.
+        BadRow: no response can be rated; or `conflicting_label`: feedback that contains a verdict of its own.
     """
     names = tuple(attributes) or tuple(record.attributes)
     tags = names if len(names) > 1 else (SCORE,) * len(names)
     ends = (number_text(scale[0]), number_text(scale[1]))
-    made: list[Conversation] = []
+    made: list[Conversation | BadRow] = []
     for k, conversation in enumerate(record.conversations):
         values = [float(record.attributes[name][k]) if name in record.attributes else math.nan for name in names]
         if not values or any(map(math.isnan, values)):
+            made.append(no_label(record, f"the attributes {', '.join(names) or 'of a rating'}"))
+            continue
+        if not all(scale[0] <= value <= scale[1] for value in values):
+            made.append(BadRow("out_of_scale", f"{values} on a scale from {ends[0]} to {ends[1]}"))
             continue
         shown = [text_of(conversation[-1])]
         question = ask(template, "score", conversation[:-1], shown, attributes=list(names), scale=ends)
@@ -326,19 +347,18 @@ def score_conversations(
                     "conflicting_label", f"{name} {value:g} cannot be read back from the answer: {parsed.value}"
                 )
         made.append((question, {"role": "assistant", "content": answer}))
-    if not made:
-        raise no_label(record, f"the attributes {', '.join(names) or 'of a rating'}")
-    return made
+    return some_good(made)
 
 
 def better_conversations(
     record: Record, template: str, *, ties: bool = True, both_orders: bool = False, feedback: str = ""
-) -> list[Conversation]:
+) -> list[Conversation | BadRow]:
     """A judge's verdict on each labelled pair, as a conversation of a question and an answer.
 
     The answer is the feedback, if there is any, and then "<better>A</better>", B or tie: what most annotators said;
-    pairs without a strict majority are left out. Which response is A is drawn from a hash of the pair, so it is the
-    same wherever the pair stands and whichever response comes first there.
+    a BadRow (`tie`) stands for a pair without a strict majority. Whether the record's first response is A is drawn from
+    a hash of the pair; a record with the responses in the opposite order (config.data.augment="swap") shows the other
+    order.
 
     Args:
         record: with preferences.
@@ -359,11 +379,12 @@ def better_conversations(
         raise ValueError(
             "feedback names the responses of one pair in one order; leave out both_orders, or the feedback"
         )
-    made: list[Conversation] = []
+    made: list[Conversation | BadRow] = []
     for i, j, said in pairs:
         said = said if ties else said[:2]
         winners = np.flatnonzero(said == said.max())
         if len(winners) > 1:
+            made.append(BadRow("tie", "no verdict has a majority"))
             continue
         history, *texts = divide(record.conversations[i], record.conversations[j])
         swaps = (False, True) if both_orders else (not feedback and _swapped(history, texts),)
@@ -373,9 +394,7 @@ def better_conversations(
             if parse_verdict(answer, BETTER) != Verdict(BETTER, VERDICTS[winner]):
                 raise BadRow("conflicting_label", "the feedback contains a verdict of its own")
             made.append((ask(template, "pair", history, shown, ties=ties), {"role": "assistant", "content": answer}))
-    if not made:
-        raise BadRow("tie", "no verdict has a majority")
-    return made
+    return some_good(made)
 
 
 def _answer(feedback: str, verdict: str) -> str:
@@ -383,10 +402,10 @@ def _answer(feedback: str, verdict: str) -> str:
 
 
 def _swapped(history: Conversation, texts: Sequence[str]) -> bool:
-    """A coin that is tossed for the pair: whether the second response is shown as A."""
+    """A coin that is tossed for the pair, whichever comes first: whether the second response is shown as A."""
     key = json.dumps([list(history), sorted(texts)], sort_keys=True, ensure_ascii=False, default=str)
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=1).digest()
-    return bool(digest[0] & 1) == (texts[0] <= texts[1])
+    return bool(digest[0] & 1)
 
 
 def number_text(value: float) -> str:

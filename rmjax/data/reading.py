@@ -1,5 +1,6 @@
 """Records of any source, one after the other, with what could not be read counted; no tokenizer is needed."""
 
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -75,6 +76,12 @@ def prompt_text(record: Record) -> str:
     turns = ((m["role"], m.get("content") or "") for m in record.conversations[0][:-1] if m["role"] != "system")
     said = [f"{role}: {words}" for role, content in turns if (words := " ".join(content.casefold().split()))]
     return "\n".join(said)
+
+
+def prompt_id(record: Record) -> int:
+    """Hash of the prompt; without one, of the conversations, so that not all such records are one prompt's."""
+    text = prompt_text(record) or repr(sorted(map(repr, record.conversations)))
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def prompts(spec: str) -> dict[str, str]:

@@ -176,7 +176,7 @@ def _number(text: str) -> float | None:
 
 
 def _check_names(key: str, text: str, names: Collection[str], sources: Sequence[str]) -> None:
-    for name in sorted(names - set(sources) if isinstance(names, set) else set(names) - set(sources)):
+    for name in sorted(set(names) - set(sources)):
         shown = ", ".join(sources[:20]) + (f" and {len(sources) - 20} more" if len(sources) > 20 else "")
         raise ValueError(
             f"config.data.{key}={text!r}: there is no source {name!r}{_near(name, sources)}; there is {shown}"

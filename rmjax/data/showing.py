@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rmjax.data.formats import LOOK
-from rmjax.data.formats.cells import is_null
+from rmjax.data.formats.cells import is_null, is_number
 from rmjax.data.records import Record
 
 LONGEST = 600  # characters of a text that are shown
@@ -24,7 +24,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for name in names:
         cells = [row[name] for row in rows if not is_null(row.get(name))]
         kinds = " or ".join(dict.fromkeys(map(kind, cells))) or "nothing"
-        numbers = [cell for cell in cells if isinstance(cell, int | float) and not isinstance(cell, bool)]
+        numbers = [cell for cell in cells if is_number(cell)]
         between = f", {min(numbers):g} to {max(numbers):g}" if numbers else ""
         missing = f", {len(rows) - len(cells):,} of {len(rows):,} null or missing" if len(cells) < len(rows) else ""
         lines.append(f"  {name:{wide}}  {kinds}{between}{missing}")

@@ -77,10 +77,13 @@ def source_name(item: str) -> str:
 
     >>> source_name("hf://datasets/o/n@main/data/*.parquet"), source_name("dir/train.jsonl.gz")
     ('o/n', 'train')
+    >>> source_name("helpful/*.jsonl")
+    'helpful'
     """
     scheme, rest = _scheme(item), item.partition("://")[2]
     if not scheme:
-        return Path(item).name.split(".")[0] or item
+        plain = [part for part in Path(item).parts if not glob.has_magic(part)]  # of a glob, the directory
+        return (plain[-1] if plain else item).split(".")[0] or item
     if scheme == "hf":
         return "/".join(rest.removeprefix("datasets/").split("/")[:2]).split("@")[0]
     if scheme == "aligned":
@@ -88,6 +91,23 @@ def source_name(item: str) -> str:
     if SCHEMES.get(scheme) is _database_parts:
         return database.name(item)
     return rest.partition("?")[0]
+
+
+def refuse_equal_names(spec: str, why: str) -> None:
+    """Makes sure that the sources of `spec` can be told apart by name.
+
+    Raises:
+        ValueError: two have the same; names them and what to do. `why` says what needs the names.
+    """
+    items: dict[str, str] = {}
+    for item in split_spec(spec):
+        name = source_name(item)
+        if name in items:
+            raise ValueError(
+                f"{items[name]} and {item} are both called {name!r}, and {why} could not tell them apart; rename a "
+                "file, or give each its own directory and name it by a glob"
+            )
+        items[name] = item
 
 
 def open_source(spec: str) -> Iterator[tuple[str, Row]]:
@@ -166,6 +186,18 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in paths]
+
+
+def local_files(item: str) -> list[Path]:
+    """The files of a source that are on this machine; [] for one that is elsewhere.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    scheme, rest = _scheme(item), item.partition("://")[2]
+    if scheme == "aligned":
+        return [file for piece in rest.split("+") for file in local_files(piece)]
+    return [] if scheme else _local_files(item)
 
 
 def _local_files(item: str) -> list[Path]:

@@ -101,11 +101,11 @@ def _message(message: Message) -> Mapping[str, str | None]:
 
 def _json(value: Any) -> str:
     """Readable, but where half of a surrogate pair stands in it, which no file takes."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)  # dates, for example
     try:
         text.encode()
     except UnicodeEncodeError:
-        return json.dumps(value)
+        return json.dumps(value, default=str)
     return text
 
 

@@ -67,8 +67,8 @@ class Task(Protocol):
         """The label fields and their axes."""
         ...
 
-    def examples(self, record: Record) -> Sequence[Example]:
-        """The groups of a record.
+    def examples(self, record: Record) -> Sequence[Example | BadRow]:
+        """The groups of a record; a BadRow stands for a part of it that cannot be learnt from.
 
         Raises:
             BadRow: the record says nothing that can be learnt from (`no_label`, `tie`).

@@ -50,7 +50,7 @@ class Writing:
         """
         return dict.fromkeys(("loss_weight", "verdict"), ("T",))
 
-    def examples(self, record: Record) -> Sequence[Example]:
+    def examples(self, record: Record) -> Sequence[Example | BadRow]:
         """One group for each conversation.
 
         Raises:
@@ -58,7 +58,9 @@ class Writing:
         """
         made, rated = self._conversations(record), self.attributes or tuple(record.attributes)
         return [
-            Example(
+            conversation
+            if isinstance(conversation, BadRow)
+            else Example(
                 (conversation,),
                 spans={
                     "loss_weight": (self._learnt(conversation, record.weight),),
@@ -70,7 +72,7 @@ class Writing:
             for i, conversation in enumerate(made)
         ]
 
-    def _conversations(self, record: Record) -> Sequence[Conversation]:
+    def _conversations(self, record: Record) -> Sequence[Conversation | BadRow]:
         if self.target == "score":
             return score_conversations(record, self.template, scale=self.scale, attributes=self.attributes)
         if self.target == "pair":

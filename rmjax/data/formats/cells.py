@@ -105,8 +105,8 @@ def is_null(cell: Any) -> bool:
 
 
 def is_number(cell: Any) -> bool:
-    """A number, finite or not; true and false are none."""
-    return isinstance(cell, int | float) and not isinstance(cell, bool)
+    """A number, finite or not, that a float can hold; true and false are none."""
+    return isinstance(cell, float) or (isinstance(cell, int) and not isinstance(cell, bool) and abs(cell) < 2**1023)
 
 
 def _is_messages(cell: Any) -> bool:

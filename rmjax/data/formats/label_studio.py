@@ -49,6 +49,7 @@ VERDICTS = {
     **dict.fromkeys(("right", "b", "2", "second", "response 2", "response b", "answer 2", "answer b"), SECOND),
     **dict.fromkeys(("tie", "equal", "same", "both", "neither", "no preference", "about the same"), TIE),
 }
+AMBIGUOUS = ("1", "2", "both", "neither")
 PROMPTS = ("prompt", "question", "instruction", "messages", "conversation", "dialogue")
 RESPONSE = re.compile(r"(?:response|answer|completion|output|reply|text)[ _-]?(\d*)")
 
@@ -146,19 +147,27 @@ def _answers(row: Row) -> dict[str, Answers]:
         by = annotation.get("completed_by")
         person = by.get("email") or by.get("id") if isinstance(by, Mapping) else by
         answers = Answers(_vote(annotation["result"], order), _scores(annotation["result"], order, lowest))
-        said[f"annotation {i}" if person is None else str(person)] = answers
+        if answers.vote is not None or answers.scores:  # a comment alone takes nothing back
+            said[f"annotation {i}" if person is None else str(person)] = answers
     return said
 
 
 def _vote(results: Sequence[Mapping[str, Any]], order: Sequence[int]) -> int | None:
-    """The verdict of one annotation; of several ones that which its control calls `preference`."""
+    """The verdict of one annotation; of several ones that which its control calls `preference`.
+
+    A number, "both" and "neither" can be choices of anything, so they are verdicts under that name only.
+    """
+    if len(order) < 2:
+        return None  # choices about one response compare nothing
     verdicts = {}
     for result in results:
         key = {"pairwise": "selected", "choices": "choices"}.get(result.get("type", ""))
         said = result.get("value", {}).get(key)
         word = said[0] if isinstance(said, list) and len(said) == 1 else said
-        if isinstance(word, str) and word.strip().lower() in VERDICTS:
-            verdicts[str(result.get("from_name"))] = VERDICTS[word.strip().lower()]
+        name = str(result.get("from_name"))
+        word = word.strip().lower() if isinstance(word, str) else ""
+        if word in VERDICTS and (name == "preference" or word not in AMBIGUOUS):
+            verdicts[name] = VERDICTS[word]
     if len(verdicts) > 1 and "preference" not in verdicts:
         raise BadRow("wrong_type", f"there are several verdicts ({', '.join(verdicts)}); call one control 'preference'")
     if not verdicts:

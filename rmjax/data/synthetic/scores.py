@@ -7,8 +7,8 @@ from typing import Any
 from rmjax.data.synthetic.pairs import ASK, FILLER, TOPICS, _sentence
 
 HIGHEST = 4  # both scores are from 0 to this
-SUBJECTS = TOPICS[:4]  # of few words the rule is learnt in a minute
-MANNERS = ("bright", "gentle", "quiet", "warm")
+SUBJECTS = TOPICS[:3]  # of few words the rule is learnt in a minute
+MANNERS = ("bright", "gentle", "quiet")
 OTHERS = tuple(word for word in FILLER if word not in MANNERS)
 NOISE = 0.1  # share of scores that are one off
 MISSING = 0.2  # share of replies with one score that is null
