@@ -3,6 +3,11 @@ r"""Bradley-Terry from Qwen2.5-7B-Instruct on Skywork-Reward-Preference-80K-v0.2
     python -m rmjax.main --config=configs/bt_qwen7b.py --workdir=runs/qwen7b
     ... --config.model.init_from=/models/Qwen2.5-7B-Instruct --config.data.train='/data/skywork/*.parquet'
 
+What else the data may say (see BradleyTerry): strengths of the preferences (a `margin` or `preference_strength` column,
+as HelpSteer2 has) with --config.objective.scaled=True or .margin_scale=1.0; ties with .ties=half, or as an outcome of
+their own with .ties=davidson, whose parameter needs a learning rate of its own here:
+config.optim.lr_factors = ((r"objective/.*", 1000.0), (r".*", 1.0)); rankings with .rankings=plackett_luce.
+
 Hardware: 8 accelerators of 80 GB or more; parameters, gradients and moments are float32 (16 bytes a parameter, 14 GB
 a device).
 Hours (an estimate from FLOPs, not measured): 80,000 pairs x about 1,200 tokens x 8 x 6.5e9 (full recompute) is 5e18;

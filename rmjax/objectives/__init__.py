@@ -5,8 +5,18 @@ from typing import Any
 
 from rmjax.objectives.base import Objective
 from rmjax.objectives.bradley_terry import BradleyTerry
+from rmjax.objectives.pairwise import Pairwise
+from rmjax.objectives.pointwise import Pointwise
+from rmjax.objectives.prm import ProcessReward
+from rmjax.objectives.sft import SFT
 
-OBJECTIVES: dict[str, type[Objective]] = {"bradley_terry": BradleyTerry}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "bradley_terry": BradleyTerry,
+    "pairwise": Pairwise,
+    "pointwise": Pointwise,
+    "prm": ProcessReward,
+    "sft": SFT,
+}
 
 
 def make(values: Mapping[str, Any]) -> Objective:
@@ -20,9 +30,14 @@ def make(values: Mapping[str, Any]) -> Objective:
     if name not in OBJECTIVES:
         raise ValueError(f"config.objective.name={name!r} is unknown; there is {', '.join(sorted(OBJECTIVES))}")
     try:
-        return OBJECTIVES[name](**values)
+        return OBJECTIVES[name](**{key: _frozen(value) for key, value in values.items()})
     except TypeError as error:
         raise ValueError(
             f"config.objective has the keys {', '.join(sorted(values))}, which are not those of {name!r} ({error}); "
             "begin the config file with rmjax.config.defaults(OBJECTIVE)"
         ) from None
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, which JSON has for tuples, as tuples."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value

@@ -8,6 +8,7 @@ is given wrong it refuses in `__post_init__` with a ValueError that names the ke
 Shape letters: B rows, G groups in a row, K responses in a group, E scored tokens in a row, A outputs, T tokens.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,10 +28,13 @@ class Objective:
     Attributes:
         architecture: of the export: "SequenceClassification", "TokenClassification" or "CausalLM". The last has a
             language model head and no `labels`; its outputs are not scores (models/heads.py).
+        problem_type: of the export's config.json: "regression" for scores as they are, "single_label_classification"
+            for logits of exclusive classes; servers take it as a hint whether to apply a softmax.
         shown: the metrics that progress lines show.
     """
 
     architecture: str = "SequenceClassification"
+    problem_type: str = "regression"
     shown: tuple[str, ...] = ("loss", "accuracy")
 
     @property
@@ -68,6 +72,10 @@ class Objective:
     def summary(self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None) -> dict:
         """Metrics by name, of host sums and, in evaluation, outcomes [n, ...]."""
         return ratios(sums)
+
+    def terms(self) -> dict[str, Any]:
+        """Its keys and values, from which `objectives.make` builds it again wherever the export goes."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     def decode(self, outputs: np.ndarray, params: Params) -> dict[str, np.ndarray]:
         """What the head's outputs mean, on the host.

@@ -1,10 +1,9 @@
 """Bradley-Terry: the difference of two rewards is the log-odds that the first is preferred.
 
-    loss(i beats j) = softplus(-(s_i - s_j - margin_ij))
+    loss(i beats j) = softplus(-(s_i - s_j))
 
-Sources: Bradley and Terry 1952; as a reward-model loss Ouyang et al. 2022, arXiv:2203.02155, eq. 1; margins Touvron
-et al. 2023, arXiv:2307.09288, eq. 2; centring Eisenstein et al. 2023, arXiv:2312.09244; label smoothing as in cDPO,
-Mitchell 2023.
+Source: Bradley and Terry 1952; as a reward-model loss Ouyang et al. 2022, arXiv:2203.02155, eq. 1. What else the loss
+may be, each by its key: see BradleyTerry.
 """
 
 import dataclasses
@@ -15,8 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmjax.data.tasks import Preferences
+from rmjax.objectives import likelihoods
 from rmjax.objectives.base import Batch, Objective, Params
+from rmjax.objectives.metrics import with_reward_std
 from rmjax.objectives.sums import Sums, fraction, ratios
+
+LEARNED = ("rao_kupper", "davidson")
+TIES = {"pairs": ("skip", "half", *LEARNED), "plackett_luce": ("skip", "efron")}
+
+# A key and what it may be, the keys that mean nothing beside it, and why.
+EXCLUDES = (
+    ("rankings", ("plackett_luce",), ("label_smoothing", "margin_scale", "scaled", "focal"), "has no single pairs"),
+    ("ties", LEARNED, ("margin_scale", "focal"), "has three outcomes, those have two"),
+)
 
 
 def gather_groups(scores_BE: jax.Array, end_group: jax.Array, end_slot: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -45,65 +55,103 @@ def gather_groups(scores_BE: jax.Array, end_group: jax.Array, end_slot: jax.Arra
 class BradleyTerry(Objective):
     """The objective; every field is a key of `config.objective` with the same name.
 
+    A group of K > 2 is either its labelled pairs, each of which counts once, or one ranking, which counts once
+    whatever its K. The formulas of rankings, ties, focal and barrier are in likelihoods.py.
+
+    A tie parameter is learnt as `objective/tie`, from the start where equal rewards tie in a third of the cases. Adam
+    moves it by about the learning rate in a step: below 1e-3 give it one of its own, for example
+    config.optim.lr_factors = ((r"objective/.*", 1000.0), (r".*", 1.0)).
+
     Attributes:
-        label_smoothing: probability that a label is the wrong way round.
-        margin_scale: the reward difference is asked to exceed margin_scale * margin.
-        center: weight of (s_i + s_j)^2 over the preferred pairs, which keeps rewards near zero.
-        ties: "skip" pairs judged equal, or train them as "half" a win each way.
+        rankings: "pairs", the pairwise reduction: every labelled pair on its own, also those of a ranking (Ouyang et
+            al. 2022); or "plackett_luce", rankings with ties and partial orders: the loss is nats per group. There a
+            soft label or a vote is a whole win of its likeliest side.
+        ties: pairs judged equal: "skip" them; train them as "half" a win each way; as their own outcome with a learnt
+            parameter, "rao_kupper" (1967, theta) or "davidson" (1970, nu); or, of rankings, as "efron" (1977).
+        label_smoothing: probability that a label is the wrong way round: cDPO, Mitchell 2023.
+        margin_scale: the reward difference is asked to exceed margin_scale * margin: Touvron et al. 2023,
+            arXiv:2307.09288, eq. 2.
+        scaled: the loss of a pair times its margin, the strength of the preference: Wang et al. 2024,
+            arXiv:2410.01257, the Scaled Bradley-Terry loss; a mean over pairs, not over strengths. A pair without a
+            margin counts once, as does a tie.
+        focal: gamma of the focal loss, Cai et al. 2024, arXiv:2403.17297, who have 2; 0 is off.
+        center: weight of (s_i + s_j)^2 of each labelled pair, which keeps rewards near zero: Eisenstein et al. 2023,
+            arXiv:2312.09244. Of a ranking it is the mean over its pairs.
+        barrier: weight of the logarithmic barrier of both rewards of each labelled pair, which keeps them within -5
+            and 5: Cai et al. 2024, who have 0.02. Of a ranking it is the mean over its pairs.
     """
 
+    rankings: str = "pairs"
+    ties: str = "skip"
     label_smoothing: float = 0.0
     margin_scale: float = 0.0
+    scaled: bool = False
+    focal: float = 0.0
     center: float = 0.0
-    ties: str = "skip"
+    barrier: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.ties not in ("skip", "half"):
-            raise ValueError(f"config.objective.ties={self.ties!r} is none of skip, half")
+        if self.rankings not in TIES:
+            raise ValueError(f"config.objective.rankings={self.rankings!r} is none of {', '.join(TIES)}")
+        if self.ties not in (allowed := TIES[self.rankings]):
+            with_rankings = f" with config.objective.rankings={self.rankings!r}"
+            raise ValueError(f"config.objective.ties={self.ties!r} is none of {', '.join(allowed)}{with_rankings}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"config.objective.label_smoothing={self.label_smoothing} must be in [0, 0.5)")
-        for name in ("margin_scale", "center"):
+        for name in ("margin_scale", "focal", "center", "barrier"):
             if getattr(self, name) < 0:
                 raise ValueError(f"config.objective.{name}={getattr(self, name)} must not be negative")
+        for key, values, others, why in EXCLUDES:
+            given = [f"config.objective.{name}={getattr(self, name)}" for name in others if getattr(self, name)]
+            if getattr(self, key) in values and given:
+                raise ValueError(
+                    f"config.objective.{key}={getattr(self, key)!r} {why}: it does not go with {', '.join(given)}; "
+                    "leave one out"
+                )
 
     @property
     def task(self) -> Preferences:
         """Preferences; groups without a winner only if ties are trained on."""
         return Preferences("skip" if self.ties == "skip" else "keep")
 
+    def params(self) -> dict[str, np.ndarray]:
+        """`tie`, float32 []: log(theta - 1) of Rao and Kupper, log(nu) of Davidson."""
+        return {"tie": np.zeros((), np.float32)} if self.ties in LEARNED else {}
+
     def sums(self, scores_BEA: jax.Array, batch: Batch, params: Params) -> Sums:
-        """Loss and metrics of a batch as sums over its preferred pairs.
+        """Loss and metrics of a batch as sums.
 
         Args:
             scores_BEA: float32 [B, E, 1].
             batch: `end_group`, `end_slot` [B, E], `weight` [B, G], `wins`, `ties`, `margin` [B, G, K, K].
-            params: none.
+            params: see `params`.
 
         Returns:
-            loss, accuracy (equal rewards count half), tie_rate, margin, rewards of the chosen and the rejected, the
-            number of pairs, and over all responses the rewards' mean, square, maximum and minimum. The denominator of
-            the loss and of every pair metric is the summed weight of the pairs.
+            loss; of pairs with a preferred side accuracy (equal rewards count half), tie_rate (of equal rewards),
+            margin, rewards of the chosen and the rejected, and their number; over all responses the rewards' mean,
+            square, maximum and minimum; with K > 2 see `top1`; with a tie parameter see `tie_sums`. The denominator
+            of every pair metric is the summed weight of these pairs, that of the loss is told by `loss`.
+
+        Raises:
+            ValueError: labels or weights of other shapes.
         """
         wins, weight = batch["wins"], batch["weight"]
         b, g, k, k2 = wins.shape
-        if k != k2 or weight.shape != (b, g) or batch["margin"].shape != wins.shape:
-            raise ValueError(f"wins {wins.shape}, weight {weight.shape}, margin {batch['margin'].shape}: not [B,G,K,K]")
-        if self.ties == "half":
-            wins = wins + 0.5 * batch["ties"]
+        labels = (batch["margin"].shape, batch["ties"].shape)
+        if k != k2 or weight.shape != (b, g) or labels != (wins.shape,) * 2:
+            raise ValueError(
+                f"wins {wins.shape}, weight {weight.shape}, margin and ties {labels}: not [B,G,K,K] and [B,G]"
+            )
         s_BGK = gather_groups(scores_BEA[..., 0], batch["end_group"], batch["end_slot"], (g, k))
         difference = s_BGK[..., :, None] - s_BGK[..., None, :]  # [B, G, K, K]: i - j
-        asked = difference - self.margin_scale * batch["margin"]
-        smooth = self.label_smoothing
-        loss = (1 - smooth) * jax.nn.softplus(-asked) + smooth * jax.nn.softplus(asked)
-        if self.center:
-            loss = loss + self.center * (s_BGK[..., :, None] + s_BGK[..., None, :]) ** 2
-        pairs = wins * weight[..., None, None]
+        if self.ties == "half":
+            wins = wins + 0.5 * batch["ties"]
         # Metrics ask who is preferred, so a soft label counts once, for its likelier side.
         decided = jnp.where(wins > jnp.swapaxes(wins, -1, -2), weight[..., None, None], 0.0)
         correct = jnp.where(difference > 0, 1.0, jnp.where(difference == 0, 0.5, 0.0))
         n = decided.sum()
         return {
-            "loss": fraction((pairs * loss).sum(), pairs.sum()),
+            "loss": fraction(*self.loss(s_BGK, batch, params)),
             "accuracy": fraction((decided * correct).sum(), n),
             "tie_rate": fraction((decided * (difference == 0)).sum(), n),
             "margin": fraction((decided * difference).sum(), n),
@@ -111,18 +159,106 @@ class BradleyTerry(Objective):
             "rejected": fraction((decided * s_BGK[..., None, :]).sum(), n),
             "pairs_count": fraction((decided > 0).sum()),
             **reward_sums(scores_BEA[..., 0], batch["end"]),
+            **({"top1_accuracy": top1(s_BGK, batch)} if k > 2 else {}),
+            **(self.tie_sums(difference, batch, params) if self.ties in LEARNED else {}),
+        }
+
+    def loss(self, s_BGK: jax.Array, batch: Batch, params: Params) -> tuple[jax.Array, jax.Array]:
+        """The loss as numerator and denominator, in the precision of the rewards.
+
+        The denominator is the summed weight of labelled pairs, or of groups with an order for Plackett-Luce. A pair
+        has its group's weight.
+
+        Args:
+            s_BGK: [B, G, K].
+            batch: see `sums`.
+            params: see `params`.
+        """
+        weight = batch["weight"]
+        if self.rankings == "plackett_luce":
+            above, tied = likelihoods.order(batch["wins"], batch["ties"])
+            known = tied if self.ties == "efron" else None
+            labelled = above + (0.0 if known is None else 0.5 * known)  # a tie stands at [i, j] and at [j, i]
+            n_BG = labelled.sum((-1, -2))
+            share = labelled / jnp.maximum(n_BG, 1.0)[..., None, None]
+            loss = likelihoods.plackett_luce(s_BGK, above, known) + (share * self.penalty(s_BGK)).sum((-1, -2))
+            return (weight * loss).sum(), (weight * (n_BG > 0)).sum()
+        labelled = batch["wins"] if self.ties == "skip" else batch["wins"] + 0.5 * batch["ties"]
+        loss = self.pair_losses(s_BGK, batch, params) + labelled * self.penalty(s_BGK)
+        return (weight[..., None, None] * loss).sum(), (weight[..., None, None] * labelled).sum()
+
+    def pair_losses(self, s_BGK: jax.Array, batch: Batch, params: Params) -> jax.Array:
+        """[B, G, K, K]: -log-likelihood of what is labelled of i over j, without weights and penalties."""
+        wins, ties, margin = batch["wins"], batch["ties"], batch["margin"]
+        margin_t = jnp.swapaxes(margin, -1, -2)
+        difference = s_BGK[..., :, None] - s_BGK[..., None, :] - self.margin_scale * (margin - margin_t)
+        strength = jnp.where(margin + margin_t > 0, margin + margin_t, 1.0) if self.scaled else 1.0
+        if self.ties in LEARNED:
+            (won, tied), (lost, _) = (self.outcome(d, params) for d in (difference, -difference))
+            tied = 0.5 * ties * tied  # stands at [i, j] and at [j, i]
+        else:
+            of = lambda d: likelihoods.focal(d, self.focal) if self.focal else likelihoods.bradley_terry(d)
+            won, lost, tied = of(difference), of(-difference), jnp.zeros_like(difference)
+            wins = wins + 0.5 * ties if self.ties == "half" else wins
+        smooth = self.label_smoothing
+        return strength * (wins * ((1 - smooth) * won + smooth * lost) + tied)
+
+    def outcome(self, difference: jax.Array, params: Params) -> tuple[jax.Array, jax.Array]:
+        """-log P(i beats j) and -log P(tie) with the learnt tie parameter."""
+        return getattr(likelihoods, self.ties)(difference, params["tie"])
+
+    def penalty(self, s_BGK: jax.Array) -> jax.Array | float:
+        """[B, G, K, K]: what keeps the rewards of i and j small."""
+        total: jax.Array | float = 0.0
+        if self.center:
+            total = self.center * (s_BGK[..., :, None] + s_BGK[..., None, :]) ** 2
+        if self.barrier:
+            steep = likelihoods.barrier(s_BGK)
+            total = total + self.barrier * (steep[..., :, None] + steep[..., None, :])
+        return total
+
+    def tie_sums(self, difference: jax.Array, batch: Batch, params: Params) -> Sums:
+        """The tie parameter as published, `theta` or `nu`, and the shares of labelled pairs that tie or should.
+
+        Returns:
+            rao_kupper_theta or davidson_nu; ties_labelled; ties_predicted, the mean probability of a tie.
+        """
+        weight, ties = batch["weight"][..., None, None], 0.5 * batch["ties"]
+        labelled = weight * (batch["wins"] + ties)
+        n, tied = labelled.sum(), jnp.exp(-self.outcome(difference, params)[1])
+        name, least = {"rao_kupper": ("theta", 1.0), "davidson": ("nu", 0.0)}[self.ties]
+        return {
+            f"{self.ties}_{name}": fraction(least + jnp.exp(params["tie"]), 1.0),
+            "ties_labelled": fraction((weight * ties).sum(), n),
+            "ties_predicted": fraction((labelled * tied).sum(), n),
         }
 
     def summary(
         self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, float]:
         """Metrics of host sums: the ratios, with the rewards' standard deviation and the number of pairs."""
-        values = ratios(sums)
-        square, mean = values.pop("reward_square", None), values.get("reward_mean")
-        if square is not None and mean is not None:
-            values["reward_std"] = max(square - mean**2, 0.0) ** 0.5
+        values = with_reward_std(ratios(sums))
         values["pairs"] = values.pop("pairs_count")
         return values
+
+
+def top1(s_BGK: jax.Array, batch: Batch) -> jax.Array:
+    """Share of groups in which the response with the highest reward is a best one, as a sum.
+
+    A best one is a labelled response to which none is preferred; several may be. Counted are groups of more than two
+    labelled responses, of which one at least is not a best one; responses with the same highest reward share.
+    """
+    swap = lambda x: jnp.swapaxes(x, -1, -2)
+    wins = batch["wins"]
+    labelled = (wins + swap(wins) + batch["ties"] > 0).any(-1)
+    worse = (swap(wins) > wins).any(-1)
+    best = labelled & ~worse
+    rewards = jnp.where(labelled, s_BGK, -jnp.inf)
+    top = labelled & (rewards == rewards.max(-1, keepdims=True))
+    counts = (labelled.sum(-1) > 2) & best.any(-1) & worse.any(-1)
+    hit = (top & best).sum(-1) / jnp.maximum(top.sum(-1), 1)
+    weight = jnp.where(counts, batch["weight"], 0.0)
+    return fraction((weight * hit).sum(), weight.sum())
 
 
 def reward_sums(scores_BE: jax.Array, end_BE: jax.Array) -> Sums:

@@ -1,0 +1,191 @@
+"""Pairwise judging: the model reads both responses in one context and decides A, B or tie.
+
+    loss = - sum over c of q_c * log softmax(z)_c
+
+for each of the two orders in which a pair is shown: softmax cross-entropy with (soft) labels q.
+
+Sources: reading both responses at once Jiang et al. 2023 (PairRM), arXiv:2306.02561; A, B and tie, and swapped orders,
+Wang et al. 2023 (PandaLM), arXiv:2306.05087; order consistency Zheng et al. 2023, arXiv:2306.05685; the strength of
+preference as weight, there of Bradley-Terry, Wang et al. 2024 (HelpSteer2-Preference), arXiv:2410.01257; label
+smoothing Szegedy et al. 2015, arXiv:1512.00567, section 7. The map from strength to soft label is ours.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rmjax.data.judging import SWAPPED, VERDICTS, Judgements, load_template
+from rmjax.objectives.base import Batch, Objective, Params
+from rmjax.objectives.bradley_terry import gather_groups
+from rmjax.objectives.sums import Sums, fraction, ratios
+
+
+def average_orders(first: Any, second: Any) -> Any:
+    """Averages what was said of a pair in its two orders.
+
+    Args:
+        first: [..., C] probabilities of A, B (and tie), numpy or jax.
+        second: the same with the responses in each other's place.
+
+    Returns:
+        [..., C] in the first order's names; exactly swapped when the arguments are.
+    """
+    if first.shape != second.shape or first.shape[-1] not in (2, 3):
+        raise ValueError(f"probabilities {first.shape} and {second.shape}: expected twice [..., 2] or [..., 3]")
+    return (first + second[..., list(SWAPPED[: first.shape[-1]])]) / 2
+
+
+def chosen(values: jax.Array) -> jax.Array:
+    """1 for the largest of [..., C], else 0; equal ones share it."""
+    most = (values == values.max(-1, keepdims=True)).astype(jnp.float32)
+    return most / most.sum(-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairwise(Objective):
+    """The objective; every field is a key of `config.objective` with the same name.
+
+    Attributes:
+        classes: 3 (A, B, tie) or 2 (A, B).
+        template: Jinja2 file that states the judging question (see data/judging.py), or its text; "" is the packaged.
+        ties: with 2 classes, "skip" pairs judged equal (counted), or train them as "half" a verdict each way.
+        strength: what the strength of a preference does: "none"; "weight" multiplies the pair's weight in the loss;
+            "soft" makes the label soft: a strength s is the log-odds of the label, which keeps sigmoid(s), and the
+            rest goes to the verdict beside it: tie with 3 classes, the other response with 2. Where no strength is
+            known, and for ties, the weight and the label stay as they are.
+        strength_scale: strengths are multiplied by it first. At 1, HelpSteer3's 1, 2 and 3 keep 0.73, 0.88, 0.95.
+        label_smoothing: share of each label that is spread evenly over all classes.
+    """
+
+    classes: int = 3
+    template: str = ""
+    ties: str = "skip"
+    strength: str = "none"
+    strength_scale: float = 1.0
+    label_smoothing: float = 0.0
+
+    problem_type = "single_label_classification"
+    shown = ("loss", "accuracy", "accuracy_averaged", "consistency")
+
+    def __post_init__(self) -> None:
+        if self.classes not in (2, 3):
+            raise ValueError(f"config.objective.classes={self.classes} is none of 2 (A, B) and 3 (A, B, tie)")
+        if self.ties not in ("skip", "half"):
+            raise ValueError(f"config.objective.ties={self.ties!r} is none of skip, half")
+        if self.strength not in ("none", "weight", "soft"):
+            raise ValueError(f"config.objective.strength={self.strength!r} is none of none, weight, soft")
+        if not self.strength_scale > 0:
+            raise ValueError(f"config.objective.strength_scale={self.strength_scale} must be above 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"config.objective.label_smoothing={self.label_smoothing} must be in [0, 1)")
+        try:
+            load_template(self.template, "pairwise")
+        except (ValueError, OSError) as error:
+            raise ValueError(f"config.objective.template: {error}") from None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The verdicts."""
+        return VERDICTS[: self.classes]
+
+    @property
+    def task(self) -> Judgements:
+        """Both orders of each pair."""
+        return Judgements(load_template(self.template, "pairwise"), self.classes, self.ties)
+
+    def terms(self) -> dict[str, Any]:
+        """Its keys and values, with the template's text in place of its file."""
+        return {**super().terms(), "template": self.task.template}
+
+    def sums(self, outputs: jax.Array, batch: Batch, params: Params) -> Sums:
+        """Loss and metrics of a batch as sums over its pairs.
+
+        Args:
+            outputs: float32 [B, E, C].
+            batch: `end_group`, `end_slot` [B, E], `weight` [B, G], `verdict` [B, G, 2, C], `strength` [B, G, 1].
+            params: none.
+
+        Returns:
+            See `_metrics`, and `loss`, whose denominator is the weight of both orders of all pairs.
+        """
+        verdict, weight = batch["verdict"], batch["weight"]
+        b, g, k, c = verdict.shape
+        if (k, c) != (2, self.classes) or outputs.shape[-1] != c or batch["strength"].shape != (b, g, 1):
+            raise ValueError(
+                f"outputs {outputs.shape}, verdict {verdict.shape}, strength {batch['strength'].shape}: "
+                f"not [B,E,{self.classes}], [B,G,2,{self.classes}] and [B,G,1]"
+            )
+        gather = lambda one: gather_groups(one, batch["end_group"], batch["end_slot"], (g, k))
+        z_BGKC = jax.vmap(gather, -1, -1)(outputs)
+        logp_BGKC = jax.nn.log_softmax(z_BGKC)
+        q_BGKC, weight_BG = self._targets(verdict, batch["strength"], weight)
+        loss_BG = -(q_BGKC * logp_BGKC).sum((-1, -2))
+        return {
+            "loss": fraction((weight_BG * loss_BG).sum(), 2 * weight_BG.sum()),
+            **self._metrics(jnp.exp(logp_BGKC), verdict, weight),
+        }
+
+    def _targets(self, verdict: jax.Array, strength: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Labels q [B, G, 2, C] and weights [B, G] of the loss."""
+        s_BG1 = self.strength_scale * strength
+        if self.strength == "weight":
+            weight = weight * jnp.where(s_BG1 > 0, s_BG1, 1.0)[..., 0]
+        if self.strength == "soft":
+            keep = jnp.where(s_BG1 > 0, jax.nn.sigmoid(s_BG1), 1.0)[..., None]
+            beside = verdict[..., [1, 0]]
+            if self.classes == 3:
+                beside = jnp.zeros_like(verdict).at[..., 2].set(1.0)
+            verdict = keep * verdict + (1 - keep) * beside
+        return (1 - self.label_smoothing) * verdict + self.label_smoothing / self.classes, weight
+
+    def _metrics(self, p_BGKC: jax.Array, verdict: jax.Array, weight: jax.Array) -> Sums:
+        """Metrics as sums; a pair counts with its weight, whatever the strength of its label.
+
+        A label is the most probable verdict of a soft one; where there is no such (votes that are even, ties with 2
+        classes), a pair counts in `consistency` and the predictions only. Equal predictions share a decision.
+
+        Returns:
+            accuracy: of single orders. accuracy_averaged: of both orders' averaged probabilities. consistency: share
+            of pairs of which both orders decide the same. recall_X: accuracy of the orders labelled X. labels_X_count,
+            predictions_X_count: orders that are labelled, or decided, X; a model that does not care for the order
+            predicts A as often as B. pairs_count.
+        """
+        labels = chosen(verdict)
+        decided = weight * (labels.max(-1) == 1).all(-1)  # [B, G]
+        choice = chosen(p_BGKC)
+        hits = (choice * labels).sum(-1)  # [B, G, 2]
+        first, second = choice[..., 0, :], choice[..., 1, :]
+        agree = (first * second[..., list(SWAPPED[: self.classes])]).sum(-1)
+        averaged = chosen(average_orders(p_BGKC[..., 0, :], p_BGKC[..., 1, :]))
+        here = weight > 0
+        sums = {
+            "accuracy": fraction((decided[..., None] * hits).sum(), 2 * decided.sum()),
+            "accuracy_averaged": fraction((decided * (averaged * labels[..., 0, :]).sum(-1)).sum(), decided.sum()),
+            "consistency": fraction((weight * agree).sum(), weight.sum()),
+            "pairs_count": fraction(here.sum()),
+        }
+        for c, name in enumerate(self.labels):
+            of = decided[..., None] * labels[..., c]
+            sums[f"recall_{name}"] = fraction((of * hits).sum(), of.sum())
+            sums[f"labels_{name}_count"] = fraction((of > 0).sum())
+            sums[f"predictions_{name}_count"] = fraction((here[..., None] * choice[..., c]).sum())
+        return sums
+
+    def summary(
+        self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, float]:
+        """Metrics of host sums: the ratios, with the number of pairs."""
+        values = ratios(sums)
+        values["pairs"] = values.pop("pairs_count")
+        return values
+
+    def decode(self, outputs: np.ndarray, params: Params) -> dict[str, np.ndarray]:
+        """Probabilities of the verdicts of single orders; `average_orders` joins two."""
+        z = np.asarray(outputs, np.float64)
+        p = np.exp(z - z.max(-1, keepdims=True))
+        p = (p / p.sum(-1, keepdims=True)).astype(np.float32)
+        return {name: p[:, c] for c, name in enumerate(self.labels)}

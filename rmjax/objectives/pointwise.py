@@ -1,0 +1,293 @@
+"""Pointwise: named attributes of a response, each on its declared scale, and a weighted sum of them as the reward.
+
+Labels y on a scale from low to high; f are an attribute's outputs of the head, n levels l_0 = low ... l_n-1 = high.
+
+    mse           (f - z)^2 with z = (2 y - low - high) / (high - low): the head has no bias, so targets stand around 0
+    huber         the same with Huber's function, 1964, in the form of torch: e^2 / 2, from |e| = delta on linear
+    ordinal       - sum over k of t_k log(sigmoid(c_k - f) - sigmoid(c_k-1 - f)) with learnt cut points c: proportional
+                  odds, McCullagh 1980
+    categorical   - sum over k of t_k log softmax(f)_k
+    hl_gauss      the same where t is a normal distribution around y, cut to bins: Farebrother et al. 2024,
+                  arXiv:2403.03950, section 3.1
+
+t_k is 1 for the level that y is; a y between two levels is divided between them so that the mean is y (two-hot, ibid.).
+Scores are read back as (low + high) / 2 + f (high - low) / 2, or as the mean of the levels' distribution.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rmjax.data.tasks import Attributes
+from rmjax.objectives.base import Batch, Objective, Params
+from rmjax.objectives.bradley_terry import reward_sums
+from rmjax.objectives.gather import at_ends
+from rmjax.objectives.metrics import pearson, quadratic_kappa, spearman, with_reward_std
+from rmjax.objectives.sums import Sums, fraction, ratios
+
+REGRESSION = ("mse", "huber")
+ONE_OUTPUT = (*REGRESSION, "ordinal")  # of the head for each attribute; the others have one for each level
+LOSSES = (*ONE_OUTPUT, "categorical", "hl_gauss")
+CORRELATIONS = {"pearson": pearson, "spearman": spearman, "kappa": quadratic_kappa}
+# HL-Gauss has bins for so many standard deviations beyond the scale: cut off there, labels would be drawn inwards.
+TAIL = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Pointwise(Objective):
+    """The objective; every field is a key of `config.objective` with the same name.
+
+    Missing labels count nowhere. The cut points of "ordinal" are learnt as `objective/cuts`, from where f = 0 makes all
+    levels equally likely. Adam moves them by about the learning rate in a step: below 1e-3 give them one of their own,
+    for example config.optim.lr_factors = ((r"objective/.*", 1000.0), (r".*", 1.0)).
+
+    Attributes:
+        attributes: names of the attributes in the data, A of them.
+        scales: (low, high) of all attributes, or one such pair for each. A row with a score outside is a bad row.
+        loss: a name in LOSSES, see the module.
+        delta: of "huber": errors beyond it count linearly; 1 is half the scale.
+        bins: levels of "ordinal", "categorical" and "hl_gauss", evenly from low to high; 0: one for each whole number.
+        sigma: of "hl_gauss": standard deviation of a label, in widths of a bin; 0.75 as published.
+        weights: of the attributes' scores in the reward; () is their mean.
+    """
+
+    attributes: tuple[str, ...] = ("score",)
+    scales: tuple[Any, ...] = (0.0, 4.0)
+    loss: str = "mse"
+    delta: float = 0.5
+    bins: int = 0
+    sigma: float = 0.75
+    weights: tuple[float, ...] = ()
+
+    shown = ("loss", "mse")
+
+    def __post_init__(self) -> None:
+        names, key = self.attributes, "config.objective."
+        if not names or len(set(names)) < len(names) or not all(name and isinstance(name, str) for name in names):
+            raise ValueError(f"{key}attributes={names!r} must be one or several different names of columns")
+        if "score" in names and (len(names) > 1 or self.weights not in ((), (1.0,))):
+            raise ValueError(
+                f"{key}attributes={names!r}: 'score' is what the weighted sum is called; rename the column"
+            )
+        try:
+            limits = self.limits
+        except (TypeError, ValueError):
+            limits = ()
+        if len(limits) != len(names) or not all(math.isfinite(low) and low < high < math.inf for low, high in limits):
+            raise ValueError(f"{key}scales={self.scales!r} must be (low, high), or such a pair for each of {names!r}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"{key}loss={self.loss!r} is none of {', '.join(LOSSES)}")
+        for name in ("delta", "sigma"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{key}{name}={getattr(self, name)} must be above 0")
+        if self.bins < 0 or self.bins == 1:
+            raise ValueError(f"{key}bins={self.bins} must be 2 or more, or 0 for one at each whole number")
+        if self.loss not in REGRESSION and not self.bins and any(x % 1 for pair in limits for x in pair):
+            raise ValueError(f"{key}scales={self.scales!r} are not whole numbers; say how many {key}bins there are")
+        if self.weights and len(self.weights) != len(names):
+            raise ValueError(f"{key}weights={self.weights!r} must be one number for each of {names!r}, or ()")
+
+    @property
+    def limits(self) -> tuple[tuple[float, float], ...]:
+        """Lowest and highest score of each attribute."""
+        shared = not any(isinstance(scale, list | tuple) for scale in self.scales)
+        pairs = [self.scales] * len(self.attributes) if shared else self.scales
+        return tuple((float(low), float(high)) for low, high in pairs)
+
+    def levels(self, a: int) -> np.ndarray:
+        """float64 [n]: the scores that the levels of attribute number `a` stand for; not of regression."""
+        low, high = self.limits[a]
+        n = self.bins or round(high - low) + 1
+        beyond = math.ceil(TAIL * self.sigma) if self.loss == "hl_gauss" else 0
+        return low + (high - low) / (n - 1) * np.arange(-beyond, n + beyond)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The attributes; for bins "helpfulness=0", "helpfulness=1", ..."""
+        if self.loss in ONE_OUTPUT:
+            return self.attributes
+        return tuple(f"{name}={level:g}" for a, name in enumerate(self.attributes) for level in self.levels(a))
+
+    @property
+    def task(self) -> Attributes:
+        """Attributes within their scales."""
+        return Attributes(self.attributes, self.limits)
+
+    def params(self) -> dict[str, np.ndarray]:
+        """`cuts`, float32 [A, n - 1] of the most levels: the first cut point of each attribute, then what softplus
+        makes the distances to the next ones. An attribute with fewer levels has no use for the last numbers: 0."""
+        if self.loss != "ordinal":
+            return {}
+        sizes = [len(self.levels(a)) for a in range(len(self.attributes))]
+        cuts = np.zeros((len(sizes), max(sizes) - 1), np.float32)
+        for row, n in zip(cuts, sizes):
+            share = np.arange(1, n) / n
+            points = np.log(share / (1 - share))
+            row[: n - 1] = [points[0], *np.log(np.expm1(np.diff(points)))]
+        return {"cuts": cuts}
+
+    def cut_points(self, a: int, params: Params, xp: Any = np) -> Any:
+        """[n - 1]: the cut points of attribute number `a`, ascending."""
+        raw = params["cuts"][a, : len(self.levels(a)) - 1]
+        return xp.cumsum(xp.concatenate([raw[:1], xp.logaddexp(raw[1:], 0.0)]))
+
+    def parts(self, outputs: Any) -> list[Any]:
+        """Each attribute's outputs [..., n] of all outputs [..., O]."""
+        if outputs.shape[-1] != len(self.labels):
+            raise ValueError(f"outputs {outputs.shape}: expected {len(self.labels)} last, {', '.join(self.labels)}")
+        numbers = range(len(self.attributes))
+        stops = np.cumsum([0] + [1 if self.loss in ONE_OUTPUT else len(self.levels(a)) for a in numbers]).tolist()
+        return [outputs[..., start:stop] for start, stop in itertools.pairwise(stops)]
+
+    def log_probabilities(self, part: Any, a: int, params: Params, xp: Any = np) -> Any:
+        """[..., n]: of the levels of attribute number `a`, from its own outputs."""
+        if self.loss != "ordinal":
+            shifted = part - part.max(-1, keepdims=True)
+            return shifted - xp.log(xp.exp(shifted).sum(-1, keepdims=True))
+        cuts = self.cut_points(a, params, xp)
+        # log(sigmoid(x) - sigmoid(y)) = log sigmoid(x) + log sigmoid(-y) + log(1 - exp(y - x)), without cancellation
+        under, over = -xp.logaddexp(part - cuts, 0.0), -xp.logaddexp(cuts - part, 0.0)
+        sure, none = xp.zeros_like(part), xp.zeros_like(cuts[:1])
+        between = xp.concatenate([none, xp.log(-xp.expm1(cuts[:-1] - cuts[1:])), none])
+        return xp.concatenate([under, sure], -1) + xp.concatenate([sure, over], -1) + between
+
+    def targets(self, label: jax.Array, a: int) -> jax.Array:
+        """[..., n]: the distribution over levels that stands for labels [...] of attribute number `a`."""
+        levels = jnp.asarray(self.levels(a), label.dtype)
+        width = levels[1] - levels[0]
+        if self.loss != "hl_gauss":
+            return jnp.maximum(0.0, 1 - jnp.abs(label[..., None] - levels) / width)
+        edges = jnp.append(levels, levels[-1] + width) - width / 2
+        below = jax.scipy.special.erf((edges - label[..., None]) / (math.sqrt(2) * self.sigma * width))
+        return (below[..., 1:] - below[..., :-1]) / (below[..., -1:] - below[..., :1])
+
+    def losses(self, outputs: jax.Array, labels: jax.Array, params: Params) -> jax.Array:
+        """[..., A]: the loss of each label, in the precision of the outputs.
+
+        Args:
+            outputs: [..., O], of the head.
+            labels: [..., A], on their scales.
+            params: see `params`.
+        """
+        made = []
+        for a, part in enumerate(self.parts(outputs)):
+            label, (low, high) = labels[..., a], self.limits[a]
+            if self.loss in REGRESSION:
+                error = part[..., 0] - (2 * label - low - high) / (high - low)
+                far = self.delta * (jnp.abs(error) - self.delta / 2)
+                made.append(
+                    error**2 if self.loss == "mse" else jnp.where(jnp.abs(error) < self.delta, error**2 / 2, far)
+                )
+            else:
+                made.append(-(self.targets(label, a) * self.log_probabilities(part, a, params, jnp)).sum(-1))
+        return jnp.stack(made, -1)
+
+    def scores(self, outputs: Any, params: Params, xp: Any = np) -> Any:
+        """[..., A]: the score of each attribute on its scale, from outputs [..., O]; regression can leave the scale."""
+        made = []
+        for a, part in enumerate(self.parts(outputs)):
+            low, high = self.limits[a]
+            if self.loss in REGRESSION:
+                made.append((low + high) / 2 + (high - low) / 2 * part[..., 0])
+            else:
+                share = xp.exp(self.log_probabilities(part, a, params, xp))
+                made.append((share * xp.asarray(self.levels(a), share.dtype)).sum(-1))
+        return xp.stack(made, -1)
+
+    def reward(self, scores: Any) -> Any:
+        """[...]: the weighted sum of the attributes' scores [..., A], or their mean."""
+        weights = self.weights or (1 / len(self.attributes),) * len(self.attributes)
+        return sum(weight * scores[..., a] for a, weight in enumerate(weights))
+
+    def ratings(self, scores: Any, xp: Any = np) -> Any:
+        """[..., A]: the whole number of its scale that is nearest to each score."""
+        low, high = (np.array(side, np.float32) for side in zip(*self.limits))
+        return xp.clip(xp.floor(scores + 0.5), np.ceil(low), np.floor(high))
+
+    def decode(self, outputs: np.ndarray, params: Params) -> dict[str, np.ndarray]:
+        """`score`, the reward, and the score of each attribute by name."""
+        scores = self.scores(outputs, params)
+        return {**{name: scores[:, a] for a, name in enumerate(self.attributes)}, "score": self.reward(scores)}
+
+    def at_ends(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """The labels at the scored tokens, and their weights: 0 where a label is missing. Both [B, E, A].
+
+        Raises:
+            ValueError: labels or weights of other shapes.
+        """
+        value, mask, weight = batch["value"], batch["mask"], batch["weight"]
+        if value.shape[-1] != len(self.attributes) or value.shape[:2] != weight.shape or mask.shape != value.shape:
+            raise ValueError(f"value {value.shape}, mask {mask.shape}, weight {weight.shape}: not [B,G,K,A] and [B,G]")
+        group, slot = batch["end_group"], batch["end_slot"]
+        weight = at_ends(mask, group, slot) * at_ends(weight, group)[..., None]
+        # A missing label becomes one on the scale: what is computed from it is finite, so that it can be left out.
+        return jnp.where(weight > 0, at_ends(value, group, slot), np.array([low for low, _ in self.limits])), weight
+
+    def sums(self, outputs_BEO: jax.Array, batch: Batch, params: Params) -> Sums:
+        """Loss and metrics of a batch as sums.
+
+        Args:
+            outputs_BEO: float32 [B, E, O].
+            batch: `end`, `end_group`, `end_slot` [B, E], `weight` [B, G], `value`, `mask` [B, G, K, A].
+            params: see `params`.
+
+        Returns:
+            loss; mse, mae of the scores on their scales; within_1, the share of ratings at most 1 from the label's. Of
+            all labels and, as "mse/helpfulness", of each attribute; their denominator is the labels' summed weight.
+            Over all responses the reward's mean, square, maximum and minimum; the number of labels.
+        """
+        label, weight = self.at_ends(batch)
+        score = self.scores(outputs_BEO, params, jnp)
+        apart = jnp.abs(self.ratings(score, jnp) - self.ratings(label, jnp))
+        each = {
+            "loss": self.losses(outputs_BEO, label, params),
+            "mse": (score - label) ** 2,
+            "mae": jnp.abs(score - label),
+            "within_1": (apart <= 1).astype(jnp.float32),
+        }
+        sums = {}
+        for metric, x in each.items():
+            sums[metric] = fraction((weight * x).sum(), weight.sum())
+            for a, name in enumerate(self.attributes):
+                sums[f"{metric}/{name}"] = fraction((weight * x)[..., a].sum(), weight[..., a].sum())
+        rewards = reward_sums(self.reward(score), batch["end"])
+        return {**sums, **rewards, "labels_count": fraction((weight > 0).sum())}
+
+    def outcomes(self, outputs_BEO: jax.Array, batch: Batch, params: Params) -> dict[str, jax.Array]:
+        """`score` and `label`, [B * E, A]; NaN where a label is missing."""
+        label, weight = self.at_ends(batch)
+        score = self.scores(outputs_BEO, params, jnp)
+        flat = lambda x: jnp.where(weight > 0, x, jnp.nan).reshape(-1, len(self.attributes))
+        return {"score": flat(score), "label": flat(label)}
+
+    def summary(
+        self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, float]:
+        """Metrics of host sums and, in evaluation, of outcomes, which `agreement` tells."""
+        values = with_reward_std(ratios(sums))
+        values["labels"] = values.pop("labels_count")
+        return values | (self.agreement(outcomes["score"], outcomes["label"]) if outcomes else {})
+
+    def agreement(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Correlations of scores with labels, both [n, A] on their scales; every label counts once.
+
+        Returns:
+            pearson, spearman and kappa (quadratic, of ratings) of each attribute for which they are defined, as
+            "kappa/helpfulness", and their means over these attributes.
+        """
+        values: dict[str, float] = {}
+        for metric, measure in CORRELATIONS.items():
+            sides = [self.ratings(x) if metric == "kappa" else x for x in (scores, labels)]
+            found = {}
+            for a, name in enumerate(self.attributes):
+                here = ~np.isnan(labels[:, a])
+                found[f"{metric}/{name}"] = measure(*(x[here, a].astype(np.float64) for x in sides))
+            found = {name: value for name, value in found.items() if not math.isnan(value)}
+            values |= found | ({metric: float(np.mean(list(found.values())))} if found else {})
+        return values
