@@ -1,8 +1,8 @@
 """The score contract: a reward is only meaningful with its rendering, so an export says how it was made.
 
-`reward_contract.json` holds the chat template's hash and arguments, the special ids, the rule for the scored token, the
-rewards' mean and standard deviation on the validation set, the metrics, and golden rows: token ids with their float32
-score, computed from the exported weights.
+`reward_contract.json` holds the chat template's hash and arguments, the special ids, the rule for the scored token,
+the rewards' mean and standard deviation on the validation set, the metrics, what the head's outputs mean (the objective
+with what it learnt), and golden rows: token ids, scored tokens and their float32 outputs, from the exported weights.
 """
 
 import hashlib
@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import numpy as np
+
 from rmjax.data.chat import PROBE, Chat
 from rmjax.data.trees import Tokens
+from rmjax.models import hf
 
-FILE, VERSION = "reward_contract.json", 1
+FILE, VERSION = "reward_contract.json", 2
 RULE = (
     "the last token of apply_chat_template(conversation, tokenize=False, add_generation_prompt=False), tokenized "
     "without adding special tokens; nothing is trimmed"
@@ -28,13 +32,23 @@ def template_hash(chat: Chat) -> str:
 
 
 def make(
-    chat: Chat, *, objective: str, metrics: Mapping[str, float], data: str, max_length: int, over_long: str
-) -> dict:
+    chat: Chat,
+    *,
+    objective: Mapping[str, Any],
+    own: Mapping[str, Any],
+    labels: Sequence[str],
+    metrics: Mapping[str, float],
+    data: str,
+    max_length: int,
+    over_long: str,
+) -> dict[str, Any]:
     """The contract of a run, without golden rows.
 
     Args:
         chat: tokenizer and template of the run.
-        objective: name of the objective.
+        objective: name and keys of the objective, which say how its outputs are decoded.
+        own: what the objective itself learnt (a tie parameter, cut points).
+        labels: names of the head's outputs.
         metrics: validation metrics of the exported step; `reward_mean` and `reward_std` among them.
         data: fingerprint of the training data.
         max_length: tokens of a conversation in training.
@@ -49,7 +63,9 @@ def make(
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "objective": objective,
+        "objective": dict(objective),
+        "objective_params": {name: np.asarray(value).tolist() for name, value in own.items()},
+        "labels": list(labels),
         "reward_mean": metrics.get("validation/reward_mean"),
         "reward_std": metrics.get("validation/reward_std"),
         "max_length": max_length,
@@ -60,18 +76,20 @@ def make(
     }
 
 
-def golden_rows(chat: Chat, sequences: Sequence[Tokens]) -> list[dict[str, Any]]:
-    """Rendered text and token ids of a made-up conversation and of these sequences, without scores.
+def golden_rows(chat: Chat, sequences: Sequence[tuple[Tokens, Sequence[int]]]) -> list[dict[str, Any]]:
+    """Rendered text, token ids and scored tokens of a made-up conversation and of these sequences, without outputs.
 
     The text of a sequence is decoded from its tokens; it is None where it tokenizes to others (some decoders drop
     spaces, and normalizers change characters).
     """
     probe = chat.render(PROBE)
-    rows: list[dict[str, Any]] = [{"text": probe, "token_ids": chat.encode([probe])[0]}]
-    for sequence in sequences:
+    tokens = chat.encode([probe])[0]
+    rows: list[dict[str, Any]] = [{"text": probe, "token_ids": tokens, "at": [len(tokens) - 1]}]
+    for sequence, at in sequences:
         ids = list(map(int, sequence))
         text = chat.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        rows.append({"text": text if chat.encode([text])[0] == ids else None, "token_ids": ids})
+        same = chat.encode([text])[0] == ids
+        rows.append({"text": text if same else None, "token_ids": ids, "at": list(map(int, at))})
     return rows
 
 
@@ -97,6 +115,22 @@ def read(directory: str | Path) -> dict[str, Any] | None:
         found = terms.get("version") if isinstance(terms, dict) else type(terms).__name__
         raise ValueError(f"{path} is of version {found!r}, this rmjax reads {VERSION}; use the rmjax that wrote it")
     return terms
+
+
+def find(path_or_id: str | Path) -> dict[str, Any] | None:
+    """The contract of a directory or hub id, without the weights; None where there is none or it cannot be had.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    if Path(path_or_id).is_dir():
+        return read(path_or_id)
+    if not hf.is_hub_id(path_or_id):
+        return None
+    try:
+        return read(Path(huggingface_hub.hf_hub_download(str(path_or_id), FILE)).parent)
+    except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError):
+        return None  # loading the model says what is wrong
 
 
 def template_kwargs(terms: dict[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -135,15 +169,21 @@ def check(terms: dict[str, Any], chat: Chat) -> None:
         )
 
 
-def check_scores(terms: dict[str, Any], scores: Sequence[float]) -> None:
-    """Compares replayed float32 scores of the golden rows with the contract's.
+def check_outputs(terms: dict[str, Any], outputs: Sequence[np.ndarray]) -> None:
+    """Compares replayed float32 outputs of the golden rows with the contract's.
+
+    Args:
+        terms: the contract.
+        outputs: [scored tokens, A] for each golden row.
 
     Raises:
         ValueError: one differs by more than TOLERANCE.
     """
-    for number, (row, score) in enumerate(zip(terms["golden"], scores, strict=True)):
-        if not abs(row["score"] - score) <= TOLERANCE:
+    for number, (row, found) in enumerate(zip(terms["golden"], outputs, strict=True)):
+        agreed = np.array(row["outputs"], np.float64)
+        if agreed.shape != found.shape or not np.abs(agreed - found).max() <= TOLERANCE:
+            here, there = (" ".join(f"{x:.6f}" for x in np.ravel(values)[:4]) for values in (found, agreed))
             raise ValueError(
-                f"golden row {number} scores {score:.6f} here and {row['score']:.6f} in its contract: the "
-                f"weights or the code are not the ones that made this export"
+                f"golden row {number} scores {here} here and {there} in its contract: the weights or the code are "
+                "not the ones that made this export"
             )

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from rmjax import contract
-from rmjax.data.cache import Groups
 from rmjax.data.chat import PROBE, Chat, load_tokenizer
+from rmjax.data.groups import Groups
 from rmjax.models import hf
 from rmjax.models.config import ModelConfig
 from rmjax.objectives.base import Objective
@@ -58,7 +59,9 @@ def write(
         dtype = values.get("dtype") or values.get("torch_dtype") or config.model.param_dtype
     terms = contract.make(
         chat,
-        objective=config.objective.name,
+        objective={"name": config.objective.name, **objective.terms()},
+        own=jax.device_get(params.get("objective", {})),
+        labels=objective.labels,
         metrics=metrics,
         data=data,
         max_length=chat.max_length,
@@ -69,13 +72,24 @@ def write(
         chat.tokenizer.save_pretrained(partial)
         golden = contract.golden_rows(chat, golden_sequences(validation))
         contract.write(partial, {**terms, "golden": golden})  # so that loading replays the tokens
-        scores = RewardModel.load(partial, dtype="float32").score_tokens([r["token_ids"] for r in golden])
-        scored = [{**row, "score": score} for row, score in zip(golden, scores)]
+        outputs = RewardModel.load(partial, dtype="float32").replay(golden)
+        scored = [{**row, "outputs": values.tolist()} for row, values in zip(golden, outputs)]
         contract.write(partial, {**terms, "golden": scored})
 
     params = {name: x for name, x in params.items() if name != "objective"}
     pad = chat.tokenizer.pad_token_id
-    hf.save(directory, params, values, model, dtype=dtype, pad_token_id=pad, also=complete)
+    hf.save(
+        directory,
+        params,
+        values,
+        model,
+        dtype=dtype,
+        pad_token_id=pad,
+        architecture=objective.architecture,
+        labels=objective.labels,
+        problem_type=objective.problem_type,
+        also=complete,
+    )
 
 
 def check_tokenizer(chat: Chat, values: Mapping[str, Any]) -> None:
@@ -114,9 +128,12 @@ def check_tokenizer(chat: Chat, values: Mapping[str, Any]) -> None:
         )
 
 
-def golden_sequences(groups: Groups) -> list[np.ndarray]:
-    """Token sequences of the responses of the shortest groups."""
-    sequences: list[np.ndarray] = []
+def golden_sequences(groups: Groups) -> list[tuple[np.ndarray, list[int]]]:
+    """Token sequences of the shortest groups, each up to its last scored token, and where in it tokens are scored."""
+    sequences: list[tuple[np.ndarray, list[int]]] = []
     for i in np.argsort(groups.lengths, kind="stable")[:GOLDEN].tolist():
-        sequences += groups.group(i).tree.sequences()
+        tree = groups.group(i).tree
+        for slot in np.unique(tree.end_slot):
+            ends = np.sort(tree.end[tree.end_slot == slot])
+            sequences.append((tree.tokens[tree.path(int(ends[-1]))], tree.positions[ends].tolist()))
     return sequences[:GOLDEN]

@@ -1,25 +1,32 @@
-"""RewardModel: load a Hugging Face directory and score conversations."""
+"""RewardModel: load a Hugging Face directory and score conversations, pairs or steps."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from rmjax import contract, sharding
+from rmjax import contract, objectives, sharding
 from rmjax.data import loader, packing
-from rmjax.data.cache import Group
-from rmjax.data.chat import Chat, load_tokenizer
+from rmjax.data.chat import Chat, Labelled, load_tokenizer
+from rmjax.data.groups import Group
+from rmjax.data.judging import Judgements
 from rmjax.data.records import BadRow, Conversation, check_conversation
+from rmjax.data.tasks import Example
 from rmjax.data.trees import Tokens, Tree, build_tree
 from rmjax.models import heads, hf
 from rmjax.models.config import ModelConfig, from_hf
+from rmjax.objectives.base import Objective
+from rmjax.objectives.pairwise import average_orders
 
 LEAST_ROW = 256  # rows are a power of two of tokens from here on, so that few shapes are ever compiled
 BATCH_TOKENS = {"cpu": 8_192}  # per device and call
 DEFAULT_BATCH_TOKENS = 32_768
+ARCHITECTURES = ("SequenceClassification", "TokenClassification", "CausalLM")
 
 
 class Unlabelled:
@@ -55,11 +62,16 @@ class RewardModel:
         params: its parameters, sharded over `mesh`.
         contract: the export's score contract; None for a directory that is not ours.
         dtype: of the computation.
+        architecture: "SequenceClassification", "TokenClassification" or "CausalLM".
+        labels: names of the head's outputs, A of them.
+        objective: what it was trained for; plain rewards for a directory that is not ours.
+        own: what the objective itself learnt.
     """
 
-    def __init__(self, chat: Chat, config: ModelConfig, params: Any, mesh: Any, dtype: str, terms: dict | None):
-        self.chat, self.config, self.params, self.mesh, self.contract = chat, config, params, mesh, terms
-        self.dtype = dtype
+    def __init__(self, chat: Chat, config: ModelConfig, params: Any, mesh: Any, dtype: str, kind: "Kind"):
+        self.chat, self.config, self.params, self.mesh, self.dtype = chat, config, params, mesh, dtype
+        self.contract, self.architecture, self.labels = kind.contract, kind.architecture, kind.labels
+        self.objective, self.own = kind.objective, kind.own
 
     @classmethod
     def load(
@@ -70,7 +82,7 @@ class RewardModel:
         mesh: Any = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> "RewardModel":
-        """Loads a Hugging Face sequence-classification directory (or hub id) of a supported family, ours or not.
+        """Loads a Hugging Face directory (or hub id) of a supported family, ours or not.
 
         Args:
             path: directory or hub id with weights, config.json and tokenizer.
@@ -84,23 +96,24 @@ class RewardModel:
                 without a usable template, or tokenizer, template or arguments other than the score contract's.
         """
         directory = hf.resolve(path)
-        config = from_hf(hf.read_config(directory))
-        terms = contract.read(directory)
-        if terms:
-            template_kwargs = contract.template_kwargs(terms, template_kwargs)
+        values = hf.read_config(directory)
+        config = from_hf(values)
+        kind = Kind.of(directory, values)
+        if kind.contract:
+            template_kwargs = contract.template_kwargs(kind.contract, template_kwargs)
         chat = Chat(load_tokenizer(directory), template_kwargs=template_kwargs)
-        if terms:
-            contract.check(terms, chat)
+        if kind.contract:
+            contract.check(kind.contract, chat)
         mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
         dtype = heads.compute_dtype(dtype)
-        _, shapes = heads.abstract(config, 1, dtype, dtype)
+        _, shapes = heads.abstract(config, len(kind.labels), dtype, dtype, architecture=kind.architecture)
         shardings = sharding.param_shardings(mesh, shapes)
         shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         params, _ = hf.load(directory, shapes, config, seed=0, require_head=True)
-        return cls(chat, config, params, mesh, dtype, terms)
+        return cls(chat, config, params, mesh, dtype, kind)
 
     def score(self, conversations: Sequence[Conversation]) -> list[float]:
-        """Scores conversations; those that follow each other and share their prompt share its computation.
+        """Scalar rewards; conversations that follow each other and share their prompt share its computation.
 
         Args:
             conversations: each a list of {"role", "content"} that ends with an assistant turn.
@@ -110,7 +123,28 @@ class RewardModel:
 
         Raises:
             BadConversation: one that cannot be scored.
+            ValueError: a model whose outputs are no reward of a conversation: a judge, a model of steps or of text.
         """
+        values = self.values(conversations)
+        if "score" not in values:
+            raise ValueError(f"this model gives {', '.join(values)}, not one reward; call `values`")
+        return values["score"].tolist()
+
+    def values(self, conversations: Sequence[Conversation]) -> dict[str, np.ndarray]:
+        """Everything the model says of each conversation: `score`, and attributes by name on their scales.
+
+        Args:
+            conversations: as for `score`.
+
+        Returns:
+            float arrays [n] by name.
+
+        Raises:
+            BadConversation, ValueError: as `score`.
+        """
+        self._expect("SequenceClassification")
+        if self._name == "pairwise":
+            raise ValueError("this model compares two responses; call `judge`")
         texts, prompts = [], []
         for index, conversation in enumerate(conversations):
             try:
@@ -122,43 +156,141 @@ class RewardModel:
             except UnicodeEncodeError as error:  # half of a surrogate pair; tokenizers would stop at it
                 raise BadConversation(index, f"the text is no Unicode: {error.reason}") from None
             prompts.append(checked[:-1])
-        return self.score_tokens(self.chat.encode(texts), prompts)
+        return self.decode(self.outputs(self.chat.encode(texts), prompts))
 
-    def score_tokens(self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None) -> list[float]:
-        """Scores token sequences at their last token.
+    def steps(self, conversations: Sequence[Conversation], steps: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Probabilities that the steps of responses are right, of a model that was trained on steps (`prm`).
+
+        Args:
+            conversations: the prompts: each a list of {"role", "content"} without the response.
+            steps: the response of each, step by step; the texts are joined as they are.
+
+        Returns:
+            For each conversation one float per step.
+
+        Raises:
+            BadConversation: one that cannot be scored.
+            ValueError: a model of another kind.
+        """
+        self._expect("TokenClassification")
+        examples = []
+        for prompt, texts in zip(conversations, steps, strict=True):
+            stops = tuple(np.cumsum([len(text) for text in texts]).tolist())
+            whole = (*prompt, {"role": "assistant", "content": "".join(texts)})
+            examples.append(Example((whole,), scored=(stops,)))
+        outputs = self._trees([made.tree for made in self._groups(examples)])
+        return [self.decode(values)["score"].tolist() for values in outputs]
+
+    def judge(self, first: Sequence[Conversation], second: Sequence[Conversation]) -> list[dict[str, float]]:
+        """Which of two responses is better, of a model that was trained to compare (`pairwise`).
+
+        Both orders are computed, as one tree, and their probabilities averaged.
+
+        Args:
+            first: conversations that end with response A.
+            second: the same with response B.
+
+        Returns:
+            For each pair the probabilities of its labels: {"A": ..., "B": ..., "tie": ...}.
+
+        Raises:
+            BadConversation: one that cannot be judged.
+            ValueError: a model of another kind.
+        """
+        task = self.objective.task if self.objective else None
+        if not isinstance(task, Judgements):
+            raise ValueError("this model does not compare responses; call `score`")
+        examples = []
+        for index, both in enumerate(zip(first, second, strict=True)):
+            try:
+                examples.append(Example(task.questions(*map(check_conversation, both))))
+            except BadRow as bad:
+                raise BadConversation(index, bad.detail) from None
+        outputs = self._trees([made.tree for made in self._groups(examples)])
+        decoded = [self.decode(both) for both in outputs]  # of each pair both orders
+        orders = np.array([[values[label] for label in self.labels] for values in decoded])  # [n, C, 2]
+        averaged = average_orders(orders[..., 0], orders[..., 1])
+        return [dict(zip(self.labels, map(float, row))) for row in averaged]
+
+    def decode(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
+        """What raw outputs [n, A] mean, by name; see the objective's `decode`."""
+        if self.objective is not None:
+            return self.objective.decode(outputs, self.own)
+        named = {label: outputs[:, i] for i, label in enumerate(self.labels)}
+        return {"score": outputs[:, 0]} if len(named) == 1 else named
+
+    def outputs(self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None) -> np.ndarray:
+        """Raw outputs of token sequences at their last token.
 
         Args:
             sequences: token ids of whole renderings.
             prompts: for each, a value that is equal for neighbours worth putting into one tree; default shares nothing.
 
+        Returns:
+            float32 [n, A].
+
         Raises:
             ValueError: a token that the embedding has no row for, or a sequence without tokens.
         """
+        outputs = np.zeros((len(sequences), max(1, len(self.labels))), np.float32)
         if not sequences:
-            return []
-        largest = max(int(max(s, default=0)) for s in sequences)
+            return outputs
+        row = _row_tokens(max(len(s) for s in sequences))
+        runs = _runs(sequences, prompts, row)
+        for members, values in zip(runs, self._trees([build_tree([sequences[m] for m in run]) for run in runs])):
+            outputs[members] = values
+        return outputs
+
+    def score_tokens(self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None) -> list[float]:
+        """The first output of each token sequence; see `outputs`."""
+        return self.outputs(sequences, prompts)[:, 0].tolist()
+
+    def replay(self, golden: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+        """Outputs [scored tokens, A] of a contract's golden rows.
+
+        Those of a language model are [1, 1]: the mean negative log-likelihood of the tokens after the first.
+        """
+        return self._trees([build_tree([row["token_ids"]]).scored([row["at"]]) for row in golden])
+
+    @property
+    def _name(self) -> str:
+        return self.contract["objective"]["name"] if self.contract else ""
+
+    def _expect(self, architecture: str) -> None:
+        if self.architecture == architecture:
+            return
+        calls = {
+            "SequenceClassification": "it scores whole conversations; call `score`",
+            "TokenClassification": "it scores the steps of a response; call `steps`",
+            "CausalLM": "it writes its verdicts; generate with transformers or a server, and read them with "
+            "rmjax.data.judging.parse_verdict",
+        }
+        raise ValueError(f"this model is a {self.architecture}: {calls[self.architecture]}")
+
+    def _groups(self, examples: Sequence[Example]) -> list[Labelled]:
+        made = self.chat.groups(examples, keep=True)
+        for index, group in enumerate(made):
+            if isinstance(group, BadRow):
+                raise BadConversation(index, group.detail)
+        return made  # type: ignore[return-value]
+
+    def _trees(self, trees: Sequence[Tree]) -> list[np.ndarray]:
+        """Outputs [scored tokens, A] of each tree, in the order of its scored tokens."""
+        largest = max((int(tree.tokens.max()) for tree in trees), default=0)
         if largest >= self.config.vocab:
             raise ValueError(
                 f"token {largest} has no row in the model's embedding of {self.config.vocab}; the tokenizer is another "
                 "model's, or has tokens that were added after training"
             )
-        row = LEAST_ROW
-        while row < max(len(s) for s in sequences):
-            row *= 2
-        trees, owners = [], []
-        for members in _runs(sequences, prompts, row):
-            trees.append(build_tree([sequences[m] for m in members]))
-            owners.append(members)
-        scores = np.zeros(len(sequences), np.float32)
-        for plan, batch, raw in self._batches(trees, row):
+        found: dict[int, np.ndarray] = {}
+        for plan, batch, raw in self._batches(trees, _row_tokens(max(map(len, trees), default=0))) if trees else ():
             for b, groups in enumerate(plan):
-                here = batch["end"][b] >= 0
-                for g, slot, value in zip(batch["end_group"][b][here], batch["end_slot"][b][here], raw[b][here]):
-                    scores[owners[groups[g]][slot]] = value
-        return scores.tolist()
+                for g, index in enumerate(groups):
+                    found[index] = raw[b][batch["end_group"][b] == g]
+        return [found[i] for i in range(len(trees))]
 
-    def _batches(self, trees: list[Tree], row: int) -> Any:
-        """Yields (groups of each row, the batch on the host, its scores [B, E])."""
+    def _batches(self, trees: Sequence[Tree], row: int) -> Any:
+        """Yields (groups of each row, the batch on the host, its outputs [B, E, A])."""
         devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         budget = BATCH_TOKENS.get(jax.default_backend(), DEFAULT_BATCH_TOKENS)
         lengths, ends = np.array([len(t) for t in trees]), np.array([len(t.end) for t in trees])
@@ -169,11 +301,14 @@ class RewardModel:
         shape = loader.rounded(shape)
         source = loader.StepSource(Unlabelled(trees), plan, shape, (0, shape.rows))
         placed = sharding.named(self.mesh, sharding.BATCH)
+        static = {"config": self.config, "dtype": self.dtype, "labels": len(self.labels)}
         with jax.set_mesh(self.mesh):
             for step in range(plan.steps):
                 batch = source[step]
                 arrays = {name: jax.device_put(x[0], placed) for name, x in batch.items()}
-                raw = _forward(self.params, arrays, config=self.config, dtype=self.dtype, out=sharding.named(self.mesh))
+                raw = _forward(
+                    self.params, arrays, **static, architecture=self.architecture, out=sharding.named(self.mesh)
+                )
                 yield (
                     plan.rows(step),
                     {name: x[0] for name, x in batch.items()},
@@ -181,14 +316,79 @@ class RewardModel:
                 )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "out"))
-def _forward(params: Any, batch: Any, *, config: ModelConfig, dtype: str, out: jax.sharding.Sharding) -> jax.Array:
-    """Scores [B, E] of a batch; models of one config share what is compiled."""
-    graph, _ = heads.abstract(config, 1, dtype, dtype)
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a directory holds, from config.json and its contract; see RewardModel."""
+
+    architecture: str
+    labels: tuple[str, ...]
+    contract: dict[str, Any] | None
+    objective: Objective | None
+    own: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, directory: Path, values: Mapping[str, Any]) -> "Kind":
+        """Reads it.
+
+        Raises:
+            ValueError: a contract that cannot be read.
+        """
+        terms = contract.read(directory)
+        named = (values.get("architectures") or ["ForSequenceClassification"])[0].rpartition("For")[2]
+        architecture = named if named in ARCHITECTURES else "SequenceClassification"
+        names = values.get("id2label") or {"0": "LABEL_0"}
+        labels = () if architecture == "CausalLM" else tuple(names[i] for i in sorted(names, key=int))
+        if terms is None:
+            if architecture == "CausalLM":  # most likely a base model, which has no head to score with
+                architecture, labels = "SequenceClassification", ("LABEL_0",)
+            return cls(architecture, labels, None, None, {})
+        own = {name: np.array(value, np.float32) for name, value in terms["objective_params"].items()}
+        return cls(architecture, labels, terms, objectives.make(terms["objective"]), own)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "labels", "architecture", "out"))
+def _forward(
+    params: Any,
+    batch: Any,
+    *,
+    config: ModelConfig,
+    dtype: str,
+    labels: int,
+    architecture: str,
+    out: jax.sharding.Sharding,
+) -> jax.Array:
+    """Outputs [B, E, A] of a batch; models of one config share what is compiled."""
+    graph, _ = heads.abstract(config, labels, dtype, dtype, architecture=architecture)
     # Accelerators round float32 products to TF32 or bfloat16 unless told otherwise.
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-        scores = heads.merge(graph, params)(batch, remat="none")[..., 0]
-    return jax.lax.with_sharding_constraint(scores, out)
+        if architecture == "CausalLM":
+            outputs = _mean_nll(heads.merge(graph, params), batch)
+        else:
+            outputs = heads.merge(graph, params)(batch, remat="none")
+    return jax.lax.with_sharding_constraint(outputs, out)
+
+
+def _mean_nll(model: Any, batch: Any) -> jax.Array:
+    """[B, E, 1]: mean negative log-likelihood of the tokens after the first of each sequence, at its last token.
+
+    Each tree must be one sequence: what a token at `end` sees are the tokens before it.
+    """
+    index = jnp.arange(batch["tokens"].shape[1])
+    last = index + 1 >= batch["visible_until"]  # of its tree: what stands next is another sequence's
+    nll_BT = model({**batch, "loss_weight": jnp.where(last, 0.0, 1.0)}, remat="none")["nll"]
+    sums_BT = jnp.cumsum(jnp.where(last, 0.0, nll_BT), axis=1)
+    end = jnp.maximum(batch["end"], 0)
+    start = jnp.take_along_axis(batch["visible_from"], end, axis=1)
+    pick = lambda at: jnp.where(at >= 0, jnp.take_along_axis(sums_BT, jnp.maximum(at, 0), axis=1), 0.0)
+    return ((pick(end - 1) - pick(start - 1)) / jnp.maximum(end - start, 1))[..., None]
+
+
+def _row_tokens(longest: int) -> int:
+    """Length of a row that holds `longest` tokens."""
+    row = LEAST_ROW
+    while row < longest:
+        row *= 2
+    return row
 
 
 def _runs(sequences: Sequence[Tokens], prompts: Sequence[Any] | None, row: int) -> list[list[int]]:
@@ -220,7 +420,7 @@ def load_checked(
     if terms is None:
         return load(dtype=dtype)
     model = load(dtype="float32")
-    contract.check_scores(terms, model.score_tokens([row["token_ids"] for row in terms["golden"]]))
+    contract.check_outputs(terms, model.replay(terms["golden"]))
     if heads.compute_dtype(dtype) != "float32":
         del model  # makes room
         model = load(dtype=dtype)

@@ -1,24 +1,32 @@
-"""Scores a file of conversations.
+"""Scores a file of conversations, of pairs or of solutions step by step.
 
     python -m rmjax.score --model=runs/tiny/export --input=conversations.jsonl --output=scores.jsonl
 
-A row is a conversation in `messages` (a list of {role, content}), or `prompt` and `response` (texts, or messages and a
-text). The output has the same rows with a column `score`, in the same order; its ending says JSONL or Parquet. (JSONL
+What a row must have depends on what the model was trained for. `prompt` is a text or a list of {role, content}.
+
+    rewards, attributes   `messages`, or `prompt` and `response`              adds `score` and each attribute
+    comparisons           `prompt`, `response_a`, `response_b`                adds `A`, `B` and `tie`: probabilities
+    steps                 `prompt`, `completions` (a list of texts)           adds `scores`, one for each step
+
+The output has the same rows with these columns added, in the same order; its ending says JSONL or Parquet. (JSONL
 holds dates, decimals and bytes as text.) The input is read twice: all of it is checked before the model is loaded.
 """
 
+import dataclasses
 import glob
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import app, flags
 
+from rmjax import contract
 from rmjax.data.records import BadRow, check_conversation
 from rmjax.data.sources import open_source, split_spec
 
@@ -32,27 +40,112 @@ CHUNK = 1024  # rows held in memory
 Row = dict[str, Any]
 
 
-def conversation_of(row: Row) -> list[dict[str, Any]]:
-    """The conversation of a row.
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How rows of one shape are read and scored.
+
+    Attributes:
+        columns: what a row needs, in words.
+        read: the prompt with each response of a row, as conversations; None where the columns are not there.
+        score: (model, rows, what `read` gave for each) to the columns that each row gets.
+    """
+
+    columns: str
+    read: Callable[[Row], list[Any] | None]
+    score: Callable[[Any, list[Row], list[list[Any]]], list[Row]]
+
+
+def _answered(row: Row, *names: str) -> list[Any] | None:
+    prompt, responses = row.get("prompt"), [row.get(name) for name in names]
+    if not isinstance(prompt, str | list) or not all(isinstance(response, str) for response in responses):
+        return None
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [[*turns, {"role": "assistant", "content": response}] for response in responses]
+
+
+def _conversation(row: Row) -> list[Any] | None:
+    return [row["messages"]] if isinstance(row.get("messages"), list) else _answered(row, "response")
+
+
+def _steps(row: Row) -> list[Any] | None:
+    texts = row.get("completions")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return None
+    return _answered({**row, "response": "".join(texts)}, "response")
+
+
+def _rewards(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
+    values = model.values([whole for (whole,) in conversations])
+    return [dict(zip(values, map(float, row))) for row in zip(*values.values())]
+
+
+def _verdicts(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
+    return model.judge([a for a, _ in conversations], [b for _, b in conversations])
+
+
+def _step_scores(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
+    scores = model.steps([whole[:-1] for (whole,) in conversations], [row["completions"] for row in rows])
+    return [{"scores": values} for values in scores]
+
+
+KINDS = (
+    Kind("`prompt` and `completions` (a list of texts)", _steps, _step_scores),
+    Kind("`prompt`, `response_a` and `response_b`", lambda row: _answered(row, "response_a", "response_b"), _verdicts),
+    Kind("`messages` (a list of {role, content}), or `prompt` and `response`", _conversation, _rewards),
+)
+
+
+def kind_of(row: Row) -> Kind:
+    """The kind of a source's rows, from the first one.
 
     Raises:
-        ValueError: none of the columns that can hold one, or columns that would change or lose something.
+        ValueError: none fits.
     """
-    if "score" in row:
-        raise ValueError("has a column `score` already; rename it, the output has its scores there")
+    for kind in KINDS:
+        if kind.read(row) is not None:
+            return kind
+    expected = "; or ".join(kind.columns for kind in reversed(KINDS))
+    raise ValueError(f"has columns {', '.join(sorted(row)) or 'none'}; expected {expected}")
+
+
+def conversations_of(row: Row, kind: Kind, added: Mapping[str, Any]) -> list[Any]:
+    """The conversations of a row that are scored.
+
+    Args:
+        row: the row.
+        kind: of the first row.
+        added: the columns that the row will get.
+
+    Raises:
+        ValueError: the columns are not there, or some would be changed or lost.
+    """
+    if taken := [name for name in added if name in row]:
+        raise ValueError(f"has a column `{taken[0]}` already; rename it, the output has its scores there")
     for name in ("system", "tools"):
         if row.get(name):
             raise ValueError(f"has a column `{name}`, which is not read; write it into `messages`, or drop the column")
-    if isinstance(row.get("messages"), list):
-        return row["messages"]
-    prompt, response = row.get("prompt"), row.get("response")
-    if isinstance(response, str) and isinstance(prompt, str | list):
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return [*turns, {"role": "assistant", "content": response}]
-    raise ValueError(
-        f"has columns {', '.join(sorted(row)) or 'none'}; expected `messages` (a list of {{role, content}}), "
-        f"or `prompt` and `response`"
-    )
+    if (found := kind.read(row)) is None:
+        raise ValueError(f"has columns {', '.join(sorted(row)) or 'none'}; expected {kind.columns}")
+    return found
+
+
+def added_columns(model: str) -> dict[str, pa.DataType]:
+    """The columns that a model's scores stand in, from its contract alone; a model that is not ours gives `score`.
+
+    Raises:
+        ValueError: a contract that cannot be read.
+    """
+    from rmjax import objectives
+
+    terms = contract.find(model)
+    if terms is None:
+        return {"score": pa.float64()}
+    objective = objectives.make(terms["objective"])
+    if objective.architecture == "TokenClassification":
+        return {"scores": pa.list_(pa.float64())}
+    own = {name: np.array(value, np.float32) for name, value in terms["objective_params"].items()}
+    names = objective.decode(np.zeros((1, len(objective.labels)), np.float32), own) if objective.labels else ()
+    return dict.fromkeys(names, pa.float64())
 
 
 def chunks(rows: Iterator[Any]) -> Iterator[list[Any]]:
@@ -61,8 +154,13 @@ def chunks(rows: Iterator[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def survey(source: str, output: Path) -> tuple[int, pa.Schema | None]:
+def survey(source: str, output: Path, added: Mapping[str, pa.DataType]) -> tuple[int, pa.Schema | None]:
     """Checks every row before any is scored.
+
+    Args:
+        source: the input.
+        output: where the scores go.
+        added: the columns that each row will get.
 
     Returns:
         The number of rows; for Parquet also the schema that holds them all with their scores. That of the first rows
@@ -75,11 +173,13 @@ def survey(source: str, output: Path) -> tuple[int, pa.Schema | None]:
         raise ValueError(f"--output={output} must end in .jsonl or .parquet")
     if output.is_dir() or _reads(source, output):
         raise ValueError(f"--output={output} is {'a directory' if output.is_dir() else 'read as input'}; name another")
-    count, schema = 0, pa.schema([]) if output.suffix == ".parquet" else None
+    count, schema, kind = 0, pa.schema([]) if output.suffix == ".parquet" else None, None
     for chunk in chunks(open_source(source)):
         for where, row in chunk:
             try:
-                check_conversation(conversation_of(row))
+                kind = kind or kind_of(row)
+                for conversation in conversations_of(row, kind, added):
+                    check_conversation(conversation)
             except BadRow as bad:
                 raise ValueError(f"{where}: {bad.detail}") from None
             except ValueError as error:
@@ -87,7 +187,9 @@ def survey(source: str, output: Path) -> tuple[int, pa.Schema | None]:
         count += len(chunk)
         if schema is not None:
             schema = merged(schema, [row for _, row in chunk])
-    return count, None if schema is None else schema.append(pa.field("score", pa.float64()))
+    for name, type in added.items():
+        schema = None if schema is None else schema.append(pa.field(name, type))
+    return count, schema
 
 
 def _reads(source: str, path: Path) -> bool:
@@ -161,16 +263,19 @@ def run(
     from rmjax.reward_model import BadConversation, load_checked
     from rmjax.writers import Progress
 
-    count, schema = survey(source, output)
+    added = added_columns(model_path)
+    count, schema = survey(source, output, added)
     with Output(output, schema) as sink:  # before the model is loaded, so that a bad place is found at once
         model = load_checked(model_path, dtype=dtype, template_kwargs=template_kwargs)
         progress = Progress(-(-count // CHUNK), unit="rows")
         for step, chunk in enumerate(chunks(open_source(source)), 1):
             try:
-                scores = model.score([conversation_of(row) for _, row in chunk])
+                rows = [row for _, row in chunk]
+                kind = kind_of(rows[0])
+                scores = kind.score(model, rows, [conversations_of(row, kind, added) for row in rows])
             except BadConversation as bad:
                 raise ValueError(f"{chunk[bad.index][0]}: {bad.detail}") from None
-            sink.write([{**row, "score": score} for (_, row), score in zip(chunk, scores)])
+            sink.write([{**row, **columns} for row, columns in zip(rows, scores)])
             progress.step(step, {}, groups=len(chunk))
         progress.close()
     return count

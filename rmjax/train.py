@@ -362,10 +362,11 @@ def in_words(values: dict[str, float], run: Run) -> str:
     """The metrics a person looks at after an evaluation, in one line."""
     metric = run.config.checkpoint.metric.rpartition("/")[2]
     names = dict.fromkeys((*run.objective.shown, metric))
-    parts = {name: values[f"validation/{name}"] for name in names if f"validation/{name}" in values}
+    found = {name: values.get(f"validation/{name}") for name in names}
+    parts = {name: value for name, value in found.items() if value is not None}  # NaN is null in metrics.jsonl
     text = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
-    gap = values.get(f"train_slice/{metric}", float("nan")) - parts.get(metric, float("nan"))
-    return f"validation {text}" + (f"; {metric} in training {gap:+.3g}" if np.isfinite(gap) else "")
+    seen, new = values.get(f"train_slice/{metric}"), parts.get(metric)
+    return f"validation {text}" + ("" if seen is None or new is None else f"; {metric} in training {seen - new:+.3g}")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -402,7 +403,9 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
     export.check_tokenizer(chat, values)
     model = model_config.from_hf(values)
     dtype = heads.compute_dtype(config.model.compute_dtype)
-    graph, shapes = heads.abstract(model, len(objective.labels), config.model.param_dtype, dtype)
+    graph, shapes = heads.abstract(
+        model, len(objective.labels), config.model.param_dtype, dtype, architecture=objective.architecture
+    )
     own = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in objective.params().items()}
     shapes = prepare.with_own(shapes, own)
     shapes = sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
@@ -437,6 +440,7 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
         mode=config.checkpoint.mode,
     )
     save_config(config, workdir)
+    prepare.save_audit(workdir / "audit.json", train, validation_groups, objective.task)
     with jax.set_mesh(mesh), contextlib.closing(checkpointer):
         data = f"{train_groups.fingerprint} {validation_groups.fingerprint}"
         state, host, start = restore_or_init(config, checkpointer, program, model, objective, data)

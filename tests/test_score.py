@@ -159,8 +159,8 @@ def test_values_that_json_lacks_become_text(model_dir, fast, tmp_path):
 def test_one_chunk_is_in_memory(model_dir, loaded, fast, tmp_path, monkeypatch):
     monkeypatch.setattr(score, "CHUNK", 8)
     sizes = []
-    scored = lambda conversations: sizes.append(len(conversations)) or [0.0] * len(conversations)
-    monkeypatch.setattr(loaded, "score", scored)
+    scored = lambda conversations: sizes.append(len(conversations)) or {"score": np.zeros(len(conversations))}
+    monkeypatch.setattr(loaded, "values", scored)
     source = write_jsonl(tmp_path / "in.jsonl", [row(i) for i in range(50)])
     assert score.run(str(model_dir), str(source), tmp_path / "out.parquet") == 50
     assert sizes == [8] * 6 + [2]
@@ -172,6 +172,10 @@ def test_one_chunk_is_in_memory(model_dir, loaded, fast, tmp_path, monkeypatch):
 
 BAD = {
     "no_columns": ({"text": "x"}, r"in\.jsonl:7 has columns text; expected `messages`"),
+    "comparison": (
+        {"prompt": "", "response_a": "", "response_b": ""},
+        r"in\.jsonl:7 has columns prompt.*; expected `m",
+    ),
     "no_answer": ({"messages": ROWS[0]["messages"][:1]}, r"in\.jsonl:7: .*ends with user"),
     "no_text": ({"prompt": "x", "response": " "}, r"in\.jsonl:7: the last assistant turn has no text"),
     "scored": (row(7, score=1.0), r"in\.jsonl:7 has a column `score` already"),
@@ -249,15 +253,16 @@ def test_missing_input_is_refused(tmp_path):
 
 
 def test_a_contract_is_replayed_first(model_dir, loaded, source):
-    terms = contract.make(loaded.chat, objective="x", metrics={}, data="", max_length=0, over_long="drop")
+    given = {"objective": {"name": "bradley_terry"}, "own": {}, "labels": ["LABEL_0"], "metrics": {}, "data": ""}
+    terms = contract.make(loaded.chat, **given, max_length=0, over_long="drop")
     golden = contract.golden_rows(loaded.chat, [])
-    wanted = loaded.score_tokens([golden[0]["token_ids"]])[0]
+    wanted = loaded.replay(golden)[0]
     output = source.with_name("out.jsonl")
     try:
-        contract.write(model_dir, {**terms, "golden": [{**golden[0], "score": wanted}]})
+        contract.write(model_dir, {**terms, "golden": [{**golden[0], "outputs": wanted.tolist()}]})
         assert score.run(str(model_dir), str(source), output) == len(ROWS)
         output.unlink()
-        contract.write(model_dir, {**terms, "golden": [{**golden[0], "score": wanted + 2e-4}]})
+        contract.write(model_dir, {**terms, "golden": [{**golden[0], "outputs": (wanted + 2e-4).tolist()}]})
         with pytest.raises(ValueError, match="golden row 0 scores"):
             score.run(str(model_dir), str(source), output)
     finally:

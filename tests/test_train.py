@@ -406,7 +406,7 @@ def test_a_start_that_failed_does_not_claim_the_workdir(tmp_path, cache_dir):
 
 def test_whole_epochs_show_every_group_equally_often(cache_dir, tmp_path):
     config = small(cache_dir, duration="3 epochs", plan__window=16)
-    groups, _ = prepare.read_groups(config, prepare.open_chat(config, tmp_path))
+    groups, _ = prepare.read_groups(config, prepare.open_chat(config, tmp_path), objectives.make(config.objective).task)
     for count in range(40, 150, 5):
         split = prepare.plan_training(config, groups.select(range(count)), 1, 4)
         assert (np.bincount(split.plan.groups) == 3).all()
@@ -414,7 +414,7 @@ def test_whole_epochs_show_every_group_equally_often(cache_dir, tmp_path):
 
 def test_epochs_mean_the_data_not_the_run(cache_dir, tmp_path):
     config = small(cache_dir, duration="0.5 epochs")
-    groups, _ = prepare.read_groups(config, prepare.open_chat(config, tmp_path))
+    groups, _ = prepare.read_groups(config, prepare.open_chat(config, tmp_path), objectives.make(config.objective).task)
     plan = prepare.plan_training(config, groups, 1, 4).plan
     assert prepare.steps_in("1 epochs", plan) == plan.steps_per_epoch > plan.steps
     assert prepare.steps_in("50%", plan) == round(plan.steps / 2 + 0.01) and prepare.steps_in("0%", plan, least=0) == 0
@@ -422,7 +422,9 @@ def test_epochs_mean_the_data_not_the_run(cache_dir, tmp_path):
 
 def test_evaluation_computes_no_more_rows_than_it_has(cache_dir, tmp_path):
     config = small(cache_dir)
-    _, validation = prepare.read_groups(config, prepare.open_chat(config, tmp_path))
+    _, validation = prepare.read_groups(
+        config, prepare.open_chat(config, tmp_path), objectives.make(config.objective).task
+    )
     split = prepare.plan_evaluations(config, {"v": validation}, 1, 300)["v"]
     assert split.shape.micro * split.shape.rows == sum(len(split.plan.rows(s)) for s in range(split.plan.steps))
 
