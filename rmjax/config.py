@@ -210,7 +210,9 @@ def check(config: ConfigDict) -> None:
     if objective not in OBJECTIVES:
         raise ValueError(f"config.objective.name={objective!r} is none of {', '.join(OBJECTIVES)}")
     if missing := [key for key, _ in flatten(defaults(objective)) if key not in flat]:
-        raise ValueError(f"the config lacks {', '.join(missing)}; start from rmjax.config.defaults() in get_config")
+        raise ValueError(
+            f"the config lacks {', '.join(missing)}; start from rmjax.config.defaults({objective!r}) in get_config"
+        )
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             near = difflib.get_close_matches(str(flat[key]), allowed, 1)

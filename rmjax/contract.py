@@ -19,10 +19,15 @@ from rmjax.data.trees import Tokens
 from rmjax.models import hf
 
 FILE, VERSION = "reward_contract.json", 2
-RULE = (
-    "the last token of apply_chat_template(conversation, tokenize=False, add_generation_prompt=False), tokenized "
-    "without adding special tokens; nothing is trimmed"
+RENDERING = (
+    "apply_chat_template(conversation, tokenize=False, add_generation_prompt=False), tokenized without adding special "
+    "tokens; nothing is trimmed"
 )
+RULES = {  # which tokens are scored, by architecture
+    "SequenceClassification": f"the last token of {RENDERING}",
+    "TokenClassification": f"the token with the last character of each step, in {RENDERING}",
+    "CausalLM": "none: the model writes",
+}
 TOLERANCE = 1e-4  # of golden scores, in float32
 
 
@@ -35,6 +40,8 @@ def make(
     chat: Chat,
     *,
     objective: Mapping[str, Any],
+    architecture: str,
+    decoding: str,
     own: Mapping[str, Any],
     labels: Sequence[str],
     metrics: Mapping[str, float],
@@ -47,6 +54,8 @@ def make(
     Args:
         chat: tokenizer and template of the run.
         objective: name and keys of the objective, which say how its outputs are decoded.
+        architecture: of the export, a name in RULES.
+        decoding: how scores are had from the head's outputs, in words.
         own: what the objective itself learnt (a tie parameter, cut points).
         labels: names of the head's outputs.
         metrics: validation metrics of the exported step; `reward_mean` and `reward_std` among them.
@@ -57,7 +66,7 @@ def make(
     tokenizer = chat.tokenizer
     return {
         "version": VERSION,
-        "scored_token": RULE,
+        "scored_token": RULES[architecture],
         "template_sha256": template_hash(chat),
         "template_kwargs": chat.template_kwargs,
         "bos_token_id": tokenizer.bos_token_id,
@@ -66,6 +75,7 @@ def make(
         "objective": dict(objective),
         "objective_params": {name: np.asarray(value).tolist() for name, value in own.items()},
         "labels": list(labels),
+        "decoding": decoding,
         "reward_mean": metrics.get("validation/reward_mean"),
         "reward_std": metrics.get("validation/reward_std"),
         "max_length": max_length,
@@ -155,8 +165,9 @@ def check(terms: dict[str, Any], chat: Chat) -> None:
         ValueError: another rule for the scored token, another template, or other tokens for a golden text.
     """
     problems = []
-    if terms["scored_token"] != RULE:
-        problems.append(f"its scored token is {terms['scored_token']!r}, this version of rmjax scores {RULE!r}")
+    if terms["scored_token"] not in RULES.values():
+        known = "; ".join(RULES.values())
+        problems.append(f"its scored token is {terms['scored_token']!r}, this version of rmjax scores {known}")
     if terms["template_sha256"] != template_hash(chat):
         problems.append("the tokenizer's chat template is not the one it was trained with")
     for number, row in enumerate(terms["golden"]):

@@ -60,6 +60,8 @@ def write(
     terms = contract.make(
         chat,
         objective={"name": config.objective.name, **objective.terms()},
+        architecture=objective.architecture,
+        decoding=objective.decoding,
         own=jax.device_get(params.get("objective", {})),
         labels=objective.labels,
         metrics=metrics,

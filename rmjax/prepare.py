@@ -103,7 +103,24 @@ def read_groups(config: ConfigDict, chat: Chat, task: Task) -> tuple[Groups, Gro
     else:
         train, validation = groups_lib.split(groups, config.data.validation_fraction, config.seed)
     train = select.sampled(train, config.data.sample, config.seed)
+    refuse_unlabelled(train, getattr(task, "names", ()))
     return train, validation if config.data.validation else validation.audited(train.audit)
+
+
+def refuse_unlabelled(groups: Groups, names: Sequence[str]) -> None:
+    """Makes sure that every attribute is learnt from something: its output would stay random, and count in the reward.
+
+    Raises:
+        ValueError: attributes that no training group has.
+    """
+    if not names:
+        return
+    mask = groups.column("label/mask")[0].reshape(-1, len(names))
+    if missing := [name for a, name in enumerate(names) if not mask[:, a].any()]:
+        raise ValueError(
+            f"config.objective.attributes: no training group has {', '.join(missing)}; leave it out, or look at the "
+            "attributes with `python -m rmjax.data inspect`"
+        )
 
 
 def plan_training(config: ConfigDict, groups: Groups, row_devices: int, micro_rows: int) -> Split:

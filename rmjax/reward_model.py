@@ -158,12 +158,15 @@ class RewardModel:
             prompts.append(checked[:-1])
         return self.decode(self.outputs(self.chat.encode(texts), prompts))
 
-    def steps(self, conversations: Sequence[Conversation], steps: Sequence[Sequence[str]]) -> list[list[float]]:
+    def steps(
+        self, conversations: Sequence[Conversation], steps: Sequence[Sequence[str]], *, separator: str = "\n"
+    ) -> list[list[float]]:
         """Probabilities that the steps of responses are right, of a model that was trained on steps (`prm`).
 
         Args:
             conversations: the prompts: each a list of {"role", "content"} without the response.
-            steps: the response of each, step by step; the texts are joined as they are.
+            steps: the response of each, step by step.
+            separator: what stands between two steps, as in the data that it was trained on.
 
         Returns:
             For each conversation one float per step.
@@ -173,8 +176,13 @@ class RewardModel:
             ValueError: a model of another kind.
         """
         self._expect("TokenClassification")
+        if self.objective is None and len(self.labels) != 1:
+            raise ValueError(
+                f"which of the outputs {', '.join(self.labels)} is a step's score is not known; see `replay`"
+            )
         examples = []
-        for prompt, texts in zip(conversations, steps, strict=True):
+        for prompt, pieces in zip(conversations, steps, strict=True):
+            texts = [separator * bool(i) + piece for i, piece in enumerate(pieces)]
             stops = tuple(np.cumsum([len(text) for text in texts]).tolist())
             whole = (*prompt, {"role": "assistant", "content": "".join(texts)})
             examples.append(Example((whole,), scored=(stops,)))
@@ -336,7 +344,7 @@ class Kind:
         terms = contract.read(directory)
         named = (values.get("architectures") or ["ForSequenceClassification"])[0].rpartition("For")[2]
         architecture = named if named in ARCHITECTURES else "SequenceClassification"
-        names = values.get("id2label") or {"0": "LABEL_0"}
+        names = values.get("id2label") or {str(i): f"LABEL_{i}" for i in range(_outputs(directory, values))}
         labels = () if architecture == "CausalLM" else tuple(names[i] for i in sorted(names, key=int))
         if terms is None:
             if architecture == "CausalLM":  # most likely a base model, which has no head to score with
@@ -344,6 +352,11 @@ class Kind:
             return cls(architecture, labels, None, None, {})
         own = {name: np.array(value, np.float32) for name, value in terms["objective_params"].items()}
         return cls(architecture, labels, terms, objectives.make(terms["objective"]), own)
+
+
+def _outputs(directory: Path, values: Mapping[str, Any]) -> int:
+    """Outputs of the head of a directory whose config.json names none: transformers leaves out its default of two."""
+    return int(values.get("num_labels") or hf.head_outputs(directory) or 1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "labels", "architecture", "out"))

@@ -67,11 +67,18 @@ def _conversation(row: Row) -> list[Any] | None:
     return [row["messages"]] if isinstance(row.get("messages"), list) else _answered(row, "response")
 
 
-def _steps(row: Row) -> list[Any] | None:
+def _separated(row: Row) -> list[str] | None:
+    """The steps of a row as training reads them: each but the first begins with the separator."""
     texts = row.get("completions")
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         return None
-    return _answered({**row, "response": "".join(texts)}, "response")
+    separator = "\n" if row.get("separator") is None else str(row["separator"])
+    return [separator * bool(i) + text for i, text in enumerate(texts)]
+
+
+def _steps(row: Row) -> list[Any] | None:
+    texts = _separated(row)
+    return None if texts is None else _answered({**row, "response": "".join(texts)}, "response")
 
 
 def _rewards(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
@@ -84,28 +91,39 @@ def _verdicts(model: Any, rows: list[Row], conversations: list[list[Any]]) -> li
 
 
 def _step_scores(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
-    scores = model.steps([whole[:-1] for (whole,) in conversations], [row["completions"] for row in rows])
-    return [{"scores": values} for values in scores]
+    prompts, texts = [whole[:-1] for (whole,) in conversations], [_separated(row) for row in rows]
+    return [{"scores": values} for values in model.steps(prompts, texts, separator="")]
 
 
-KINDS = (
-    Kind("`prompt` and `completions` (a list of texts)", _steps, _step_scores),
-    Kind("`prompt`, `response_a` and `response_b`", lambda row: _answered(row, "response_a", "response_b"), _verdicts),
-    Kind("`messages` (a list of {role, content}), or `prompt` and `response`", _conversation, _rewards),
+REWARDS = Kind("`messages` (a list of {role, content}), or `prompt` and `response`", _conversation, _rewards)
+VERDICTS = Kind(
+    "`prompt`, `response_a` and `response_b`", lambda row: _answered(row, "response_a", "response_b"), _verdicts
 )
+STEPS = Kind("`prompt` and `completions` (a list of texts)", _steps, _step_scores)
 
 
-def kind_of(row: Row) -> Kind:
-    """The kind of a source's rows, from the first one.
+def kind_of(model: str) -> tuple[Kind, dict[str, pa.DataType]]:
+    """How rows are scored by a model, and the columns they get, from its contract alone; others give `score`.
 
     Raises:
-        ValueError: none fits.
+        ValueError: a contract that cannot be read, or a model that scores nothing.
     """
-    for kind in KINDS:
-        if kind.read(row) is not None:
-            return kind
-    expected = "; or ".join(kind.columns for kind in reversed(KINDS))
-    raise ValueError(f"has columns {', '.join(sorted(row)) or 'none'}; expected {expected}")
+    from rmjax import objectives
+
+    terms = contract.find(model)
+    if terms is None:
+        return REWARDS, {"score": pa.float64()}
+    objective = objectives.make(terms["objective"])
+    if objective.architecture == "CausalLM":
+        raise ValueError(
+            f"{model} is a judge that writes its verdicts: generate with transformers or a server, and read them with "
+            "rmjax.data.judging.parse_verdict"
+        )
+    if objective.architecture == "TokenClassification":
+        return STEPS, {"scores": pa.list_(pa.float64())}
+    own = {name: np.array(value, np.float32) for name, value in terms["objective_params"].items()}
+    names = objective.decode(np.zeros((1, len(objective.labels)), np.float32), own)
+    return VERDICTS if terms["objective"]["name"] == "pairwise" else REWARDS, dict.fromkeys(names, pa.float64())
 
 
 def conversations_of(row: Row, kind: Kind, added: Mapping[str, Any]) -> list[Any]:
@@ -113,7 +131,7 @@ def conversations_of(row: Row, kind: Kind, added: Mapping[str, Any]) -> list[Any
 
     Args:
         row: the row.
-        kind: of the first row.
+        kind: of the model.
         added: the columns that the row will get.
 
     Raises:
@@ -129,37 +147,19 @@ def conversations_of(row: Row, kind: Kind, added: Mapping[str, Any]) -> list[Any
     return found
 
 
-def added_columns(model: str) -> dict[str, pa.DataType]:
-    """The columns that a model's scores stand in, from its contract alone; a model that is not ours gives `score`.
-
-    Raises:
-        ValueError: a contract that cannot be read.
-    """
-    from rmjax import objectives
-
-    terms = contract.find(model)
-    if terms is None:
-        return {"score": pa.float64()}
-    objective = objectives.make(terms["objective"])
-    if objective.architecture == "TokenClassification":
-        return {"scores": pa.list_(pa.float64())}
-    own = {name: np.array(value, np.float32) for name, value in terms["objective_params"].items()}
-    names = objective.decode(np.zeros((1, len(objective.labels)), np.float32), own) if objective.labels else ()
-    return dict.fromkeys(names, pa.float64())
-
-
 def chunks(rows: Iterator[Any]) -> Iterator[list[Any]]:
     """Cuts an iterator into lists of at most CHUNK."""
     while chunk := list(itertools.islice(rows, CHUNK)):
         yield chunk
 
 
-def survey(source: str, output: Path, added: Mapping[str, pa.DataType]) -> tuple[int, pa.Schema | None]:
+def survey(source: str, output: Path, kind: Kind, added: Mapping[str, pa.DataType]) -> tuple[int, pa.Schema | None]:
     """Checks every row before any is scored.
 
     Args:
         source: the input.
         output: where the scores go.
+        kind: how the model's rows are read.
         added: the columns that each row will get.
 
     Returns:
@@ -173,11 +173,10 @@ def survey(source: str, output: Path, added: Mapping[str, pa.DataType]) -> tuple
         raise ValueError(f"--output={output} must end in .jsonl or .parquet")
     if output.is_dir() or _reads(source, output):
         raise ValueError(f"--output={output} is {'a directory' if output.is_dir() else 'read as input'}; name another")
-    count, schema, kind = 0, pa.schema([]) if output.suffix == ".parquet" else None, None
+    count, schema = 0, pa.schema([]) if output.suffix == ".parquet" else None
     for chunk in chunks(open_source(source)):
         for where, row in chunk:
             try:
-                kind = kind or kind_of(row)
                 for conversation in conversations_of(row, kind, added):
                     check_conversation(conversation)
             except BadRow as bad:
@@ -263,18 +262,22 @@ def run(
     from rmjax.reward_model import BadConversation, load_checked
     from rmjax.writers import Progress
 
-    added = added_columns(model_path)
-    count, schema = survey(source, output, added)
+    kind, added = kind_of(model_path)
+    count, schema = survey(source, output, kind, added)
     with Output(output, schema) as sink:  # before the model is loaded, so that a bad place is found at once
         model = load_checked(model_path, dtype=dtype, template_kwargs=template_kwargs)
         progress = Progress(-(-count // CHUNK), unit="rows")
         for step, chunk in enumerate(chunks(open_source(source)), 1):
             try:
                 rows = [row for _, row in chunk]
-                kind = kind_of(rows[0])
                 scores = kind.score(model, rows, [conversations_of(row, kind, added) for row in rows])
             except BadConversation as bad:
                 raise ValueError(f"{chunk[bad.index][0]}: {bad.detail}") from None
+            if scores[0].keys() != added.keys():
+                raise ValueError(
+                    f"{model_path} gives {', '.join(scores[0])}, expected {', '.join(added)}: it is no model of ours, "
+                    "and its outputs are no reward; see RewardModel.values"
+                )
             sink.write([{**row, **columns} for row, columns in zip(rows, scores)])
             progress.step(step, {}, groups=len(chunk))
         progress.close()

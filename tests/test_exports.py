@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from rmjax import contract, reward_model, score, train
+from rmjax.data import formats
 from rmjax.data.records import pair
 from rmjax.models import hf
 from rmjax.objectives.pairwise import average_orders
@@ -79,13 +80,13 @@ def test_the_score_command_reads_it(exported, tmp_path):
     name, directory = exported
     model = reward_model.load_checked(directory)
     rows = {
-        "prm_tiny": [{"prompt": "Say why.", "completions": ["First.\n", "Then.\n", "So."]}],
+        "prm_tiny": [{"prompt": "Say why.", "completions": ["First.", "Then.", "So."]}],
         "pairwise_tiny": [{"prompt": "Say why.", "response_a": "Never.", "response_b": "Often."}],
     }.get(name, [{"prompt": "Say why.", "response": "Always."}])
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if name == "sft_tiny":
-        with pytest.raises(ValueError, match="it writes its verdicts"):
+        with pytest.raises(ValueError, match="writes its verdicts"):
             score.run(str(directory), str(source), output)
         return
     assert score.run(str(directory), str(source), output) == 1
@@ -97,7 +98,12 @@ def test_the_score_command_reads_it(exported, tmp_path):
         ids = model.chat.encode([model.chat.render([asked("Say why."), answered("First.\nThen.\nSo.")])])[0]
         logits = hf_logits(directory, "TokenClassification", ids).logits[0]
         right = torch.softmax(logits, -1)[:, 1].numpy()
-        assert all(np.abs(right - value).min() <= 1e-4 for value in wanted)
+        layout = formats.detect([{**rows[0], "labels": [1, 1, 0]}])
+        (record,) = layout.read({**rows[0], "labels": [1, 1, 0]}, source="", where="")
+        (example,) = model.objective.task.examples(record)
+        tree = model.chat.groups([example])[0].tree  # as in training
+        assert tree.sequences()[-1].tolist() == ids[: int(tree.end[-1]) + 1]
+        np.testing.assert_allclose(wanted, right[tree.end], atol=1e-4)
     elif name == "pairwise_tiny":
         assert set(added) == {"A", "B", "tie"} and sum(added.values()) == pytest.approx(1, abs=1e-5)
         examples = model.objective.task.examples(

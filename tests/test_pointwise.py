@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import math
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from ml_collections import ConfigDict
 
-from rmjax import objectives
+from rmjax import objectives, train
 from rmjax.config import defaults
 from rmjax.data.records import BadRow, Record
 from rmjax.data.tasks import Attributes
@@ -25,6 +27,7 @@ from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.gather import at_ends
 from rmjax.objectives.pointwise import LOSSES, Pointwise
 
+ROOT = Path(__file__).parents[1]
 TWO = ("helpfulness", "verbosity")
 SCALES = ((0.0, 4.0), (1.0, 6.0))
 
@@ -431,3 +434,11 @@ def test_the_task_hands_over_labels_within_their_scales():
     assert bad.value.reason == "out_of_scale"
     with pytest.raises(BadRow, match="one of the attributes helpfulness, verbosity"):
         task.examples(record(other=(1, 2)))
+
+
+def test_an_attribute_that_no_row_has_is_refused(tmp_path):
+    config = runpy.run_path(str(ROOT / "configs" / "pointwise_tiny.py"))["get_config"]()
+    config.data.train = config.data.validation = "synthetic://scores?n=40"
+    config.data.cache_dir, config.objective.attributes = str(tmp_path), ("relevance", "nope")
+    with pytest.raises(ValueError, match="no training group has nope"):
+        train.run(config, tmp_path / "run", dry_run=True)

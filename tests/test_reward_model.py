@@ -186,14 +186,16 @@ def test_a_directory_without_a_score_head_is_refused(tmp_path, tokenizer_dir):
         RewardModel.load(tmp_path)
 
 
-def test_a_classifier_of_two_labels_is_refused(tmp_path, tokenizer_dir):
+def test_a_classifier_of_two_labels_gives_no_one_reward(tmp_path, tokenizer_dir):
     make_model(tmp_path, "llama", tokenizer_dir)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir))
     sizes = {**tiny_models.SIZES, "vocab_size": len(tokenizer)}
     config = transformers.AutoConfig.for_model("llama", **sizes, num_labels=2)
     transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="2 labels in its weights, expected 1"):
-        RewardModel.load(tmp_path)
+    model = RewardModel.load(tmp_path)  # transformers leaves its default of two labels out of config.json
+    assert set(model.values(CONVERSATIONS[:1])) == {"LABEL_0", "LABEL_1"}
+    with pytest.raises(ValueError, match="LABEL_0, LABEL_1, not one reward; call `values`"):
+        model.score(CONVERSATIONS[:1])
 
 
 def test_a_tokenizer_without_a_template_is_refused(foreign, tmp_path):

@@ -253,7 +253,8 @@ def test_missing_input_is_refused(tmp_path):
 
 
 def test_a_contract_is_replayed_first(model_dir, loaded, source):
-    given = {"objective": {"name": "bradley_terry"}, "own": {}, "labels": ["LABEL_0"], "metrics": {}, "data": ""}
+    objective = {"objective": {"name": "bradley_terry"}, "architecture": "SequenceClassification", "decoding": ""}
+    given = {**objective, "own": {}, "labels": ["LABEL_0"], "metrics": {}, "data": ""}
     terms = contract.make(loaded.chat, **given, max_length=0, over_long="drop")
     golden = contract.golden_rows(loaded.chat, [])
     wanted = loaded.replay(golden)[0]

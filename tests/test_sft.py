@@ -16,7 +16,7 @@ from rmjax.data import cache, loader
 from rmjax.data.chat import Chat, load_tokenizer
 from rmjax.data.groups import Group
 from rmjax.data.judging import parse_verdict
-from rmjax.data.records import BadRow, group, pair
+from rmjax.data.records import BadRow, Record, Step, group, pair
 from rmjax.data.trees import build_tree
 from rmjax.data.writing import Writing, preferred
 from rmjax.models import heads, hf
@@ -288,3 +288,16 @@ def test_real_rows(name, options, expected, shared_data, tmp_path):
             verdict = parse_verdict(learnt.removesuffix("<|im_end|>"), expected)
             said = chat.tokenizer.decode(one.tree.tokens[np.flatnonzero(one.labels["verdict"]) + 1])
             assert verdict.kind == expected and str(verdict.value).removesuffix(".0") in said
+
+
+def test_what_was_judged_bad_is_not_imitated():
+    none = np.zeros((1, 1), np.float32)
+    made = lambda **said: Record((tuple(talk("q", "a")),), none, none, none, **said)
+    steps = lambda *labels: (tuple(Step(1, label) for label in labels),)
+    for good, bad in (
+        (made(attributes={"label": (1.0,)}), made(attributes={"label": (0.0,)})),
+        (made(steps=steps(1.0, 1.0)), made(steps=steps(1.0, 0.0))),
+    ):
+        assert len(Writing().examples(good)) == 1
+        with pytest.raises(BadRow, match="labelled_bad"):
+            Writing().examples(bad)

@@ -132,7 +132,7 @@ def test_a_bag_of_words_does_not_tell(rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_the_run_reaches_what_its_config_states(seed, tmp_path):
     config = runpy.run_path(str(ROOT / "configs" / "bt_rankings_tiny.py"))["get_config"]()
     config.seed, config.data.cache_dir = seed, str(tmp_path / "cache")

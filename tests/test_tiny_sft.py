@@ -106,7 +106,7 @@ def test_eight_devices_give_the_losses_of_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "tied"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("seed", "tied"), [(2, False)])
 def test_the_judge_with_other_seeds(seed, tied, tmp_path):
     config = runpy.run_path(str(ROOT / CONFIG))["get_config"]()
     config.seed, config.data.cache_dir, config.log.tensorboard = seed, str(tmp_path / "cache"), False

@@ -30,6 +30,7 @@ REASONS = {
     "wrong_type": "a cell of another type than its column needs",
     "out_of_scale": "a score outside its attribute's scale (objective.scales)",
     "no_assistant_turn": "the conversation does not end with an assistant turn",
+    "labelled_bad": "a response that was judged bad, which is not imitated",
     "no_label": "it says nothing that the objective learns from",
     "template_error": "the chat template refuses the conversation",
 }

@@ -3,7 +3,15 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from rmjax.data.judging import BETTER, SCORE, better_conversations, check_template, score_conversations, verdict_span
+from rmjax.data.judging import (
+    BETTER,
+    SCORE,
+    better_conversations,
+    check_template,
+    score_conversations,
+    some_good,
+    verdict_span,
+)
 from rmjax.data.records import BadRow, Conversation, Record
 from rmjax.data.tasks import Axes, Example, Span
 
@@ -94,16 +102,25 @@ class Writing:
         return tuple(Span(-1, *span, weight) for span in found if span)
 
 
-def preferred(record: Record) -> Sequence[Conversation]:
+def preferred(record: Record) -> Sequence[Conversation | BadRow]:
     """The conversations of a record that beat another one and that none beats; all where nothing is said of pairs.
 
+    A BadRow (`labelled_bad`) stands for one that a yes-or-no label, or a step of it, calls bad.
+
     Raises:
-        BadRow: `tie`: pairs were judged, and there is no such conversation.
+        BadRow: `tie`: pairs were judged, and there is no such conversation; or all are bad.
     """
     beats = record.wins > record.wins.T
     if not record.wins.any() and not record.ties.any():
-        return record.conversations
+        bad = BadRow("labelled_bad", "the response, or one of its steps, was judged bad")
+        return some_good([bad if _is_bad(record, i) else c for i, c in enumerate(record.conversations)])
     best = [c for i, c in enumerate(record.conversations) if beats[i].any() and not beats[:, i].any()]
     if not best:
         raise BadRow("tie", "no response is preferred to the others")
     return best
+
+
+def _is_bad(record: Record, i: int) -> bool:
+    steps = record.steps[i] if record.steps else ()
+    yes_or_no = record.attributes.get("label", ()) if set(record.attributes) == {"label"} else ()
+    return any(step.label < 0.5 for step in steps) or any(label < 0.5 for label in yes_or_no[i : i + 1])

@@ -51,6 +51,16 @@ BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
+def head_outputs(directory: str | Path) -> int:
+    """Outputs of a directory's score head, from the files' headers; 0 without one.
+
+    Raises:
+        ValueError: unreadable or missing files.
+    """
+    slices = _Checkpoint(Path(directory)).slices
+    return slices[SCORE].get_shape()[0] if SCORE in slices else 0
+
+
 def is_hub_id(text: str | Path) -> bool:
     """Whether it has the form owner/name."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(text)) is not None

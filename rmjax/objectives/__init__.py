@@ -1,5 +1,6 @@
 """What is learnt: one file and one row here for each objective."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,13 +30,16 @@ def make(values: Mapping[str, Any]) -> Objective:
     name = values.pop("name")
     if name not in OBJECTIVES:
         raise ValueError(f"config.objective.name={name!r} is unknown; there is {', '.join(sorted(OBJECTIVES))}")
+    known = {field.name for field in dataclasses.fields(OBJECTIVES[name])}  # type: ignore[arg-type]
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(
+            f"config.objective has {', '.join(unknown)}, which {name!r} has not; its keys are "
+            f"{', '.join(sorted(known))}. Begin the config file with rmjax.config.defaults({name!r})"
+        )
     try:
         return OBJECTIVES[name](**{key: _frozen(value) for key, value in values.items()})
     except TypeError as error:
-        raise ValueError(
-            f"config.objective has the keys {', '.join(sorted(values))}, which are not those of {name!r} ({error}); "
-            "begin the config file with rmjax.config.defaults(OBJECTIVE)"
-        ) from None
+        raise ValueError(f"config.objective: a value of {name!r} is of the wrong type: {error}") from None
 
 
 def _frozen(value: Any) -> Any:

@@ -43,6 +43,11 @@ class Objective:
         return ("LABEL_0",)
 
     @property
+    def decoding(self) -> str:
+        """What `decode` does, in words, for the export's contract."""
+        return "the output is the reward"
+
+    @property
     def task(self) -> Task:
         """How records become groups and labels."""
         raise NotImplementedError

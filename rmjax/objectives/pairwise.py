@@ -68,6 +68,9 @@ class Pairwise(Objective):
     strength_scale: float = 1.0
     label_smoothing: float = 0.0
 
+    decoding = (
+        "softmax over the labels; ask with the template in both orders, exchange A and B in the second, and average"
+    )
     problem_type = "single_label_classification"
     shown = ("loss", "accuracy", "accuracy_averaged", "consistency")
 
@@ -82,8 +85,8 @@ class Pairwise(Objective):
             raise ValueError(f"config.objective.strength_scale={self.strength_scale} must be above 0")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"config.objective.label_smoothing={self.label_smoothing} must be in [0, 1)")
-        try:
-            load_template(self.template, "pairwise")
+        try:  # once, so that a run is exported with the template it was trained with
+            object.__setattr__(self, "template", load_template(self.template, "pairwise"))
         except (ValueError, OSError) as error:
             raise ValueError(f"config.objective.template: {error}") from None
 
@@ -95,11 +98,7 @@ class Pairwise(Objective):
     @property
     def task(self) -> Judgements:
         """Both orders of each pair."""
-        return Judgements(load_template(self.template, "pairwise"), self.classes, self.ties)
-
-    def terms(self) -> dict[str, Any]:
-        """Its keys and values, with the template's text in place of its file."""
-        return {**super().terms(), "template": self.task.template}
+        return Judgements(self.template, self.classes, self.ties)
 
     def sums(self, outputs: jax.Array, batch: Batch, params: Params) -> Sums:
         """Loss and metrics of a batch as sums over its pairs.

@@ -86,12 +86,30 @@ class Pointwise(Objective):
         for name in ("delta", "sigma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{key}{name}={getattr(self, name)} must be above 0")
-        if self.bins < 0 or self.bins == 1:
+        if self.bins < 0 or self.bins == 1 or self.bins % 1:
             raise ValueError(f"{key}bins={self.bins} must be 2 or more, or 0 for one at each whole number")
         if self.loss not in REGRESSION and not self.bins and any(x % 1 for pair in limits for x in pair):
             raise ValueError(f"{key}scales={self.scales!r} are not whole numbers; say how many {key}bins there are")
         if self.weights and len(self.weights) != len(names):
             raise ValueError(f"{key}weights={self.weights!r} must be one number for each of {names!r}, or ()")
+        if not all(isinstance(weight, int | float) for weight in self.weights):
+            raise ValueError(f"{key}weights={self.weights!r} must be numbers")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"{key}scales={self.scales!r}: the bins are too narrow to be told apart in the export")
+
+    @property
+    def decoding(self) -> str:
+        """How scores are had from the outputs, in words."""
+        reward = "the reward is their sum by `weights`, or their mean"
+        if self.loss in REGRESSION:
+            return f"a score is the middle of its scale plus half its width times the output; {reward}"
+        if self.loss == "ordinal":
+            return (
+                "P(score above level k) = sigmoid(output - cut k); the cuts of an attribute are the running sum of its "
+                "first number in `cuts` and softplus of the others; a score is the sum of levels times probabilities, "
+                f"the levels evenly spaced on its scale; {reward}"
+            )
+        return f"softmax over the labels of each attribute; a score is the sum of levels times probabilities; {reward}"
 
     @property
     def limits(self) -> tuple[tuple[float, float], ...]:

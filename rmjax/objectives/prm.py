@@ -31,6 +31,7 @@ class ProcessReward(Objective):
 
     architecture, problem_type = "TokenClassification", "single_label_classification"
     labels = ("incorrect", "correct")
+    decoding = "softmax over the labels; the score of a step is the probability of `correct`"
     shown = ("loss", "accuracy", "first_error_accuracy")
 
     @property

@@ -9,7 +9,6 @@ their verdicts Kim et al. 2023 (Prometheus), arXiv:2310.08491; perplexity Jeline
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +45,7 @@ class SFT(Objective):
     both_orders: bool = False
 
     architecture = "CausalLM"
+    decoding = "the verdict is what it writes; rmjax.data.judging.parse_verdict reads it"
     shown = ("loss", "accuracy", "verdict_accuracy")
 
     def __post_init__(self) -> None:
@@ -53,9 +53,14 @@ class SFT(Objective):
             raise ValueError(f"config.objective.scale={self.scale} must be the lowest and the highest rating")
         if self.template and self.target == "messages":
             raise ValueError("config.objective.template does nothing with config.objective.target='messages'")
+        if default := TEMPLATES.get(self.target, ""):
+            try:  # once, so that a run is exported with the template it was trained with
+                object.__setattr__(self, "template", load_template(self.template, default))
+            except (ValueError, OSError) as error:
+                raise ValueError(f"config.objective.template: {error}") from None
         try:
             self.task  # noqa: B018 - checks the rest
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise ValueError(f"config.objective.{error}") from None
 
     @property
@@ -66,13 +71,7 @@ class SFT(Objective):
     @property
     def task(self) -> Writing:
         """Conversations and which of their tokens are learnt."""
-        default = TEMPLATES.get(self.target, "")
-        values = dataclasses.asdict(self) | {"template": load_template(self.template, default) if default else ""}
-        return Writing(**values)
-
-    def terms(self) -> dict[str, Any]:
-        """Its keys and values, with the template's text in place of its file."""
-        return {**super().terms(), "template": self.task.template}
+        return Writing(**dataclasses.asdict(self))
 
     def sums(self, outputs: Mapping[str, jax.Array], batch: Batch, params: Params) -> Sums:
         """Loss and metrics of a batch as sums over its learnt tokens.
