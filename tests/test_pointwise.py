@@ -439,6 +439,8 @@ def test_the_task_hands_over_labels_within_their_scales():
 def test_an_attribute_that_no_row_has_is_refused(tmp_path):
     config = runpy.run_path(str(ROOT / "configs" / "pointwise_tiny.py"))["get_config"]()
     config.data.train = config.data.validation = "synthetic://scores?n=40"
+    config.data.max_bad_fraction = 1.0
     config.data.cache_dir, config.objective.attributes = str(tmp_path), ("relevance", "nope")
+    config.data.max_bad_fraction = 0.2  # of rows that lack relevance, which is all that is left of them
     with pytest.raises(ValueError, match="no training group has nope"):
         train.run(config, tmp_path / "run", dry_run=True)
