@@ -49,7 +49,9 @@ class Summary:
         return f"agreement on {self.question}: {text} ({self.items:,} items, {self.people:,} annotators)"
 
 
-def cohen_kappa(first: Sequence[float], second: Sequence[float], *, quadratic: bool = False) -> float:
+def cohen_kappa(
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, quadratic: bool = False
+) -> float:
     """Cohen's kappa of two raters (Cohen 1960), or with quadratic weights (Cohen 1968).
 
     Args:
