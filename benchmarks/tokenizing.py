@@ -1,6 +1,6 @@
 """Measures what stands before training: tokenizing pairs, starting again from the cache, and reading the batches.
 
-    python benchmarks/tokenizing.py --tokenizer=DIRECTORY --lengths=lengths_long.json --workdir=/tmp/tokenizing
+    python benchmarks/tokenizing.py --tokenizer=DIRECTORY --lengths=lengths_long.json --workdir=runs/tokenizing
 
 Makes `--pairs` pairs of random words whose tokens (prompt, chosen, rejected, with what the template puts around them)
 follow the triples of a JSON file, then runs three stages, each in a process of its own:

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +132,20 @@ def test_calls_of_another_kind_say_what_to_call(exported):
     if name in ("prm_tiny", "pairwise_tiny", "sft_tiny"):
         with pytest.raises(ValueError, match=r"call `steps`|call `judge`|writes its verdicts"):
             model.score([conversation])
+
+
+def test_what_an_objective_learns_itself_survives_a_restart(tmp_path):
+    config = runpy.run_path(str(ROOT / "configs" / "bt_tiny.py"))["get_config"]()
+    config.data.train, config.data.validation = "synthetic://pairs?n=600", "synthetic://pairs?n=60&seed=1"
+    config.data.cache_dir, config.log.tensorboard, config.eval.train_groups = str(tmp_path / "cache"), False, 0
+    config.objective.ties, config.duration, config.eval.every = "davidson", "4 steps", "4 steps"
+    config.checkpoint.every, config.optim.warmup, config.export.step = "2 steps", "0 steps", "last"
+    workdir = tmp_path / "run"
+    train.run(config, workdir)
+    first = contract.read(workdir / "export")
+    shutil.rmtree(workdir / "export")
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    train.run(config, workdir)
+    again = contract.read(workdir / "export")
+    assert again["objective_params"] == first["objective_params"] and first["objective_params"]["tie"] != 0
+    assert again["golden"] == first["golden"]
