@@ -16,6 +16,7 @@ import numpy as np
 
 from rmjax.data import formats, sources
 from rmjax.data.formats import judged, label_studio
+from rmjax.data.reading import opened
 from rmjax.data.records import BadRow
 
 Answers = Mapping[str, float]  # of one question on one item, by person
@@ -171,12 +172,11 @@ def summaries(spec: str, format: str = "auto") -> list[Summary]:
     """
     asked: dict[str, list[Answers]] = {}
     for item in sources.split_spec(spec):
-        rows = (row for _, row in sources.open_source(item))
-        first = list(itertools.islice(rows, formats.LOOK))
-        answers_of = VOTES.get(formats.detect(first, format).name)
+        layout, rows = opened(item, format)
+        answers_of = VOTES.get(layout.name)
         if answers_of is None:
             continue
-        for row in itertools.chain(first, rows):
+        for _, row in rows:
             try:
                 for question, answers in answers_of(row):
                     asked.setdefault(question, []).append(answers)

@@ -35,7 +35,7 @@ from rmjax.data.audit import Audit
 from rmjax.data.augment import EVALUATION, augment
 from rmjax.data.chat import Chat, Labelled, conversation_key, sequence_lengths
 from rmjax.data.groups import Groups, Store, schema
-from rmjax.data.reading import prompt_id, read_row
+from rmjax.data.reading import opened, prompt_id, read_row
 from rmjax.data.records import KEEPABLE, BadRow, Record
 from rmjax.data.tasks import Example, Task
 
@@ -121,13 +121,7 @@ class _Result:
 def _jobs(spec: str, format: str) -> Iterator[_Job]:
     """The rows of all sources in jobs; the first rows of each source decide how it is read."""
     for item in sources.split_spec(spec):
-        rows = sources.open_source(item)
-        first = list(itertools.islice(rows, formats.LOOK))
-        try:
-            layout = formats.detect([row for _, row in first], format)
-        except ValueError as error:
-            raise ValueError(f"{item}: {error}") from None
-        rows = itertools.chain(first, rows)
+        layout, rows = opened(item, format)
         while chunk := list(itertools.islice(rows, CHUNK)):
             yield _Job(layout, sources.source_name(item), chunk)
 

@@ -40,13 +40,8 @@ def records(
     """
     audit = Audit() if audit is None else audit
     for item in sources.split_spec(spec):
-        rows = sources.open_source(item)
-        first = list(itertools.islice(rows, formats.LOOK))
-        try:
-            layout = formats.detect([row for _, row in first], format)
-        except ValueError as error:
-            raise ValueError(f"{item}: {error}") from None
-        for where, row in reported(itertools.chain(first, rows), item, progress):
+        layout, rows = opened(item, format)
+        for where, row in reported(rows, item, progress):
             audit.rows += 1
             made = read_row(layout, row, sources.source_name(item), where, on_bad_row == "keep", audit)
             if on_bad_row == "error":
@@ -54,6 +49,22 @@ def records(
             for record in made:
                 audit.sources[record.source] = audit.sources.get(record.source, 0) + 1
                 yield record
+
+
+def opened(item: str, format: str) -> tuple[formats.Layout, Iterator[tuple[str, sources.Row]]]:
+    """How one source is read, which its first rows decide, and all its rows.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it cannot be read, or its format is unclear; names it.
+    """
+    rows = sources.open_source(item)
+    first = list(itertools.islice(rows, formats.LOOK))
+    try:
+        layout = formats.detect([row for _, row in first], format)
+    except ValueError as error:
+        raise ValueError(f"{item}: {error}") from None
+    return layout, itertools.chain(first, rows)
 
 
 def read_row(

@@ -16,6 +16,7 @@ import numpy as np
 from rmjax.data.tasks import Preferences
 from rmjax.objectives import likelihoods
 from rmjax.objectives.base import Batch, Objective, Params
+from rmjax.objectives.gather import gather_groups
 from rmjax.objectives.metrics import with_reward_std
 from rmjax.objectives.sums import Sums, fraction, ratios
 
@@ -27,28 +28,6 @@ EXCLUDES = (
     ("rankings", ("plackett_luce",), ("label_smoothing", "margin_scale", "scaled", "focal"), "has no single pairs"),
     ("ties", LEARNED, ("margin_scale", "focal"), "has three outcomes, those have two"),
 )
-
-
-def gather_groups(scores_BE: jax.Array, end_group: jax.Array, end_slot: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Puts flat scores where their group and response are.
-
-    Args:
-        scores_BE: float32 [B, E] scores of the scored tokens.
-        end_group: int32 [B, E] group of each; -1 absent.
-        end_slot: int32 [B, E] response of each; -1 absent.
-        shape: (G, K).
-
-    Returns:
-        float32 [B, G, K]; 0 where there is no response.
-    """
-    if scores_BE.shape != end_group.shape or scores_BE.shape != end_slot.shape:
-        raise ValueError(
-            f"scores {scores_BE.shape}, end_group {end_group.shape} and end_slot {end_slot.shape} must agree"
-        )
-    g, k = shape
-    flat = jnp.where(end_group >= 0, end_group * k + end_slot, g * k)  # absent ends go to a slot that is cut off
-    put = lambda s, at: jnp.zeros(g * k + 1, s.dtype).at[at].add(s)
-    return jax.vmap(put)(scores_BE, flat)[:, :-1].reshape(-1, g, k)
 
 
 @dataclasses.dataclass(frozen=True)

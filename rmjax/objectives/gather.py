@@ -1,6 +1,6 @@
-"""Brings the labels of groups and responses to their scored tokens.
+"""Between scored tokens and their groups: scores brought to the groups, or labels to the scored tokens.
 
-Shape letters: B rows, G groups in a row, E scored tokens in a row.
+Shape letters: B rows, G groups in a row, K responses in a group, E scored tokens in a row.
 """
 
 import jax
@@ -26,3 +26,25 @@ def at_ends(labels: jax.Array, *indices: jax.Array) -> jax.Array:
     picked = jax.vmap(pick)(labels, *indices)
     here = (indices[0] >= 0).reshape(indices[0].shape + (1,) * (picked.ndim - 2))
     return jnp.where(here, picked, 0)
+
+
+def gather_groups(scores_BE: jax.Array, end_group: jax.Array, end_slot: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Puts flat scores where their group and response are.
+
+    Args:
+        scores_BE: float32 [B, E] scores of the scored tokens.
+        end_group: int32 [B, E] group of each; -1 absent.
+        end_slot: int32 [B, E] response of each; -1 absent.
+        shape: (G, K).
+
+    Returns:
+        float32 [B, G, K]; 0 where there is no response.
+    """
+    if scores_BE.shape != end_group.shape or scores_BE.shape != end_slot.shape:
+        raise ValueError(
+            f"scores {scores_BE.shape}, end_group {end_group.shape} and end_slot {end_slot.shape} must agree"
+        )
+    g, k = shape
+    flat = jnp.where(end_group >= 0, end_group * k + end_slot, g * k)  # absent ends go to a slot that is cut off
+    put = lambda s, at: jnp.zeros(g * k + 1, s.dtype).at[at].add(s)
+    return jax.vmap(put)(scores_BE, flat)[:, :-1].reshape(-1, g, k)

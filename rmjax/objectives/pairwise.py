@@ -20,7 +20,7 @@ import numpy as np
 
 from rmjax.data.judging import SWAPPED, VERDICTS, Judgements, load_template
 from rmjax.objectives.base import Batch, Objective, Params
-from rmjax.objectives.bradley_terry import gather_groups
+from rmjax.objectives.gather import gather_groups
 from rmjax.objectives.sums import Sums, fraction, ratios
 
 
