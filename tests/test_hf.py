@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from tiny_models import PAD, make_hf_model, random_groups, tree_rows
 
-from rmjax.models import heads, hf
+from rmjax.models import heads, hf, weight_files
 from rmjax.models.config import from_hf
 from rmjax.sharding import make_mesh, param_shardings
 
@@ -206,6 +207,44 @@ def test_shards_on_a_mesh_and_other_dtype(tmp_path):
     row = next(row for row in hf.TABLES["qwen3"] if row.path == "decoder/layers/q/kernel")
     sharding = NamedSharding(shardings["decoder"]["norm"]["scale"].mesh, P(None, "fsdp", "tensor"))
     assert hf.exchanged(sharding, 3, row).spec == P(None, "tensor", "fsdp")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_parts_are_what_safetensors_reads(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "PIECE", 1000)  # several to a tensor
+    make_hf_model("qwen2", tmp_path, dtype=dtype)
+    tensors, whole = weight_files.open_tensors(tmp_path), load_file(tmp_path / hf.WEIGHTS)
+    assert tensors.keys() == whole.keys()
+    one, names = "model.embed_tokens.weight", [f"model.layers.{n}.mlp.up_proj.weight" for n in range(3)]
+    for rows, columns in ((slice(None), slice(None)), (slice(24, 48), slice(None)), (slice(None), slice(12, 24))):
+        part = weight_files.read([tensors[one]], (rows, columns), stacked=False)
+        np.testing.assert_array_equal(part, whole[one][rows, columns])
+        index = (slice(1, 3), rows, columns)
+        stack = weight_files.read([tensors[name] for name in names], index, stacked=True)
+        np.testing.assert_array_equal(stack, np.stack([whole[name] for name in names])[index])
+        assert part.dtype == stack.dtype == jnp.dtype(dtype)  # nothing is widened on the host
+        assert part.ctypes.data % weight_files.ALIGNED == stack.ctypes.data % weight_files.ALIGNED == 0
+
+
+def test_layers_of_several_dtypes(tmp_path):
+    make_hf_model("llama", tmp_path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit(tmp_path, lambda tensors: tensors.update({name: tensors[name].astype(jnp.bfloat16)}))
+    whole, params = load_file(tmp_path / hf.WEIGHTS), open_checkpoint(tmp_path)[2]
+    stack = params["decoder"]["layers"]["down"]["kernel"]
+    for n in range(2):
+        np.testing.assert_array_equal(stack[n], whole[f"model.layers.{n}.mlp.down_proj.weight"].T.astype(np.float32))
+
+
+def test_host_memory_of_loading_is_a_parameter_and_the_one_before(tmp_path):
+    make_hf_model("qwen2", tmp_path, dtype="bfloat16", intermediate_size=30_000, num_hidden_layers=4)
+    largest = 2 * 30_000 * 48 * np.array([3, 1])  # bytes in the file: gate of the stacked layers, and of the last one
+    open_checkpoint(tmp_path)  # compiles
+    tracemalloc.start()  # numpy reports what it allocates; the arrays that are loaded are JAX's
+    open_checkpoint(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert largest.max() <= peak < 1.1 * largest.sum()
 
 
 def test_all_mismatches_in_one_message(tmp_path):

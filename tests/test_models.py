@@ -49,11 +49,11 @@ QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 
 
-def from_torch(named, rows):
+def from_torch(named, rows, layers=3):
     """Our parameter paths from a dict of torch tensors by checkpoint name, by the table alone."""
     params = {}
-    for row, leaf in rows.items():
-        tensors = [named[name].detach().numpy() for name in row.names(leaf.shape[0])]
+    for row in rows:
+        tensors = [named[name].detach().numpy() for name in row.names(layers)]
         array = np.stack(tensors) if row.stacked else tensors[0]
         params[row.path] = np.swapaxes(array, -1, -2) if row.transposed else array
     return params
@@ -164,6 +164,28 @@ def test_ten_adamw_steps(case):
         np.testing.assert_allclose(flat(params)[path], reference, atol=1e-3, rtol=0, err_msg=path)
 
 
+def test_the_last_layer_of_scored_tokens_alone_is_exact():
+    """Some tokens asked for are the same one, as steps of a shared prefix are."""
+    config = from_hf({**TINY, "model_type": "qwen3"})
+    graphdef, _ = heads.abstract(config, 1)
+    params = heads.init(config, 1, seed=4)
+    at_BE = jnp.asarray(np.random.default_rng(0).integers(0, BATCH["tokens"].shape[1], (2, 9)).repeat(2, 1))
+    slope_BED = jnp.asarray(np.random.default_rng(1).normal(size=(2, 18, config.width)), jnp.float32)
+
+    def loss(params, pruned):
+        decoder = heads.merge(graphdef, params).decoder
+        x = decoder(*(BATCH[name] for name in WHERE), at=at_BE if pruned else None)
+        x_BED = x if pruned else jnp.take_along_axis(x, at_BE[..., None], axis=1)
+        return (slope_BED * x_BED).sum(), x_BED
+
+    step = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1, compiler_options=QUICK)
+    (grads, few), (expected, all_of) = step(params, True), step(params, False)
+    np.testing.assert_allclose(few, all_of, rtol=1e-5, atol=1e-6 * np.abs(all_of).max())
+    for path, grad in flat(expected).items():
+        atol = 1e-5 * np.abs(grad).max()
+        np.testing.assert_allclose(flat(grads)[path], grad, rtol=0, atol=atol, err_msg=path)
+
+
 @pytest.mark.slow
 def test_remat_policies_and_unrolling_change_nothing(tmp_path):
     case = Case("qwen2 with a window on its upper layers", tmp_path)
@@ -188,11 +210,13 @@ def saved_bytes(config, remat):
 def test_remat_saves_what_it_names():
     config = from_hf({**TINY, "model_type": "qwen2"})
     full = saved_bytes(config, "full")
-    numbers = BATCH["tokens"].size * config.layers * 4  # bytes of one number of each token and layer
+    # Bytes of one number of each token and layer; of the last layer only scored tokens count.
+    numbers = (BATCH["tokens"].size * (config.layers - 1) + BATCH["end"].size) * 4
     widths = {"mid": config.width, "gate": config.mlp, "q": config.heads * config.head_dim}
     for name, width in widths.items():
         assert saved_bytes(config, name) - full == pytest.approx(numbers * width, rel=0.01)
-    attention = numbers * config.heads * (config.head_dim + 1)  # and its log-sum-exp
+    of_all = BATCH["tokens"].size * config.layers * 4
+    attention = of_all * config.heads * (config.head_dim + 1)  # and its log-sum-exp
     assert saved_bytes(config, "attention") - full == pytest.approx(attention, rel=0.25)  # rows fill whole blocks
     assert saved_bytes(config, "none") > saved_bytes(config, ",".join(SAVED)) > full
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from rmjax.data.trees import build_tree
-from rmjax.kernels.tree_attention import BLOCK, tree_attention
+from rmjax.kernels.attention_xla import BLOCK
+from rmjax.kernels.tree_attention import block_of, tree_attention
+from rmjax.kernels.visible import visible
 
 LENGTH = 3 * BLOCK + 9  # of most rows: whole blocks and a part of one
 
@@ -83,10 +85,16 @@ def torch_attention(q, k, v, dout, seen, positions=None, window=None):
     return [x.detach().numpy() for x in (out, *gradients)]
 
 
+def attend(q, k, v, spans, window=None, *, form="xla", **options):
+    """Tree attention of rows given by visible_from, visible_until and positions."""
+    seen = visible(*spans, window, block=block_of(form, q.shape[1], q.shape[3]))
+    return tree_attention(q, k, v, seen, form=form, **options)
+
+
 @jax.jit
 def ours(q, k, v, dout, spans, window=None):
     """Output and gradients of q, k, v."""
-    out, pull = jax.vjp(lambda q, k, v: tree_attention(q, k, v, *spans, window), q, k, v)
+    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, spans, window), q, k, v)
     return out, *pull(dout)
 
 
@@ -119,7 +127,7 @@ def test_windows_are_measured_along_the_path():
         traced = ours(*heads, spans, jnp.int32(window))
         assert_near(traced, torch_attention(*heads, seen, spans[2], window), 2e-6)
         if window == 7:
-            out = jax.jit(tree_attention, static_argnames="window")(*heads[:3], *spans, window=7)
+            out = jax.jit(attend, static_argnames="window")(*heads[:3], spans, window=7)
             np.testing.assert_allclose(out, traced[0], rtol=1e-6, atol=1e-6)
 
 
@@ -215,12 +223,12 @@ def test_blocks_out_of_sight_are_not_read():
     positions = np.concatenate([np.arange(2 * BLOCK), np.arange(BLOCK, 3 * BLOCK), np.arange(BLOCK)])
     spans = [jnp.asarray(x, jnp.int32)[None] for x in (first, until, positions)]
     q, k, v, _ = random_heads(np.random.default_rng(6), 1, 5 * BLOCK, 2, 1, 8)
-    attend = jax.jit(tree_attention)
+    run = jax.jit(attend)
 
     def poisoned(blocks, window=100_000):
         index = np.arange(5 * BLOCK) // BLOCK
         bad = jnp.asarray(np.isin(index, blocks))[None, :, None, None]
-        out = attend(q, jnp.where(bad, jnp.nan, k), jnp.where(bad, jnp.nan, v), *spans, window)
+        out = run(q, jnp.where(bad, jnp.nan, k), jnp.where(bad, jnp.nan, v), spans, window)
         return sorted(set(index[np.isnan(out).any((0, 2, 3))].tolist()))
 
     assert poisoned([0]) == [0, 1, 2, 3]
@@ -240,7 +248,7 @@ def layers_gradient(policy):
         def layer(x, one):
             weight, window = one
             q, q_too, k, v = (jnp.einsum("btmh,hi->btmi", x, w) for w in weight)
-            out = tree_attention(jnp.stack([q, q_too], 3).reshape(*x.shape[:2], -1, x.shape[3]), k, v, *spans, window)
+            out = attend(jnp.stack([q, q_too], 3).reshape(*x.shape[:2], -1, x.shape[3]), k, v, spans, window)
             return x + out.reshape(*x.shape[:3], 2, -1).sum(3), None
 
         return (jax.lax.scan(jax.checkpoint(layer, policy=policy), x, (weights, windows))[0] ** 2).sum()
@@ -317,10 +325,10 @@ def test_what_does_not_fit_is_named():
     index = jnp.arange(8, dtype=jnp.int32)[None]
     spans = (index, index + 1, index)
     with pytest.raises(ValueError, match=r"N a multiple of M"):
-        tree_attention(q[:, :, :3], k, v, *spans)
+        attend(q[:, :, :3], k, v, spans)
     with pytest.raises(ValueError, match=r"do not fit together"):
-        tree_attention(q, k[:, :7], v[:, :7], *spans)
+        attend(q, k[:, :7], v[:, :7], spans)
     with pytest.raises(ValueError, match=r"k bfloat16"):
-        tree_attention(q, k.astype(jnp.bfloat16), v, *spans)
+        attend(q, k.astype(jnp.bfloat16), v, spans)
     with pytest.raises(ValueError, match=r"visible_until has shape \(1, 7\), expected .* \(1, 8\)"):
-        tree_attention(q, k, v, index, index[:, 1:], index)
+        attend(q, k, v, (index, index[:, 1:], index))

@@ -1,23 +1,26 @@
 """One decoder for every family: what differs between them is in ModelConfig.
 
-Shape letters: B rows, T tokens, D width, F mlp width, N query heads, M key/value heads, H head width,
-L layers. The parameters of all layers are stacked on a leading axis L and applied by one `lax.scan`.
+Shape letters: B rows, T tokens, E scored tokens of a row, D width, F mlp width, N query heads, M key/value heads,
+H head width, L layers. The parameters of all layers but the last are stacked on a leading axis L - 1 and applied by one
+`lax.scan`. The last layer is by itself, because of it only scored tokens are asked for.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from rmjax.kernels.tree_attention import tree_attention
+from rmjax.kernels.tree_attention import block_of, tree_attention
+from rmjax.kernels.visible import NO_WINDOW, Visible, visible
 from rmjax.models.config import ModelConfig
 from rmjax.models.rope import rope_angles, rotate
 from rmjax.sharding import BATCH, constrain
 
+CAST = "cast"  # the name of a kernel in the compute dtype: a copy that no policy keeps
 # Activations that a remat policy can save, and the names they go by inside. The kernel names its own output
 # and the log-sum-exp that its backward needs with it.
 SAVED = {
@@ -29,7 +32,6 @@ SAVED = {
     "gate": ("gate",),
     "up": ("up",),
 }
-NO_WINDOW = np.iinfo(np.int32).max  # in a stack of layers of which only some have a window
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike) -> nnx.Param:
@@ -64,6 +66,32 @@ class RMSNorm(nnx.Module):
         return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel: [..., in] and [in, out] to [..., out].
+
+    The kernel's gradient is computed with the narrower of its two factors first, the one that XLA transposes in memory
+    on CPUs: with the wider one, and the activation that is fused into it, a step took 1.3 times as long (Qwen2 of
+    width 256, mlp 1,024, 2 CPU cores, jax 0.10.2).
+    """
+    return x @ kernel
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return product(x, kernel), (x, kernel)
+
+
+def _product_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    dx = jnp.einsum("...o,io->...i", dy, kernel)
+    if x.shape[-1] <= dy.shape[-1]:
+        return dx, jnp.einsum("...i,...o->io", x, dy)
+    return dx, jnp.einsum("...o,...i->oi", dy, x).T
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 class Linear(nnx.Module):
     """x @ kernel + bias, both cast to the dtype of x."""
 
@@ -73,26 +101,29 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] to [..., out]."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = product(x, checkpoint_name(self.kernel[...].astype(x.dtype), CAST))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Layer(nnx.Module):
     """Attention and gated MLP, each after a norm and added to the residual stream.
 
-    Built with parameters [L, ...] for all layers; called only on one layer's slice of them.
+    Built with the parameters [n, ...] of a stack of layers, and then called only on one layer's slice of them; or with
+    those of one layer.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        c, stack = config, config.layers
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, stack: int | None = None, attention: str = "xla"
+    ):
+        c, several = config, () if stack is None else (stack,)
 
         def linear(inputs: int, outputs: int, bias: bool) -> Linear:
-            return Linear(normal(rngs, (stack, inputs, outputs), c.init_std, dtype), bias)
+            return Linear(normal(rngs, (*several, inputs, outputs), c.init_std, dtype), bias)
 
         def norm(width: int) -> RMSNorm:
-            return RMSNorm((stack, width), c.norm_eps, dtype=dtype)
+            return RMSNorm((*several, width), c.norm_eps, dtype=dtype)
 
-        self.head_dim = c.head_dim
+        self.head_dim, self.form = c.head_dim, attention
         self.attention_norm = norm(c.width)
         self.q = linear(c.width, c.heads * c.head_dim, c.qkv_bias)
         self.k = linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
@@ -105,25 +136,39 @@ class Layer(nnx.Module):
         self.up = linear(c.width, c.mlp, c.mlp_bias)
         self.down = linear(c.mlp, c.width, c.mlp_bias)
 
-    def __call__(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], *where: Any) -> jax.Array:
-        """[B, T, D] to [B, T, D]; `where` is what `tree_attention` takes after q, k and v."""
-        x_BTD = constrain(x_BTD + self._attention(self.attention_norm(x_BTD), angles, where), BATCH, None, None)
-        x_BTD = checkpoint_name(x_BTD, "mid")
-        y_BTD = self.mlp_norm(x_BTD)
-        gate_BTF = checkpoint_name(self.gate(y_BTD), "gate")
-        up_BTF = checkpoint_name(self.up(y_BTD), "up")
-        return constrain(x_BTD + self.down(jax.nn.silu(gate_BTF) * up_BTF), BATCH, None, None)
+    def __call__(
+        self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], seen: Visible, at: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, T, D] to [B, T, D]; or to [B, E, D], only the tokens `at` (int32 [B, E] in [0, T)), the same numbers."""
+        x_BED, attended_BED = self._attention(x_BTD, angles, seen, at)
+        x_BED = constrain(x_BED + attended_BED, BATCH, None, None)
+        x_BED = checkpoint_name(x_BED, "mid")
+        y_BED = self.mlp_norm(x_BED)
+        gate_BEF = checkpoint_name(self.gate(y_BED), "gate")
+        up_BEF = checkpoint_name(self.up(y_BED), "up")
+        return constrain(x_BED + self.down(jax.nn.silu(gate_BEF) * up_BEF), BATCH, None, None)
 
-    def _attention(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], where: tuple[Any, ...]) -> jax.Array:
-        heads = (*x_BTD.shape[:2], -1, self.head_dim)
+    def _attention(
+        self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], seen: Visible, at: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The tokens `at`, or all, and what attention adds to them."""
+        y_BTD = self.attention_norm(x_BTD)
+        pick = (lambda x: x) if at is None else (lambda x: jax.vmap(lambda row, where: row[where])(x, at))
+        heads = lambda x: x.reshape(*x.shape[:2], -1, self.head_dim)
         # Named before norm and rotation: saving them spares the products, and what follows is cheap to redo.
-        q_BTNH = checkpoint_name(self.q(x_BTD), "q").reshape(heads)
-        k_BTMH = checkpoint_name(self.k(x_BTD), "k").reshape(heads)
-        v_BTMH = checkpoint_name(self.v(x_BTD), "v").reshape(heads)
+        q_BENH = heads(checkpoint_name(self.q(pick(y_BTD)), "q"))
+        k_BTMH = heads(checkpoint_name(self.k(y_BTD), "k"))
+        v_BTMH = heads(checkpoint_name(self.v(y_BTD), "v"))
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH, k_BTMH = self.q_norm(q_BTNH), self.k_norm(k_BTMH)
-        out_BTNH = tree_attention(rotate(q_BTNH, angles), rotate(k_BTMH, angles), v_BTMH, *where)
-        return self.o(out_BTNH.reshape(*x_BTD.shape[:2], -1))
+            q_BENH, k_BTMH = self.q_norm(q_BENH), self.k_norm(k_BTMH)
+        q_BTNH = q_BENH = rotate(q_BENH, tuple(pick(x) for x in angles))
+        if at is not None:
+            # Queries that nobody reads are 0: attention is cheap beside the products they are spared.
+            none_BTNH = jnp.zeros((*x_BTD.shape[:2], *q_BENH.shape[2:]), q_BENH.dtype)
+            q_BTNH = jax.vmap(lambda row, where, q: row.at[where].set(q))(none_BTNH, at, q_BENH)
+        out_BTNH = tree_attention(q_BTNH, rotate(k_BTMH, angles), v_BTMH, seen, form=self.form)
+        out_BEN = pick(out_BTNH.reshape(*x_BTD.shape[:2], -1))
+        return pick(x_BTD), self.o(out_BEN)
 
 
 class Decoder(nnx.Module):
@@ -131,7 +176,8 @@ class Decoder(nnx.Module):
 
     Attributes:
         embed: Embed.
-        layers: one Layer whose parameters have a leading axis L.
+        layers: one Layer whose parameters have a leading axis L - 1; None where there is only one layer.
+        last: the last Layer.
         norm: the final RMSNorm.
     """
 
@@ -142,10 +188,13 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike = jnp.float32,
         compute_dtype: DTypeLike = jnp.float32,
+        attention: str = "xla",
     ):
-        self.config, self.compute_dtype = config, jnp.dtype(compute_dtype)
+        self.config, self.compute_dtype, self.form = config, jnp.dtype(compute_dtype), attention
+        layer = functools.partial(Layer, config, rngs=rngs, dtype=param_dtype, attention=attention)
         self.embed = Embed(config, rngs=rngs, dtype=param_dtype)
-        self.layers = Layer(config, rngs=rngs, dtype=param_dtype)
+        self.layers = layer(stack=config.layers - 1) if config.layers > 1 else None
+        self.last = layer()
         self.norm = RMSNorm((config.width,), config.norm_eps, dtype=param_dtype)
 
     def __call__(
@@ -155,6 +204,7 @@ class Decoder(nnx.Module):
         visible_from: jax.Array,
         visible_until: jax.Array,
         *,
+        at: jax.Array | None = None,
         remat: str = "full",
         scan: bool = True,
     ) -> jax.Array:
@@ -165,42 +215,52 @@ class Decoder(nnx.Module):
             positions: int32 [B, T], along the path from the root of the token's tree.
             visible_from: int32 [B, T], first key that the token sees.
             visible_until: int32 [B, T], index after the last token that sees this one.
+            at: int32 [B, E] in [0, T), the only tokens that are asked for; None asks for all. After the last layer's
+                keys and values nothing else is computed.
             remat: what the backward pass recomputes: `none`, `full` (all of a layer but its input), or a
                 comma separated list of the activations of SAVED that are kept.
             scan: False runs the layers one by one in Python, for debugging.
 
         Returns:
-            The residual stream after the last layer, *before* the final norm: [B, T, D] in the compute dtype.
+            The residual stream after the last layer, *before* the final norm: [B, T, D], or [B, E, D] of the tokens
+            `at`, in the compute dtype.
 
         Raises:
             ValueError: `remat` names an unknown activation.
         """
         angles = rope_angles(self.config.rope, self.config.head_dim, positions)
-        graphdef, layers = nnx.split(self.layers)
-        static_window, windows_L = self._layer_windows()
-
-        def apply(x_BTD: jax.Array, layer_and_window: tuple[Any, Any]) -> tuple[jax.Array, None]:
-            params, window = layer_and_window
-            window = static_window if window is None else window
-            layer = nnx.merge(graphdef, params)
-            return layer(x_BTD, angles, visible_from, visible_until, positions, window), None
+        windows = sorted(set(self.config.windows), key=lambda window: window or 0)
+        block = block_of(self.form, tokens.shape[1], self.config.head_dim)
+        find = functools.partial(visible, visible_from, visible_until, positions, block=block)
+        # Layers are alike but for their window: what is seen is found once for each, and one program serves all.
+        seen_by_window = [find(NO_WINDOW if w is None and len(windows) > 1 else w) for w in windows]
+        which_L = [windows.index(window) for window in self.config.windows]
 
         # Inside a scan, XLA cannot undo the recomputation, so the barriers that would stop it only cost.
-        apply = rematerialized(apply, remat, prevent_cse=not scan)
+        wrapped = functools.partial(rematerialized, remat=remat, prevent_cse=not scan)
         x_BTD = constrain(self.embed(tokens).astype(self.compute_dtype), BATCH, None, None)
-        xs = (nnx.to_pure_dict(layers), windows_L)
-        if scan:
-            return jax.lax.scan(apply, x_BTD, xs)[0]
-        for index in range(self.config.layers):
-            x_BTD, _ = apply(x_BTD, jax.tree.map(lambda leaf, index=index: leaf[index], xs))
-        return x_BTD
+        if self.layers is not None:
+            graphdef, layers = nnx.split(self.layers)
+            seen_W = jax.tree.map(lambda *x: jnp.stack(x), *seen_by_window)
 
-    def _layer_windows(self) -> tuple[int | None, jax.Array | None]:
-        """The window of all layers and None where it is the same, else None and int32 [L] to scan."""
-        windows = self.config.windows
-        if len(set(windows)) == 1:
-            return windows[0], None
-        return None, jnp.array([NO_WINDOW if window is None else window for window in windows], jnp.int32)
+            @wrapped
+            def apply(x_BTD: jax.Array, layer_and_window: tuple[Any, Any]) -> tuple[jax.Array, None]:
+                params, which = layer_and_window
+                seen = jax.tree.map(lambda x: x[which], seen_W) if len(windows) > 1 else seen_by_window[0]
+                return nnx.merge(graphdef, params)(x_BTD, angles, seen), None
+
+            xs = (nnx.to_pure_dict(layers), jnp.array(which_L[:-1]))
+            if scan:
+                x_BTD = jax.lax.scan(apply, x_BTD, xs)[0]
+            else:
+                for index in range(self.config.layers - 1):
+                    x_BTD, _ = apply(x_BTD, jax.tree.map(lambda leaf, index=index: leaf[index], xs))
+        return self._last(x_BTD, angles, seen_by_window[which_L[-1]], at, remat)
+
+    def _last(self, x_BTD: jax.Array, angles: Any, seen: Visible, at: jax.Array | None, remat: str) -> jax.Array:
+        graphdef, params = nnx.split(self.last)
+        apply = lambda params, x_BTD: nnx.merge(graphdef, params)(x_BTD, angles, seen, at)
+        return rematerialized(apply, remat=remat, prevent_cse=True)(nnx.to_pure_dict(params), x_BTD)
 
 
 def saved_names(remat: str) -> tuple[str, ...]:
@@ -220,13 +280,15 @@ def saved_names(remat: str) -> tuple[str, ...]:
     return tuple(saved for name in names for saved in SAVED[name])
 
 
-def rematerialized(function: Any, remat: str, *, prevent_cse: bool) -> Any:
+def rematerialized(function: Any, *, remat: str, prevent_cse: bool) -> Any:
     """Wraps a layer so that its backward recomputes what `remat` (see Decoder.__call__) does not save.
 
     Raises:
         ValueError: `remat` names an unknown activation.
     """
+    policies = jax.checkpoint_policies
     if remat == "none":
-        return function
-    policy = jax.checkpoint_policies.save_only_these_names(*saved_names(remat))
-    return jax.checkpoint(function, policy=policy if remat != "full" else None, prevent_cse=prevent_cse)
+        policy = policies.save_anything_except_these_names(CAST)
+    else:
+        policy = policies.save_only_these_names(*saved_names(remat)) if remat != "full" else None
+    return jax.checkpoint(function, policy=policy, prevent_cse=prevent_cse)

@@ -49,9 +49,9 @@ class Scorer(nnx.Module):
         *,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike = jnp.float32,
-        compute_dtype: DTypeLike = jnp.float32,
+        **options: Any,
     ):
-        self.decoder = Decoder(config, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype)
+        self.decoder = Decoder(config, rngs=rngs, param_dtype=param_dtype, **options)
         self.score = ScoreHead(config, outputs, rngs=rngs)
 
     def __call__(self, batch: Mapping[str, jax.Array], *, remat: str = "full", scan: bool = True) -> jax.Array:
@@ -66,10 +66,8 @@ class Scorer(nnx.Module):
         Returns:
             float32 [B, E, A]; 0 where `end` is -1, and no gradient from there.
         """
-        x_BTD = self.decoder(*(batch[name] for name in WHERE), remat=remat, scan=scan)
-        end_BE1 = batch["end"][..., None]
-        # The final norm sees only the tokens that are scored.
-        x_BED = jnp.take_along_axis(x_BTD, jnp.maximum(end_BE1, 0), axis=1)
+        at_BE, end_BE1 = jnp.maximum(batch["end"], 0), batch["end"][..., None]
+        x_BED = self.decoder(*(batch[name] for name in WHERE), at=at_BE, remat=remat, scan=scan)
         return jnp.where(end_BE1 >= 0, self.score(self.decoder.norm(x_BED)), 0.0)
 
 
@@ -87,9 +85,9 @@ class LanguageModel(nnx.Module):
         *,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike = jnp.float32,
-        compute_dtype: DTypeLike = jnp.float32,
+        **options: Any,
     ):
-        self.decoder = Decoder(config, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype)
+        self.decoder = Decoder(config, rngs=rngs, param_dtype=param_dtype, **options)
         self.lm_head = None if config.tied else Embed(config, rngs=rngs, dtype=param_dtype)
 
     def __call__(
@@ -114,9 +112,9 @@ class LanguageModel(nnx.Module):
         return {"nll": nll_BT, "correct": correct_BT}
 
 
-def compute_dtype(dtype: str) -> str:
-    """What `auto` stands for here: float32 on CPUs and bfloat16 elsewhere."""
-    automatic = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+def compute_dtype(dtype: str, platform: str = "") -> str:
+    """What `auto` stands for on this platform, or here: float32 on CPUs and bfloat16 elsewhere."""
+    automatic = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
     return automatic if dtype == "auto" else dtype
 
 
@@ -146,14 +144,21 @@ def abstract(
     param_dtype: DTypeLike = jnp.float32,
     compute_dtype: DTypeLike = jnp.float32,
     architecture: str = "SequenceClassification",
+    attention: str = "xla",
 ) -> tuple[Any, Params]:
     """The model's structure and the shapes of its parameters, nothing allocated; for the arguments see `make`.
+
+    Args:
+        config, outputs, architecture: see `make`.
+        param_dtype: of all parameters but the score head, which is float32.
+        compute_dtype: of the decoder's activations.
+        attention: the form of `tree_attention`.
 
     Returns:
         The graphdef for `merge`, and a nested dict of jax.ShapeDtypeStruct.
     """
-    dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
-    build = lambda: make(config, outputs, architecture, rngs=nnx.Rngs(0), **dtypes)
+    options = {"param_dtype": param_dtype, "compute_dtype": compute_dtype, "attention": attention}
+    build = lambda: make(config, outputs, architecture, rngs=nnx.Rngs(0), **options)
     graphdef, state = nnx.split(nnx.eval_shape(build))
     return graphdef, nnx.to_pure_dict(state)
 

@@ -1,6 +1,6 @@
 """Hugging Face checkpoints in and out, by the tables of hf_tables.py; what is written is in hf_export.py.
 
-Weights are read by memory map straight into shards; the whole model is never on one host.
+Weights are read by memory map straight into shards (weight_files.py); the whole model is never on one host.
 """
 
 import functools
@@ -12,12 +12,11 @@ from typing import Any
 
 import huggingface_hub
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from safetensors import SafetensorError, safe_open
 
+from rmjax.models import weight_files
 from rmjax.models.config import ModelConfig
 from rmjax.models.hf_export import config_json, save
 from rmjax.models.hf_tables import (
@@ -31,6 +30,7 @@ from rmjax.models.hf_tables import (
     convert,
     expected_rows,
 )
+from rmjax.models.weight_files import DTYPES, Tensor
 from rmjax.sharding import path_name
 
 __all__ = [
@@ -48,7 +48,6 @@ __all__ = [
 
 HEADS = (SCORE, SCORE_BIAS, LM_HEAD)  # of no use to a model without them
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def head_outputs(directory: str | Path) -> int:
@@ -57,8 +56,8 @@ def head_outputs(directory: str | Path) -> int:
     Raises:
         ValueError: unreadable or missing files.
     """
-    slices = _Checkpoint(Path(directory)).slices
-    return slices[SCORE].get_shape()[0] if SCORE in slices else 0
+    tensors = _tensors(directory)
+    return tensors[SCORE].shape[0] if SCORE in tensors else 0
 
 
 def is_hub_id(text: str | Path) -> bool:
@@ -108,45 +107,12 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
-class _Checkpoint:
-    """The tensors of a directory by name, as memory-mapped slices; names always start with `model.`."""
-
-    def __init__(self, directory: Path):
-        self.slices: dict[str, Any] = {}
-        for path in _weight_files(directory):
-            try:
-                file = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} cannot be read ({error}); is it a whole download?") from error
-            self.slices.update({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
-        if not any(name.startswith("model.") for name in self.slices):  # saved from the bare decoder
-            add = lambda name: name if name in HEADS else f"model.{name}"
-            self.slices = {add(name): tensor for name, tensor in self.slices.items()}
-        self.slices = {name: tensor for name, tensor in self.slices.items() if not BUFFERS.fullmatch(name)}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.slices[name].get_shape())
-
-    def dtype(self, name: str) -> str:
-        return self.slices[name].get_dtype()
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if index.is_file():
-        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise ValueError(f"{directory} lacks {', '.join(missing)}, which its {INDEX} names")
-        return files
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    found = sorted(file.name for file in directory.iterdir())
-    advice = "expected safetensors"
-    if any(name.endswith((".bin", ".pt", ".pth")) for name in found):
-        advice = "pickled weights are not read; load it in transformers and save_pretrained it as safetensors"
-    elif "adapter_config.json" in found:
-        advice = "it is an adapter; merge it into its base model and save that"
-    raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX} but {', '.join(found)}: {advice}")
+def _tensors(directory: str | Path) -> dict[str, Tensor]:
+    """The tensors of a directory by name; names always start with `model.`, those of heads apart."""
+    tensors = weight_files.open_tensors(Path(directory))
+    if not any(name.startswith("model.") for name in tensors):  # saved from the bare decoder
+        tensors = {name if name in HEADS else f"model.{name}": tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(name)}
 
 
 def load(
@@ -176,12 +142,12 @@ def load(
         ValueError: unreadable or missing files; a score head with a bias that is not 0; or all unknown, missing and
             mis-shaped names in one message.
     """
-    checkpoint, rows, head = _open(directory, abstract, config, require_head)
+    tensors, rows, head = _open(directory, abstract, config, require_head)
     leaves = {}
     if head == "new":
         row = next(row for row in rows if row.name == SCORE)
         leaves[row.path] = _new_head(rows.pop(row), config, seed)
-    leaves |= {row.path: _read(checkpoint, row, leaf, config) for row, leaf in rows.items()}
+    leaves |= {row.path: _read(tensors, row, leaf, config) for row, leaf in rows.items()}
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], abstract), head
 
 
@@ -192,25 +158,25 @@ def check(directory: str | Path, abstract: Any, config: ModelConfig) -> str:
 
 def _open(
     directory: str | Path, abstract: Any, config: ModelConfig, require_head: bool
-) -> tuple[_Checkpoint, dict[Row, Any], str]:
-    """The checkpoint, the rows of the model's parameters, and "kept" or "new" for the score head."""
-    checkpoint, rows = _Checkpoint(Path(directory)), expected_rows(abstract, config)
+) -> tuple[dict[str, Tensor], dict[Row, Any], str]:
+    """The checkpoint's tensors, the rows of the model's parameters, and "kept" or "new" for the score head."""
+    tensors, rows = _tensors(directory), expected_rows(abstract, config)
     score = next((row for row in rows if row.name == SCORE), None)
     if score is None:
         head, wanted = "kept", rows
     else:
-        head = _score_head(directory, checkpoint, rows[score].shape[-1], require_head)
+        head = _score_head(directory, tensors, rows[score].shape[-1], require_head)
         wanted = {row: leaf for row, leaf in rows.items() if row != score or head == "kept"}
     for name in HEADS:
         if name not in {row.name for row in wanted}:
-            checkpoint.slices.pop(name, None)
-    _check(directory, checkpoint, wanted, config)
-    return checkpoint, rows, head
+            tensors.pop(name, None)
+    _check(directory, tensors, wanted, config)
+    return tensors, rows, head
 
 
-def _score_head(directory: str | Path, checkpoint: _Checkpoint, wanted: int, require: bool) -> str:
+def _score_head(directory: str | Path, tensors: Mapping[str, Tensor], wanted: int, require: bool) -> str:
     """Whether the checkpoint's score head is "kept", or a "new" one is needed for `wanted` labels."""
-    labels = checkpoint.shape(SCORE)[0] if SCORE in checkpoint.slices else 0
+    labels = tensors[SCORE].shape[0] if SCORE in tensors else 0
     if labels != wanted:
         if require:
             found = f"{SCORE} of {labels} labels" if labels else f"no {SCORE}"
@@ -219,8 +185,8 @@ def _score_head(directory: str | Path, checkpoint: _Checkpoint, wanted: int, req
                 "Give a reward model, or train one first"
             )
         return "new"
-    if SCORE_BIAS in checkpoint.slices:  # transformers' token classifiers have one
-        bias = np.asarray(checkpoint.slices[SCORE_BIAS][:], np.float32)
+    if SCORE_BIAS in tensors:  # transformers' token classifiers have one
+        bias = tensors[SCORE_BIAS].array().astype(np.float32)
         if bias.any():
             raise ValueError(
                 f"{directory} has a {SCORE_BIAS} of up to {np.abs(bias).max():.4g}, and score heads here have none, so "
@@ -229,21 +195,20 @@ def _score_head(directory: str | Path, checkpoint: _Checkpoint, wanted: int, req
     return "kept"
 
 
-def _check(directory: str | Path, checkpoint: _Checkpoint, rows: Mapping[Row, Any], config: ModelConfig) -> None:
+def _check(directory: str | Path, found: Mapping[str, Tensor], rows: Mapping[Row, Any], config: ModelConfig) -> None:
     expected = {name: row.shape(leaf) for row, leaf in rows.items() for name in row.names(config.layers)}
-    found = checkpoint.slices
     problems = {
-        "unknown": [f"{name} {list(checkpoint.shape(name))}" for name in found if name not in expected],
+        "unknown": [f"{name} {list(found[name].shape)}" for name in found if name not in expected],
         "missing": [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found],
         "mis-shaped": [
-            f"{name} {list(checkpoint.shape(name))}, expected {list(shape)}"
+            f"{name} {list(found[name].shape)}, expected {list(shape)}"
             for name, shape in expected.items()
-            if name in found and checkpoint.shape(name) != shape
+            if name in found and found[name].shape != shape
         ],
         "of an unsupported dtype": [
-            f"{name} {checkpoint.dtype(name)}, expected one of {', '.join(DTYPES)}"
+            f"{name} {found[name].dtype}, expected one of {', '.join(DTYPES)}"
             for name in expected
-            if name in found and checkpoint.dtype(name) not in DTYPES
+            if name in found and found[name].dtype not in DTYPES
         ],
     }
     if not any(problems.values()):
@@ -273,24 +238,22 @@ def _looks_like(names: Any) -> tuple[str, ...]:
     return ("llama", "mistral")
 
 
-def _read(checkpoint: _Checkpoint, row: Row, leaf: Any, config: ModelConfig) -> jax.Array:
-    """One parameter: each device's part is sliced from the memory map, transposed and cast on the device."""
-    names = row.names(config.layers)
-    shape = ((config.layers,) if row.stacked else ()) + row.shape(leaf)
-    dtypes = {checkpoint.dtype(name) for name in names}
-    dtype = jnp.dtype(DTYPES[dtypes.pop()] if len(dtypes) == 1 else "float32")
-
-    def part(index: Any) -> np.ndarray:
-        if not row.stacked:
-            return np.asarray(checkpoint.slices[names[0]][index], dtype)
-        chosen = names[index[0]]
-        return np.stack([np.asarray(checkpoint.slices[name][index[1:]], dtype) for name in chosen])
-
+def _read(tensors: Mapping[str, Tensor], row: Row, leaf: Any, config: ModelConfig) -> jax.Array:
+    """One parameter: each device's part is read in the checkpoint's layout and dtype, and converted on the device."""
+    chosen = [tensors[name] for name in row.names(config.layers)]
+    shape = ((len(chosen),) if row.stacked else ()) + row.shape(leaf)
     sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+    part = lambda index: weight_files.read(chosen, index, row.stacked)
+    dtype = weight_files.common_dtype(chosen)
     raw = jax.make_array_from_callback(shape, exchanged(sharding, len(shape), row), part, dtype=dtype)
-    to_ours = functools.partial(convert, transposed=row.transposed, dtype=leaf.dtype)
-    # Waiting frees this parameter's host copy before the next is read.
-    return jax.block_until_ready(jax.jit(to_ours, out_shardings=sharding)(raw))
+    # Waiting lets this parameter's host copy go while the next is read, and no later.
+    return jax.block_until_ready(_converter(row.transposed, leaf.dtype, sharding)(raw))
+
+
+@functools.lru_cache(maxsize=64)
+def _converter(transposed: bool, dtype: Any, sharding: Sharding) -> Any:
+    """One function for all parameters alike, so that equal shapes are compiled once."""
+    return jax.jit(functools.partial(convert, transposed=transposed, dtype=dtype), out_shardings=sharding)
 
 
 def exchanged(sharding: Sharding, ndim: int, row: Row) -> Sharding:

@@ -26,12 +26,12 @@ class Row(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        """Whether our array holds all layers, which are one tensor each in the checkpoint."""
-        return "{layer}" in self.name
+        """Whether our array holds all layers but the last, which are one tensor each in the checkpoint."""
+        return self.path.startswith("decoder/layers/")
 
     def names(self, layers: int) -> list[str]:
-        """Its tensors in the checkpoint: one for each layer, or one."""
-        return [self.name.format(layer=layer) for layer in range(layers if self.stacked else 1)]
+        """Its tensors in the checkpoint: one for each layer of a stack, or one."""
+        return [self.name.format(layer=layer) for layer in (range(layers - 1) if self.stacked else [layers - 1])]
 
     def shape(self, leaf: Any) -> tuple[int, ...]:
         """Shape of one of these tensors."""
@@ -39,20 +39,25 @@ class Row(NamedTuple):
         return shape[::-1] if self.transposed else shape
 
 
+def _in_layers(ours: str, theirs: str, transposed: bool = False) -> tuple[Row, Row]:
+    """A parameter of every layer: those of the stack, and the last one's."""
+    name = f"model.layers.{{layer}}.{theirs}"
+    return Row(f"decoder/layers/{ours}", name, transposed), Row(f"decoder/last/{ours}", name, transposed)
+
+
 def _projections(block: str, names: str) -> tuple[Row, ...]:
-    rows = []
+    rows: list[Row] = []
     for ours in names.split():
-        theirs = f"model.layers.{{layer}}.{block}.{ours}_proj"
-        rows.append(Row(f"decoder/layers/{ours}/kernel", f"{theirs}.weight", transposed=True))
-        rows.append(Row(f"decoder/layers/{ours}/bias", f"{theirs}.bias"))
+        rows += _in_layers(f"{ours}/kernel", f"{block}.{ours}_proj.weight", transposed=True)
+        rows += _in_layers(f"{ours}/bias", f"{block}.{ours}_proj.bias")
     return tuple(rows)
 
 
 _LLAMA = (
     Row("decoder/embed/embedding", "model.embed_tokens.weight"),
-    Row("decoder/layers/attention_norm/scale", "model.layers.{layer}.input_layernorm.weight"),
+    *_in_layers("attention_norm/scale", "input_layernorm.weight"),
     *_projections("self_attn", "q k v o"),
-    Row("decoder/layers/mlp_norm/scale", "model.layers.{layer}.post_attention_layernorm.weight"),
+    *_in_layers("mlp_norm/scale", "post_attention_layernorm.weight"),
     *_projections("mlp", "gate up down"),
     Row("decoder/norm/scale", "model.norm.weight"),
     Row("score/kernel", SCORE, transposed=True),
@@ -60,8 +65,8 @@ _LLAMA = (
 )
 _QWEN3 = (
     *_LLAMA,
-    Row("decoder/layers/q_norm/scale", "model.layers.{layer}.self_attn.q_norm.weight"),
-    Row("decoder/layers/k_norm/scale", "model.layers.{layer}.self_attn.k_norm.weight"),
+    *_in_layers("q_norm/scale", "self_attn.q_norm.weight"),
+    *_in_layers("k_norm/scale", "self_attn.k_norm.weight"),
 )
 # A row counts where the model has its parameter: the config decides about biases.
 TABLES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _QWEN3}

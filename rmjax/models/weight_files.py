@@ -1,0 +1,134 @@
+"""The tensors of a Hugging Face directory, read from memory-mapped safetensors straight into what a device takes.
+
+A safetensors file is the length of its header in 8 bytes, the header in JSON, and the tensors' bytes
+(https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+import mmap
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from rmjax.models.hf_tables import INDEX, WEIGHTS
+
+DTYPES = {"F32": np.dtype(jnp.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(jnp.float16)}
+
+READERS = 8  # threads: one alone waits for every page of the map in turn
+PIECE = 16 * 2**20  # bytes that a thread copies at a time
+ALIGNED = 64  # bytes; a CPU device uses memory so aligned as it is, and copies any other
+
+
+class Tensor(NamedTuple):
+    """A tensor of a file; nothing of it is read before it is used.
+
+    Attributes:
+        dtype: as the file names it; one of DTYPES can be read.
+        shape: its shape.
+        data: uint8 [bytes], a view of the memory map.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+    def array(self) -> np.ndarray:
+        """A view of the memory map, in the tensor's own dtype."""
+        return self.data.view(DTYPES[self.dtype]).reshape(self.shape)
+
+
+def open_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a directory's safetensors by name.
+
+    Raises:
+        ValueError: missing or unreadable files.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in _files(directory):
+        try:
+            safe_open(path, framework="numpy")  # checks the header against the file's length
+            tensors.update(_tensors(path))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); is it a whole download?") from error
+    return tensors
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(start - 8))
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[start:]
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        yield name, Tensor(entry["dtype"], tuple(entry["shape"]), data[slice(*entry["data_offsets"])])
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if index.is_file():
+        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise ValueError(f"{directory} lacks {', '.join(missing)}, which its {INDEX} names")
+        return files
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    found = sorted(file.name for file in directory.iterdir())
+    advice = "expected safetensors"
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in found):
+        advice = "pickled weights are not read; load it in transformers and save_pretrained it as safetensors"
+    elif "adapter_config.json" in found:
+        advice = "it is an adapter; merge it into its base model and save that"
+    raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX} but {', '.join(found)}: {advice}")
+
+
+def read(tensors: Sequence[Tensor], index: tuple[slice, ...], stacked: bool) -> np.ndarray:
+    """Reads a part of one tensor, or of several stacked on a new first axis, into new memory: the only copy there is.
+
+    Args:
+        tensors: of equal shapes.
+        index: the part, a slice for each axis, the stack's included.
+        stacked: whether there is that axis.
+
+    Returns:
+        The part in the tensors' dtype, float32 where they have several.
+    """
+    chosen = [tensor.array() for tensor in (tensors[index[0]] if stacked else tensors)]
+    sources = [array[index[1:] if stacked else index] for array in chosen]
+    dtype = common_dtype(tensors)
+    shape = (*([len(sources)] if stacked else []), *sources[0].shape)
+    part = _aligned(shape, dtype)
+    copies = [piece for pair in zip(part if stacked else [part], sources) for piece in _pieces(*pair)]
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(lambda pair: _copy(*pair), copies))
+    return part
+
+
+def common_dtype(tensors: Sequence[Tensor]) -> np.dtype:
+    """The dtype that `read` returns."""
+    dtypes = {DTYPES[tensor.dtype] for tensor in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + ALIGNED, np.uint8)
+    start = -memory.ctypes.data % ALIGNED
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _pieces(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cuts both along their first axis into pieces of about PIECE bytes."""
+    step = max(1, PIECE * len(source) // max(source.nbytes, 1))
+    for start in range(0, len(source), step):
+        yield target[start : start + step], source[start : start + step]
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+    if target.dtype == source.dtype:  # numpy copies numbers of its own types without holding the interpreter's lock
+        target, source = (x.view(f"u{x.dtype.itemsize}") for x in (target, source))
+    target[...] = source

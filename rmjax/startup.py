@@ -1,0 +1,76 @@
+"""What outlives a run in the user's cache folder, so that the next run starts sooner: compiled programs.
+
+Tokenized data is there too (data/cache.py).
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+MOST_BYTES = 4 * 2**30  # of compiled programs; those longest unused go first
+LEAST_SECONDS = 0.1  # what compiles faster than this is as fast as it is read
+ABANDONED_SECONDS = 60  # no program takes so long to write
+
+
+def user_cache(cache_dir: str | Path = "") -> Path:
+    """The user's cache folder: `cache_dir`, by default $XDG_CACHE_HOME/rmjax or ~/.cache/rmjax. Makes nothing."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmjax"
+    return Path(cache_dir).expanduser() if cache_dir else default
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_programs(cache_dir: str | Path = "") -> Path | None:
+    """Keeps compiled programs in the user's cache folder, by JAX's own persistent cache; call it before any compiles.
+
+    JAX tells programs apart by its version, the flags and the devices, a CPU's instruction set included. How XLA cuts
+    a CPU program into threads depends on the number of cores too, so each number has a folder of its own. Programs
+    that are read are the very ones that were written, so a run that goes on continues bit for bit; on a GPU more
+    surely than without, where timings choose kernels anew each time.
+
+    A folder that the user has chosen (JAX_COMPILATION_CACHE_DIR) stays, as does a cache that is switched off
+    (JAX_ENABLE_COMPILATION_CACHE=false). Whoever can write to the folder can run code here, so only its owner may.
+
+    Args:
+        cache_dir: see `user_cache`.
+
+    Returns:
+        The folder; None where the user's own settings stay, or where it cannot be written (one log line).
+    """
+    import jax
+
+    config: Any = jax.config  # whose keys the type checker does not know
+    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
+        return None
+    folder = user_cache(cache_dir) / "xla" / f"{cores()}-cores"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        _drop_unfinished(folder)
+    except OSError as error:
+        logging.warning("every run compiles anew, for compiled programs cannot be kept: %s", error)
+        return None
+    config.update("jax_compilation_cache_dir", str(folder))
+    for key, value in {
+        "jax_compilation_cache_max_size": MOST_BYTES,
+        "jax_persistent_cache_min_compile_time_secs": LEAST_SECONDS,
+    }.items():
+        if key.upper() not in os.environ:
+            config.update(key, value)
+    return folder
+
+
+def _drop_unfinished(folder: Path) -> None:
+    """Deletes what killed processes left: without the time of its last use JAX can neither read nor evict a program."""
+    for program in folder.glob("*-cache"):
+        used = program.with_name(program.name.removesuffix("-cache") + "-atime")
+        if not used.exists() and time.time() - program.stat().st_mtime > ABANDONED_SECONDS:
+            program.unlink(missing_ok=True)

@@ -1,0 +1,172 @@
+"""Devices that are not here: descriptions of accelerators to compile for, on any machine.
+
+XLA compiles for a described device as it does for a present one; nothing can be run on it. See
+`jax.experimental.topologies`.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+HOST_GPUS = 8  # of an SXM server
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A GPU as XLA must know it: what data sheets and CUDA's device properties say.
+
+    Attributes:
+        name: of the device.
+        capability: CUDA compute capability.
+        cores: streaming multiprocessors.
+        float32_units: of each core.
+        memory: bytes that CUDA reports.
+        bandwidth: of the memory, bytes per second.
+        l2: bytes of the level 2 cache.
+        shared: bytes of a core's shared memory; a block of threads may have all but 1,024 of them.
+        clock_ghz: boost clock.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    cores: int
+    float32_units: int
+    memory: int
+    bandwidth: float
+    l2: int
+    shared: int
+    clock_ghz: float
+
+
+# https://www.nvidia.com/en-us/data-center/h200/, .../h100/ and .../a100/ (SXM boards)
+GPUS = {
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 150_754_820_096, 4.8e12, 50 << 20, 228 << 10, 1.98),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 84_942_979_072, 3.35e12, 50 << 20, 228 << 10, 1.98),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 85_100_068_864, 2.04e12, 40 << 20, 164 << 10, 1.41),
+}
+
+# Bytes of a chip that programs may use: what XLA says when one needs more. Of 16, 95 and 32 GB in the data sheets,
+# https://cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e
+TPUS = {"v5e": int(15.75 * 2**30), "v5p": int(95.74 * 2**30), "v6e": int(31.25 * 2**30)}
+
+# Without them libtpu waits for an answer that only a TPU's host gives, complains that there is none, and lets in one
+# process at a time. Nothing is run here, so many may compile.
+NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def devices(name: str) -> list[jax.Device]:
+    """Devices to build a mesh of and compile for.
+
+    Args:
+        name: "h200:8": a GPU of `GPUS` and how many of them; more than 8 are hosts of 8. "v5e:2x4": a TPU of `TPUS` and
+            the chips of its slice along each axis; v5p has three.
+
+    Raises:
+        ValueError: a name that is not understood.
+        RuntimeError: the compiler of such devices is not installed.
+    """
+    kind, _, shape = name.partition(":")
+    if kind in GPUS:
+        return _gpus(name, GPUS[kind], shape)
+    if kind in TPUS:
+        return _tpus(name, kind, shape)
+    raise _unknown(name)
+
+
+def memory(name: str) -> int:
+    """Bytes that a program may use on each of the devices that `name` says.
+
+    Raises:
+        ValueError: a name that is not understood.
+    """
+    kind = name.partition(":")[0]
+    if kind not in GPUS | TPUS:
+        raise _unknown(name)
+    return GPUS[kind].memory if kind in GPUS else TPUS[kind]
+
+
+def _unknown(name: str) -> ValueError:
+    gpus, tpus = (", ".join(kinds) for kinds in (GPUS, TPUS))
+    return ValueError(
+        f"topology {name!r} is not known; expected one of {gpus} as in 'h200:8', or of {tpus} as in 'v5e:2x4'"
+    )
+
+
+def _gpus(name: str, gpu: Gpu, count: str) -> list[jax.Device]:
+    if not re.fullmatch(r"[1-9]\d*", count) or (int(count) > HOST_GPUS and int(count) % HOST_GPUS):
+        raise ValueError(
+            f"topology {name!r}: expected 1 to {HOST_GPUS} GPUs or a multiple of {HOST_GPUS} after the colon"
+        )
+    here = min(int(count), HOST_GPUS)
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="gpu",
+            topology=f"1x{int(count) // here}x{here}",
+            target_config=_target_config(gpu),
+        )
+    except NotImplementedError as error:
+        raise RuntimeError(
+            f"compiling for {name} needs the CUDA plugin of JAX, which is not loaded: pip install 'rmjax[cuda]', "
+            "and set JAX_PLATFORMS=cpu where there is no GPU"
+        ) from error
+    return list(topology.devices)
+
+
+def _target_config(gpu: Gpu) -> str:
+    """A `stream_executor.GpuTargetConfigProto` as text."""
+    major, minor = gpu.capability
+    # Hopper's own matrix instructions (wgmma) are of the target sm_90a, not of sm_90.
+    features = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    return f"""
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {major} minor: {minor} {features} }}
+          core_count: {gpu.cores}
+          fpus_per_core: {gpu.float32_units}
+          clock_rate_ghz: {gpu.clock_ghz}
+          device_memory_size: {gpu.memory}
+          memory_bandwidth: {int(gpu.bandwidth)}
+          l2_cache_size: {gpu.l2}
+          shared_memory_per_core: {gpu.shared}
+          shared_memory_per_block_optin: {gpu.shared - 1024}
+          shared_memory_per_block: 49152
+          registers_per_core_limit: 65536
+          registers_per_block_limit: 65536
+          threads_per_block_limit: 1024
+          threads_per_core_limit: 2048
+          threads_per_warp: 32
+          block_dim_limit_x: 2147483647
+          block_dim_limit_y: 65535
+          block_dim_limit_z: 65535
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
+        device_description_str: "{gpu.name}"
+    """
+
+
+def _tpus(name: str, kind: str, shape: str) -> list[jax.Device]:
+    sides = [int(side) for side in shape.split("x") if re.fullmatch(r"[1-9]\d*", side)]
+    host = [*(min(side, 2) for side in sides[:2]), 1]
+    example = "2x2x4" if kind == "v5p" else "2x4"
+    if (
+        shape.count("x") != example.count("x")
+        or len(sides) <= shape.count("x")
+        or any(n % m for n, m in zip(sides, host))
+    ):
+        raise ValueError(f"topology {name!r}: expected chips like {example} after the colon, the first two 1 or even")
+    if importlib.util.find_spec("libtpu") is None:
+        raise RuntimeError(f"compiling for {name} needs libtpu: pip install 'rmjax[tpu]'")
+    for key, value in NO_TPU_HERE.items():
+        os.environ.setdefault(key, value)
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=host)
+    return list(topology.devices)
