@@ -82,9 +82,12 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     model.init_from = ""  # Hugging Face directory or hub id; "" trains from scratch, see `scratch`
     model.scratch = ConfigDict()  # for init_from="": values of a Hugging Face config.json, with `model_type`
     model.tokenizer = ""  # directory or hub id; "" is init_from; "synthetic" makes the demo's own
-    model.param_dtype = "float32"  # float32 or bfloat16; the score head is float32 always
+    model.param_dtype = "float32"  # float32, or bfloat16 (rounded stochastically); the score head is float32 always
     model.compute_dtype = "auto"  # float32, bfloat16, or auto: float32 on CPUs and bfloat16 elsewhere
-    model.remat = "full"  # recompute in the backward pass: "none" (save all), "full", or names to save: "q,k,v,..."
+    # What the backward pass recomputes: "none" (all is saved), "full", names to save ("q,k,v,attention,mid,gate,up"),
+    # or "auto": as little as fits the devices, by the compiler's account (rmjax/memory.py).
+    model.remat = "auto"
+    model.attention = "auto"  # its form: gpu, tpu (Pallas kernels), xla (any device), or auto: the device's own
 
     config.data = data = ConfigDict()
     data.train = ""  # files, globs, hf://datasets/OWNER/NAME/..., separated by commas
@@ -108,20 +111,28 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     plan.rows_per_step = 0  # rows of one optimizer step, over all devices; 0 derives them from groups_per_step
     plan.groups_per_step = 64  # mean groups of a step when rows_per_step is 0
     plan.window = 2048  # groups packed together; larger is fuller, smaller is more random
-    plan.micro_rows = 0  # rows per device in one micro-batch; 0 derives them from an estimate of memory
+    plan.micro_rows = 0  # rows per device in one micro-batch; 0 is 8,192 to 16,384 tokens, or less where memory ends
 
     config.objective = ConfigDict({"name": objective, **OBJECTIVES[objective]})
 
+    # Bytes on the devices per parameter, as parameter + first moment + second moment; the gradient adds 4, or 2 where
+    # parameters are bfloat16 and a step is one micro-batch:
+    #   adamw     4+4+4; 4+2+4 with mu_dtype bfloat16; 2+2+2 with all three bfloat16; 4 or 2 with state_on host
+    #   adafactor 4+0+0 or 2+0+0; means over rows and columns instead of moments, some 0.003 bytes
+    #   muon      4+4+0 or 2+2+0 for the kernels of the layers, as adamw for the rest
     config.optim = optim = ConfigDict()
+    optim.name = "adamw"  # adamw, adafactor or muon; one learning rate and weight decay serve all three alike
     optim.learning_rate = 1e-5  # the peak
     optim.schedule = "cosine"  # cosine, linear, constant or wsd (warm-up, stable, decay)
     optim.warmup = "3%"
     optim.decay = "20%"  # the last part of a wsd schedule
-    optim.b1 = 0.9
+    optim.b1 = 0.9  # of adamw, as are b2 and eps
     optim.b2 = 0.95
     optim.eps = 1e-8
+    optim.mu_dtype = "float32"  # of the first moment, or of muon's momentum
+    optim.nu_dtype = "float32"  # of the second moment; bfloat16 is rounded stochastically
+    optim.state_on = "device"  # or "host": moments go to the devices and back in every step, the last resort
     optim.clip_norm = 1.0  # of the global gradient; 0 is off
-    optim.moment_dtype = "float32"  # of the first moment
     optim.weight_decay = 0.0
     # Ordered (regex over the parameter path, value); the first match wins and an uncovered name is an error.
     optim.decays = ((r".*/(kernel|embedding)", True), (r".*", False))
@@ -175,7 +186,6 @@ def demo(objective: str = "bradley_terry") -> ConfigDict:
             "initializer_range": 0.1,  # a model this narrow hardly moves from Qwen's 0.02
         }
     )
-    config.model.remat = "none"
     config.plan.row_tokens = 512
     config.plan.groups_per_step = 64
     config.optim.learning_rate = 3e-3
@@ -187,11 +197,15 @@ def demo(objective: str = "bradley_terry") -> ConfigDict:
 CHOICES = {
     "on_nonfinite": ("stop", "skip"),
     "model.param_dtype": ("float32", "bfloat16"),
+    "model.attention": ("auto", "xla", "gpu", "tpu"),
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
     "data.over_long": ("drop", "truncate_prompt", "truncate_response"),
     "data.on_bad_row": ("error", "skip", "keep"),
+    "optim.name": ("adamw", "adafactor", "muon"),
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
-    "optim.moment_dtype": ("float32", "bfloat16"),
+    "optim.mu_dtype": ("float32", "bfloat16"),
+    "optim.nu_dtype": ("float32", "bfloat16"),
+    "optim.state_on": ("device", "host"),
     "checkpoint.mode": ("max", "min"),
     "export.step": ("best", "last"),
     "export.dtype": ("auto", "float32", "bfloat16", "float16"),

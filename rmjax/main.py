@@ -31,10 +31,12 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show audit, plan, sharding and co
 
 def main(_: Sequence[str]) -> None:
     """Runs what `parse` took; an error is one paragraph, its traceback is in the workdir."""
-    from rmjax import checkpoint, train  # here, so that --help and a mistyped flag answer at once
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; JAX itself takes three quarters
+    from rmjax import checkpoint, startup, train  # here, so that --help and a mistyped flag answer at once
 
     logging.set_verbosity(logging.WARNING)
     workdir = Path(WORKDIR.value).expanduser().absolute()
+    startup.keep_programs(dict(config_lib.flatten(CONFIG.value)).get("data.cache_dir", ""))
     try:
         train.run(CONFIG.value, workdir, DRY_RUN.value)
     except (ValueError, OSError, RuntimeError) as error:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
@@ -123,7 +122,7 @@ def refuse_unlabelled(groups: Groups, names: Sequence[str]) -> None:
         )
 
 
-def plan_training(config: ConfigDict, groups: Groups, row_devices: int, micro_rows: int) -> Split:
+def plan_training(config: ConfigDict, groups: Groups) -> Plan:
     """Plans as many epochs as the run's duration needs; an epoch shows each source as often as its weight says."""
     weights = select.weights(groups.sources, config.data.weights) if config.data.weights else None
     make = lambda epochs: packing.make_plan(
@@ -147,10 +146,11 @@ def plan_training(config: ConfigDict, groups: Groups, row_devices: int, micro_ro
         while plan.steps < steps:
             plan = make(max(len(plan.epoch_steps) + 1, round(steps / plan.steps_per_epoch)))
         plan = plan.first(steps)
-    return Split(groups, plan, _shape(groups, plan, row_devices, micro_rows))
+    return plan
 
 
-def _shape(groups: Groups, plan: Plan, row_devices: int, micro_rows: int) -> Shape:
+def batch_shape(groups: Groups, plan: Plan, row_devices: int, micro_rows: int) -> Shape:
+    """The shape of the batches of a plan; see `loader.plan_shape`."""
     most = int(groups.responses.max())
     return loader.plan_shape(plan, most, micro_rows=micro_rows, row_devices=row_devices, labels=groups.fields)
 
@@ -168,7 +168,7 @@ def plan_evaluations(
         seed=None,
     )
     plans = {name: make(groups) for name, groups in sets.items()}
-    shapes = [_shape(groups, plans[name], row_devices, micro_rows) for name, groups in sets.items()]
+    shapes = [batch_shape(groups, plans[name], row_devices, micro_rows) for name, groups in sets.items()]
     most = {field: max(getattr(s, field) for s in shapes) for field in ("micro", "rows", "groups", "ends", "responses")}
     shape = dataclasses.replace(shapes[0], **most)
     return {name: Split(sets[name], plan, shape) for name, plan in plans.items()}
@@ -181,23 +181,27 @@ def steps_in(duration: str, plan: Plan, least: int = 1) -> int:
     return max(least, steps)
 
 
-def describe_plan(split: Split) -> list[str]:
-    """The plan in two lines, and one of what an epoch shows of each source if there are several."""
-    plan, shape = split.plan, split.shape
-    tokens, unshared = split.groups.lengths.sum(), split.groups.unshared.sum()
-    lines = [
+def describe_plan(groups: Groups, plan: Plan) -> list[str]:
+    """The plan in a line, and one of what an epoch shows of each source if there are several."""
+    tokens, unshared = groups.lengths.sum(), groups.unshared.sum()
+    line = (
         f"plan: {plan.steps} steps of {plan.rows_per_step} rows x {plan.row_tokens} tokens, "
         f"{plan.groups_per_step:.1f} groups a step, {plan.fill:.1%} full, "
-        f"{1 - tokens / unshared:.1%} of the tokens saved by sharing prompts",
+        f"{1 - tokens / unshared:.1%} of the tokens saved by sharing prompts"
+    )
+    return [line, _mixture(groups, plan)] if len(groups.sources) > 1 else [line]
+
+
+def describe_shape(shape: Shape) -> str:
+    """The batch of a step in a line."""
+    return (
         f"batch: {shape.micro} micro-batches of {shape.rows} rows; at most {shape.groups} groups and {shape.ends} "
-        f"scored tokens in a row, {shape.responses} responses in a group",
-    ]
-    return [*lines, _mixture(split)] if len(split.groups.sources) > 1 else lines
+        f"scored tokens in a row, {shape.responses} responses in a group"
+    )
 
 
-def _mixture(split: Split) -> str:
+def _mixture(groups: Groups, plan: Plan) -> str:
     """What the first epoch shows, or as much of it as is planned."""
-    plan, groups = split.plan, split.groups
     shown = plan.first(plan.epoch_steps[0]).groups
     have, drawn = (np.bincount(x, minlength=len(groups.sources)) for x in (groups.source, groups.source[shown]))
     largest = np.argsort(-drawn, kind="stable")[:12].tolist()
@@ -206,32 +210,14 @@ def _mixture(split: Split) -> str:
     return "an epoch shows: " + ", ".join(parts) + (f" and {others} more sources" if others else "")
 
 
-def save_audit(path: Path, train: Split, validation: Groups, task: Task) -> None:
+def save_audit(path: Path, train: Groups, plan: Plan, validation: Groups, task: Task) -> None:
     """Writes what the data is like as JSON; `python -m rmjax.data audit --config=FILE --html=FILE` draws it."""
     report = measure.report(
-        {"training": train.groups, "validation": validation},
-        plans={"training": measure.filling(train.groups, train.plan)},
+        {"training": train, "validation": validation},
+        plans={"training": measure.filling(train, plan)},
         names=getattr(task, "names", ()),
     )
     measure.save(path, report)
-
-
-def micro_batch_rows(config: ConfigDict, model: ModelConfig, state_bytes: float) -> int:
-    """Rows per device in a micro-batch: the config's, or as many as an estimate of the activations allows.
-
-    Args:
-        config: the config.
-        model: the model's shapes.
-        state_bytes: bytes per device of parameters, optimizer state and gradients.
-    """
-    if config.plan.micro_rows:
-        return config.plan.micro_rows
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 4 * 2**30)
-    size = jnp.dtype(heads.compute_dtype(config.model.compute_dtype)).itemsize
-    layer = 6 * model.width + 3 * model.mlp + 2 * (model.heads + model.kv_heads) * model.head_dim
-    kept = layer if config.model.remat == "none" else model.width  # numbers per token and layer
-    per_token = size * (model.layers * kept + 2 * layer)
-    return max(1, int((0.85 * limit - state_bytes) / (per_token * config.plan.row_tokens)))
 
 
 def model_values(config: ConfigDict, vocabulary: int) -> dict[str, Any]:
@@ -251,11 +237,6 @@ def model_values(config: ConfigDict, vocabulary: int) -> dict[str, Any]:
             "servers will refuse longer ones",
             longest,
             positions,
-        )
-    if config.model.param_dtype == "bfloat16":
-        logging.warning(
-            "config.model.param_dtype=bfloat16: updates smaller than 0.2 % of a parameter are rounded away, and Adam's "
-            "second moment is bfloat16 too; float32 is safe"
         )
     if values.get("vocab_size", vocabulary) < vocabulary:
         raise ValueError(f"the tokenizer has {vocabulary} ids but the model's embedding {values['vocab_size']}")

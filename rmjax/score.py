@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import app, flags
 
-from rmjax import contract
+from rmjax import contract, startup
 from rmjax.data.records import BadRow, check_conversation
 from rmjax.data.sources import open_source, split_spec
 
@@ -297,6 +297,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"--template_kwargs={TEMPLATE_KWARGS.value} is not JSON: {error}") from None
     if not isinstance(template_kwargs, dict | None):
         raise app.UsageError(f"--template_kwargs={TEMPLATE_KWARGS.value} is not a JSON object")
+    startup.keep_programs()
     try:
         done = run(MODEL.value, INPUT.value, Path(OUTPUT.value).expanduser(), DTYPE.value, template_kwargs)
     except (ValueError, OSError) as error:

@@ -116,5 +116,6 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes of a tree of shapes with shardings on one device."""
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes of a tree of shapes with shardings on one device; what is in the host's memory counts nothing."""
+    here = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != "pinned_host"]
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in here)

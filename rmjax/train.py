@@ -1,17 +1,15 @@
-"""The training run, from top to bottom: config, model, step, loop, export. `prepare.py` makes its data."""
+"""The training run, top to bottom: config, model, loop, export. `prepare.py` makes its data, `step.py` its step."""
 
 import contextlib
 import dataclasses
 import json
-import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
@@ -21,21 +19,23 @@ from rmjax import export, objectives, optim, prepare, sharding
 from rmjax.checkpoint import Checkpointer
 from rmjax.data import audit, loader
 from rmjax.data.chat import Chat, set_pad_token
-from rmjax.data.loader import Shape
-from rmjax.data.packing import Plan
 from rmjax.models import config as model_config
-from rmjax.models import decoder, heads, hf
+from rmjax.models import decoder, hf
 from rmjax.models.config import ModelConfig
 from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.base import Objective
 from rmjax.objectives.sums import Sums
 from rmjax.prepare import Split
+from rmjax.step import Program, abstract_model, build_program, compile_program
 from rmjax.writers import Progress, Writers
 
 # Keys that may differ between the runs that share a workdir: they change no number by more than rounding.
 FREE_KEYS = tuple(
     f"config.{key}"
-    for key in ("mesh.", "plan.micro_rows", "data.workers", "data.cache_dir", "log.tensorboard", "log.wandb", "export.")
+    for key in (
+        *("mesh.", "model.remat", "model.attention", "plan.micro_rows", "data.workers", "data.cache_dir"),
+        *("log.tensorboard", "log.wandb", "export."),
+    )
 )
 
 
@@ -72,125 +72,6 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
     scratch = path.with_suffix(".tmp")
     scratch.write_text(config_lib.to_json(config))
     scratch.replace(path)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Step
-# ----------------------------------------------------------------------------------------------------
-
-
-def forward(params: Any, batch: dict[str, jax.Array], graph: Any, config: ConfigDict) -> Any:
-    """The model's outputs for one micro-batch [B, ...]."""
-    model = heads.merge(graph, prepare.model_params(params))
-    return model(batch, remat=config.model.remat, scan=not config.debug)
-
-
-def loss_sums(params: Any, batch: dict[str, jax.Array], graph: Any, objective: Objective, config: ConfigDict) -> Sums:
-    """Losses and metrics of one micro-batch [B, ...] as sums."""
-    return objective.sums(forward(params, batch, graph, config), batch, params.get("objective", {}))
-
-
-def evaluation(
-    params: Any, batch: dict[str, jax.Array], graph: Any, objective: Objective, config: ConfigDict
-) -> tuple[Sums, dict[str, jax.Array]]:
-    """Losses and metrics of one micro-batch [B, ...] as sums, and its outcomes."""
-    outputs, own = forward(params, batch, graph, config), params.get("objective", {})
-    return objective.sums(outputs, batch, own), objective.outcomes(outputs, batch, own)
-
-
-def accumulate(loss: Callable[[Any, Any], Sums], params: Any, batch: Any) -> tuple[Any, Sums]:
-    """Sums the gradients of the loss's numerator, and all sums, over the micro-batches of a step [M, B, ...]."""
-
-    def one(micro: Any) -> tuple[Any, Sums]:
-        numerator = lambda p: (lambda sums: (sums["loss"][0], sums))(loss(p, micro))
-        grads, sums = jax.grad(numerator, has_aux=True)(params)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
-
-    first = jax.tree.map(lambda x: x[0], batch)
-    if jax.tree.leaves(batch)[0].shape[0] == 1:
-        return one(first)
-    grads, sums = jax.eval_shape(one, first)
-    start = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), grads), sums_lib.nothing(sums)
-
-    def body(carry: tuple[Any, Sums], micro: Any) -> tuple[tuple[Any, Sums], None]:
-        grads, sums = one(micro)
-        return (jax.tree.map(jnp.add, carry[0], grads), sums_lib.add(carry[1], sums)), None
-
-    return jax.lax.scan(body, start, batch)[0]
-
-
-def train_step(
-    state: dict[str, Any],
-    batch: Any,
-    step: jax.Array,
-    *,
-    loss: Any,
-    tx: Any,
-    rate: optim.Schedule,
-    config: ConfigDict,
-) -> tuple[dict[str, Any], Sums]:
-    """One optimizer step. A loss or gradient that is not finite leaves the state as it was and counts.
-
-    Args:
-        state: {"params", "opt"}.
-        batch: arrays [M, B, ...].
-        step: int32 scalar, the step's number from 0.
-        loss: (params, micro-batch) -> sums.
-        tx: the optax chain.
-        rate: learning rate of a step.
-        config: the config.
-
-    Returns:
-        The new state, and the step's sums with `grad_norm`, `learning_rate` and `nonfinite_count`.
-    """
-    params = state["params"]
-    grads, sums = accumulate(loss, params, batch)
-    weight = jnp.maximum(sums["loss"][1], jnp.finfo(jnp.float32).tiny)
-    grads = optim.trainable(config.optim, jax.tree.map(lambda g: g / weight, grads))
-    norm, lr = optax.tree.norm(grads), rate(step)
-    finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"][0])
-    updates, opt = tx.update(grads, state["opt"], params)
-    moved = jax.tree.map(lambda p, u: (p.astype(jnp.float32) - lr * u).astype(p.dtype), params, updates)
-    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), {"params": moved, "opt": opt}, state)
-    extra = {"grad_norm": (norm, 1), "learning_rate": (lr, 1), "nonfinite_count": (~finite, 0)}
-    return new, sums | {name: sums_lib.fraction(*value) for name, value in extra.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What is compiled, and the shapes it is compiled for."""
-
-    step: Any
-    evaluate: Any
-    state: Any
-    shardings: Any
-
-
-def build_program(
-    config: ConfigDict,
-    graph: Any,
-    objective: Objective,
-    params: Any,
-    mesh: jax.sharding.Mesh,
-    total: int,
-    plan: Plan,
-) -> Program:
-    """Builds the jitted step and evaluation; `params` are shapes with shardings."""
-    tx = optim.make(config.optim)
-    warmup, decay = (prepare.steps_in(d, plan, least=0) for d in (config.optim.warmup, config.optim.decay))
-    rate = optim.schedule(config.optim, total, warmup, decay)
-    loss = lambda p, b: loss_sums(p, b, graph, objective, config)
-    replicated = sharding.named(mesh)
-    opt = jax.eval_shape(tx.init, params)
-    params_shardings = jax.tree.map(lambda x: x.sharding, params)
-    shardings = {"params": params_shardings, "opt": optim.state_shardings(opt, params_shardings, replicated)}
-    step = lambda state, batch, n: train_step(state, batch, n, loss=loss, tx=tx, rate=rate, config=config)
-    evaluate = lambda p, batch: evaluation(p, jax.tree.map(lambda x: x[0], batch), graph, objective, config)
-    if not config.debug:
-        step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
-        evaluate = jax.jit(evaluate, out_shardings=replicated)
-    state = sharding.with_shardings({"params": params, "opt": opt}, shardings)
-    return Program(step, evaluate, state, shardings)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -267,6 +148,11 @@ class Run:
     checkpointer: Checkpointer
     writers: Writers
 
+    @property
+    def steps_block(self) -> bool:
+        """Whether a step must end before the next one starts: several CPU devices of one process can deadlock."""
+        return self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
+
     def every(self, duration: str) -> int:
         """A duration of the config in steps."""
         return prepare.steps_in(duration, self.train.plan)
@@ -305,7 +191,10 @@ class Run:
 
 
 def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
-    """Trains from step `start` to the end of the plan or an early stop; returns the number of steps done."""
+    """Trains from step `start` to the end of the plan or an early stop; returns the number of steps done.
+
+    While the devices compute a step, the host reads the sums of the one before and sends the next batch.
+    """
     config, plan = run.config, run.train.plan
     log_every, eval_every = run.every(config.log.every), run.every(config.eval.every)
     save_every = run.every(config.checkpoint.every or config.eval.every)
@@ -316,38 +205,45 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
             names = ", ".join(sorted(before))
             raise ValueError(f"config.checkpoint.metric={config.checkpoint.metric!r} is not measured; there is {names}")
         progress.note(f"before training: {in_words(before, run)}")
-    rows = sharding.named(run.mesh, sharding.BATCH)
+    rows, everywhere = sharding.named(run.mesh, sharding.BATCH), sharding.named(run.mesh)
     ahead = loader.batches(run.train.groups, plan, run.train.shape, rows, start)
-    batch = next(ahead, None)
+    batch, halted = next(ahead, None), jax.device_put(np.bool_(False), everywhere)
+    unread: list[tuple[int, Any]] = []
+
+    def read(step: int, sums: Any) -> None:
+        sums = sums_lib.to_host(jax.device_get(sums))
+        if not sums["nonfinite_count"][0]:
+            host.count(sums)
+        elif config.on_nonfinite == "stop":
+            run.stop_nonfinite(state, host, step)
+        else:
+            host.skipped += 1
+            logging.warning("step %d is not finite and was skipped; %d so far", step, host.skipped)
+        shown = {n: x for n, x in run.objective.summary(sums).items() if n in (*run.objective.shown, "learning_rate")}
+        progress.step(step + 1, shown, groups=sum(len(row) for row in plan.rows(step)))
+        if (step + 1) % log_every == 0 or step + 1 == plan.steps:
+            run.write_window(host, step + 1)
+            run.writers.timing(step + 1, progress.rates())
+
     done = start
     for step in range(start, plan.steps):
         if host.stopped:
             break
-        number = jax.device_put(np.int32(step), sharding.named(run.mesh))
-        state, sums = run.program.step(state, batch, number)
-        batch = next(ahead, None)  # goes to the devices while they compute
-        sums = sums_lib.to_host(jax.device_get(sums))
-        if sums["nonfinite_count"][0]:
-            if config.on_nonfinite == "stop":
-                run.stop_nonfinite(state, host, step)
-            host.skipped += 1
-            logging.warning("step %d is not finite and was skipped; %d so far", step, host.skipped)
-        else:
-            host.count(sums)
+        state, sums, halted = run.program.step(state, batch, jax.device_put(np.int32(step), everywhere), halted)
+        unread.append((step, sums))
+        batch = next(ahead, None)
         done, last = step + 1, step + 1 == plan.steps
+        evaluates, saves = done % eval_every == 0 or last, done % save_every == 0
+        while len(unread) > (0 if evaluates or saves or run.steps_block else 1):
+            read(*unread.pop(0))
         values: dict[str, float] | None = None
-        shown = {n: x for n, x in run.objective.summary(sums).items() if n in (*run.objective.shown, "learning_rate")}
-        progress.step(done, shown, groups=sum(len(row) for row in plan.rows(step)))
-        if done % log_every == 0 or last:
-            run.write_window(host, done)
-            run.writers.timing(done, progress.rates())
-        if done % eval_every == 0 or last:
+        if evaluates:
             values = run.evaluate(state, done)
             progress.note(f"step {done}: {in_words(values, run)}")
             host.judge(values.get(config.checkpoint.metric), config.checkpoint.mode, config.checkpoint.patience)
             if host.stopped and host.window:
                 run.write_window(host, done)
-        if done % save_every == 0 or values is not None:
+        if evaluates or saves:
             run.checkpointer.save(done, state, host.to_json(), values)
     if host.stopped:
         progress.note(
@@ -402,15 +298,10 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
         print(f"pad token: {chat.tokenizer.pad_token!r} ({pad}), because the tokenizer's could be mistaken for text")
     export.check_tokenizer(chat, values)
     model = model_config.from_hf(values)
-    dtype = heads.compute_dtype(config.model.compute_dtype)
-    graph, shapes = heads.abstract(
-        model, len(objective.labels), config.model.param_dtype, dtype, architecture=objective.architecture
-    )
-    own = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in objective.params().items()}
-    shapes = prepare.with_own(shapes, own)
-    shapes = sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
+    graph, shapes = abstract_model(config, model, objective, mesh)
     optim.check(config.optim, shapes)
-    decoder.saved_names(config.model.remat)
+    if config.model.remat != "auto":
+        decoder.saved_names(config.model.remat)
     if config.model.init_from:
         hf.check(hf.resolve(config.model.init_from), prepare.model_params(shapes), model)
     print(parameter_overview.get_parameter_overview(shapes, include_stats="sharding" if dry_run else False))
@@ -418,18 +309,21 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
     train_groups, validation_groups = prepare.read_groups(config, chat, objective.task)
     lines = audit.lines(train_groups, validation_groups)
     print("\n".join(lines), flush=True)
-    micro_rows = prepare.micro_batch_rows(config, model, 5 * sharding.bytes_per_device(shapes))
-    train = prepare.plan_training(config, train_groups, row_devices, micro_rows)
+    plan = prepare.plan_training(config, train_groups)
+    print("\n".join(prepare.describe_plan(train_groups, plan)), flush=True)
     sets = {"validation": validation_groups}
     if config.eval.train_groups:
         sets["train_slice"] = train_groups.sample(config.eval.train_groups, config.seed)
-    evaluations = prepare.plan_evaluations(config, sets, row_devices, micro_rows)
-    print("\n".join(prepare.describe_plan(train)), flush=True)
 
-    program = build_program(config, graph, objective, shapes, mesh, train.plan.steps, train.plan)
+    def compiled() -> tuple[Program, Split, dict[str, Split]]:
+        program, train, line = compile_program(config, model, graph, objective, shapes, mesh, train_groups, plan)
+        axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        print(f"mesh: {axes} on {mesh.size} devices\n{prepare.describe_shape(train.shape)}\n{line}", flush=True)
+        evaluations = prepare.plan_evaluations(config, sets, row_devices, train.shape.rows // row_devices)
+        return program.with_evaluation(next(iter(evaluations.values())).shape, mesh), train, evaluations
+
     if dry_run:
-        with jax.set_mesh(mesh):
-            print("\n".join(compiled_memory(program, train.shape, mesh)))
+        compiled()
         return
 
     checkpointer = Checkpointer(
@@ -440,16 +334,20 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
         mode=config.checkpoint.mode,
     )
     save_config(config, workdir)
-    prepare.save_audit(workdir / "audit.json", train, validation_groups, objective.task)
-    with jax.set_mesh(mesh), contextlib.closing(checkpointer):
-        data = f"{train_groups.fingerprint} {validation_groups.fingerprint}"
-        state, host, start = restore_or_init(config, checkpointer, program, model, objective, data)
-        with contextlib.closing(Writers.open(workdir, config, start)) as writers:
-            job = Run(config, mesh, objective, program, train, evaluations, checkpointer, writers)
-            with jax.transfer_guard("disallow"):  # nothing goes to or from the devices unless it is asked for
-                last = loop(job, state, host, start)
-        del state  # makes room for the export
-        finish(job, workdir, model, values, chat, last)
+    prepare.save_audit(workdir / "audit.json", train_groups, plan, validation_groups, objective.task)
+    with contextlib.closing(checkpointer), ThreadPoolExecutor(1) as pool:
+        compiling = pool.submit(compiled)  # while the weights are read
+        with jax.set_mesh(mesh):
+            data = f"{train_groups.fingerprint} {validation_groups.fingerprint}"
+            shell = build_program(config, graph, objective, shapes, mesh, plan)
+            state, host, start = restore_or_init(config, checkpointer, shell, model, objective, data)
+            program, train, evaluations = compiling.result()
+            with contextlib.closing(Writers.open(workdir, config, start)) as writers:
+                job = Run(config, mesh, objective, program, train, evaluations, checkpointer, writers)
+                with jax.transfer_guard("disallow"):  # nothing goes to or from the devices unless it is asked for
+                    last = loop(job, state, host, start)
+            del state  # makes room for the export
+            finish(job, workdir, model, values, chat, last)
 
 
 def restore_or_init(
@@ -479,25 +377,9 @@ def restore_or_init(
     params, head = prepare.init_params(config, model, objective, program.state["params"])
     if "score" in params:
         print(f"score head: {head}, norm {float(jnp.linalg.norm(params['score']['kernel'])):.4g}", flush=True)
-    tx = optim.make(config.optim)
+    tx = optim.make(config.optim, config.seed)
     opt = jax.jit(tx.init, out_shardings=program.shardings["opt"])(params)
     return {"params": params, "opt": opt}, Host(data), 0
-
-
-def compiled_memory(program: Program, shape: Shape, mesh: jax.sharding.Mesh) -> list[str]:
-    """Compiles the step for the devices that are here; says what it needs on each."""
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.named(mesh))
-    rows = sharding.named(mesh, sharding.BATCH)
-    start = time.perf_counter()
-    compiled = program.step.lower(program.state, loader.abstract_batch(shape, rows), number).compile()
-    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
-    size = lambda n: f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
-    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    return [
-        f"mesh: {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())} on {mesh.devices.size} devices",
-        f"step: compiled in {seconds:.1f} s; per device {size(arguments)} of parameters, optimizer state and batch, "
-        f"{size(temporary)} of temporaries, {size(arguments + temporary)} together",
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------

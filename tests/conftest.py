@@ -1,5 +1,6 @@
 """Fixtures: real data where it is, and a small tokenizer made on the spot."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,14 @@ TEXT = [
     "assistant\nA graph without cycles is a tree too.\n\n\nsystem\nBe brief, and be kind.\n",
     "first question first answer second question second answer 0 1 2 3 4 5 6 7 8 9",
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory) -> Iterator[None]:
+    """A cache folder of the session's own, so that no test reads or writes the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user-cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,7 @@ def test_the_plan_of_a_mixture_shows_what_was_asked_for(spec, tmp_path, tokenize
     config.data.train, config.data.cache_dir, config.data.workers = spec, str(tmp_path / "cache"), 0
     config.data.weights, config.plan.row_tokens, config.duration = "ranked=0.5,pairs=2", 512, "2 epochs"
     groups, _ = prepare.read_groups(config, Chat(tokenizer), objectives.make(config.objective).task)
-    plan = prepare.plan_training(config, groups, 1, 4).plan
+    plan = prepare.plan_training(config, groups)
     shown = np.bincount(groups.source[plan.groups], minlength=5) / 2
     have = dict(zip(groups.sources, np.bincount(groups.source)))
     expected = [have[name] * {"ranked": 0.5, "pairs": 2}.get(name, 1) for name in groups.sources]

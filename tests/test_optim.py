@@ -1,13 +1,14 @@
-"""Schedules against torch and transformers; AdamW with regex lists against torch."""
+"""Schedules against torch and transformers; AdamW with regex lists against torch; Adafactor and Muon against optax."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
 
-from rmjax import optim
+from rmjax import optim, sharding
 from rmjax.config import defaults
 from rmjax.sharding import path_name
 
@@ -76,18 +77,19 @@ def gradients(step, name, shape):
     return np.random.default_rng((step, len(name))).normal(size=shape).astype(np.float32)
 
 
-def run(c, steps=5, lr=0.1):
-    tx, p = optim.make(c), params()
+def run(c, steps=5, lr=0.1, p=None):
+    tx, p = optim.make(c), params() if p is None else p
     state = tx.init(p)
 
     @jax.jit
-    def update(p, state, grads):
-        updates, state = tx.update(optim.trainable(c, grads), state, p)
-        return jax.tree.map(lambda x, u: x - lr * u, p, updates), state
+    def update(p, state, grads, step):
+        grads = optim.trainable(c, grads)
+        updates, state = tx.update(optim.clipped(c, grads, optax.tree.norm(grads)), state, p)
+        return optim.apply(p, updates, lr, 0, step), state
 
     for step in range(steps):
         draw = lambda path, x, step=step: gradients(step, path_name(path), x.shape)
-        p, state = update(p, state, jax.tree_util.tree_map_with_path(draw, p))
+        p, state = update(p, state, jax.tree_util.tree_map_with_path(draw, p), step)
     return flat(p), state
 
 
@@ -117,12 +119,105 @@ def test_adamw_with_decay_and_rate_lists_equals_torch(clip):
         assert np.allclose(ours[name], value, atol=2e-5), name
 
 
-def test_frozen_parameters_stay_and_have_no_state():
-    ours, state = run(config(weight_decay=0.1, freezes=((r".*/embedding", True), (r".*", False))))
+NAMES = ["adamw", "adafactor", "muon"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_parameters_stay_and_have_no_state(name):
+    ours, state = run(config(name=name, weight_decay=0.1, freezes=((r".*/(embedding|q/kernel)", True), (r".*", False))))
     start = flat(params())
-    assert np.array_equal(ours["decoder/embed/embedding"], start["decoder/embed/embedding"])
+    for frozen in ("decoder/embed/embedding", "decoder/layers/q/kernel"):
+        assert np.array_equal(ours[frozen], start[frozen])
+        assert not any(path.endswith(frozen) for path in flat(state))
     assert not np.array_equal(ours["score/kernel"], start["score/kernel"])
-    assert not any("embedding" in name for name in flat(state))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decay_and_rate_lists_mean_the_same_under_every_optimizer(name):
+    """From the definition: p <- p - rate factor (u + decay p), with u the update of a run without either."""
+    plain, _ = run(config(name=name, clip_norm=0.0), steps=1)
+    factors = ((r".*/(embedding|q/kernel)", 0.25), (r".*", 1.0))
+    ours, _ = run(config(name=name, clip_norm=0.0, weight_decay=0.1, lr_factors=factors), steps=1)
+    for path, start in flat(params()).items():
+        decay, factor = (
+            0.1 * path.endswith(("kernel", "embedding")),
+            0.25 if "embed" in path or "q/kernel" in path else 1,
+        )
+        assert np.allclose(ours[path], start - factor * (start - plain[path] + 0.1 * decay * start), atol=1e-6), path
+
+
+# Adafactor and Muon
+
+
+def large():
+    """Two stacked layers and one by itself, large enough to be factored."""
+    rng = np.random.default_rng(0)
+    make = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)
+    layers = {"up": {"kernel": make(2, 128, 160), "bias": make(2, 160)}, "norm": {"scale": make(2, 128)}}
+    last = {"up": {"kernel": make(128, 160), "bias": make(160)}, "norm": {"scale": make(128)}}
+    return {"decoder": {"embed": {"embedding": make(200, 128)}, "last": last, "layers": layers}}
+
+
+def unstacked(tree):
+    """{path of a layer's own parameter: array}, by hand, as optax's own optimizers take it."""
+    split = lambda name, x: {f"{name}/{i}": x[i] for i in range(2)} if "layers" in name else {name: x}
+    return {k: v for name, x in flat(tree).items() for k, v in split(name, x).items()}
+
+
+def optax_run(tx, start, steps=5):
+    p = {k: jnp.asarray(x) for k, x in start.items()}
+    state, update = tx.init(p), jax.jit(tx.update)
+    for step in range(steps):
+        draw = lambda path, x, step=step: gradients(step, path_name(path), x.shape)
+        grads = unstacked(jax.tree_util.tree_map_with_path(draw, large()))
+        updates, state = update(grads, state, p)
+        p = optax.apply_updates(p, updates)
+    return p
+
+
+def test_adafactor_of_stacked_layers_equals_optax_of_each():
+    ours, state = run(config(name="adafactor", clip_norm=0.0, weight_decay=0.1), p=large())
+    decayed = lambda tree: {k: "kernel" in k or "embedding" in k for k in tree}
+    chain = optax.adafactor(
+        0.1, multiply_by_parameter_scale=False, weight_decay_rate=0.1 * 0.1, weight_decay_mask=decayed
+    )
+    for name, value in optax_run(chain, unstacked(large())).items():
+        got = unstacked(nested(ours))[name]
+        assert np.allclose(got, value, atol=2e-5), name
+    sizes = {k: v.shape for k, v in flat(state).items() if k.endswith("layers/up/kernel")}
+    assert sorted(sizes.values()) == [(1,), (2, 128), (2, 160)]
+
+
+def nested(flat_tree):
+    """The inverse of `flat`."""
+    tree = {}
+    for name, x in flat_tree.items():
+        *folders, last = name.split("/")
+        where = tree
+        for folder in folders:
+            where = where.setdefault(folder, {})
+        where[last] = x
+    return tree
+
+
+def test_muon_of_stacked_layers_equals_optax_of_each_and_the_rest_is_adamw():
+    c = {"clip_norm": 0.0, "weight_decay": 0.1}
+    ours, _ = run(config(name="muon", **c), p=large())
+    adamw, _ = run(config(**c), p=large())
+    numbers = {k: optax.contrib.MuonDimensionNumbers() if "kernel" in k else None for k in unstacked(large())}
+    tx = optax.contrib.muon(0.1, weight_decay=0.1, muon_weight_dimension_numbers=numbers, consistent_rms=0.2)
+    theirs, adamw = optax_run(tx, unstacked(large())), unstacked(nested(adamw))
+    for name, value in unstacked(nested(ours)).items():
+        wanted = theirs[name] if "kernel" in name else adamw[name]
+        assert np.allclose(value, wanted, atol=1e-4 if "kernel" in name else 0), name
+
+
+def test_updates_of_muon_are_as_large_as_those_of_adamw():
+    """0.2 in the root mean square, what AdamW's have in practice; the Newton-Schulz steps give 0.7 to 1.2 of that."""
+    ours, _ = run(config(name="muon", clip_norm=0.0), steps=1, lr=1.0, p=large())
+    for name in ("decoder/layers/up/kernel", "decoder/last/up/kernel"):
+        rms = np.sqrt(np.mean((ours[name] - flat(large())[name]) ** 2))
+        assert 0.7 * 0.2 < rms < 1.2 * 0.2
 
 
 def test_an_uncovered_parameter_is_an_error():
@@ -130,14 +225,21 @@ def test_an_uncovered_parameter_is_an_error():
         run(config(decays=((r".*/kernel", True),)))
 
 
-def test_state_is_sharded_as_its_parameters():
-    tx, p = optim.make(config()), params()
-    names = {k: k for k in flat(p)}
-    tags = jax.tree_util.tree_map_with_path(lambda q, _: path_name(q), p)
-    got = flat(optim.state_shardings(jax.eval_shape(tx.init, p), tags, "replicated"))
-    moments = {k: v for k, v in got.items() if v != "replicated"}
-    assert len(moments) == 2 * len(names) and all(k.endswith(str(v)) for k, v in moments.items())
-    assert any(v == "replicated" for v in got.values())
+@pytest.mark.parametrize("name", NAMES)
+def test_state_is_sharded_as_its_parameters(name):
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    shapes = sharding.with_shardings(large(), sharding.param_shardings(mesh, large()))
+    state = jax.eval_shape(optim.make(config(name=name)).init, shapes)
+    got = optim.state_shardings(state, shapes, "replicated")
+    known = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(shapes)}
+    whole = 0
+    for (path, x), s in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(got), strict=True):
+        param = next((v for k, v in known.items() if path_name(path).endswith(k)), None)
+        same = param is not None and param.shape == x.shape
+        whole += same
+        assert s == (param.sharding if same else "replicated"), path_name(path)
+    # Both moments of all seven; Adafactor's second of the four vectors; Muon's one of two kernels, both of the rest.
+    assert whole == {"adamw": 14, "adafactor": 4, "muon": 12}[name]
 
 
 def test_rules_that_do_not_fit_the_model_are_refused():

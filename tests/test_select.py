@@ -239,14 +239,14 @@ def test_the_plan_says_what_an_epoch_shows(data, tokenizer, tmp_path):
     config = config_of(data, tmp_path, weights="owner/name=0.5,plain=2")
     groups, _ = read(config, tokenizer)
     have = np.bincount(groups.source)
-    split = prepare.plan_training(config, groups, 1, 4)
+    plan = prepare.plan_training(config, groups)
     drawn = round(0.5 * have[0]), 2 * have[1]
     share = [f"{n / sum(drawn):.1%}" for n in drawn]
     expected = f"plain {drawn[1]} of {have[1]} ({share[1]}), owner/name {drawn[0]} of {have[0]} ({share[0]})"
-    assert prepare.describe_plan(split)[-1] == f"an epoch shows: {expected}"
+    assert prepare.describe_plan(groups, plan)[-1] == f"an epoch shows: {expected}"
     config.data.weights = "owner/nam=2"
     with pytest.raises(ValueError, match="there is no source 'owner/nam'"):
-        prepare.plan_training(config, groups, 1, 4)
+        prepare.plan_training(config, groups)
 
 
 @pytest.mark.parametrize(

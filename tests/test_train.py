@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rmjax import objectives, optim, prepare, sharding, train
+from rmjax import objectives, optim, prepare, sharding, step, train
 from rmjax.models import config as model_config
 from rmjax.models import heads
 
@@ -117,14 +117,16 @@ def program_pieces(config, micro_rows):
     shapes = sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
     objective = objectives.make(config.objective)
     params = heads.init(model, 1, seed=0)
-    loss = lambda p, b: train.loss_sums(p, b, graph, objective, config)
+    config.model.remat = "none"
+    loss = lambda p, b: step.loss_sums(p, b, graph, objective, config)
     return params, loss, mesh, shapes, graph, objective
 
 
 def small_split(config, tmp_path, micro_rows):
     chat = prepare.open_chat(config, tmp_path)
     groups, _ = prepare.read_groups(config, chat, objectives.make(config.objective).task)
-    return prepare.plan_training(config, groups, 1, micro_rows)
+    plan = prepare.plan_training(config, groups)
+    return prepare.Split(groups, plan, prepare.batch_shape(groups, plan, 1, micro_rows))
 
 
 def test_micro_batches_do_not_change_the_gradient(cache_dir, tmp_path):  # NUMERICS 9
@@ -136,7 +138,7 @@ def test_micro_batches_do_not_change_the_gradient(cache_dir, tmp_path):  # NUMER
         source = prepare.loader.StepSource(split.groups, split.plan, split.shape, (0, split.shape.rows))
         batch = source[split.plan.epoch_steps[0] - 1]  # the epoch's last step, which is partly padding
         assert split.shape.micro == 4 // micro_rows
-        grads, sums = jax.jit(lambda p, b: train.accumulate(loss, p, b))(params, batch)
+        grads, sums = jax.jit(lambda p, b: step.accumulate(loss, p, b))(params, batch)
         weight = sums["loss"][1]
         results.append((jax.tree.map(lambda g, w=weight: np.asarray(g / w), grads), sums))
     for grads, sums in results[1:]:
@@ -150,7 +152,7 @@ def test_evaluation_does_not_depend_on_the_batch_shape(cache_dir, tmp_path):  # 
     params, loss, mesh, _, _, objective = program_pieces(config, 1)
     chat = prepare.open_chat(config, tmp_path)
     _, validation = prepare.read_groups(config, chat, objectives.make(config.objective).task)
-    program = train.Program(None, jax.jit(lambda p, b: (loss(p, jax.tree.map(lambda x: x[0], b)), {})), None, None)
+    program = step.Program(None, jax.jit(lambda p, b: (loss(p, jax.tree.map(lambda x: x[0], b)), {})), None, None)
     values = []
     for micro_rows, row_tokens in ((1, 256), (3, 256), (2, 512)):
         config.plan.row_tokens = row_tokens
@@ -167,16 +169,16 @@ def test_donated_state_is_gone_and_nothing_else_is(cache_dir, tmp_path):  # NUME
     params, _, mesh, shapes, graph, objective = program_pieces(config, 1)
     split = small_split(config, tmp_path, 4)
     with jax.set_mesh(mesh):
-        program = train.build_program(config, graph, objective, shapes, mesh, split.plan.steps, split.plan)
+        program = step.build_program(config, graph, objective, shapes, mesh, split.plan)
         state = {"params": params, "opt": optim.make(config.optim).init(params)}
         state = jax.device_put(state, program.shardings)
         copy = jax.tree.map(np.array, state["params"])  # a view would keep the buffers
         rows = sharding.named(mesh, sharding.BATCH)
         batch = next(prepare.loader.batches(split.groups, split.plan, split.shape, rows))
-        new, sums = program.step(state, batch, jnp.int32(5))
+        new, sums, halted = program.step(state, batch, jnp.int32(5), jnp.bool_(False))
         kept = [sharding.path_name(p) for p, x in jax.tree_util.tree_leaves_with_path(state) if not x.is_deleted()]
         assert kept == []
-        assert float(sums["nonfinite_count"][0]) == 0
+        assert float(sums["nonfinite_count"][0]) == 0 and not halted
         changed = [
             bool((np.asarray(a) != b).any()) for a, b in zip(jax.tree.leaves(new["params"]), jax.tree.leaves(copy))
         ]
@@ -408,14 +410,14 @@ def test_whole_epochs_show_every_group_equally_often(cache_dir, tmp_path):
     config = small(cache_dir, duration="3 epochs", plan__window=16)
     groups, _ = prepare.read_groups(config, prepare.open_chat(config, tmp_path), objectives.make(config.objective).task)
     for count in range(40, 150, 5):
-        split = prepare.plan_training(config, groups.select(range(count)), 1, 4)
-        assert (np.bincount(split.plan.groups) == 3).all()
+        plan = prepare.plan_training(config, groups.select(range(count)))
+        assert (np.bincount(plan.groups) == 3).all()
 
 
 def test_epochs_mean_the_data_not_the_run(cache_dir, tmp_path):
     config = small(cache_dir, duration="0.5 epochs")
     groups, _ = prepare.read_groups(config, prepare.open_chat(config, tmp_path), objectives.make(config.objective).task)
-    plan = prepare.plan_training(config, groups, 1, 4).plan
+    plan = prepare.plan_training(config, groups)
     assert prepare.steps_in("1 epochs", plan) == plan.steps_per_epoch > plan.steps
     assert prepare.steps_in("50%", plan) == round(plan.steps / 2 + 0.01) and prepare.steps_in("0%", plan, least=0) == 0
 

@@ -159,8 +159,8 @@ def _filling(config: ConfigDict, groups: Groups) -> dict[str, Any] | None:
     if groups.lengths.min() > config.plan.row_tokens:
         return None
     config.duration = "1 epoch"
-    split = prepare.plan_training(config, groups.fitting(config.plan.row_tokens), 1, 1)
-    return measure.filling(split.groups, split.plan)
+    groups = groups.fitting(config.plan.row_tokens)
+    return measure.filling(groups, prepare.plan_training(config, groups))
 
 
 def leaks(source: str, format: str, benchmarks: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -30,6 +30,7 @@ import tokenizers
 import transformers
 from absl import logging
 
+from rmjax import startup
 from rmjax.data import formats, sources
 from rmjax.data.audit import Audit
 from rmjax.data.augment import EVALUATION, augment
@@ -129,7 +130,7 @@ def _jobs(spec: str, format: str) -> Iterator[_Job]:
 def _run(jobs: Iterator[_Job], work: Callable[[Chat, _Job], _Result], chat: Chat, workers: int) -> Iterator[_Result]:
     """Does the jobs, in processes unless there are few; yields results in the order of the jobs."""
     if workers < 0:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = startup.cores()
         workers = cores if cores > 1 else 0
     head = list(itertools.islice(jobs, SMALL // CHUNK))
     jobs = itertools.chain(head, jobs)
@@ -399,8 +400,7 @@ def _cached(path: Path, task: Task) -> "tuple[Store, Audit] | None":
 
 
 def _directory(cache_dir: str | Path) -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmjax"
-    directory = Path(cache_dir).expanduser() if cache_dir else default
+    directory = startup.user_cache(cache_dir)
     directory.mkdir(parents=True, exist_ok=True)
     for partial in directory.glob("*.partial*"):  # left by builds that were killed
         with contextlib.suppress(OSError):  # somebody else's, or just deleted by another process
