@@ -1,0 +1,346 @@
+r"""TRL's RewardTrainer against rmjax on a CPU: the same model, pairs, optimizer and cores, in alternating rounds.
+
+    python -m venv trl && trl/bin/pip install 'torch==2.13.0' 'trl==1.16.*'
+    python benchmarks/trl_cpu.py --trl-python=trl/bin/python
+
+(On Linux `--extra-index-url=https://download.pytorch.org/whl/cpu` spares TRL's environment the CUDA libraries.)
+
+The model is a Qwen2 reward model of 4 layers with random weights, made by transformers; the pairs are random tokens of
+the `hh` lengths. Both sides train in float32 without recomputation, with the same AdamW. First each trains three steps
+on the first pairs: if the losses are not equal to 1e-4 it ends there. Then come the rounds, each an epoch of TRL in its
+own process and one of rmjax in its own, one at a time. Every pair of an epoch is trained on once, but for the last
+step of TRL, which it drops where it is not full.
+
+TRL groups by length. Its steps are 32 pairs, by default in micro-batches of 4: they are padded less, and on a CPU
+that was faster than one batch of 32. Our steps are rows of --row-tokens tokens, as many as hold 32 pairs on average.
+A rate is the pairs of all steps but the first over their time, data loading included, starting and compiling not. With
+--steps=N a round takes the first N steps of TRL and as many of ours. Take a multiple of 18: TRL sorts 18 steps at a
+time by length, so fewer are not like the rest.
+"""
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+START = time.perf_counter()
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 6400,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "num_labels": 1,
+    "pad_token_id": 6399,  # in no pair
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+OPTIM = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.01, "clip_norm": 1.0}
+PAIRS_PER_STEP = 32
+CHECK_STEPS, TOLERANCE = 3, 1e-4
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl-python", help="the Python of an environment that has TRL")
+    parser.add_argument("--lengths", default="hh", help="a file of lengths (data/random_groups.py)")
+    parser.add_argument("--pairs", type=int, default=0, help="the first pairs of the file; 0 is all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=0, help="steps of a round; 0 is an epoch")
+    parser.add_argument("--cores", type=int, default=0, help="cores of both sides; 0 is all there are")
+    parser.add_argument("--row-tokens", type=int, default=2048, help="ours: length of a row")
+    parser.add_argument("--micro-rows", type=int, default=0, help="ours: rows of a micro-batch; 0 is all of a step")
+    parser.add_argument("--trl-micro", type=int, default=4, help="TRL's: pairs of a micro-batch")
+    parser.add_argument("--trl-attention", default="sdpa", help="TRL's: attention implementation")
+    parser.add_argument("--trl-optimizer", default="adamw_torch_fused", help="TRL's: `optim` of its config")
+    parser.add_argument("--trl-compile", action="store_true", help="TRL's: torch.compile")
+    parser.add_argument("--side", choices=("both", "trl", "ours"), default="both", help="the other is left out")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    if given.side != "ours" and not given.trl_python and not given.job:
+        parser.error("--trl-python is missing: the Python of an environment that has TRL")
+    return given
+
+
+# ----------------------------------------------------------------------------------------------------
+# Ours, in a process of its own
+# ----------------------------------------------------------------------------------------------------
+
+
+def split_of(job: dict[str, Any]) -> Any:
+    """Our pairs, their plan and the shape of its batches: the first pairs in one step an epoch, or all as in a run."""
+    import numpy as np
+
+    from rmjax.data import loader, packing
+    from rmjax.data.random_groups import RandomGroups
+    from rmjax.prepare import Split
+
+    groups = RandomGroups(np.array(job["triples"])[: job["first"] or None], job["vocabulary"])
+    options = {"row_tokens": job["ours"]["row_tokens"], "epochs": job["epochs"]}
+    pack = lambda rows, seed: packing.make_plan(groups.lengths, groups.ends, rows_per_step=rows, seed=seed, **options)
+    rows = len(pack(1, job["seed"]).row_start) - 1  # of all epochs
+    wanted = -(-job["pairs_per_step"] * rows // (len(groups) * job["epochs"]))
+    plan = pack(rows, None) if job["first"] else pack(wanted, job["seed"])
+    plan = plan.first(min(job["steps"] or plan.steps, plan.steps))
+    micro_rows = job["ours"]["micro_rows"] or plan.rows_per_step
+    return Split(groups, plan, loader.plan_shape(plan, 2, micro_rows=micro_rows, row_devices=1, labels=groups.fields))
+
+
+def train(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains on the pairs of `split_of` with the pieces of a run; times every step.
+
+    Args:
+        job: see `job_of`.
+
+    Returns:
+        start_s, seconds until the first step begins; compile_s of it; and for each step its seconds, pairs, tokens
+        (padding too) and loss.
+    """
+    import jax
+    import numpy as np
+
+    from rmjax import config as config_lib
+    from rmjax import objectives, optim, sharding
+    from rmjax.data import loader
+    from rmjax.models import config as model_config
+    from rmjax.models import hf
+    from rmjax.objectives import sums as sums_lib
+    from rmjax.step import abstract_model, build_program
+
+    config, split = config_lib.defaults(), split_of(job)
+    plan, shape = split.plan, split.shape
+    config.model.remat, config.optim.schedule, config.optim.warmup = "none", "constant", "0 steps"
+    config.optim.update(job["optim"])
+    objective, model = objectives.make(config.objective), model_config.from_hf(hf.read_config(job["model"]))
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    graph, shapes = abstract_model(config, model, objective, mesh)
+    with jax.set_mesh(mesh):
+        program = build_program(config, graph, objective, shapes, mesh, plan)
+        begin = time.perf_counter()
+        step = program.lower(shape, mesh).compile()
+        compile_s = time.perf_counter() - begin
+        params, _ = hf.load(job["model"], program.state["params"], model, seed=0, require_head=True)
+        opt = jax.jit(optim.make(config.optim, config.seed).init, out_shardings=program.shardings["opt"])(params)
+        state, one = {"params": params, "opt": opt}, sharding.named(mesh)
+        batches = loader.batches(split.groups, plan, shape, sharding.named(mesh, sharding.BATCH))
+        halted, batch = jax.device_put(False, one), next(batches)
+        clock, losses = [time.perf_counter()], []
+        for number in range(plan.steps):
+            state, sums, halted = step(state, batch, jax.device_put(np.int32(number), one), halted)
+            batch = next(batches, None)
+            loss, weight = sums_lib.to_host(jax.device_get(sums))["loss"]
+            losses.append(float(loss / weight))
+            clock.append(time.perf_counter())
+    return {
+        "start_s": clock[0] - START,
+        "compile_s": compile_s,
+        "seconds": [b - a for a, b in itertools.pairwise(clock)],
+        "pairs": [sum(map(len, plan.rows(number))) for number in range(plan.steps)],
+        "tokens": [shape.micro * shape.rows * shape.tokens] * plan.steps,
+        "losses": losses,
+        "versions": {name: importlib.metadata.version(name) for name in ("rmjax", "jax", "jaxlib")},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------
+# The comparison
+# ----------------------------------------------------------------------------------------------------
+
+
+def rate(result: dict[str, Any], what: str = "pairs") -> float:
+    """Pairs (or tokens) a second over all steps but the first."""
+    return sum(result[what][1:]) / sum(result["seconds"][1:])
+
+
+def check(trl: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Says that both sides compute the same losses.
+
+    Raises:
+        ValueError: the losses of a step are not equal to TOLERANCE, or they were not of all the steps.
+    """
+    both = list(zip(trl["losses"], ours["losses"]))
+    if len(both) != CHECK_STEPS or len(trl["losses"]) != len(ours["losses"]):
+        raise ValueError(
+            f"TRL did {len(trl['losses'])} steps on the first pairs and we {len(ours['losses'])}, "
+            f"expected {CHECK_STEPS}: nothing can be compared"
+        )
+    apart = [abs(a - b) for a, b in both]
+    shown = ", ".join(f"{a:.6f} and {b:.6f}" for a, b in both)
+    if not all(x <= TOLERANCE for x in apart):  # NaN is not
+        raise ValueError(
+            f"the losses of the first {CHECK_STEPS} steps differ by more than {TOLERANCE:g} "
+            f"(TRL and ours: {shown}): the two sides do not train the same"
+        )
+    return f"losses of the first steps on the same {PAIRS_PER_STEP} pairs, TRL and ours: {shown}"
+
+
+def refuse_smaller_steps(result: dict[str, Any]) -> None:
+    """Makes sure that a round's steps had enough real pairs: a smaller step has less to learn from.
+
+    Raises:
+        ValueError: fewer than PAIRS_PER_STEP on average over the steps that are full.
+    """
+    full = result["pairs"][:-1] or result["pairs"]
+    if statistics.mean(full) < PAIRS_PER_STEP:
+        raise ValueError(
+            f"a step had {statistics.mean(full):.1f} pairs on average, expected {PAIRS_PER_STEP} at least; "
+            "choose another --row-tokens"
+        )
+
+
+def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Rates of all rounds, their medians, and how many times TRL's pairs a second ours are, round by round."""
+    rates = {side: [rate(r[side]) for r in rounds] for side in ("trl", "ours")}
+    ratios = [b / a for a, b in zip(rates["trl"], rates["ours"])]
+    return {
+        **{f"{side}_pairs_per_s": values for side, values in rates.items()},
+        **{f"{side}_median": statistics.median(values) for side, values in rates.items()},
+        "ratios": ratios,
+        "ratio_median": statistics.median(ratios),
+        "ratio_least": min(ratios),
+        "ratio_most": max(ratios),
+    }
+
+
+def table(rounds: list[dict[str, dict[str, Any]]]) -> str:
+    """What `summary` holds, for a terminal."""
+    values = summary(rounds)
+    rows = zip(values["trl_pairs_per_s"], values["ours_pairs_per_s"], values["ratios"])
+    lines = [f"{'round':>6}  {'TRL pairs/s':>12}  {'ours pairs/s':>12}  {'times':>6}"]
+    lines += [f"{n:>6}  {a:12.2f}  {b:12.2f}  {ratio:6.2f}" for n, (a, b, ratio) in enumerate(rows, 1)]
+    lines.append(
+        f"{'median':>6}  {values['trl_median']:12.2f}  {values['ours_median']:12.2f}  {values['ratio_median']:6.2f}"
+        f"  (from {values['ratio_least']:.2f} to {values['ratio_most']:.2f})"
+    )
+    return "\n".join(lines)
+
+
+def describe(side: str, result: dict[str, Any]) -> str:
+    """One side's round in one line."""
+    compiling = f", of these {result['compile_s']:.1f} s compiling" if "compile_s" in result else ""
+    return (
+        f"  {side}: {rate(result):.2f} pairs/s, {rate(result, 'tokens'):,.0f} tokens/s with padding; "
+        f"{len(result['pairs'])} steps of {statistics.mean(result['pairs']):.1f} pairs; "
+        f"first step {result['seconds'][0]:.2f} s after {result['start_s']:.1f} s{compiling}"
+    )
+
+
+def job_of(given: argparse.Namespace, scratch: Path, triples: list[list[int]]) -> dict[str, Any]:
+    """What both sides are told; `first` pairs in their order, or 0: all, as each side orders them."""
+    return {
+        "do": "train",
+        "model": str(scratch / "model"),
+        "shape": SHAPE,
+        "pairs": str(scratch / "pairs.json"),
+        "scratch": str(scratch / "trl"),
+        "triples": triples,
+        "vocabulary": SHAPE["pad_token_id"],
+        "first": 0,
+        "epochs": 1,
+        "steps": given.steps,
+        "seed": 0,
+        "pairs_per_step": PAIRS_PER_STEP,
+        "optim": OPTIM,
+        "ours": {"row_tokens": given.row_tokens, "micro_rows": given.micro_rows},
+        "trl": {
+            "micro": given.trl_micro,
+            "attention": given.trl_attention,
+            "optimizer": given.trl_optimizer,
+            "compile": given.trl_compile,
+        },
+    }
+
+
+def write_pairs(path: Path, triples: list[list[int]], vocabulary: int) -> None:
+    """The pairs that our side makes for itself, as [prompt, chosen, rejected] in token ids."""
+    import numpy as np
+
+    from rmjax.data.random_groups import RandomGroups
+
+    groups = RandomGroups(np.array(triples), vocabulary)
+    pairs = []
+    for index, (prompt, _, _) in enumerate(triples):
+        chosen, rejected = (x.tolist() for x in groups.group(index).tree.sequences())
+        pairs.append([chosen[:prompt], chosen[prompt:], rejected[prompt:]])
+    path.write_text(json.dumps(pairs))
+
+
+def run(command: list[str], job: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Does a job in a process of its own; its last line is the answer."""
+    path = scratch / "job.json"
+    path.write_text(json.dumps(job))
+    threads = str(len(os.sched_getaffinity(0)))
+    env = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([*command, str(path)], stdout=subprocess.PIPE, text=True, env={**os.environ, **env})
+    if done.returncode:
+        raise ValueError(f"{' '.join(command)} ended with status {done.returncode}; what it said is above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Makes model and pairs, checks that both sides train the same, and measures; prints as it goes."""
+    from rmjax.data.random_groups import read_lengths
+
+    triples = read_lengths(given.lengths)[: given.pairs or None].tolist()
+    job = job_of(given, scratch, triples)
+    write_pairs(scratch / "pairs.json", triples, job["vocabulary"])
+    commands = {
+        "trl": [given.trl_python, str(Path(__file__).with_name("trl_side.py"))],
+        "ours": [sys.executable, __file__, "--job"],
+    }
+    made = run(commands["trl"], {**job, "do": "make"}, scratch)
+    cores = len(os.sched_getaffinity(0))
+    print(f"{made['parameters']:,} parameters, {len(triples):,} pairs, {cores} cores", flush=True)
+    first = {**job, "first": PAIRS_PER_STEP, "epochs": CHECK_STEPS, "steps": 0}
+    checked = {side: run(command, first, scratch) for side, command in commands.items()}
+    versions = {**checked["trl"]["versions"], **checked["ours"]["versions"]}
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    print(check(checked["trl"], checked["ours"]), flush=True)
+    rounds = []
+    for number in range(given.rounds):
+        print(f"round {number + 1}", flush=True)
+        rounds.append({})
+        for side, command in commands.items():
+            if given.side in ("both", side):
+                rounds[-1][side] = result = run(command, {**job, "seed": number}, scratch)
+                refuse_smaller_steps(result)
+                print(describe(side, result), flush=True)
+    figures = {"cores": cores, "versions": versions, "options": {k: str(v) for k, v in vars(given).items()}}
+    if given.side == "both":
+        print(table(rounds))
+        figures |= summary(rounds)
+    return {**figures, "check": checked, "rounds": rounds}
+
+
+def main() -> None:
+    """Compares; or, in a process of its own, does our side of a job."""
+    given = arguments()
+    if given.job:
+        print(json.dumps(train(json.loads(given.job.read_text()))))
+        return
+    if given.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])  # the children inherit it
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            figures = compare(given, Path(scratch))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if given.json:
+        given.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
