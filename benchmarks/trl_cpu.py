@@ -60,8 +60,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0, help="steps of a round; 0 is an epoch")
     parser.add_argument("--cores", type=int, default=0, help="cores of both sides; 0 is all there are")
-    parser.add_argument("--row-tokens", type=int, default=2048, help="ours: length of a row")
-    parser.add_argument("--micro-rows", type=int, default=0, help="ours: rows of a micro-batch; 0 is all of a step")
+    parser.add_argument("--row-tokens", type=int, default=1216, help="ours: length of a row")
+    parser.add_argument("--micro-rows", type=int, default=2, help="ours: rows of a micro-batch; 0 is all of a step")
     parser.add_argument("--trl-micro", type=int, default=4, help="TRL's: pairs of a micro-batch")
     parser.add_argument("--trl-attention", default="sdpa", help="TRL's: attention implementation")
     parser.add_argument("--trl-optimizer", default="adamw_torch_fused", help="TRL's: `optim` of its config")
@@ -113,7 +113,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from rmjax import config as config_lib
-    from rmjax import objectives, optim, sharding
+    from rmjax import memory, objectives, optim, sharding
     from rmjax.data import loader
     from rmjax.models import config as model_config
     from rmjax.models import hf
@@ -122,7 +122,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
     config, split = config_lib.defaults(), split_of(job)
     plan, shape = split.plan, split.shape
-    config.model.remat, config.optim.schedule, config.optim.warmup = "none", "constant", "0 steps"
+    # No matrix product is recomputed, on either side.
+    config.model.remat, config.optim.schedule, config.optim.warmup = memory.POLICIES[0], "constant", "0 steps"
     config.optim.update(job["optim"])
     objective, model = objectives.make(config.objective), model_config.from_hf(hf.read_config(job["model"]))
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])

@@ -13,7 +13,7 @@ from rmjax.models.decoder import saved_names
 
 # What "auto" tries, by what the backward pass recomputes: norms, rotations and the MLP's product; also gate and up
 # (reckoned 19 % more operations); all but attention (about 30 %); all (33 %). Not "none": to keep what is computed in
-# one pass over memory takes a pass to write and one to read it, and twice the memory.
+# one pass over memory takes a pass to write and one to read it, and twice the memory; kernels in the compute dtype too.
 POLICIES = ("q,k,v,attention,mid,gate,up", "q,k,v,attention,mid", "attention", "full")
 
 # Tokens of a micro-batch on a device. Products of 8,192 tokens keep any accelerator busy, and with fewer than that the
@@ -76,6 +76,8 @@ def candidates(remat: str, micro_rows: int, row_tokens: int, most: int) -> Itera
     """
     policies = POLICIES if remat == "auto" else (remat,)
     large = micro_rows or max(1, min(most, TOKENS // row_tokens))
+    if not micro_rows:  # rather a number that leaves no row of the last micro-batch empty
+        large = next((n for n in range(large, (large - 1) // 2, -1) if most % n == 0), large)
     for policy in policies:
         rows = large
         while rows >= 1:

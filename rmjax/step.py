@@ -37,7 +37,8 @@ def abstract_model(
     platform = mesh.devices.flat[0].platform
     dtype = heads.compute_dtype(config.model.compute_dtype, platform)
     form, why = tree_attention.choose(config.model.attention, platform, model.head_dim, dtype)
-    logging.info("attention: %s%s", form, f" ({why})" if why else "")
+    if why:
+        logging.warning("attention falls back to the form for any device (xla): %s", why)
     graph, shapes = heads.abstract(
         model,
         len(objective.labels),

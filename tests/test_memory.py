@@ -71,6 +71,7 @@ def test_recomputing_comes_after_smaller_micro_batches():
     assert auto[-3:] == [("full", 4), ("full", 2), ("full", 1)]
     assert listed("auto", 3, 4096, 100) == [(policy, 3) for policy in memory.POLICIES]
     assert listed("full", 0, 512, 8) == [("full", 8), ("full", 4), ("full", 2), ("full", 1)]
+    assert listed("full", 0, 8192, 7)[0] == ("full", 1) and listed("full", 0, 4096, 6)[0] == ("full", 3)
     assert listed("q,mid", 0, 32_768, 8) == [("q,mid", 1)]
 
 

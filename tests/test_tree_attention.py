@@ -12,7 +12,7 @@ import pytest
 
 from rmjax.data.trees import build_tree
 from rmjax.kernels.attention_xla import BLOCK
-from rmjax.kernels.tree_attention import block_of, tree_attention
+from rmjax.kernels.tree_attention import block_of, choose, tree_attention
 from rmjax.kernels.visible import visible
 
 LENGTH = 3 * BLOCK + 9  # of most rows: whole blocks and a part of one
@@ -315,6 +315,31 @@ def test_sharded_rows_and_heads_agree_with_one_device():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# -------------------------------------------------------------------------------- which form
+
+
+def test_auto_takes_the_devices_own_form_or_says_why_not():
+    assert choose("auto", "cpu", 64, "float32") == ("xla", "")
+    assert choose("auto", "gpu", 128, "bfloat16") == ("gpu", "")
+    assert choose("auto", "tpu", 128, "bfloat16") == ("tpu", "")
+    assert choose("xla", "gpu", 128, "bfloat16") == ("xla", "")
+    for platform, head_dim, dtype, why in [
+        ("gpu", 128, "float32", "bfloat16"),
+        ("gpu", 96, "bfloat16", "96"),
+        ("tpu", 80, "bfloat16", "80"),
+        ("metal", 64, "float32", "metal"),
+    ]:
+        form, said = choose("auto", platform, head_dim, dtype)
+        assert form == "xla" and why in said
+
+
+def test_a_form_that_cannot_serve_is_refused_when_it_is_asked_for():
+    with pytest.raises(ValueError, match=r"config\.model\.attention='gpu' cannot be used: .*not on cpu"):
+        choose("gpu", "cpu", 64, "bfloat16")
+    with pytest.raises(ValueError, match=r"'tpu' cannot be used: .*width.*not 80"):
+        choose("tpu", "tpu", 80, "bfloat16")
 
 
 # -------------------------------------------------------------------------------- bad input

@@ -20,7 +20,6 @@ from rmjax.models.config import ModelConfig
 from rmjax.models.rope import rope_angles, rotate
 from rmjax.sharding import BATCH, constrain
 
-CAST = "cast"  # the name of a kernel in the compute dtype: a copy that no policy keeps
 # Activations that a remat policy can save, and the names they go by inside. The kernel names its own output
 # and the log-sum-exp that its backward needs with it.
 SAVED = {
@@ -101,7 +100,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] to [..., out]."""
-        y = product(x, checkpoint_name(self.kernel[...].astype(x.dtype), CAST))
+        y = product(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -286,9 +285,7 @@ def rematerialized(function: Any, *, remat: str, prevent_cse: bool) -> Any:
     Raises:
         ValueError: `remat` names an unknown activation.
     """
-    policies = jax.checkpoint_policies
     if remat == "none":
-        policy = policies.save_anything_except_these_names(CAST)
-    else:
-        policy = policies.save_only_these_names(*saved_names(remat)) if remat != "full" else None
-    return jax.checkpoint(function, policy=policy, prevent_cse=prevent_cse)
+        return function
+    policy = jax.checkpoint_policies.save_only_these_names(*saved_names(remat))
+    return jax.checkpoint(function, policy=policy if remat != "full" else None, prevent_cse=prevent_cse)
