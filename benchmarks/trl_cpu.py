@@ -60,7 +60,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0, help="steps of a round; 0 is an epoch")
     parser.add_argument("--cores", type=int, default=0, help="cores of both sides; 0 is all there are")
-    parser.add_argument("--row-tokens", type=int, default=1216, help="ours: length of a row")
+    parser.add_argument("--row-tokens", type=int, default=1280, help="ours: length of a row")
     parser.add_argument("--micro-rows", type=int, default=2, help="ours: rows of a micro-batch; 0 is all of a step")
     parser.add_argument("--trl-micro", type=int, default=4, help="TRL's: pairs of a micro-batch")
     parser.add_argument("--trl-attention", default="sdpa", help="TRL's: attention implementation")
