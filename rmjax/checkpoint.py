@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging as python_logging
 import math
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -83,6 +84,7 @@ class Checkpointer:
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future] | None = None  # a step being written, and its end
+        self._ends_before_exit = False
         python_logging.getLogger("absl").addFilter(_without_orbax_chatter)
 
     def save(self, step: int, state: Any, host: dict, metrics: dict[str, float] | None) -> None:
@@ -103,6 +105,11 @@ class Checkpointer:
             if self._orbax is None:
                 self._clear_up()
                 self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+                if not self._ends_before_exit:
+                    # A program that ends without `close`: Python lets no thread start another once it shuts
+                    # down, where a save would hang or stay unfinished. `atexit` comes later than that.
+                    threading._register_atexit(self.wait)  # type: ignore[attr-defined]
+                    self._ends_before_exit = True
             self._orbax.save(self._path(step), args=ocp.args.PyTreeSave(state))
             done = self._background.submit(self._finish, self._orbax, self._path(step), host_json)
             self._saving = step, done
