@@ -18,6 +18,7 @@ from rmjax.data.judging import Judgements
 from rmjax.data.records import BadRow, Conversation, check_conversation
 from rmjax.data.tasks import Example
 from rmjax.data.trees import Tokens, Tree, build_tree
+from rmjax.kernels.tree_attention import choose
 from rmjax.models import heads, hf
 from rmjax.models.config import ModelConfig, from_hf
 from rmjax.objectives.base import Objective
@@ -309,7 +310,8 @@ class RewardModel:
         shape = loader.rounded(shape)
         source = loader.StepSource(Unlabelled(trees), plan, shape, (0, shape.rows))
         placed = sharding.named(self.mesh, sharding.BATCH)
-        static = {"config": self.config, "dtype": self.dtype, "labels": len(self.labels)}
+        form, _ = choose("auto", self.mesh.devices.flat[0].platform, self.config.head_dim, self.dtype)
+        static = {"config": self.config, "dtype": self.dtype, "labels": len(self.labels), "attention": form}
         with jax.set_mesh(self.mesh):
             for step in range(plan.steps):
                 batch = source[step]
@@ -359,7 +361,7 @@ def _outputs(directory: Path, values: Mapping[str, Any]) -> int:
     return int(values.get("num_labels") or hf.head_outputs(directory) or 1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "labels", "architecture", "out"))
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "labels", "architecture", "attention", "out"))
 def _forward(
     params: Any,
     batch: Any,
@@ -368,10 +370,11 @@ def _forward(
     dtype: str,
     labels: int,
     architecture: str,
+    attention: str,
     out: jax.sharding.Sharding,
 ) -> jax.Array:
     """Outputs [B, E, A] of a batch; models of one config share what is compiled."""
-    graph, _ = heads.abstract(config, labels, dtype, dtype, architecture=architecture)
+    graph, _ = heads.abstract(config, labels, dtype, dtype, architecture=architecture, attention=attention)
     # Accelerators round float32 products to TF32 or bfloat16 unless told otherwise.
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
         if architecture == "CausalLM":

@@ -240,7 +240,7 @@ class Decoder(nnx.Module):
         x_BTD = constrain(self.embed(tokens).astype(self.compute_dtype), BATCH, None, None)
         if self.layers is not None:
             graphdef, layers = nnx.split(self.layers)
-            seen_W = jax.tree.map(lambda *x: jnp.stack(x), *seen_by_window)
+            seen_W = jax.tree.map(lambda *x: jnp.stack(x), *seen_by_window) if len(windows) > 1 else None
 
             @wrapped
             def apply(x_BTD: jax.Array, layer_and_window: tuple[Any, Any]) -> tuple[jax.Array, None]:
