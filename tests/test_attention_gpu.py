@@ -16,7 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_tree_attention import assert_near, lay, random_heads, random_tree, rows_of_trees, torch_attention
+from test_tree_attention import (
+    assert_near,
+    assert_sharded_agrees,
+    lay,
+    random_heads,
+    random_tree,
+    rows_of_trees,
+    torch_attention,
+)
 
 from rmjax.kernels import attention_gpu
 from rmjax.kernels.tree_attention import choose, tree_attention
@@ -240,40 +248,9 @@ def test_saved_residuals_spare_the_second_forward_pass():
     assert kernels(policies.nothing_saveable) == [*saved, "tree_attention_forward"]
 
 
-SHARDED = """
-    import sys
-    import jax, numpy as np
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-    sys.path.insert(0, {tests!r})
-    from test_attention_gpu import layers_gradient, layers_inputs
-
-    assert jax.device_count() == 4
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
-    gradient = layers_gradient(jax.checkpoint_policies.save_only_these_names("attention", "lse"))
-    x, weights, spans, windows = layers_inputs(4)
-    inputs = (put(x, "data", None, "tensor"), put(weights), [put(s, "data") for s in spans], put(windows))
-    with jax.set_mesh(mesh):
-        compiled = gradient.lower(*inputs).compile()
-    split = jax.block_until_ready(compiled(*inputs))
-    assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
-    assert split[1].sharding.is_equivalent_to(inputs[0].sharding, 4), split[1].sharding
-    for a, b in zip(split, gradient(x, weights, spans, windows)):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
-"""
-
-
-def run(code, **environment):
-    """Runs a program in its own process."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.slow
 def test_sharded_rows_and_heads_agree_with_one_device():
-    run(SHARDED.format(tests=os.path.dirname(__file__)), XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert_sharded_agrees("test_attention_gpu", data=2, rows=4)
 
 
 # -------------------------------------------------------------------------------- who is served
@@ -299,6 +276,15 @@ def test_a_gpu_has_its_own_form():
 
 
 # -------------------------------------------------------------------------------- compiled for GPUs that are not here
+
+
+def run(code, **environment):
+    """Runs a program in its own process."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
 
 COMPILED = """
     import re

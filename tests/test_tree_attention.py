@@ -292,13 +292,13 @@ SHARDED = """
     import jax, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     sys.path.insert(0, {tests!r})
-    from test_tree_attention import layers_gradient, layers_inputs
+    from {module} import layers_gradient, layers_inputs
 
-    assert jax.device_count() == 8
-    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    assert jax.device_count() == {data} * 2
+    mesh = jax.make_mesh(({data}, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
     gradient = layers_gradient(jax.checkpoint_policies.save_only_these_names("attention", "lse"))
-    x, weights, spans, windows = layers_inputs(12)
+    x, weights, spans, windows = layers_inputs({rows})
     inputs = (put(x, "data", None, "tensor"), put(weights), [put(s, "data") for s in spans], put(windows))
     with jax.set_mesh(mesh):
         compiled = gradient.lower(*inputs).compile()
@@ -310,11 +310,16 @@ SHARDED = """
 """
 
 
-def test_sharded_rows_and_heads_agree_with_one_device():
-    code = textwrap.dedent(SHARDED.format(tests=os.path.dirname(__file__)))
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+def assert_sharded_agrees(module, data, rows):
+    """`layers_gradient` of a test module over a mesh of data x 2 gives what one device gives, and sends no keys."""
+    code = textwrap.dedent(SHARDED.format(tests=os.path.dirname(__file__), module=module, data=data, rows=rows))
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={2 * data}", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_sharded_rows_and_heads_agree_with_one_device():
+    assert_sharded_agrees("test_tree_attention", data=4, rows=12)
 
 
 # -------------------------------------------------------------------------------- which form

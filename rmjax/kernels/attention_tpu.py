@@ -54,18 +54,7 @@ def refuses(platform: str, head_dim: int, dtype: str) -> str:
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: Visible, *, softcap: float | None, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends the rows of one device.
-
-    Args:
-        q: [B, T, N, H], bfloat16 or float32; T is a multiple of `seen.block`.
-        k: [B, T, M, H].
-        v: [B, T, M, H].
-        seen: of these rows.
-        softcap: of the logits; None is none.
-        interpret: run the kernel step by step on any device.
-
-    Returns:
-        [B, T, N, H] of q's type, and the log-sum-exp of each query's logits, float32 [B, N, T].
+    """Attends the rows of one device; see `attention_xla.forward`.
 
     Raises:
         ValueError: the rows may have more pairs of blocks than a core can hold: over 196,608, such as one row of
@@ -100,15 +89,7 @@ def backward(
     softcap: float | None,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of the rows of one device.
-
-    Args:
-        q, k, v, seen, softcap, interpret: see `forward`.
-        out, lse: what it returned.
-        dout: [B, T, N, H] cotangent of `out`.
-
-    Returns:
-        Cotangents of q, k and v, of their shapes and types.
+    """Gradients of the rows of one device; see `attention_xla.backward`.
 
     Raises:
         ValueError: see `forward`.

@@ -37,7 +37,7 @@ def forward(
         v: [B, T, M, H].
         seen: of these rows.
         softcap: of the logits; None is none.
-        interpret: of no meaning here.
+        interpret: run a kernel step by step, on any device; of no meaning here.
 
     Returns:
         [B, T, N, H] of q's type, and the log-sum-exp of each query's logits, float32 or wider [B, N, T].
