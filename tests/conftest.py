@@ -7,6 +7,8 @@ import pytest
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from rmjax import startup
+
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 # ChatML. The role's newline stands before the content, so a response that begins with a newline merges with
@@ -27,6 +29,7 @@ def user_cache(tmp_path_factory) -> Iterator[None]:
     """A cache folder of the session's own, so that no test reads or writes the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user-cache")))
+        startup.keep_programs()  # as the commands do: what several tests compile is compiled once
         yield
 
 
