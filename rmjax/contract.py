@@ -28,6 +28,10 @@ RULES = {  # which tokens are scored, by architecture
     "TokenClassification": f"the token with the last character of each step, in {RENDERING}",
     "CausalLM": "none: the model writes",
 }
+READ = {  # what replaying needs, beside the version
+    **{"scored_token": str, "template_sha256": str, "template_kwargs": dict, "objective": dict},
+    **{"objective_params": dict, "golden": list},
+}
 TOLERANCE = 1e-4  # of golden scores, in float32
 
 
@@ -118,13 +122,24 @@ def read(directory: str | Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        terms = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        terms = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); copy it from the export again") from None
     if not isinstance(terms, dict) or terms.get("version") != VERSION:
         found = terms.get("version") if isinstance(terms, dict) else type(terms).__name__
         raise ValueError(f"{path} is of version {found!r}, this rmjax reads {VERSION}; use the rmjax that wrote it")
+    wrong = [name for name, kind in READ.items() if not isinstance(terms.get(name), kind)]
+    wrong += [f"golden[{i}]" for i, row in enumerate(terms.get("golden") or ()) if not _is_golden(row)]
+    if wrong:
+        raise ValueError(f"{path} lacks {', '.join(wrong)}, or has it wrong; copy it from the export again")
     return terms
+
+
+def _is_golden(row: Any) -> bool:
+    whole = lambda x: isinstance(x, list) and bool(x) and all(type(n) is int and n >= 0 for n in x)
+    if not isinstance(row, dict) or not (whole(row.get("token_ids")) and whole(row.get("at"))) or "text" not in row:
+        return False
+    return isinstance(row["text"], str | None) and max(row["at"]) < len(row["token_ids"])
 
 
 def find(path_or_id: str | Path) -> dict[str, Any] | None:

@@ -16,7 +16,6 @@ import dataclasses
 import glob
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import app, flags
 
-from rmjax import contract, startup
+from rmjax import command_line, contract, passwords, startup
+from rmjax.command_line import check_writable, leaving_nothing
 from rmjax.data.records import BadRow, check_conversation
 from rmjax.data.sources import open_source, split_spec
 
@@ -173,6 +173,7 @@ def survey(source: str, output: Path, kind: Kind, added: Mapping[str, pa.DataTyp
         raise ValueError(f"--output={output} must end in .jsonl or .parquet")
     if output.is_dir() or _reads(source, output):
         raise ValueError(f"--output={output} is {'a directory' if output.is_dir() else 'read as input'}; name another")
+    check_writable(output, f"--output={output}")
     count, schema = 0, pa.schema([]) if output.suffix == ".parquet" else None
     for chunk in chunks(open_source(source)):
         for where, row in chunk:
@@ -222,7 +223,6 @@ class Output:
         self.file: Any = None
 
     def __enter__(self) -> "Output":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.file = self.partial.open("w") if self.schema is None else pq.ParquetWriter(self.partial, self.schema)
         except pa.ArrowNotImplementedError as error:
@@ -264,7 +264,8 @@ def run(
 
     kind, added = kind_of(model_path)
     count, schema = survey(source, output, kind, added)
-    with Output(output, schema) as sink:  # before the model is loaded, so that a bad place is found at once
+    # The output is opened before the model is loaded, so that a bad place is found at once.
+    with leaving_nothing(output.absolute().parent), Output(output, schema) as sink:
         model = load_checked(model_path, dtype=dtype, template_kwargs=template_kwargs)
         progress = Progress(-(-count // CHUNK), unit="rows")
         for step, chunk in enumerate(chunks(open_source(source)), 1):
@@ -284,27 +285,39 @@ def run(
     return count
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs the command; an error is one line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --name=value")
-    for flag in (MODEL, INPUT, OUTPUT):
-        if not flag.value:
-            raise app.UsageError(f"--{flag.name} is required")
-    try:
-        template_kwargs = json.loads(TEMPLATE_KWARGS.value) if TEMPLATE_KWARGS.value else None
-    except json.JSONDecodeError as error:
-        raise app.UsageError(f"--template_kwargs={TEMPLATE_KWARGS.value} is not JSON: {error}") from None
-    if not isinstance(template_kwargs, dict | None):
-        raise app.UsageError(f"--template_kwargs={TEMPLATE_KWARGS.value} is not a JSON object")
-    startup.keep_programs()
-    try:
-        done = run(MODEL.value, INPUT.value, Path(OUTPUT.value).expanduser(), DTYPE.value, template_kwargs)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+def main(_: Sequence[str]) -> None:
+    """Runs the command; see command_line.py for what becomes of errors."""
+    with command_line.outcome(debug=command_line.DEBUG.value):
+        for flag in (MODEL, INPUT, OUTPUT):
+            if not flag.value:
+                raise flags.Error(f"--{flag.name} is required; --help shows what a row must have")
+        output, arguments = Path(OUTPUT.value).expanduser(), template_kwargs(TEMPLATE_KWARGS.value)
+        startup.keep_programs()
+        done = run(MODEL.value, passwords.hide(INPUT.value), output, DTYPE.value, arguments)
     print(f"{done} scores in {OUTPUT.value}")
 
 
+def template_kwargs(text: str) -> dict[str, Any] | None:
+    """What --template_kwargs says, if anything.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    if not text:
+        return None
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--template_kwargs={text} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--template_kwargs={text} is not a JSON object")
+    return values
+
+
+def cli() -> None:
+    """Parses flags and runs `main`."""
+    app.run(main, flags_parser=command_line.parse_strictly)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    cli()

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from rmjax import config as config_lib
 from rmjax import main as train_command
-from rmjax import objectives, prepare
+from rmjax import objectives, passwords, prepare
 from rmjax.data import audit as audit_lib
 from rmjax.data import audit_text, augment, formats, measure, reading, select
 from rmjax.data import groups as groups_lib
@@ -95,7 +95,7 @@ def read_config(args: argparse.Namespace) -> ConfigDict:
         values(argv)
     except Exception as error:
         raise ValueError(train_command.explain(error, argv)) from error
-    config = values.config
+    config = passwords.hide_in(values.config)
     config.data.train = args.source or config.data.train
     config.data.validation = args.validation or config.data.validation
     config.model.tokenizer = args.tokenizer or config.model.tokenizer

@@ -17,6 +17,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -45,6 +46,10 @@ CHUNK = 256  # rows of a worker's job
 SMALL = 2048  # fewer rows than this are tokenized before processes would have started
 PROGRESS_SECONDS = 5.0
 ABANDONED_SECONDS = 24 * 3600.0  # a build writes all the time, so it no longer runs
+
+
+class WorkerDied(RuntimeError):
+    """A process that tokenizes was killed; what was written before stays for the next build, as after any kill."""
 
 
 def build(
@@ -84,7 +89,8 @@ def build(
     if on_bad_row not in ("error", "skip", "keep"):
         raise ValueError(f"on_bad_row={on_bad_row!r} is none of error, skip, keep")
     options = [format, type(task).__name__, repr(task), on_bad_row == "keep", *augmentations]
-    fingerprint = _digest([sources.fingerprint(spec), chat.fingerprint(), options])
+    origin = sources.fingerprint(spec)
+    fingerprint = _digest([origin, chat.fingerprint(), options])
     versions = [CACHE_VERSION, transformers.__version__, tokenizers.__version__]
     path = _directory(cache_dir) / f"{_digest([fingerprint, versions])}.arrow"
     cached = _cached(path, task)
@@ -98,7 +104,7 @@ def build(
         cached = _load(path, task)
     store, audit = cached
     audit.check(on_bad_row, max_bad_fraction)
-    return Groups(store, np.arange(len(store)), fingerprint, audit)
+    return Groups(store, np.arange(len(store)), fingerprint, origin, audit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,16 +151,31 @@ def _run(jobs: Iterator[_Job], work: Callable[[Chat, _Job], _Result], chat: Chat
         for job in jobs:
             pending.append(pool.submit(_work, job))
             if len(pending) > 4 * workers:  # bounds memory, and keeps every worker busy
-                yield pending.popleft().result()
+                yield _result(pool, pending.popleft())
         while pending:
-            yield pending.popleft().result()
+            yield _result(pool, pending.popleft())
     except concurrent.futures.process.BrokenProcessPool as error:
-        raise RuntimeError(
-            "a tokenizing process died (out of memory, or a script without `if __name__ == '__main__'`); "
-            "config.data.workers=0 works without processes"
+        raise WorkerDied(
+            "a tokenizing process died (out of memory, or a script without `if __name__ == '__main__'`); the next "
+            "start goes on with what is left; config.data.workers=0 works without processes"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _result(pool: Any, future: "concurrent.futures.Future[_Result]") -> _Result:
+    """A job's result. The pool itself does not notice that a process is killed while it writes one: it waits for the
+    rest, from a pipe that it holds open as well.
+    """
+    while not future.done():
+        concurrent.futures.wait([future], timeout=1.0)
+        processes = list((pool._processes or {}).values())
+        if not future.done() and not all(process.is_alive() for process in processes):
+            for process in processes:
+                process.kill()
+            pool._result_queue._writer.close()
+            pool._call_queue._reader.close()
+    return future.result()
 
 
 _worker: Callable[[_Job], _Result]  # in worker processes
@@ -163,6 +184,7 @@ _worker: Callable[[_Job], _Result]  # in worker processes
 def _start_worker(chat: Chat, work: Callable[[Chat, _Job], _Result]) -> None:
     global _worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
     _worker = functools.partial(work, chat)
 
@@ -328,6 +350,8 @@ def _partials(path: Path) -> Iterator[tuple[BinaryIO, list[BinaryIO]]]:
         _lock(partial)
         try:
             yield partial, left
+        except WorkerDied:
+            raise
         except Exception:
             _remove(partial, *left)
             raise
@@ -402,10 +426,12 @@ def _cached(path: Path, task: Task) -> "tuple[Store, Audit] | None":
 def _directory(cache_dir: str | Path) -> Path:
     directory = startup.user_cache(cache_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    for partial in directory.glob("*.partial*"):  # left by builds that were killed
+    for partial in directory.glob("*.partial"):  # left by builds that were killed
         with contextlib.suppress(OSError):  # somebody else's, or just deleted by another process
             if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
-                partial.unlink()
+                with open(partial, "r+b") as file:
+                    if _lock(file):  # a build that runs holds it, whatever the clock says
+                        _remove(file)
     return directory
 
 

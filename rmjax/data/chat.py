@@ -48,7 +48,10 @@ RESERVED = (
     r"<\|(fim|vision|image|video|audio)_pad\|>",
 )
 # How templates fail on a conversation: by refusing it, or by meeting what they did not expect.
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
+TEMPLATE_ERRORS = (
+    *(jinja2.TemplateError, ArithmeticError, LookupError, AttributeError),
+    *(RuntimeError, TypeError, ValueError),
+)
 # Files of which a directory with a tokenizer has at least one.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 KEY = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
@@ -81,14 +84,19 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: a directory without a tokenizer.
-        ValueError: it has no chat template.
+        ValueError: it cannot be read, or has no chat template.
     """
     if Path(path).is_dir() and not any(file for name in TOKENIZER_FILES for file in Path(path).glob(name)):
         raise FileNotFoundError(
             f"there are no tokenizer files in {path}; copy tokenizer.json and tokenizer_config.json there, with the "
             "chat template, or in training name another tokenizer (config.model.tokenizer)"
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
+    try:
+        # Code that comes with a tokenizer is never run, and nobody is asked whether it should be.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # whatever transformers and tokenizers meet in files that are not theirs
+        problem = " ".join(str(error).split())[:300]
+        raise ValueError(f"the tokenizer of {path} cannot be read ({type(error).__name__}: {problem})") from error
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of {path} has no chat template, so what is scored would be undefined; take the tokenizer "
@@ -96,6 +104,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
             "chat_template.jinja beside tokenizer_config.json"
         )
     return tokenizer
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def conversation_key(conversation: Conversation, tools: Sequence[Any] | None = None) -> str:
@@ -205,12 +217,21 @@ class Chat:
 
     def fingerprint(self) -> str:
         """SHA-256, as hex, of what decides the tokens: vocabulary, template, arguments, length policy."""
+        policy = [self.template_kwargs, self.max_length, self.over_long]
+        vocabulary = encoding.vocabulary_digest(self.tokenizer)
+        return _digest([vocabulary, self.tokenizer.chat_template, self._special_tokens(), policy])
+
+    def identity(self) -> dict[str, str]:
+        """The parts of the fingerprint that are no config keys, by their names."""
+        return {
+            "the chat template or its arguments": _digest([self.tokenizer.chat_template, self.template_kwargs]),
+            "the tokenizer": _digest([encoding.vocabulary_digest(self.tokenizer), self._special_tokens()]),
+        }
+
+    def _special_tokens(self) -> list[Any]:
         special = [self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.unk_token]
         special += [getattr(self.tokenizer, "split_special_tokens", False)]
-        special += [self.tokenizer.pad_token] * ("pad_token" in str(self.tokenizer.chat_template))
-        policy = [self.template_kwargs, self.max_length, self.over_long]
-        parts = [encoding.vocabulary_digest(self.tokenizer), self.tokenizer.chat_template, special, policy]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        return special + [self.tokenizer.pad_token] * ("pad_token" in str(self.tokenizer.chat_template))
 
     def _try_render(self, conversation: Conversation, tools: Sequence[Any] | None) -> str | BadRow:
         try:

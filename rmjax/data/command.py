@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rmjax import command_line, exits, passwords
 from rmjax.data import agreement, converting, formats, label_studio, reading, showing, sources, splitting
 from rmjax.data.audit import Audit, rows_lines
 from rmjax.data.records import BadRow
@@ -30,9 +31,12 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose errors are one line that names what was probably meant."""
 
     def error(self, message: str) -> NoReturn:
-        """Says what is wrong and stops with 2."""
-        print(f"error: {self._explained(message)}; --help shows commands that run", file=sys.stderr)
-        sys.exit(2)
+        """Says what is wrong.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{self._explained(message)}; --help shows commands that run")
 
     def _explained(self, message: str) -> str:
         wrong = re.search(r"invalid choice: '([^']*)'", message)
@@ -46,19 +50,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; an error is one line on standard error, and exit status 1."""
-    args = _parse(sys.argv[1:] if argv is None else argv)
-    try:
-        args.run(args)
-    except BrokenPipeError:  # a reader such as `head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    """Runs the command; see command_line.py for what becomes of errors."""
+    argv = sys.argv[1:] if argv is None else argv
+    with command_line.outcome(debug="--debug" in argv, stopped="stopped; nothing was written"):
+        args = _parse(argv)
+        try:
+            args.run(args)
+        except BrokenPipeError:  # a reader such as `head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(exits.FAILED)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -73,6 +73,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"{args.command} takes no argument {wrong[0]!r}{hint}")
     if args.command == "audit" and not (args.source or args.config):
         parser.error("audit needs a SOURCE, or a --config that names one")
+    args.source = passwords.hide(args.source)
+    if args.command == "audit":
+        args.validation, args.benchmark = passwords.hide(args.validation), list(map(passwords.hide, args.benchmark))
     return args
 
 
@@ -90,6 +93,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         made.add_argument("source", metavar="SOURCE", help="file, directory, glob, or hf://datasets/...", **optional)
         made.add_argument("--format", default="auto", choices=["auto", *formats.FORMATS], metavar="NAME",
                           help="of the rows; default: told by the columns")  # fmt: skip
+        made.add_argument("--debug", action="store_true", help="shows the traceback of an error, too")
         commands[name] = made
         return made
 
@@ -245,6 +249,8 @@ _split = _convert
 def _audit(args: argparse.Namespace) -> None:
     from rmjax.data import auditing
 
+    if args.html:
+        command_line.check_writable(args.html, f"--html={args.html}")
     with tempfile.TemporaryDirectory() as scratch:
         found = auditing.audit(args, Path(scratch))
     if args.html:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rmjax.command_line import check_writable, leaving_nothing
 from rmjax.data import reading, sources, splitting, store
 from rmjax.data.audit import Audit
 from rmjax.data.records import Record
@@ -56,8 +57,8 @@ def convert(
     records = reading.records(source, format=format, on_bad_row=on_bad_row, audit=audit, progress=progress)
     kinds: list[tuple[str, ...]] = []
     prompts: list[int] = []
-    files[0].parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".convert.", dir=files[0].parent) as scratch:
+    directory = files[0].parent
+    with leaving_nothing(directory), tempfile.TemporaryDirectory(prefix=".convert.", dir=directory) as scratch:
         whole = Path(scratch) / files[0].name
         watched = _watched(records, prompts, kinds) if shares else records
         count = store.write(whole, watched)
@@ -82,7 +83,7 @@ def targets(output: Path, shares: Mapping[str, float] | None) -> list[Path]:
 
     Raises:
         FileExistsError: one of them was not written by this, or the directory holds other files.
-        ValueError: a split into one file.
+        ValueError: a split into one file, or a place that cannot be written to.
     """
     if output.suffix == ".parquet" and not output.is_dir():
         if shares:
@@ -95,6 +96,7 @@ def targets(output: Path, shares: Mapping[str, float] | None) -> list[Path]:
         others = sorted(path for path in output.glob("[!.]*") if path not in files)
         if others:  # a directory is read as one source, so what else is there would be mixed in
             raise FileExistsError(f"--output={output} holds {others[0].name}; give an empty or a new directory")
+    check_writable(files[0], f"--output={output}")
     for file in filter(Path.exists, files):
         if not _ours(file):
             raise FileExistsError(f"--output: {file} is there already and was not written by this; name another")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote_plus
 
+from rmjax import passwords
+
 FETCH = 1024  # rows in memory at a time
 
 
@@ -76,7 +78,7 @@ def locate(item: str) -> Location:
         import sqlalchemy
     except ModuleNotFoundError as error:
         raise ValueError(f"{item} needs SQLAlchemy: pip install 'rmjax[sql]'") from error
-    base, _, options = item.partition("?")
+    base, _, options = passwords.reveal(item).partition("?")
     before, *query = re.split(r"(?:^|&)query=", options, maxsplit=1)
     named = dict(parse_qsl(before))
     table = named.pop("table", "")

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -43,8 +44,10 @@ def read(path: Path, as_row: AsRow = as_object) -> Iterator[Row]:
     """
     try:
         yield from READERS[kind(path)][0](path, as_row)
-    except (pa.ArrowInvalid, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as {kind(path)}: {error}") from error
+    except (pa.ArrowException, UnicodeDecodeError, zlib.error, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; those of Arrow and gzip have none
+            raise
+        raise ValueError(f"{path} cannot be read as {kind(path)}: {' '.join(str(error).split())}") from error
 
 
 def count(path: Path) -> int | None:
@@ -84,12 +87,11 @@ def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
     with _open(path) as file:
         has_footer = file.read(6) == b"ARROW1"
         file.seek(0)
-        if not has_footer:
-            yield from pa.ipc.open_stream(file)
-            return
-        reader = pa.ipc.open_file(file)
-        for i in range(reader.num_record_batches):
-            yield reader.get_batch(i)
+        reader = pa.ipc.open_file(file) if has_footer else pa.ipc.open_stream(file)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if has_footer else reader
+        for batch in batches:
+            batch.validate(full=True)  # reading a batch checks nothing: an offset could point anywhere in memory
+            yield batch
 
 
 def _read_arrow(path: Path, as_row: AsRow) -> Iterator[Row]:
@@ -128,13 +130,14 @@ def _read_json(path: Path, as_row: AsRow) -> Iterator[Row]:
     with _open(path) as file:
         text = file.read().decode("utf-8-sig")
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        if text.lstrip()[:1] == "{" and error.msg == "Extra data":
+        data = _parse(text, str(path))
+    except ValueError as error:
+        cause = error.__cause__
+        if text.lstrip()[:1] == "{" and isinstance(cause, json.JSONDecodeError) and cause.msg == "Extra data":
             _json_counts[key] = _count_jsonl(path)
             yield from _read_jsonl(path, as_row)
             return
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+        raise
     if isinstance(data, dict):
         data = _columns_to_rows(data, str(path))
     if not isinstance(data, list):
@@ -160,7 +163,11 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}): {text[:80]!r}") from None
+        line = f", line {error.lineno}" if "\n" in text else ""
+        begins = text.splitlines()[error.lineno - 1][:80] if text else ""
+        raise ValueError(f"{where}{line}: not JSON ({error.msg} at column {error.colno}): {begins!r}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists in lists in lists
+        raise ValueError(f"{where}: not JSON that can be read ({error}): {text[:80]!r}") from None
 
 
 # suffix: how rows are read, and how they are counted without reading them all (None: they cannot be).

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Groups:
 
     Attributes:
         fingerprint: of the data, the chat and the options it was built with.
+        origin: fingerprint of the data alone, `sources.fingerprint`.
         fields: the label fields of the task and their axes.
         sources: names of the sources.
         source: int32 [n] which of them each group is from.
@@ -88,9 +90,9 @@ class Groups:
     label_ids: np.ndarray
     uses: np.ndarray
 
-    def __init__(self, store: "Store", indices: np.ndarray, fingerprint: str, audit: Audit):
+    def __init__(self, store: "Store", indices: np.ndarray, fingerprint: str, origin: str, audit: Audit):
         self._store, self._indices = store, indices
-        self.fingerprint, self.audit = fingerprint, audit
+        self.fingerprint, self.origin, self.audit = fingerprint, origin, audit
         self.fields, self.sources, self.source = store.fields, store.sources, store.source[indices]
         for name in NUMBERS:
             setattr(self, name, store.numbers[name][indices])
@@ -109,7 +111,7 @@ class Groups:
     def select(self, indices: Sequence[int] | np.ndarray) -> "Groups":
         """A view of these groups, in this order."""
         chosen = self._indices[np.asarray(indices, np.int64)]
-        return Groups(self._store, chosen, self.fingerprint, self.audit)
+        return Groups(self._store, chosen, self.fingerprint, self.origin, self.audit)
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A list of every group at once: `scored`, `runs`, `characters` (see the file's columns) or `label/FIELD`.
@@ -156,11 +158,11 @@ class Groups:
             return self
         audit = self.audit.copy()
         audit.add_all(reason, self._store.ids(self._indices[left_out]), detail, tokens)
-        return Groups(self._store, self._indices[~left_out], self.fingerprint, audit)
+        return Groups(self._store, self._indices[~left_out], self.fingerprint, self.origin, audit)
 
     def audited(self, audit: Audit) -> "Groups":
         """The same groups under another audit."""
-        return Groups(self._store, self._indices, self.fingerprint, audit)
+        return Groups(self._store, self._indices, self.fingerprint, self.origin, audit)
 
 
 class Store:
@@ -168,6 +170,8 @@ class Store:
 
     def __init__(self, path: Path, task: Task):
         self.fields = dict(task.fields)
+        self._path, self._file = path, open(path, "rb")  # noqa: SIM115  (as long as the map)
+        self._bytes = os.fstat(self._file.fileno()).st_size
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self.batches = [batch for batch in batches if batch.num_rows]
@@ -207,7 +211,16 @@ class Store:
         return np.concatenate([values for _, values in views]), starts, sizes
 
     def group(self, index: int) -> Group:
-        """One group."""
+        """One group.
+
+        Raises:
+            RuntimeError: the file was cut off meanwhile; to touch the map there would kill the process (SIGBUS).
+        """
+        if os.fstat(self._file.fileno()).st_size < self._bytes:
+            raise RuntimeError(
+                f"{self._path} was cut off while a run read it; the same command builds it again and goes on from the "
+                "last checkpoint"
+            )
         batch, row = self.place(index)
         cells = {name: x[offsets[row] : offsets[row + 1]] for name, (offsets, x) in self.lists[batch].items()}
         starts, positions, until = cells["runs"].reshape(-1, 3).T

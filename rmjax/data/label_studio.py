@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from rmjax.command_line import check_writable, leaving_nothing
 from rmjax.data.records import Message, Record
 
 KINDS = ("preference", "rating")
@@ -114,19 +115,20 @@ def write(
     responses = len(first.conversations)
     config = labelling_config(kind, responses, attributes, scale)
     directory = Path(directory).expanduser()
-    directory.mkdir(parents=True, exist_ok=True)
+    check_writable(directory / "tasks.json", f"--output={directory}")
     partial, written = directory / ".tasks.json.partial", 0
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            same = _same_size(itertools.chain([first], records), responses)
-            for written, task in enumerate(tasks(same, lowest=scale[0], seed=seed), 1):
-                file.write("[\n" if written == 1 else ",\n")
-                json.dump(task, file, ensure_ascii=False)
-            file.write("\n]\n")
-        partial.replace(directory / "tasks.json")
-    finally:
-        partial.unlink(missing_ok=True)
-    (directory / "config.xml").write_text(config, encoding="utf-8")
+    with leaving_nothing(directory):
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                same = _same_size(itertools.chain([first], records), responses)
+                for written, task in enumerate(tasks(same, lowest=scale[0], seed=seed), 1):
+                    file.write("[\n" if written == 1 else ",\n")
+                    json.dump(task, file, ensure_ascii=False)
+                file.write("\n]\n")
+            partial.replace(directory / "tasks.json")
+        finally:
+            partial.unlink(missing_ok=True)
+        (directory / "config.xml").write_text(config, encoding="utf-8")
     return written
 
 

@@ -1,5 +1,6 @@
 """Batches: the plan's rows as arrays of static shape, read ahead by threads, one sharded array per field."""
 
+import bisect
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ import numpy as np
 from rmjax.data.groups import Group
 from rmjax.data.packing import Plan
 from rmjax.data.tasks import Axes
+from rmjax.sharding import assemble
 
 Batch = dict[str, np.ndarray]
 
@@ -126,26 +128,26 @@ class StepSource:
         groups: the data.
         plan: the plan.
         shape: shape of a step's batch.
-        local: the rows [start, stop) of each micro-batch that this process holds.
+        local: the rows of each micro-batch that this process holds, ascending.
     """
 
     groups: GroupSource
     plan: Plan
     shape: Shape
-    local: tuple[int, int]
+    local: Sequence[int]
 
     def __len__(self) -> int:
         return self.plan.steps
 
     def __getitem__(self, step: int) -> Batch:
         """Arrays [M, local rows, ...] of one step."""
-        rows, (start, stop) = self.plan.rows(int(step)), self.local
+        rows = self.plan.rows(int(step))
         micro_batches = []
         for m in range(self.shape.micro):
-            batch = empty_rows(self.shape, stop - start)
-            here = range(m * self.shape.rows + start, min(m * self.shape.rows + stop, len(rows)))
-            for b, r in enumerate(here):
-                fill_row(batch, b, [self.groups.group(int(i)) for i in rows[r]], self.shape.labels)
+            batch = empty_rows(self.shape, len(self.local))
+            for b, r in enumerate(m * self.shape.rows + local for local in self.local):
+                if r < len(rows):
+                    fill_row(batch, b, [self.groups.group(int(i)) for i in rows[r]], self.shape.labels)
             micro_batches.append(batch)
         return {name: np.stack([batch[name] for batch in micro_batches]) for name in micro_batches[0]}
 
@@ -161,10 +163,21 @@ def _stacked(sharding: jax.sharding.NamedSharding) -> jax.sharding.NamedSharding
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec))
 
 
-def local_rows(sharding: jax.sharding.NamedSharding, rows: int) -> tuple[int, int]:
-    """The range of a batch's rows that this process's devices hold."""
+def local_rows(sharding: jax.sharding.NamedSharding, rows: int) -> list[int]:
+    """The rows of a batch that this process's devices hold, ascending; there may be gaps, and several may hold one."""
     slices = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values() if index]
-    return min(s.start or 0 for s in slices), max(rows if s.stop is None else s.stop for s in slices)
+    return sorted({row for part in slices for row in range(rows)[part]})
+
+
+def _placed(x: np.ndarray, local: Sequence[int], rows: int, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    """[M, B, ...] on the devices from this process's rows of it [M, len(local), ...]."""
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        wanted = range(rows)[index[1]]  # those of one device have no gaps
+        first = bisect.bisect_left(local, wanted.start)
+        return x[:, first : first + len(wanted)]
+
+    return assemble((x.shape[0], rows, *x.shape[2:]), sharding, part)
 
 
 def batches(
@@ -175,12 +188,10 @@ def batches(
     Four steps are read ahead by two threads. (Grain's reader processes need parsed absl flags, so they fail in
     notebooks; filling rows is memory copies, which threads do as well.)
     """
-    source = StepSource(groups, plan, shape, local_rows(sharding, shape.rows))
+    local = local_rows(sharding, shape.rows)
+    source = StepSource(groups, plan, shape, local)
     dataset = grain.MapDataset.source(source)[start:]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     placed = _stacked(sharding)
     for batch in dataset.to_iter_dataset(options):
-        yield {
-            name: jax.make_array_from_process_local_data(placed, x, (shape.micro, shape.rows, *x.shape[2:]))
-            for name, x in batch.items()
-        }
+        yield {name: _placed(x, local, shape.rows, placed) for name, x in batch.items()}

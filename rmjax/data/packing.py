@@ -6,6 +6,7 @@ rebuilt from its number, on any number of hosts.
 
 import bisect
 import dataclasses
+import hashlib
 import itertools
 
 import numpy as np
@@ -60,6 +61,12 @@ class Plan:
             step_start=self.step_start[: steps + 1],
             epoch_steps=tuple(min(b, steps) - a for a, b in itertools.pairwise(epochs.tolist()) if a < steps),
         )
+
+    def digest(self, steps: int) -> str:
+        """SHA-256, as hex, of the rows of the first `steps` steps."""
+        rows = int(self.step_start[steps])
+        parts = self.step_start[: steps + 1], self.row_start[: rows + 1], self.groups[: self.row_start[rows]]
+        return hashlib.sha256(b"".join(part.astype("<i8").tobytes() for part in parts)).hexdigest()
 
     def rows(self, step: int) -> list[np.ndarray]:
         """Group numbers of each row of a step; at most `rows_per_step` rows."""

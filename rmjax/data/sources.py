@@ -1,4 +1,4 @@
-"""Where rows come from: files, the Hugging Face hub, databases, Python itself, and made-up data.
+"""Where rows come from: files, the Hugging Face hub, buckets, databases, Python itself, and made-up data.
 
 A source is written as a path or as `scheme://...`; several are separated by commas. `SCHEMES` says what the
 parts of a source are, `files.READERS` how a file of each kind is read. Rows are plain dicts; what they mean is for
@@ -24,7 +24,7 @@ from urllib.parse import parse_qsl, urlsplit
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from rmjax.data import database, files, synthetic
+from rmjax.data import buckets, database, files, synthetic
 from rmjax.data.files import Row
 
 # What `datasets.save_to_disk` writes beside the data.
@@ -88,6 +88,8 @@ def source_name(item: str) -> str:
         return "/".join(rest.removeprefix("datasets/").split("/")[:2]).split("@")[0]
     if scheme == "aligned":
         return source_name(rest.split("+")[0])
+    if scheme in buckets.PACKAGES:
+        return source_name(rest)
     if SCHEMES.get(scheme) is _database_parts:
         return database.name(item)
     return rest.partition("?")[0]
@@ -164,7 +166,7 @@ def _scheme(item: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files, here and on the hub
+# Files, here, on the hub and in buckets
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -235,20 +237,29 @@ def _only_data(item: str, paths: Sequence[Path]) -> list[Path]:
 def _hub_files(item: str) -> list[Path]:
     """Files of a hub repository; each is downloaded once, into the hub's own cache."""
     fs = huggingface_hub.HfFileSystem()
-    path = item.removeprefix("hf://").rstrip("/")
     try:
-        if glob.has_magic(path):
-            found = [Path(name) for name in fs.glob(path)]
-            chosen = sorted(f for f in found if files.kind(f) and f.name not in NOT_DATA)
-        elif fs.isdir(path):
-            found = [Path(name).relative_to(path) for name in sorted(fs.find(path))]
-            chosen = [path / f for f in _only_data(item, [f for f in found if not f.name.startswith(".")])]
-        else:
-            chosen = [Path(path)]
-        local = [_download(fs, str(name)) for name in chosen]
+        local = [_download(fs, name) for name in _remote_names(fs, item.removeprefix("hf://").rstrip("/"), item)]
     except OSError as error:
         raise FileNotFoundError(f"{item}: {_hub_advice(item, error)}") from error
     if not local:
+        raise FileNotFoundError(f"{item}: no {', '.join(files.READERS)} file there")
+    return local
+
+
+def _remote_names(fs: Any, path: str, item: str) -> list[str]:
+    """The data files of a path, a glob or a directory on an fsspec file system."""
+    if glob.has_magic(path):
+        found = [Path(name) for name in fs.glob(path)]
+        return sorted(str(f) for f in found if files.kind(f) and f.name not in NOT_DATA)
+    if fs.isdir(path):
+        found = [Path(name).relative_to(path) for name in sorted(fs.find(path))]
+        return [str(path / f) for f in _only_data(item, [f for f in found if not f.name.startswith(".")])]
+    return [path]
+
+
+@functools.cache  # one listing, so one state of the bucket, per process
+def _bucket_files(item: str) -> list[Path]:
+    if not (local := buckets.copies(item, _remote_names)):
         raise FileNotFoundError(f"{item}: no {', '.join(files.READERS)} file there")
     return local
 
@@ -454,6 +465,7 @@ def _value(text: str) -> Any:
 
 SCHEMES: dict[str, Callable[[str], list[Part]]] = {
     "hf": lambda item: _file_parts(_hub_files(item)),
+    **dict.fromkeys(buckets.PACKAGES, lambda item: _file_parts(_bucket_files(item))),
     "sqlite": _database_parts,
     "postgresql": _database_parts,
     "python": _python_parts,

@@ -18,6 +18,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
+NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range")
+SIZES = (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -74,6 +77,12 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     config = {**DEFAULTS[family], **config}
     if missing := [name for name in REQUIRED if not config.get(name)]:
         raise ValueError(f"config.json of this {family} model lacks {', '.join(missing)}")
+    whole = lambda value: type(value) is int and value > 0
+    if wrong := [f"{name} {config[name]!r}" for name in SIZES if config.get(name) and not whole(config[name])]:
+        raise ValueError(f"config.json of this {family} model has {', '.join(wrong)}; expected whole numbers above 0")
+    real = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    if wrong := [f"{name} {config[name]!r}" for name in NUMBERS if config.get(name) and not real(config[name])]:
+        raise ValueError(f"config.json of this {family} model has {', '.join(wrong)}; expected numbers above 0")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; the MLP's activation must be 'silu'")
     if config.get("quantization_config"):

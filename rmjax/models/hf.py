@@ -65,8 +65,8 @@ def is_hub_id(text: str | Path) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(text)) is not None
 
 
-def resolve(path_or_id: str | Path) -> Path:
-    """A local directory as it is, or the snapshot of a Hub repository, downloaded if need be.
+def resolve(path_or_id: str | Path, *, weights: bool = True) -> Path:
+    """A local directory as it is, or the snapshot of a Hub repository, downloaded if need be, with its weights or not.
 
     Raises:
         ValueError: it is neither.
@@ -78,7 +78,7 @@ def resolve(path_or_id: str | Path) -> Path:
     try:
         snapshot = huggingface_hub.snapshot_download(
             str(path_or_id),
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"],
+            allow_patterns=["*.json", "*.jinja", "*.txt", "*.model", *["*.safetensors"] * weights],
             ignore_patterns=["*/*", "consolidated*"],  # second copies of the weights in other formats
         )
     except (
@@ -102,9 +102,12 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{directory} has no config.json; expected a Hugging Face model directory")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected an object")
+    return values
 
 
 def _tensors(directory: str | Path) -> dict[str, Tensor]:

@@ -14,6 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 TYPES = ("default", "linear", "llama3", "yarn")
+NUMBERS = (
+    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+)
 RUN_TIME_TYPES = ("dynamic", "longrope")
 
 
@@ -54,7 +58,10 @@ def rope_from_hf(config: Mapping[str, Any]) -> Rope:
     Raises:
         ValueError: a type that is not supported, or a field that its type needs is missing.
     """
-    found = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"config.json has RoPE parameters {given!r}, expected an object")
+    found = dict(given)
     if any(isinstance(value, Mapping) for value in found.values()):
         raise ValueError(f"config.json has RoPE parameters by layer type ({sorted(found)}), expected one set for all")
     kind = found.get("rope_type") or found.get("type") or "default"
@@ -67,6 +74,8 @@ def rope_from_hf(config: Mapping[str, Any]) -> Rope:
         raise ValueError(f"unknown RoPE type {kind!r}; supported: {', '.join(TYPES)}")
     if found.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1.0):
         raise ValueError("partial_rotary_factor is not supported: every dimension of a head must be rotated")
+    if wrong := [f"{key} {found[key]!r}" for key in NUMBERS if not isinstance(found.get(key), int | float | None)]:
+        raise ValueError(f"config.json has the RoPE parameters {', '.join(wrong)}, expected numbers")
     theta = float(found.get("rope_theta") or config.get("rope_theta") or 10_000.0)
     if kind == "default":
         return Rope(theta=theta)

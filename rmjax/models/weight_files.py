@@ -71,7 +71,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.is_file():
-        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        files = [directory / name for name in _named(index)]
         if missing := [file.name for file in files if not file.is_file()]:
             raise ValueError(f"{directory} lacks {', '.join(missing)}, which its {INDEX} names")
         return files
@@ -84,6 +84,21 @@ def _files(directory: Path) -> list[Path]:
     elif "adapter_config.json" in found:
         advice = "it is an adapter; merge it into its base model and save that"
     raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX} but {', '.join(found)}: {advice}")
+
+
+def _named(index: Path) -> list[str]:
+    """The files that an index names, in order. They are files beside it: a name with a folder could lead anywhere."""
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is no index: expected JSON with a weight_map of names to files ({error!r})"
+        ) from None
+    plain = lambda name: isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+    if not names or (wrong := [name for name in names if not plain(name)]):
+        found = ", ".join(sorted(map(repr, wrong))[:3]) if names else "nothing"
+        raise ValueError(f"{index} names {found}; expected .safetensors files beside it, without folders")
+    return sorted(names)
 
 
 def read(tensors: Sequence[Tensor], index: tuple[slice, ...], stacked: bool) -> np.ndarray:

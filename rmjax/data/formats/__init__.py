@@ -32,7 +32,7 @@ LOOK = 1000  # rows that decide the format
 
 TABLES = (PAIRS, SCORED, JUDGED, LABEL_STUDIO, RANKED, STEPS, UNLABELLED, PUBLIC, STORED)
 FORMATS: dict[str, Format] = {form.name: form for table in TABLES for form in table}
-MISSHAPEN = (KeyError, TypeError, AttributeError, IndexError, ValueError)
+MISSHAPEN = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 # Columns of numbers that say where a row comes from, not how good it is.
 COUNTERS = ("id", "idx", "index", "row", "turn", "turns", "seed", "length")
 

@@ -223,7 +223,10 @@ def _means(answers: Sequence[Answers], response: int) -> dict[str, float]:
 def _is_annotations(cell: Any) -> bool:
     if not isinstance(cell, list) or not all(isinstance(annotation, Mapping) for annotation in cell):
         return False
-    results = [result for annotation in cell for result in annotation.get("result") or ()]
+    lists = [annotation.get("result") or [] for annotation in cell]
+    if not all(isinstance(results, list) for results in lists):
+        return False
+    results = [result for results in lists for result in results]
     return all(isinstance(result, Mapping) and isinstance(result.get("value", {}), Mapping) for result in results)
 
 

@@ -1,0 +1,157 @@
+"""What all commands share: one paragraph for an error, and an exit code (exits.py) that says whose it is.
+
+Which one is decided by the error's class, and by when it comes: what cannot be read, opened or understood is bad
+input, unless the run was `under_way` by then. An error that knows better has an attribute `exit_code`.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from rmjax import exits, passwords
+
+DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error as well.")
+INPUT = (ValueError, OSError, flags.Error, app.UsageError)
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # OSErrors of no file's
+
+
+def parse(argv: Sequence[str]) -> None:
+    """Reads absl's flags.
+
+    Raises:
+        flags.Error: a flag that is wrong, or what is no flag.
+    """
+    if others := flags.FLAGS(list(argv))[1:]:
+        raise flags.Error(f"unexpected arguments {others}; options are written --name=value")
+
+
+def parse_strictly(argv: Sequence[str]) -> list[str]:
+    """For `app.run`: as `parse`, and a mistake ends the command."""
+    with outcome(debug="--debug" in argv):
+        parse(argv)
+    return list(argv[:1])
+
+
+@contextlib.contextmanager
+def outcome(
+    *,
+    debug: bool = False,
+    log: Path | None = None,
+    stopped: str = "stopped",
+    at_once: tuple[type[Exception], ...] = (),
+    tell: Callable[[str, int], None] = lambda *_: None,
+) -> Iterator[None]:
+    """Ends the process as exits.py says if there is an error, and says in one paragraph what is wrong.
+
+    Args:
+        debug: prints the traceback, too.
+        log: file for the traceback of a run that failed; bad input leaves none.
+        stopped: what is said on Ctrl-C.
+        at_once: errors after which other threads are not waited for.
+        tell: is told the paragraph and the code before it is printed; see processes.fail.
+
+    Raises:
+        SystemExit: with the code.
+        Exception: one that no command expects, as it is: it is a mistake of ours.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        tell(stopped, exits.INTERRUPTED)
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(exits.INTERRUPTED)
+    except Exception as error:
+        code = code_of(error)
+        if log is not None and code == exits.FAILED:
+            with contextlib.suppress(OSError):  # no directory, or a full disk
+                log.write_text(passwords.masked(traceback.format_exc()))
+                print(f"(the traceback is in {log})", file=sys.stderr)
+        tell(paragraph(error), code)
+        if not expected(error):
+            raise
+        if debug:
+            print(passwords.masked(traceback.format_exc()), file=sys.stderr)
+        print(f"error: {paragraph(error)}", file=sys.stderr, flush=True)
+        if isinstance(error, at_once):
+            sys.stdout.flush()
+            os._exit(code)
+        sys.exit(code)
+
+
+@contextlib.contextmanager
+def under_way() -> Iterator[None]:
+    """From here on an error is a failure of the run, whatever its class."""
+    try:
+        yield
+    except Exception as error:
+        marked: Any = error
+        if code_of(error) == exits.BAD_INPUT and not isinstance(error, exits.InputError):
+            marked.exit_code = exits.FAILED
+        raise
+
+
+@contextlib.contextmanager
+def leaving_nothing(directory: Path, unless: str = "") -> Iterator[None]:
+    """Makes a directory to write into; if the input turns out to be bad, all that is new there is gone again.
+
+    Args:
+        directory: need not exist.
+        unless: a name in it that is worth keeping: once it is there, nothing is deleted.
+    """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    before = set(directory.iterdir())
+    try:
+        yield
+    except Exception as error:
+        new = set(directory.iterdir()) - before
+        if code_of(error) == exits.BAD_INPUT and directory / unless not in new:
+            for path in new:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            for path in made:
+                with contextlib.suppress(OSError):  # somebody else's files are in it by now
+                    path.rmdir()
+        raise
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Finds out whether a file could be written, without making it or its directories.
+
+    Raises:
+        ValueError: a parent is a file, or nothing may be written there; names the flag.
+    """
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise ValueError(f"{flag}: {there} is a file; name a path below a directory")
+    if not os.access(path if path.exists() else there, os.W_OK):
+        raise ValueError(f"{flag}: {path if path.exists() else there} may not be written to; name another place")
+
+
+def code_of(error: Exception) -> int:
+    """The exit code of an error."""
+    known = getattr(error, "exit_code", None)
+    if known is not None:
+        return known
+    if isinstance(error, OSError) and error.errno in MACHINE:
+        return exits.FAILED
+    return exits.BAD_INPUT if isinstance(error, INPUT) else exits.FAILED
+
+
+def expected(error: Exception) -> bool:
+    """Whether its text alone says what happened."""
+    return isinstance(error, (*INPUT, RuntimeError)) or hasattr(error, "exit_code")
+
+
+def paragraph(error: Exception) -> str:
+    """An error's text without blank lines and secrets."""
+    text = str(error.args[0]) if isinstance(error, flags.Error) and error.args else str(error)
+    return passwords.masked(re.sub(r"\n\s*\n", "\n", text.strip()) or type(error).__name__)
