@@ -8,8 +8,8 @@ as HelpSteer2 has) with --config.objective.scaled=True or .margin_scale=1.0; tie
 their own with .ties=davidson, whose parameter needs a learning rate of its own here:
 config.optim.lr_factors = ((r"objective/.*", 1000.0), (r".*", 1.0)); rankings with .rankings=plackett_luce.
 
-Hardware: 8 accelerators of 80 GB or more; parameters, gradients and moments are float32 (16 bytes a parameter, 14 GB
-a device).
+Hardware: 8 H100 (--topology=h100:8) or 8 TPU v5p (--topology=v5p:2x2x2); parameters, gradients and moments are float32
+(16 bytes a parameter, 14 GB a device).
 Hours (an estimate from FLOPs, not measured): 80,000 pairs x about 1,200 tokens x 8 x 6.5e9 (full recompute) is 5e18;
 at 40 % of 8 x 989 TFLOP/s half an hour on 8 H100; with start-up, evaluation and saving about one.
 Score to expect (from what others report for this data and size, not measured here): RewardBench about 90 %, validation

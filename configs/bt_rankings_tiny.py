@@ -2,7 +2,8 @@
 
     python -m rmjax.main --config=configs/bt_rankings_tiny.py --workdir=runs/rankings
 
-Hardware: 2 CPU cores. Hours: below 0.05. Score on the validation data, in per cent:
+Hardware: any CPU; here 2 cores.
+Hours: below 0.05. Score on the validation data, in per cent:
 
                                                    pairs ranked apart    best reply of a ranking
                                                    (accuracy)            (top1_accuracy)

@@ -2,7 +2,8 @@
 
     python -m rmjax.main --config=configs/bt_tiny.py --workdir=runs/tiny
 
-Hardware: 2 CPU cores. Hours: 0.01 (36 seconds measured on a 2-core AMD EPYC, 2026-11-21). Score: validation accuracy of
+Hardware: any CPU; here 2 cores.
+Hours: 0.01 (36 seconds measured on a 2-core AMD EPYC, 2026-11-21). Score: validation accuracy of
 49 % before and 99 % after; two other seeds end above 85 % in a test.
 
 The preferred response contains the word that the last user turn names (`rmjax/data/synthetic/pairs.py`), so prompt and

@@ -4,8 +4,8 @@ r"""Pairwise judging from Qwen2.5-7B-Instruct on HelpSteer3's preferences: which
     ... --config.data.train='/data/helpsteer3/preference/train.jsonl.gz' \
         --config.data.validation='/data/helpsteer3/preference/validation.jsonl.gz'
 
-Hardware: 8 accelerators of 80 GB or more; parameters, gradients and moments are float32 (16 bytes a parameter, 14 GB
-a device).
+Hardware: 8 H100 (--topology=h100:8) or 8 TPU v5p (--topology=v5p:2x2x2); parameters, gradients and moments are float32
+(16 bytes a parameter, 14 GB a device).
 Hours (an estimate from FLOPs, not measured): 38,459 pairs x about 4,000 tokens (the conversation once, both responses
 twice) x 8 x 6.5e9 (full recompute) is 8e18; at 40 % of 8 x 989 TFLOP/s 42 minutes on 8 H100; with start-up, evaluation
 and saving about one hour.

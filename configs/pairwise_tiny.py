@@ -2,7 +2,8 @@
 
     python -m rmjax.main --config=configs/pairwise_tiny.py --workdir=runs/pairwise_tiny
 
-Hardware: 2 CPU cores. Hours: 0.03 (an estimate; 132 CPU seconds measured on a busy machine).
+Hardware: any CPU; here 2 cores.
+Hours: 0.03 (an estimate; 132 CPU seconds measured on a busy machine).
 Score (validation, 600 pairs, both orders averaged): accuracy 32 % before training and 90 % after it, with both orders
 deciding alike for 86 % of the pairs; two other seeds (`--config.seed`) end at 92 % and 82 %, with 96 % and 87 % alike.
 Best reachable: 95 %, because 3 verdicts of 60 are wrong. Baselines: 33 % for any one verdict, 29 % for the longer reply

@@ -3,8 +3,8 @@ r"""Pointwise from Qwen2.5-7B-Instruct on HelpSteer2: its five attributes, from 
     python -m rmjax.main --config=configs/pointwise_qwen7b.py --workdir=runs/helpsteer2
     ... --config.objective.loss=hl_gauss --config.checkpoint.metric=validation/pearson --config.checkpoint.mode=max
 
-Hardware: 8 accelerators of 80 GB or more; parameters, gradients and moments are float32 (16 bytes a parameter, 14 GB
-a device).
+Hardware: 8 H100 (--topology=h100:8) or 8 TPU v5p (--topology=v5p:2x2x2); parameters, gradients and moments are float32
+(16 bytes a parameter, 14 GB a device).
 Hours (an estimate from FLOPs, not measured): 20,324 responses x about 650 tokens x 2 epochs x 8 x 6.5e9 (full
 recompute) is 1.4e18; at 40 % of 8 x 989 TFLOP/s under ten minutes on 8 H100; with start-up, evaluation and saving about
 half an hour. Host memory and CPU cores are no limit here.

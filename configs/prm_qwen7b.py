@@ -4,8 +4,8 @@ r"""Process rewards from Qwen2.5-7B-Instruct on Math-Shepherd: is each step of a
     ... --config.data.train='hf://datasets/trl-lib/prm800k/data/train-*.parquet' \
         --config.data.validation='hf://datasets/trl-lib/prm800k/data/test-*.parquet'
 
-Hardware: 8 accelerators of 80 GB or more; parameters, gradients and moments are float32 (16 bytes a parameter, 14 GB
-a device). All CPU cores tokenize the 420,000 solutions before the first step.
+Hardware: 8 H100 (--topology=h100:8) or 8 TPU v5p (--topology=v5p:2x2x2); parameters, gradients and moments are float32
+(16 bytes a parameter, 14 GB a device). All CPU cores tokenize the 420,000 solutions before the first step.
 Hours (an estimate from FLOPs, not measured): 422,422 solutions x about 300 tokens x 8 x 6.5e9 (full recompute) is
 6.6e18; at 40 % of 8 x 989 TFLOP/s 35 minutes on 8 H100; with start-up, tokenizing, evaluation and saving about one and
 a half.

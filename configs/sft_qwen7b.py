@@ -7,8 +7,8 @@ r"""A judge that writes ratings, from Qwen2.5-7B-Instruct on HelpSteer2: five at
 The export is a language model (CausalLM): shown a conversation and a response by the packaged question
 (data/templates/judge_score.jinja), it writes `<helpfulness>3</helpfulness>` and four lines more.
 
-Hardware: 8 accelerators of 80 GB or more; parameters, gradients and moments are float32 (16 bytes a parameter, 14 GB
-a device).
+Hardware: 8 H100 (--topology=h100:8) or 8 TPU v5p (--topology=v5p:2x2x2); parameters, gradients and moments are float32
+(16 bytes a parameter, 14 GB a device).
 Hours (an estimate from FLOPs, not measured): 2 epochs of 20,324 responses x about 900 tokens x 8 x 6.5e9 (full
 recompute; the output embedding is computed for the answers alone, 5 % of the tokens) is 1.9e18; at 40 % of
 8 x 989 TFLOP/s ten minutes on 8 H100; with start-up, evaluation and saving about half an hour.

@@ -2,7 +2,8 @@
 
     python -m rmjax.main --config=configs/sft_tiny.py --workdir=runs/sft_tiny
 
-Hardware: 2 CPU cores; 679 steps of 62 conversations. Score: verdict accuracy on the 600 validation rows of 0 % before
+Hardware: any CPU; here 2 cores, 679 steps of 62 conversations.
+Score: verdict accuracy on the 600 validation rows of 0 % before
 and 95 % after (95.3 and 95.0 % with seeds 0 and 1; 90.8 % with seed 2 and an output embedding of its own). Best
 reachable: 95 %, since one rating in twenty is wrong. Baselines: always the same rating 50 %; length alone has an AUC of
 0.49.

@@ -7,7 +7,8 @@ Two counts of the same steps:
                 12 N H t^2 / 2 of attention for a conversation of t tokens (https://arxiv.org/abs/2204.02311,
                 appendix B; halved, because the mask is causal)
     hardware    what is computed for them: each token of a tree once, the last layer's queries, output and MLP at
-                scored tokens only, attention where a query sees a key; nothing that is recomputed, no padding
+                scored tokens only (in a language model at all, and its output embedding where the next token is
+                learnt), attention where a query sees a key; nothing that is recomputed, no padding
 
 Shape letters: N query heads, H head width, n groups.
 """
@@ -44,12 +45,15 @@ def peak(device_kind: str) -> float | None:
 
 
 def parameters(params: Mapping[str, Any]) -> tuple[int, int]:
-    """Parameters of a Scorer (arrays or shapes) that every token meets, and those that only scored tokens do.
+    """Parameters (arrays or shapes) that every token meets, and those that only scored tokens do.
 
-    The embedding's are in neither.
+    Of a language model these are the tokens whose next one is learnt, and the parameters the output embedding. That of
+    the input is in neither.
     """
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     decoder = params["decoder"]
+    if "score" not in params:
+        return count((decoder.get("layers", {}), decoder["last"])), count(params.get("lm_head", decoder["embed"]))
     keys = {name: x for name, x in decoder["last"].items() if name in ("attention_norm", "k", "k_norm", "v")}
     every = count(decoder.get("layers", {})) + count(keys)
     return every, parameter_count(params)[1] - every
@@ -81,9 +85,9 @@ def hardware(
 
     Args:
         model: the decoder.
-        params: of the Scorer, or their shapes.
+        params: of the Scorer or the LanguageModel, or their shapes.
         tokens: int [n] tokens of each tree.
-        scored: int [n] scored tokens of each.
+        scored: int [n] scored tokens of each, or those whose next one is learnt.
         pairs: for a layer's window, int [n] pairs of a query and a key that it sees.
 
     Returns:

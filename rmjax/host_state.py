@@ -89,6 +89,10 @@ class HostStep:
         """That of the gradients."""
         return self.gradients.memory_analysis()
 
+    def as_text(self) -> str:
+        """That of the gradients, in which nearly everything is sent that is sent."""
+        return self.gradients.as_text()
+
     def __call__(self, state: Any, *rest: Any) -> tuple[Any, Any, Any]:
         """One step; the state is donated."""
         grads, sums, halted, move = self.gradients(state["params"], *rest)

@@ -6,11 +6,12 @@ Three axes: `data` (replicas of the parameters), `fsdp` (rows of a batch and par
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -66,7 +67,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         sizes[sizes.index(-1)] = len(devices) // known
     if -1 in sizes or math.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh {asked} does not divide the {len(devices)} devices that are here; "
+            f"mesh {asked} does not divide the {len(devices)} devices that there are; "
             f"config.mesh must multiply to {len(devices)} (one axis may be -1)"
         )
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
@@ -77,37 +78,68 @@ def named(mesh: Mesh, *spec: Any) -> NamedSharding:
     return NamedSharding(mesh, P(*spec))
 
 
+def place(x: Any, sharding: NamedSharding) -> jax.Array:
+    """Puts a host array that every process has whole onto the devices; `jax.device_put` would make all compare it."""
+    x = np.asarray(x)
+    return assemble(x.shape, sharding, lambda index: x[index])
+
+
+def assemble(shape: Sequence[int], sharding: NamedSharding, part: Callable[[tuple[slice, ...]], Any]) -> jax.Array:
+    """An array of this shape from what `part` gives for each device of this process.
+
+    `jax.make_array_from_callback` does the same, but the transfer guard forbids it.
+    """
+    places = sharding.addressable_devices_indices_map(tuple(shape))
+    arrays = [jax.device_put(part(index or ()), device) for device, index in places.items()]
+    return jax.make_array_from_single_device_arrays(tuple(shape), sharding, arrays)
+
+
 def param_shardings(mesh: Mesh, params: Any, rules: Sequence[tuple[str, P]] = RULES) -> Any:
     """Shardings of a tree of parameters (arrays or shapes) by `rules`.
 
+    An axis that its mesh axis does not divide stays whole, which costs memory and changes no number; one line of the
+    log for each mesh axis says where and how much.
+
     Raises:
-        ValueError: an uncovered name, or every axis that a mesh axis does not divide, all in one message.
+        ValueError: an uncovered name.
     """
-    problems = []
+    whole: dict[str, list[tuple[int, str]]] = {}
 
     def one(path: Sequence[Any], leaf: Any) -> NamedSharding:
         name = path_name(path)
         spec = first_match(rules, name, "sharding")
         spec = P(*[None] * (len(leaf.shape) - len(spec)), *spec)
-        for size, axis in zip(leaf.shape, spec):
-            if axis is not None and size % mesh.shape[axis]:
-                problems.append(f"{name} {tuple(leaf.shape)}: {size} is not divisible by {axis}={mesh.shape[axis]}")
-        return NamedSharding(mesh, spec)
+        uneven = {axis for size, axis in zip(leaf.shape, spec) if axis is not None and size % mesh.shape[axis]}
+        placed = NamedSharding(mesh, P(*(None if axis in uneven else axis for axis in spec)))
+        for axis in uneven:
+            held = math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            whole.setdefault(axis, []).append((held - held // mesh.shape[axis], f"{name} {list(leaf.shape)}"))
+        return placed
 
     shardings = jax.tree_util.tree_map_with_path(one, params)
-    if problems:
-        raise ValueError(
-            "the mesh does not divide these parameters; choose smaller config.mesh.fsdp or config.mesh.tensor "
-            "and put the rest on config.mesh.data:\n  " + "\n  ".join(problems)
+    for axis, found in whole.items():
+        names = [name for _, name in sorted(found, key=lambda cost: -cost[0])]
+        logging.warning(
+            "config.mesh.%s=%d does not divide %s%s: whole along it, %.1f MiB more of parameters on each device, and "
+            "as many numbers more of gradients and of each moment",
+            *(axis, mesh.shape[axis], ", ".join(names[:6]), f" and {len(names) - 6} more" if len(names) > 6 else ""),
+            sum(cost for cost, _ in found) / 2**20,
         )
     return shardings
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
-    """Pins the sharding of an activation; without a mesh (one device, debugging) it does nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins the sharding of an activation; an axis that its mesh axes do not divide stays whole, as in parameters.
+
+    Without a mesh (one device, debugging) it does nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+    parts = lambda axes: math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    return jax.lax.with_sharding_constraint(
+        x, P(*(None if size % parts(axes) else axes for size, axes in zip(x.shape, spec)))
+    )
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

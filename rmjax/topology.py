@@ -4,10 +4,13 @@ XLA compiles for a described device as it does for a present one; nothing can be
 `jax.experimental.topologies`.
 """
 
+import collections
 import dataclasses
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -26,6 +29,8 @@ class Gpu:
         float32_units: of each core.
         memory: bytes that CUDA reports.
         bandwidth: of the memory, bytes per second.
+        nvlink: bytes per second that it can send to the GPUs of its host, all together.
+        network: those that it can send to other hosts: one InfiniBand adapter for each GPU.
         l2: bytes of the level 2 cache.
         shared: bytes of a core's shared memory; a block of threads may have all but 1,024 of them.
         clock_ghz: boost clock.
@@ -37,21 +42,50 @@ class Gpu:
     float32_units: int
     memory: int
     bandwidth: float
+    nvlink: float
+    network: float
     l2: int
     shared: int
     clock_ghz: float
 
 
-# https://www.nvidia.com/en-us/data-center/h200/, .../h100/ and .../a100/ (SXM boards)
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """A TPU chip.
+
+    Attributes:
+        memory: bytes that programs may use: what XLA says when one needs more.
+        bandwidth: of the memory, bytes per second.
+        links: bytes per second that it can send over the links to its neighbours, all together.
+        axes: of the torus that the links make.
+    """
+
+    memory: int
+    bandwidth: float
+    links: float
+    axes: int
+
+
+# https://www.nvidia.com/en-us/data-center/h200/, .../h100/ and .../a100/ (SXM boards; they give NVLink's two directions
+# together). Adapters: https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html (400 Gb/s) and
+# .../dgxa100-user-guide/introduction-to-dgxa100.html (200 Gb/s); other servers have others, or none.
 GPUS = {
-    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 150_754_820_096, 4.8e12, 50 << 20, 228 << 10, 1.98),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 84_942_979_072, 3.35e12, 50 << 20, 228 << 10, 1.98),
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 85_100_068_864, 2.04e12, 40 << 20, 164 << 10, 1.41),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 150_754_820_096, 4.8e12, 450e9, 50e9, 50 << 20, 228 << 10, 1.98),
+    "h100": Gpu(
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 84_942_979_072, 3.35e12, 450e9, 50e9, 50 << 20, 228 << 10, 1.98
+    ),
+    "a100": Gpu(
+        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 85_100_068_864, 2.04e12, 300e9, 25e9, 40 << 20, 164 << 10, 1.41
+    ),
 }
 
-# Bytes of a chip that programs may use: what XLA says when one needs more. Of 16, 95 and 32 GB in the data sheets,
-# https://cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e
-TPUS = {"v5e": int(15.75 * 2**30), "v5p": int(95.74 * 2**30), "v6e": int(31.25 * 2**30)}
+# https://cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e: memory of 16, 95 and 32 GB; links of 1,600 Gb/s, 1,200
+# GB/s in both directions together, and 3,200 Gb/s.
+TPUS = {
+    "v5e": Tpu(int(15.75 * 2**30), 0.8e12, 200e9, 2),
+    "v5p": Tpu(int(95.74 * 2**30), 2.765e12, 600e9, 3),
+    "v6e": Tpu(int(31.25 * 2**30), 1.6e12, 400e9, 2),
+}
 
 # Without them libtpu waits for an answer that only a TPU's host gives, complains that there is none, and lets in one
 # process at a time. Nothing is run here, so many may compile.
@@ -88,10 +122,41 @@ def memory(name: str) -> int:
     Raises:
         ValueError: a name that is not understood.
     """
+    return _kind(name).memory
+
+
+def bandwidth(name: str) -> float:
+    """Bytes per second that each of the devices that `name` says can read or write; raises as `memory`."""
+    return _kind(name).bandwidth
+
+
+def link(name: str, group: Sequence[Any]) -> float:
+    """Bytes per second that a device can send to others of its group, at most.
+
+    GPUs of one host have NVLink; those of several send through the adapters of all that are in the group on a host.
+    TPUs send over the links along the axes of the torus that the group extends over.
+
+    Args:
+        name: see `devices`.
+        group: some of these devices.
+
+    Raises:
+        ValueError: a name that is not understood.
+    """
+    kind = _kind(name)
+    if isinstance(kind, Tpu):
+        spans = sum(len(set(places)) > 1 for places in zip(*(device.coords for device in group)))
+        return kind.links * min(spans, kind.axes) / kind.axes
+    here = collections.Counter(device.process_index for device in group)
+    return kind.nvlink if len(here) == 1 else min(kind.nvlink, kind.network * min(here.values()))
+
+
+def _kind(name: str) -> Gpu | Tpu:
+    kinds: dict[str, Gpu | Tpu] = {**GPUS, **TPUS}
     kind = name.partition(":")[0]
-    if kind not in GPUS | TPUS:
+    if kind not in kinds:
         raise _unknown(name)
-    return GPUS[kind].memory if kind in GPUS else TPUS[kind]
+    return kinds[kind]
 
 
 def _unknown(name: str) -> ValueError:

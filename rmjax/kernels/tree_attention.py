@@ -70,7 +70,8 @@ def tree_attention(
     Logits, softmax and sums are float32 or wider whatever the inputs' type; weights are rounded to that type
     before they meet the values. The residuals of the backward pass are named "attention" and "lse", so that a
     remat policy which saves both runs the forward pass once. Only first derivatives, in reverse mode. Under a mesh
-    each device attends its own rows and heads (shard_map); heads stay whole where `tensor` does not divide them.
+    each device attends its own rows and heads (shard_map). Key/value heads are repeated where `tensor` does not divide
+    them; where it does not divide the query heads either, all heads stay whole (`whole_heads`).
 
     Args:
         q: [B, T, N, H] queries; query head n reads key/value head n // (N / M).
@@ -90,9 +91,27 @@ def tree_attention(
     length = q.shape[1]
     padded = seen.first.shape[1]
     _check(q, k, v, seen)
+    k, v = (_repeated(x, q.shape[2]) for x in (k, v))
     if padded > length:
         q, k, v = (jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))) for x in (q, k, v))
     return _attend(form, softcap, interpret, q, k, v, seen)[:, :length]
+
+
+def whole_heads(heads: int, kv_heads: int, tensor: int) -> str:
+    """Why attention cannot be split over so many `tensor` devices, and what to do; "" if it can."""
+    fits = [n for n in range(1, tensor + 1) if heads % math.lcm(kv_heads, n) == 0]
+    if tensor in fits:
+        return ""
+    return (
+        f"config.mesh.tensor={tensor} does not divide the {heads} heads of {kv_heads} keys and values, so each device "
+        f"computes the attention of all heads; config.mesh.tensor={fits[-1]} splits it"
+    )
+
+
+def _repeated(x: jax.Array, heads: int) -> jax.Array:
+    """Keys or values [B, T, M, H] with as many heads as `tensor` can split, if the query heads can be split alike."""
+    wanted = math.lcm(x.shape[2], jax.sharding.get_abstract_mesh().shape.get("tensor", 1))
+    return x if heads % wanted else jnp.repeat(x, wanted // x.shape[2], axis=2)
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, seen: Visible) -> None:
