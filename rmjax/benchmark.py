@@ -15,12 +15,12 @@ allows in bfloat16: "useful" of what the pairs would cost unshared and unpadded,
 whose parameters and optimizer are alike share one state, so that both fit where one does.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import platform
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,8 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from rmjax.main import CONFIG, explain, load_config
+from rmjax import command_line, passwords
+from rmjax.main import CONFIG, explain, load_config, parse_config
 
 if TYPE_CHECKING:  # imported where it is used, so that --help and a mistyped flag answer at once
     from rmjax.measured import Side
@@ -48,21 +49,26 @@ def main(_: Sequence[str]) -> None:
     import jax
 
     logging.set_verbosity(logging.WARNING)
-    try:
-        configs = [CONFIG.value]
+    with command_line.outcome(debug=command_line.DEBUG.value), memory_explained():
+        configs = [passwords.hide_in(CONFIG.value)]
         if COMPARE.value:
-            configs.append(other_config(CONFIG.value, COMPARE.value))
+            configs.append(passwords.hide_in(other_config(CONFIG.value, COMPARE.value)))
         path = output(JSON.value)
         jax.config.update("jax_enable_compilation_cache", False)  # compiling is measured too
         report = run(configs, LENGTHS.value, STEPS.value, PEAK.value * 1e12)
         print("\n" + "\n".join(table(report)))
         if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(report, indent=2) + "\n")
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"\nerror: {in_words(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+
+
+@contextlib.contextmanager
+def memory_explained() -> Iterator[None]:
+    """Says of a device without memory left what matters."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(in_words(error)) from error
 
 
 def in_words(error: Exception) -> str:
@@ -78,16 +84,9 @@ def in_words(error: Exception) -> str:
 
 def parse(argv: Sequence[str]) -> list[str]:
     """absl's flag parser; what is wrong with the command line or the config file is said in a line or two."""
-    try:
-        others = flags.FLAGS(list(argv))
-        if others[1:]:
-            raise flags.Error(f"unexpected arguments {others[1:]}; options are written --name=value")
-        if not isinstance(CONFIG.value, ConfigDict):
-            raise flags.Error("--config=FILE.py is required; --help shows commands that run")
-        return others
-    except Exception as error:
-        print(f"error: {explain(error, argv)}", file=sys.stderr)
-        sys.exit(2)
+    with command_line.outcome(debug="--debug" in argv):
+        parse_config(argv, "--config=FILE.py is")
+    return list(argv[:1])
 
 
 def other_config(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
@@ -118,15 +117,14 @@ def output(name: str) -> Path | None:
     """The file for the figures, if there is to be one.
 
     Raises:
-        ValueError: it is a directory.
-        OSError: it cannot be written.
+        ValueError: it is a directory, is below a file, or cannot be written.
     """
     if not name:
         return None
-    path = Path(name).expanduser()
+    path = Path(name).expanduser().absolute()
     if path.is_dir():
         raise ValueError(f"--json={name} is a directory; name a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    command_line.check_writable(path, f"--json={name}")
     return path
 
 

@@ -2,6 +2,7 @@
 
     directory/120/...             the arrays, as Orbax lays them out
                   host.json       what the host remembers, and the metrics of the step
+                  host-amended.json   what replaces it, if that has changed since
                   manifest.json   size and SHA-256 of every other file, written last
 
 Orbax restores a flipped byte without a word, and can name a step that lacks files as the latest one. So a
@@ -20,7 +21,7 @@ import json
 import logging as python_logging
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -30,16 +31,21 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from rmjax import exits, processes
 from rmjax.sharding import path_name
 
-HOST, MANIFEST = "host.json", "manifest.json"
+HOST, AMENDED, MANIFEST = "host.json", "host-amended.json", "manifest.json"
 UNNAMED = ".orbax-checkpoint-tmp"  # Orbax's suffix of a directory that it has not finished writing
 SMALL = 2**20  # bytes; files up to here are digested even where reading whole checkpoints would take too long
 HASH_THREADS = 4
+IN_FLIGHT = 32 * 2**20  # bytes of arrays that a process reads or writes at a time, beside the arrays themselves; or one
+CHUNK = 16 * 2**20  # bytes of the pieces that arrays are stored in; whoever needs a part of a piece reads all of it
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or what is there cannot be used."""
+
+    exit_code = exits.BAD_INPUT  # of what is there; command_line.under_way knows when it is the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +67,8 @@ class Checkpointer:
     Kept are the newest `keep_latest` steps and the best `keep_best` by `metric`; of equal ones the earliest
     is the best. A step saved without the metric, or where it is not finite, is never among the best.
 
-    Every process of a job calls every method; only process 0 writes manifests and clears up.
+    Every process of a run calls every method. Process 0 alone looks at what is there, decides and clears up, and tells
+    the others; all write their parts of the arrays, and none is sealed before all have.
     """
 
     def __init__(self, directory: Any, *, keep_latest: int, keep_best: int = 0, metric: str = "", mode: str = "max"):
@@ -97,22 +104,40 @@ class Checkpointer:
             CheckpointError: this save, or the one before it, failed (a full disk); finished steps stay.
         """
         self.wait()
-        if (self._path(step) / MANIFEST).exists():
+        if self._first_says("saved", lambda: (self._path(step) / MANIFEST).exists()):
             logging.warning("step %d is already saved in %s; it is left as it is", step, self._directory)
             return
         host_json = json.dumps({"host": host, "metrics": metrics or {}})
+        leaves = jax.tree.leaves(state)
         with self._failures_named(step):
             if self._orbax is None:
-                self._clear_up()
-                self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+                self._first_says("cleared", self._clear_up)
+                self._orbax = ocp.AsyncCheckpointer(_handler(save_concurrent=max(map(_shard_bytes, leaves), default=0)))
                 if not self._ends_before_exit:
                     # A program that ends without `close`: Python lets no thread start another once it shuts
                     # down, where a save would hang or stay unfinished. `atexit` comes later than that.
                     threading._register_atexit(self.wait)  # type: ignore[attr-defined]
                     self._ends_before_exit = True
-            self._orbax.save(self._path(step), args=ocp.args.PyTreeSave(state))
+            pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), state)
+            self._orbax.save(self._path(step), args=ocp.args.PyTreeSave(state, save_args=pieces))
             done = self._background.submit(self._finish, self._orbax, self._path(step), host_json)
             self._saving = step, done
+
+    def amend(self, step: int, host: dict, metrics: dict[str, float] | None) -> None:
+        """Replaces the host and the metrics of a finished step, at one moment; its arrays stay as they are.
+
+        Raises:
+            CheckpointError: it failed; the step stays as it was.
+        """
+        self.wait()
+        if not processes.is_first():
+            return
+        path = self._path(step)
+        with self._failures_named(step):
+            (path / AMENDED).write_text(json.dumps({"host": host, "metrics": metrics or {}}))
+            entries = json.loads((path / MANIFEST).read_text())["files"]
+            _seal(path, {**entries, AMENDED: _entry(path, AMENDED)})
+            self._delete_replaced()
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict] | None:
         """Restores the newest whole step and clears the way for training to go on from it.
@@ -132,8 +157,7 @@ class Checkpointer:
                 other arrays, shapes or dtypes; every difference is named.
         """
         self.close()
-        step = self._newest_whole()
-        self._clear_up(after=-1 if step is None else step)
+        step = self._first_says("newest", self._newest_and_clear_up)
         if step is None:
             return None
         return step, *self._read(step, abstract_state, partial=False)
@@ -149,7 +173,7 @@ class Checkpointer:
                 shape or dtype.
         """
         self.wait()
-        problem = _problem(self._path(step), deep=True)
+        problem = self._first_says("whole", lambda: _problem(self._path(step), deep=True))
         if problem:
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self._directory} cannot be used: {problem}; "
@@ -159,12 +183,11 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The finished steps, ascending. Large files are only checked for their size."""
-        return [step for step in self._sealed() if _problem(self._path(step), deep=False) is None]
+        return self._first_says("steps", self._finished)
 
     def best_step(self) -> int | None:
         """The best of the steps that are still here; None where none has the metric."""
-        ranked = [info.metrics for info in map(self._ranked, self.steps()) if info.metrics is not None]
-        return max(ranked, key=_rank)["step"] if ranked else None
+        return self._first_says("best", self._best)
 
     def wait(self) -> None:
         """Waits until the save under way is finished.
@@ -184,19 +207,32 @@ class Checkpointer:
             self._orbax.close()
             self._orbax = None
 
+    def _first_says(self, what: str, find: Callable[[], Any]) -> Any:
+        """What process 0 finds; an error of its own ends the others, see processes.py."""
+        return processes.agree(f"checkpoint {what}", find() if processes.is_first() else None)
+
+    def _finished(self) -> list[int]:
+        return [step for step in self._sealed() if _problem(self._path(step), deep=False) is None]
+
+    def _best(self) -> int | None:
+        ranked = [info.metrics for info in map(self._ranked, self._finished()) if info.metrics is not None]
+        return max(ranked, key=_rank)["step"] if ranked else None
+
     def _path(self, step: int) -> epath.Path:
         return self._directory / str(step)
 
     def _finish(self, orbax: ocp.AsyncCheckpointer, path: epath.Path, host_json: str) -> None:
         """In the background: waits for the files of a step, seals it, then deletes the steps it replaces."""
         orbax.wait_until_finished()
-        if jax.process_index() == 0:
+        processes.barrier("checkpoint written")
+        if processes.is_first():
             (path / HOST).write_text(host_json)
             _write_manifest(path)
             self._delete_replaced()
+        processes.barrier("checkpoint sealed")
 
     def _delete_replaced(self) -> None:
-        infos = [self._ranked(step) for step in self.steps()]
+        infos = [self._ranked(step) for step in self._finished()]
         kept = self._keep.should_preserve(infos, context=policies.PreservationContext())
         for path in [self._path(info.step) for info, keep in zip(infos, kept) if not keep]:
             try:
@@ -211,7 +247,9 @@ class Checkpointer:
         return _Info(step, {"score": self._sign * score, "step": step} if math.isfinite(score) else None)
 
     def _host(self, step: int) -> dict:
-        return json.loads((self._path(step) / HOST).read_text())
+        path = self._path(step)
+        amended = AMENDED in json.loads((path / MANIFEST).read_text())["files"]
+        return json.loads((path / (AMENDED if amended else HOST)).read_text())
 
     def _sealed(self) -> list[int]:
         """Steps with a manifest, ascending, whatever state they are in."""
@@ -235,9 +273,14 @@ class Checkpointer:
             )
         return None
 
+    def _newest_and_clear_up(self) -> int | None:
+        step = self._newest_whole()
+        self._clear_up(after=-1 if step is None else step)
+        return step
+
     def _clear_up(self, after: float = math.inf) -> None:
         """Deletes unfinished steps; sets broken ones aside: those later than `after`, or seen at a glance."""
-        if jax.process_index() != 0 or not self._directory.exists():
+        if not self._directory.exists():
             return
         for path in self._directory.iterdir():
             number = path.name.partition(UNNAMED)[0]
@@ -255,21 +298,25 @@ class Checkpointer:
     def _read(self, step: int, abstract: Any, partial: bool) -> tuple[Any, dict]:
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            saved = _shapes(reader.metadata(self._path(step)).item_metadata.tree)
-            wanted = _shapes(abstract)
-            names = sorted(wanted if partial else wanted | saved)
-            problems = [
-                f"\n  {name}: saved is {saved.get(name, 'nothing')}, expected {wanted.get(name, 'nothing')}"
-                for name in names
-                if saved.get(name) != wanted.get(name)
-            ]
-            if problems:
-                raise CheckpointError(
-                    f"the checkpoint of step {step} in {self._directory} was saved by another configuration; "
-                    f"continue with that one, or use another directory:{''.join(problems)}"
-                )
-            return reader.restore(self._path(step), args=args), self._host(step)["host"]
+        with ocp.Checkpointer(_handler()) as reader:
+            metadata = reader.metadata(self._path(step)).item_metadata.tree
+        saved, wanted = _shapes(metadata), _shapes(abstract)
+        names = sorted(wanted if partial else wanted | saved)
+        problems = [
+            f"\n  {name}: saved is {saved.get(name, 'nothing')}, expected {wanted.get(name, 'nothing')}"
+            for name in names
+            if saved.get(name) != wanted.get(name)
+        ]
+        if len(problems) > 8:
+            problems[8:] = [f"\n  and {len(problems) - 8} more"]
+        if problems:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self._directory} was saved by another configuration; "
+                f"continue with that one, or use another directory:{''.join(problems)}"
+            )
+        with ocp.Checkpointer(_handler(restore_concurrent=_most_read(abstract, metadata))) as reader:
+            state = reader.restore(self._path(step), args=args)
+        return state, self._first_says("host", lambda: self._host(step)["host"])
 
     @contextlib.contextmanager
     def _failures_named(self, step: int) -> Iterator[None]:
@@ -281,13 +328,45 @@ class Checkpointer:
                 if orbax is not None:
                     orbax.close()
             with contextlib.suppress(OSError):  # gives the space back; if it cannot, the next start does
-                self._clear_up()
-            last = self.steps()[-1:]
+                if processes.is_first():
+                    self._clear_up()
+            last = self._finished()[-1:]
             raise CheckpointError(
                 f"saving the checkpoint of step {step} in {self._directory} failed: {error} "
                 f"({f'step {last[0]} is the last one there' if last else 'there is none before it'}; "
                 f"check the free space and permissions, then start again with the same command)"
             ) from error
+
+
+def _handler(**most: int) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's way to store arrays; `most` are bytes that it must be allowed to have in flight.
+
+    Nothing is compressed: parameters and moments shrink by less than a tenth, and writing takes three times as long.
+    """
+    limits = {f"{name}_gb": (max(IN_FLIGHT, size) + 1024) / 1e9 for name, size in most.items()}
+    return ocp.PyTreeCheckpointHandler(use_compression=False, **limits)
+
+
+def _shard_bytes(leaf: Any) -> int:
+    """Of an array, what one device has."""
+    sharding = getattr(leaf, "sharding", None)
+    shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _most_read(abstract: Any, metadata: Any) -> int:
+    """Bytes of the stored pieces that hold the part of one device, of the array with most."""
+    stored = {path_name(path): leaf.storage for path, leaf in jax.tree_util.tree_leaves_with_path(metadata)}
+
+    def of(name: str, leaf: Any) -> int:
+        part = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+        chunk = stored[name].chunk_shape if stored[name] else None
+        if chunk is None:
+            return 2 * math.prod(leaf.shape) * leaf.dtype.itemsize
+        pieces = [n // c if n % c == 0 else -(-n // c) + 1 for n, c in zip(part, chunk)]
+        return math.prod(n * c for n, c in zip(pieces, chunk)) * leaf.dtype.itemsize
+
+    return max((of(path_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(abstract)), default=0)
 
 
 def _shapes(tree: Any) -> dict[str, str]:
@@ -312,12 +391,17 @@ def _digest(path: epath.Path) -> str:
 def _write_manifest(step_path: epath.Path) -> None:
     names = _files(step_path)
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        digests = list(pool.map(lambda name: _digest(step_path / name), names))
-    sizes = [(step_path / name).stat().length for name in names]
-    files = {name: {"bytes": size, "sha256": digest} for name, size, digest in zip(names, sizes, digests)}
+        _seal(step_path, dict(zip(names, pool.map(lambda name: _entry(step_path, name), names))))
+
+
+def _entry(step_path: epath.Path, name: str) -> dict[str, Any]:
+    return {"bytes": (step_path / name).stat().length, "sha256": _digest(step_path / name)}
+
+
+def _seal(step_path: epath.Path, files: dict[str, dict[str, Any]]) -> None:
     partial = step_path / f"{MANIFEST}.partial"
     partial.write_text(json.dumps({"files": files}, indent=1))
-    partial.rename(step_path / MANIFEST)
+    partial.replace(step_path / MANIFEST)  # of a step that is amended there is one already
 
 
 def _problem(step_path: epath.Path, deep: bool) -> str | None:

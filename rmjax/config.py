@@ -75,7 +75,9 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.duration = "1 epoch"  # of training
-    config.on_nonfinite = "stop"  # a NaN or infinity in loss or gradients: "stop" the run, or "skip" the step
+    # A NaN or infinity in loss or gradients: "stop" the run, "skip" the step, or "rollback" to the newest checkpoint and
+    # leave out the rows from there to the step.
+    config.on_nonfinite = "stop"
     config.debug = False  # layers unrolled and nothing compiled, so that print and breakpoints work
 
     config.model = model = ConfigDict()
@@ -149,6 +151,7 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     evaluation.train_groups = 256  # of the training set, fixed, evaluated too: the gap is a metric; 0 is none
 
     config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.dir = ""  # "" is WORKDIR/checkpoints; may be gs://BUCKET/... or s3://..., which needs gcsfs or s3fs
     checkpoint.every = ""  # more checkpoints, between those of the evaluations
     checkpoint.keep_latest = 2
     checkpoint.keep_best = 1
@@ -159,6 +162,9 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     log.every = "10 steps"
     log.tensorboard = True
     log.wandb = ""  # project name; needs rmjax[wandb]
+
+    config.profile = profile = ConfigDict()
+    profile.steps = ""  # "10,15" traces steps 10 to 15, a few at most, into WORKDIR/profile
 
     config.export = export = ConfigDict()
     export.step = "best"  # "best" by checkpoint.metric, or "last"
@@ -195,7 +201,7 @@ def demo(objective: str = "bradley_terry") -> ConfigDict:
 
 
 CHOICES = {
-    "on_nonfinite": ("stop", "skip"),
+    "on_nonfinite": ("stop", "skip", "rollback"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "gpu", "tpu"),
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
@@ -238,8 +244,9 @@ def check(config: ConfigDict) -> None:
         problems.append("config.model.init_from is empty; give a Hugging Face directory or hub id")
     if not config.model.init_from and not config.model.tokenizer:
         problems.append("config.model.tokenizer is empty and there is no init_from to take it from")
-    positive = ("plan.row_tokens", "plan.window", "optim.learning_rate", "checkpoint.keep_latest")
+    positive = ("plan.row_tokens", "plan.window", "optim.learning_rate", "optim.eps", "checkpoint.keep_latest")
     not_negative = (
+        *("seed", "data.max_bad_fraction"),
         *(
             "plan.rows_per_step",
             "plan.groups_per_step",
@@ -248,14 +255,23 @@ def check(config: ConfigDict) -> None:
             "optim.weight_decay",
         ),
         *("checkpoint.keep_best", "checkpoint.patience"),
-        *("data.max_length", "eval.train_groups"),
+        *("data.max_length", "eval.train_groups", "optim.b1", "optim.b2"),
     )
     problems += [f"config.{key}={flat[key]} must be above 0" for key in positive if not flat[key] > 0]
     problems += [f"config.{key}={flat[key]} must not be negative" for key in not_negative if flat[key] < 0]
+    problems += [f"config.{key}={flat[key]} must be below 1" for key in ("optim.b1", "optim.b2") if not flat[key] < 1]
+    if flat["data.max_bad_fraction"] > 1:
+        problems.append(f"config.data.max_bad_fraction={flat['data.max_bad_fraction']} must be at most 1")
+    if flat["data.workers"] < -1:
+        problems.append(f"config.data.workers={flat['data.workers']} must be a number of processes, or -1")
     if not config.plan.rows_per_step and not config.plan.groups_per_step:
         problems.append("set config.plan.rows_per_step or config.plan.groups_per_step")
     try:
         template_kwargs(config)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        profile_steps(config.profile.steps)
     except ValueError as error:
         problems.append(str(error))
     for key in ("duration", "eval.every", "checkpoint.every", "log.every", "optim.warmup", "optim.decay"):
@@ -294,13 +310,31 @@ def template_kwargs(config: ConfigDict) -> dict[str, Any]:
     return values
 
 
+def profile_steps(text: str) -> tuple[int, int] | None:
+    """The first and the last step of config.profile.steps, counted from 1 as on the progress line; None for "".
+
+    Raises:
+        ValueError: not two numbers in order.
+    """
+    if not text:
+        return None
+    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", str(text))
+    first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise ValueError(
+            f"config.profile.steps={text!r} is no range of steps; write '10,15' for steps 10 to 15 (the first step is "
+            "1), or '' for no profile"
+        )
+    return first, last
+
+
 def parse_duration(text: str) -> tuple[float, str]:
     """Splits a duration into amount and unit: "1.5 epochs" is (1.5, "epoch"), "10%" is (10.0, "%").
 
     Raises:
         ValueError: not a number with one of the units steps, epochs, groups or %.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(steps?|epochs?|groups?|%)\s*", str(text))
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]{1,2})?)\s*(steps?|epochs?|groups?|%)\s*", str(text))
     try:
         return float(match[1]), match[2].rstrip("s")  # type: ignore[index]
     except (TypeError, ValueError):

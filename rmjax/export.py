@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from rmjax import contract
+from rmjax import contract, processes
 from rmjax.data.chat import PROBE, Chat, load_tokenizer
 from rmjax.data.groups import Groups
 from rmjax.models import hf
@@ -40,11 +41,13 @@ def write(
 ) -> None:
     """Exports parameters with tokenizer and contract; the directory appears whole or not at all.
 
-    The golden scores are computed from what was written, loaded back.
+    The golden scores are computed from what was written, loaded back. Every process of a run must call it; the first
+    one writes.
 
     Args:
         directory: where to; an older export there is replaced.
-        params: the parameters, sharded or not.
+        params: the parameters, sharded or not. Arrays on devices are deleted once they are written, so that the golden
+            scores need no room beside them.
         objective: what was trained.
         config: the run's config.
         values: Hugging Face config values of the model.
@@ -71,13 +74,21 @@ def write(
     )
 
     def complete(partial: Path) -> None:
-        chat.tokenizer.save_pretrained(partial)
         golden = contract.golden_rows(chat, golden_sequences(validation))
-        contract.write(partial, {**terms, "golden": golden})  # so that loading replays the tokens
-        outputs = RewardModel.load(partial, dtype="float32").replay(golden)
+        if processes.is_first():
+            chat.tokenizer.save_pretrained(partial)
+            contract.write(partial, {**terms, "golden": golden})  # so that loading replays the tokens
+        processes.barrier("tokenizer written")
+        mesh = next((x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)), None)
+        for array in arrays:
+            array.delete()
+        outputs = RewardModel.load(partial, dtype="float32", mesh=mesh).replay(golden)
         scored = [{**row, "outputs": values.tolist()} for row, values in zip(golden, outputs)]
-        contract.write(partial, {**terms, "golden": scored})
+        processes.barrier("golden rows replayed")  # nobody reads the contract that is replaced
+        if processes.is_first():
+            contract.write(partial, {**terms, "golden": scored})
 
+    arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
     params = {name: x for name, x in params.items() if name != "objective"}
     pad = chat.tokenizer.pad_token_id
     hf.save(

@@ -4,6 +4,8 @@ r"""Trains a reward model.
     python -m rmjax.main --config=configs/bt_qwen7b.py --config.model.init_from=PATH_OR_HUB_ID \
         --config.data.train=FILES --workdir=runs/7b
     ... --dry_run       audit, plan, parameters, sharding and compiled memory, without training
+    ... --dry_run --topology=v5p:2x2x4      the same for hardware that is not here (or h200:8 ...), what a step sends,
+                                            and the time it takes at least
 
 Every key of the config can be given as --config.KEY=VALUE; rmjax/config.py lists them. The same command continues a
 run that was stopped.
@@ -14,45 +16,47 @@ import difflib
 import os
 import re
 import runpy
-import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from rmjax import command_line
 from rmjax import config as config_lib
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/bt_tiny.py.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "", "Where metrics, checkpoints and the export go.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show audit, plan, sharding and compiled memory; train nothing.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "Of a dry run: hardware that need not be here, v5p:2x2x4 or h200:8.")
 
 
 def main(_: Sequence[str]) -> None:
-    """Runs what `parse` took; an error is one paragraph, its traceback is in the workdir."""
+    """Runs what `parse` took; see command_line.py for what becomes of errors."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; JAX itself takes three quarters
-    from rmjax import checkpoint, startup, train  # here, so that --help and a mistyped flag answer at once
+    # Here, so that --help and a mistyped flag answer at once.
+    from rmjax import checkpoint, processes, startup, survival, train
 
     logging.set_verbosity(logging.WARNING)
     workdir = Path(WORKDIR.value).expanduser().absolute()
-    startup.keep_programs(dict(config_lib.flatten(CONFIG.value)).get("data.cache_dir", ""))
-    try:
-        train.run(CONFIG.value, workdir, DRY_RUN.value)
-    except (ValueError, OSError, RuntimeError) as error:
-        if CONFIG.value.debug:
-            raise
-        print(f"\nerror: {error}", file=sys.stderr)
-        with contextlib.suppress(OSError):  # no workdir, or a full disk
-            (workdir / "error.log").write_text(traceback.format_exc())
-            print(f"(the traceback is in {workdir / 'error.log'})", file=sys.stderr)
-        if isinstance(error, checkpoint.CheckpointError):
-            sys.stderr.flush()
-            os._exit(1)  # at a normal exit Orbax's threads print hundreds of lines about the same failure
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    # At a normal exit Orbax's threads print hundreds of lines about a failure that was reported.
+    at_once = (checkpoint.CheckpointError,)
+    stopped = "stopped; the same command continues from the last checkpoint"
+    with command_line.outcome(
+        debug=command_line.DEBUG.value,
+        log=workdir / "error.log",
+        stopped=stopped,
+        at_once=at_once,
+        tell=processes.fail,
+    ):
+        processes.start()
+        if not TOPOLOGY.value:  # programs for other hardware are not kept
+            startup.keep_programs(dict(config_lib.flatten(CONFIG.value)).get("data.cache_dir", ""))
+        lock = contextlib.nullcontext() if DRY_RUN.value else survival.alone(workdir)
+        with survival.Stop().listening() as stop, lock:
+            train.run(CONFIG.value, workdir, DRY_RUN.value, TOPOLOGY.value, stop)
+            processes.finish()
 
 
 def cli() -> None:
@@ -62,19 +66,38 @@ def cli() -> None:
 
 def parse(argv: Sequence[str]) -> list[str]:
     """absl's flag parser; what is wrong with the command line or the config file is said in a line or two."""
-    try:
-        others = flags.FLAGS(list(argv))
-        if others[1:]:
-            raise flags.Error(f"unexpected arguments {others[1:]}; options are written --name=value")
-        if not isinstance(CONFIG.value, ConfigDict) or not WORKDIR.value:
-            raise flags.Error("--config=FILE.py and --workdir=DIRECTORY are required; --help shows commands that run")
+    with command_line.outcome(debug="--debug" in argv):
+        parse_config(argv, "--config=FILE.py and --workdir=DIRECTORY are", lambda: bool(WORKDIR.value))
+        if TOPOLOGY.value and not DRY_RUN.value:
+            raise flags.Error(f"--topology={TOPOLOGY.value} is hardware to compile for, not to train on; add --dry_run")
+        if "://" in WORKDIR.value:
+            raise flags.Error(
+                f"--workdir={WORKDIR.value}: metrics and locks need a directory; checkpoints alone can be there, by "
+                f"--config.checkpoint.dir={WORKDIR.value.rstrip('/')}/checkpoints"
+            )
         workdir = Path(WORKDIR.value).expanduser().absolute()
         if files := [path for path in (workdir, *workdir.parents) if path.is_file()]:
             raise flags.Error(f"--workdir={WORKDIR.value}: {files[0]} is a file; give a directory")
-        return others
+    return list(argv[:1])
+
+
+def parse_config(argv: Sequence[str], needed: str, also: Callable[[], bool] = lambda: True) -> None:
+    """Reads the flags, --config among them.
+
+    Args:
+        argv: the command line.
+        needed: the flags that are, in words.
+        also: whether those beside --config are there.
+
+    Raises:
+        ValueError: a mistake on the command line or in the config file, explained.
+    """
+    try:
+        command_line.parse(argv)
+        if not isinstance(CONFIG.value, ConfigDict) or not also():
+            raise flags.Error(f"{needed} required; --help shows commands that run")
     except Exception as error:
-        print(f"error: {explain(error, argv)}", file=sys.stderr)
-        sys.exit(2)
+        raise ValueError(explain(error, argv)) from error
 
 
 def explain(error: Exception, argv: Sequence[str]) -> str:
@@ -115,7 +138,9 @@ def load_config(path: str) -> ConfigDict:
 
 def _failure(error: Exception) -> str:
     """An error in a config file; for a wrong key ml_collections' shows the values of all others."""
-    text = str(error) if str(error) != "'get_config'" else "it defines no get_config()"
+    if str(error) == "'get_config'":
+        return "it defines no get_config()"
+    text = str(error)
     if near := re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text):
         return f"there is no key {near[2]!r}; did you mean {near[1]!r}?"
     if wrong := re.search(r'Key "(.*?)" does not exist and cannot be added.*present: "({})?', text):

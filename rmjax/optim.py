@@ -193,12 +193,17 @@ def check(config: ConfigDict, shapes: Any) -> None:
     """Refuses regex lists that do not fit the model's parameters.
 
     Raises:
-        ValueError: a parameter that no rule covers, a rule that no parameter reaches (a last ".*" may), or nothing
-            left to train.
+        ValueError: what is no list of rules, a parameter that no rule covers, a rule that no parameter reaches (a
+            last ".*" may), or nothing left to train.
     """
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     for key in ("decays", "freezes", "lr_factors"):
         rules = config[key]
+        try:
+            for pattern, _ in rules:
+                re.compile(pattern)
+        except (TypeError, ValueError, re.error) as error:
+            raise ValueError(f"config.optim.{key}={rules!r} is no list of (regex, value): {error}") from None
         reached = {next((i for i, (p, _) in enumerate(rules) if re.fullmatch(p, name)), None) for name in names}
         by_rules(rules, key)(shapes)
         idle = [p for i, (p, _) in enumerate(rules) if i not in reached and p != ".*"]

@@ -11,6 +11,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from rmjax import config as config_lib
+from rmjax import sharding
 from rmjax.data import augment, cache, loader, measure, packing, select, sources, synthetic
 from rmjax.data import groups as groups_lib
 from rmjax.data.chat import Chat, load_tokenizer
@@ -252,7 +253,7 @@ def init_params(config: ConfigDict, model: ModelConfig, objective: Objective, sh
         objective: its own parameters are under "objective", if it has any.
         shapes: shapes with shardings of all parameters.
     """
-    own = {name: jax.device_put(x, shapes["objective"][name].sharding) for name, x in objective.params().items()}
+    own = {name: sharding.place(x, shapes["objective"][name].sharding) for name, x in objective.params().items()}
     shapes = model_params(shapes)
     if config.model.init_from:
         params, head = hf.load(hf.resolve(config.model.init_from), shapes, model, seed=config.seed)

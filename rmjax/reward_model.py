@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -308,14 +309,14 @@ class RewardModel:
         plan = packing.make_plan(lengths, ends, row_tokens=row, rows_per_step=per_device * devices, seed=None)
         shape = loader.plan_shape(plan, int(ends.max()), micro_rows=per_device, row_devices=devices)
         shape = loader.rounded(shape)
-        source = loader.StepSource(Unlabelled(trees), plan, shape, (0, shape.rows))
+        source = loader.StepSource(Unlabelled(trees), plan, shape, range(shape.rows))
         placed = sharding.named(self.mesh, sharding.BATCH)
         form, _ = choose("auto", self.mesh.devices.flat[0].platform, self.config.head_dim, self.dtype)
         static = {"config": self.config, "dtype": self.dtype, "labels": len(self.labels), "attention": form}
         with jax.set_mesh(self.mesh):
             for step in range(plan.steps):
                 batch = source[step]
-                arrays = {name: jax.device_put(x[0], placed) for name, x in batch.items()}
+                arrays = {name: sharding.place(x[0], placed) for name, x in batch.items()}
                 raw = _forward(
                     self.params, arrays, **static, architecture=self.architecture, out=sharding.named(self.mesh)
                 )
@@ -344,9 +345,9 @@ class Kind:
             ValueError: a contract that cannot be read.
         """
         terms = contract.read(directory)
-        named = (values.get("architectures") or ["ForSequenceClassification"])[0].rpartition("For")[2]
+        named = str(next(iter(values.get("architectures") or ()), "ForSequenceClassification")).rpartition("For")[2]
         architecture = named if named in ARCHITECTURES else "SequenceClassification"
-        names = values.get("id2label") or {str(i): f"LABEL_{i}" for i in range(_outputs(directory, values))}
+        names = _labels(values) or {str(i): f"LABEL_{i}" for i in range(_outputs(directory, values))}
         labels = () if architecture == "CausalLM" else tuple(names[i] for i in sorted(names, key=int))
         if terms is None:
             if architecture == "CausalLM":  # most likely a base model, which has no head to score with
@@ -354,6 +355,18 @@ class Kind:
             return cls(architecture, labels, None, None, {})
         own = {name: np.array(value, np.float32) for name, value in terms["objective_params"].items()}
         return cls(architecture, labels, terms, objectives.make(terms["objective"]), own)
+
+
+def _labels(values: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the head's outputs in config.json, by their numbers; {} if it has none.
+
+    Raises:
+        ValueError: they are no names by number.
+    """
+    names = values.get("id2label") or {}
+    if not isinstance(names, dict) or not all(str(number).isdecimal() for number in names):
+        raise ValueError(f'config.json has id2label {json.dumps(names)[:80]}, expected names by number: {{"0": ...}}')
+    return {str(number): str(name) for number, name in names.items()}
 
 
 def _outputs(directory: Path, values: Mapping[str, Any]) -> int:

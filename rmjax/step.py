@@ -12,7 +12,7 @@ import optax
 from absl import logging
 from ml_collections import ConfigDict
 
-from rmjax import host_state, memory, optim, prepare, sharding
+from rmjax import host_state, memory, optim, prepare, processes, sharding
 from rmjax.data import loader
 from rmjax.data.groups import Groups
 from rmjax.data.loader import Shape
@@ -32,13 +32,15 @@ def abstract_model(
     """The model's structure, and shapes with shardings of all parameters; nothing is allocated.
 
     Raises:
-        ValueError: a form of attention that does not serve, or a mesh that does not divide the parameters.
+        ValueError: a form of attention that does not serve.
     """
     platform = mesh.devices.flat[0].platform
     dtype = heads.compute_dtype(config.model.compute_dtype, platform)
     form, why = tree_attention.choose(config.model.attention, platform, model.head_dim, dtype)
     if why:
         logging.warning("attention falls back to the form for any device (xla): %s", why)
+    if why := tree_attention.whole_heads(model.heads, model.kv_heads, mesh.shape["tensor"]):
+        logging.warning("%s", why)
     graph, shapes = heads.abstract(
         model,
         len(objective.labels),
@@ -252,8 +254,13 @@ def compile_program(
     mesh: jax.sharding.Mesh,
     groups: Groups,
     plan: Plan,
+    limit: int = 0,
 ) -> tuple[Program, Split, str]:
     """Compiles the step for the plan's batches with the cheapest settings that fit the devices (memory.py).
+
+    Args:
+        config, model, graph, objective, params, mesh, groups, plan: of the run; see `abstract_model` for the shapes.
+        limit: bytes of a device; 0 is what it reports, which devices that are not here cannot.
 
     Returns:
         The program, its step compiled; the plan with the shape of its batches; a line that says what was chosen.
@@ -286,5 +293,7 @@ def compile_program(
         kept = memory.kept(model, remat) * (model.layers - 1) * rows * plan.row_tokens // mesh.shape["tensor"]
         return sharding.bytes_per_device(of(remat).state) + kept * item
 
-    fit = memory.settle(choices, compile_step, least, memory.limit(mesh.devices.flat[0]))
+    if not limit:  # all processes must settle on the same, so the smallest device decides
+        limit = min(processes.gather("memory", memory.limit(mesh.local_devices[0])))
+    fit = memory.settle(choices, compile_step, least, limit)
     return dataclasses.replace(of(fit.remat), step=fit.compiled), split(fit.micro_rows), fit.line

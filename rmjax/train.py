@@ -1,24 +1,29 @@
 """The training run, top to bottom: config, model, loop, export. `prepare.py` makes its data, `step.py` its step."""
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import json
+import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
+from rmjax import command_line, export, objectives, optim, passwords, prepare, processes, resume, sharding
 from rmjax import config as config_lib
-from rmjax import export, objectives, optim, prepare, sharding
+from rmjax import dry_run as dry_runs
 from rmjax.checkpoint import Checkpointer
 from rmjax.data import audit, loader
 from rmjax.data.chat import Chat, set_pad_token
+from rmjax.exits import InputError
 from rmjax.models import config as model_config
 from rmjax.models import decoder, hf
 from rmjax.models.config import ModelConfig
@@ -26,52 +31,24 @@ from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.base import Objective
 from rmjax.objectives.sums import Sums
 from rmjax.prepare import Split
+from rmjax.resume import Host
 from rmjax.step import Program, abstract_model, build_program, compile_program
-from rmjax.writers import Progress, Writers
+from rmjax.survival import Stop, Stopped
+from rmjax.watch import Watch, reward_drift, work_of_steps
+from rmjax.writers import Writers
 
-# Keys that may differ between the runs that share a workdir: they change no number by more than rounding.
-FREE_KEYS = tuple(
-    f"config.{key}"
-    for key in (
-        *("mesh.", "model.remat", "model.attention", "plan.micro_rows", "data.workers", "data.cache_dir"),
-        *("log.tensorboard", "log.wandb", "export."),
-    )
-)
+MOST_ROLLBACKS = 3  # to one checkpoint; if no new one could be saved by then, the rows are not to blame
 
 
 class NonFiniteError(RuntimeError):
     """A NaN or an infinity in a step's loss or gradients."""
 
 
-# ----------------------------------------------------------------------------------------------------
-# Config and workdir
-# ----------------------------------------------------------------------------------------------------
+class GoBack(Exception):
+    """The step `bad` is not finite, and config.on_nonfinite is "rollback"."""
 
-
-def check_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Makes sure that the workdir holds this very run, or none: a run is there once it has saved a checkpoint.
-
-    Raises:
-        ValueError: the workdir holds a run of another config; names the keys.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    path, checkpoints = workdir / "config.json", workdir / "checkpoints"
-    if not path.exists() or not checkpoints.is_dir() or not any(checkpoints.iterdir()):
-        return
-    changed = config_lib.differences(path.read_text(), config_lib.to_json(config))
-    changed = [d for d in changed if not d.startswith(FREE_KEYS)]
-    if changed:
-        raise ValueError(
-            f"{workdir} holds a run of another config; choose another --workdir, or undo:\n  " + "\n  ".join(changed)
-        )
-
-
-def save_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes the resolved config into the workdir, whole."""
-    path = workdir / "config.json"
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(config_lib.to_json(config))
-    scratch.replace(path)
+    def __init__(self, bad: int):
+        self.bad = bad
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -79,55 +56,20 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
 # ----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Host:
-    """What the run remembers beside its arrays; saved with each checkpoint, so that a resumed run writes equal lines.
-
-    Attributes:
-        data: fingerprints of training and validation data; resuming with others is refused.
-        window: sums since the last training line of the metrics.
-        best: best value of checkpoint.metric so far.
-        waits: evaluations since then.
-        skipped: steps that were skipped because they were not finite.
-        stopped: whether the run ended early.
-    """
-
-    data: str
-    window: Sums = dataclasses.field(default_factory=dict)
-    best: float | None = None
-    waits: int = 0
-    skipped: int = 0
-    stopped: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; floats keep every digit."""
-        return {**vars(self), "window": {name: x.tolist() for name, x in self.window.items()}}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Host":
-        """The inverse of `to_json`."""
-        return cls(**{**values, "window": {name: np.array(x) for name, x in values["window"].items()}})
-
-    def count(self, sums: Sums) -> None:
-        """Adds a step's sums to the window."""
-        self.window = sums_lib.add(self.window, sums) if self.window else sums
-
-    def judge(self, value: float | None, mode: str, patience: int) -> None:
-        """Takes in an evaluation's value of the metric; decides whether to stop early."""
-        better = value is not None and (
-            self.best is None or (value > self.best if mode == "max" else value < self.best)
-        )
-        self.best, self.waits = (value, 0) if better else (self.best, self.waits + 1)
-        self.stopped = bool(patience) and self.waits >= patience
-
-
 def evaluate(
-    program: Program, params: Any, split: Split, objective: Objective, mesh: jax.sharding.Mesh
-) -> dict[str, float]:
-    """Metrics over every group of the split, each exactly once."""
+    program: Program,
+    params: Any,
+    split: Split,
+    objective: Objective,
+    mesh: jax.sharding.Mesh,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Metrics over every group of the split, each exactly once; None if `stop` is true before all are computed."""
     total: Sums = {}
     outcomes: list[dict[str, np.ndarray]] = []
     for batch in loader.batches(split.groups, split.plan, split.shape, sharding.named(mesh, sharding.BATCH)):
+        if stop():
+            return None
         sums, seen = jax.device_get(program.evaluate(params, batch))
         sums = sums_lib.to_host(sums)
         total = sums_lib.add(total, sums) if total else sums
@@ -147,6 +89,8 @@ class Run:
     evaluations: dict[str, Split]  # by the name that their metrics carry
     checkpointer: Checkpointer
     writers: Writers
+    watch: Watch
+    stop: Stop
 
     @property
     def steps_block(self) -> bool:
@@ -157,13 +101,17 @@ class Run:
         """A duration of the config in steps."""
         return prepare.steps_in(duration, self.train.plan)
 
-    def evaluate(self, state: dict[str, Any], step: int) -> dict[str, float]:
-        """Evaluates every split and writes one line."""
-        values = {
-            f"{name}/{key}": value
-            for name, split in self.evaluations.items()
-            for key, value in evaluate(self.program, state["params"], split, self.objective, self.mesh).items()
-        }
+    def evaluate(self, state: dict[str, Any], host: Host, step: int) -> dict[str, float] | None:
+        """Evaluates every split and writes one line; None if the run is to stop before that is done."""
+        values: dict[str, float] = {}
+        for name, split in self.evaluations.items():
+            parts = (split, self.objective, self.mesh, self.stop.agreed)
+            if (found := evaluate(self.program, state["params"], *parts)) is None:
+                return None
+            values |= {f"{name}/{key}": value for key, value in found.items()}
+        if step == 0:
+            host.rewards = {name: value for name, value in values.items() if name.endswith("/reward_mean")}
+        values |= reward_drift(values, host.rewards)
         self.writers.write(step, values)
         return values
 
@@ -175,19 +123,56 @@ class Run:
         host.window = {}
         self.writers.write(step, {f"train/{key}": value for key, value in values.items()})
 
-    def stop_nonfinite(self, state: dict[str, Any], host: Host, step: int) -> None:
-        """Saves the state from before the bad step and raises."""
-        if step not in self.checkpointer.steps():
-            self.checkpointer.save(step, state, host.to_json(), None)
-        self.checkpointer.wait()
+    def conclude(self, state: dict[str, Any], host: Host, done: int, evaluates: bool, saved: bool = False) -> None:
+        """Evaluates if that is due and saves; if the run is to stop meanwhile, the next start evaluates.
+
+        Args:
+            state: after `done` steps.
+            host: changes.
+            done: the number of steps.
+            evaluates: whether an evaluation is due.
+            saved: whether the state is saved already, and only the evaluation is not.
+        """
+        values = self.evaluate(state, host, done) if evaluates else None
+        host.unevaluated = evaluates and values is None
+        if values is not None:
+            self.watch.progress.note(f"step {done}: {in_words(values, self)}")
+            rule = self.config.checkpoint
+            host.judge(values.get(rule.metric), rule.mode, rule.patience)
+            if host.stopped and host.window:
+                self.write_window(host, done)
+        if not saved:
+            self.save(state, host, done, values)
+        elif values is not None:
+            self.checkpointer.amend(done, host.to_json(), values)
+        self.watch.resume()
+
+    def save(self, state: dict[str, Any], host: Host, done: int, values: dict[str, float] | None = None) -> None:
+        """Starts saving the state after `done` steps, and the values of its evaluation if there was one."""
+        host.rows = self.train.plan.digest(done)
+        self.checkpointer.save(done, state, host.to_json(), values)
+
+    def not_finite(self, state: dict[str, Any], host: Host, step: int) -> None:
+        """Does with a step that is not finite what config.on_nonfinite says."""
         split = self.train
         rows = [split.groups.id(int(i)) for row in split.plan.rows(step) for i in row]
         shown = ", ".join(rows[:20]) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
-        raise NonFiniteError(
-            f"step {step}: the loss or a gradient is NaN or infinite. The state from before it is saved as checkpoint "
-            f"{step}. Its groups: {shown}. Look at these rows, lower config.optim.learning_rate, or set "
-            f"config.on_nonfinite=skip in a new workdir to leave such steps out and count them."
-        )
+        what = f"step {step}: the loss or a gradient is NaN or infinite. Its groups: {shown}"
+        if self.config.on_nonfinite == "skip":
+            host.skipped += 1
+            logging.warning("%s. It was skipped; %d so far", what, host.skipped)
+        elif self.config.on_nonfinite == "rollback":
+            logging.warning("%s", what)
+            raise GoBack(step)
+        else:
+            if step not in self.checkpointer.steps():
+                self.save(state, host, step)
+            self.checkpointer.wait()
+            raise NonFiniteError(
+                f"{what}. The state from before it is saved as checkpoint {step}. Look at these rows, lower "
+                "config.optim.learning_rate, or set config.on_nonfinite=skip, or rollback to leave out the rows since "
+                "the last checkpoint as well; the same workdir goes on from there."
+            )
 
 
 def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
@@ -198,60 +183,100 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
     config, plan = run.config, run.train.plan
     log_every, eval_every = run.every(config.log.every), run.every(config.eval.every)
     save_every = run.every(config.checkpoint.every or config.eval.every)
-    progress = Progress(plan.steps, start)
+    watch, progress = run.watch, run.watch.progress
     if start == 0:
-        before = run.evaluate(state, 0)
+        before = run.evaluate(state, host, 0)
+        if before is None:
+            raise Stopped(0)
         if config.checkpoint.metric not in before:
             names = ", ".join(sorted(before))
-            raise ValueError(f"config.checkpoint.metric={config.checkpoint.metric!r} is not measured; there is {names}")
+            raise InputError(f"config.checkpoint.metric={config.checkpoint.metric!r} is not measured; there is {names}")
         progress.note(f"before training: {in_words(before, run)}")
+    done, saved = host.next_step(start), start
+    if host.unevaluated:
+        run.conclude(state, host, done, evaluates=True, saved=done == saved)
+        saved = done
+    elif host.stopped or done == plan.steps:
+        progress.note("the run is done: nothing is trained, only exported")
     rows, everywhere = sharding.named(run.mesh, sharding.BATCH), sharding.named(run.mesh)
-    ahead = loader.batches(run.train.groups, plan, run.train.shape, rows, start)
-    batch, halted = next(ahead, None), jax.device_put(np.bool_(False), everywhere)
+    ahead = watch.batches(loader.batches(run.train.groups, plan, run.train.shape, rows, done), done)
+    batch, halted = next(ahead, None), sharding.place(np.bool_(False), everywhere)
     unread: list[tuple[int, Any]] = []
 
     def read(step: int, sums: Any) -> None:
         sums = sums_lib.to_host(jax.device_get(sums))
-        if not sums["nonfinite_count"][0]:
-            host.count(sums)
-        elif config.on_nonfinite == "stop":
-            run.stop_nonfinite(state, host, step)
+        if sums["nonfinite_count"][0]:
+            run.not_finite(state, host, step)
         else:
-            host.skipped += 1
-            logging.warning("step %d is not finite and was skipped; %d so far", step, host.skipped)
-        shown = {n: x for n, x in run.objective.summary(sums).items() if n in (*run.objective.shown, "learning_rate")}
-        progress.step(step + 1, shown, groups=sum(len(row) for row in plan.rows(step)))
+            host.count(sums)
+        watch.done(step + 1, run.objective.summary(sums))
         if (step + 1) % log_every == 0 or step + 1 == plan.steps:
             run.write_window(host, step + 1)
-            run.writers.timing(step + 1, progress.rates())
+            run.writers.timing(step + 1, watch.scalars())
 
-    done = start
-    for step in range(start, plan.steps):
-        if host.stopped:
+    stops = False
+    for step in range(done, plan.steps):
+        if host.stopped or host.unevaluated or (stops := run.stop.agreed()):
             break
-        state, sums, halted = run.program.step(state, batch, jax.device_put(np.int32(step), everywhere), halted)
+        with watch.step(step + 1):
+            state, sums, halted = run.program.step(state, batch, sharding.place(np.int32(step), everywhere), halted)
+        watch.follow(step + 1, sums)
         unread.append((step, sums))
         batch = next(ahead, None)
-        done, last = step + 1, step + 1 == plan.steps
-        evaluates, saves = done % eval_every == 0 or last, done % save_every == 0
+        done = step + 1
+        evaluates, saves = done % eval_every == 0 or done == plan.steps, done % save_every == 0
         while len(unread) > (0 if evaluates or saves or run.steps_block else 1):
             read(*unread.pop(0))
-        values: dict[str, float] | None = None
-        if evaluates:
-            values = run.evaluate(state, done)
-            progress.note(f"step {done}: {in_words(values, run)}")
-            host.judge(values.get(config.checkpoint.metric), config.checkpoint.mode, config.checkpoint.patience)
-            if host.stopped and host.window:
-                run.write_window(host, done)
         if evaluates or saves:
-            run.checkpointer.save(done, state, host.to_json(), values)
+            run.conclude(state, host, done, evaluates)
+            saved = done
+    while unread:
+        read(*unread.pop(0))
+    if stops and done > saved:
+        run.save(state, host, done)
+    run.checkpointer.wait()
+    if stops or host.unevaluated:
+        raise Stopped(done)
     if host.stopped:
         progress.note(
             f"stopped early: {config.checkpoint.metric} has not improved on {host.best} for {host.waits} evaluations"
         )
-    progress.close()
-    run.checkpointer.wait()
     return done
+
+
+def through(
+    opened: Callable[[int], contextlib.AbstractContextManager[Run]],
+    begin: Callable[[int], tuple[dict[str, Any], Host, int]],
+    state: dict[str, Any],
+    host: Host,
+    start: int,
+) -> tuple[Run, int]:
+    """Trains to the end, from the newest checkpoint again wherever the loop asks to go back; returns the steps done.
+
+    Args:
+        opened: the run with its writers, for a step to start from.
+        begin: what to start with instead, given the bad step.
+        state: what to start with, as are `host` and `start`.
+        host: see `state`.
+        start: see `state`.
+    """
+    tries: collections.Counter[int] = collections.Counter()
+    while True:
+        with opened(start) as job:
+            try:
+                # Nothing goes to or from the devices unless it is asked for.
+                with command_line.under_way(), job.stop.left_to_loop(), jax.transfer_guard("disallow"):
+                    return job, loop(job, state, host, start)
+            except GoBack as found:
+                bad = found.bad
+        with command_line.under_way():  # the loop's arrays are gone with its frame, so there is room for others
+            state, host, start = begin(bad)
+        tries[start] += 1
+        if tries[start] > MOST_ROLLBACKS:
+            raise NonFiniteError(
+                f"step {bad} is not finite, and {MOST_ROLLBACKS} times before a step after checkpoint {start} was not: "
+                "leaving out rows does not help. Lower config.optim.learning_rate; the same workdir goes on from there."
+            )
 
 
 def in_words(values: dict[str, float], run: Run) -> str:
@@ -270,28 +295,34 @@ def in_words(values: dict[str, float], run: Run) -> str:
 # ----------------------------------------------------------------------------------------------------
 
 
-def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
+def run(config: ConfigDict, workdir: Path, dry_run: bool = False, topology: str = "", stop: Stop | None = None) -> None:
     """Trains what the config says and exports it; continues where a run in the same workdir stopped.
 
     Args:
         config: a config made from `config.defaults()`.
         workdir: where config, data cache, metrics, checkpoints and export go.
         dry_run: print the audit, the plan, the parameters, their sharding and the compiled step's memory; no training.
+        topology: of a dry run, hardware that need not be here ("v5p:2x2x4"; topology.py): the step is compiled for it.
+        stop: is asked after each step whether to stop.
 
     Raises:
         ValueError: a config, data or checkpoint that cannot be used; says what to change.
-        NonFiniteError: a loss or gradient that is not finite, with config.on_nonfinite="stop".
+        NonFiniteError: a loss or gradient that is not finite, with config.on_nonfinite="stop", or time and again.
+        Stopped: the run was asked to stop, and has saved.
     """
-    config_lib.check(config)
+    stop = stop or Stop()
+    config_lib.check(passwords.hide_in(config))
     objective = objectives.make(config.objective)
-    mesh = sharding.make_mesh(config.mesh)
+    config, devices, limit = dry_runs.target(config, topology)
+    mesh = sharding.make_mesh(config.mesh, devices)
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    check_workdir(config, workdir)
+    changes = resume.check_workdir(config, workdir)
     if dry_run and config.debug:
         raise ValueError("config.debug compiles nothing, so there is nothing for --dry_run to show; leave one out")
     prepare.check_sources(config)
 
-    chat = prepare.open_chat(config, workdir)
+    with tempfile.TemporaryDirectory() as scratch:
+        chat = prepare.open_chat(config, Path(scratch))
     values = prepare.model_values(config, len(chat.tokenizer))
     pad, changed = set_pad_token(chat, values["vocab_size"])
     if changed:
@@ -302,11 +333,14 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
     optim.check(config.optim, shapes)
     if config.model.remat != "auto":
         decoder.saved_names(config.model.remat)
-    if config.model.init_from:
+    if config.model.init_from and not topology:
         hf.check(hf.resolve(config.model.init_from), prepare.model_params(shapes), model)
     print(parameter_overview.get_parameter_overview(shapes, include_stats="sharding" if dry_run else False))
 
-    train_groups, validation_groups = prepare.read_groups(config, chat, objective.task)
+    with processes.first_then_others("data"):
+        train_groups, validation_groups = prepare.read_groups(config, chat, objective.task)
+    data = [train_groups.fingerprint, validation_groups.fingerprint]
+    processes.require_same("config and data", [config_lib.to_json(config), *data], "config or data")
     lines = audit.lines(train_groups, validation_groups)
     print("\n".join(lines), flush=True)
     plan = prepare.plan_training(config, train_groups)
@@ -316,70 +350,57 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False) -> None:
         sets["train_slice"] = train_groups.sample(config.eval.train_groups, config.seed)
 
     def compiled() -> tuple[Program, Split, dict[str, Split]]:
-        program, train, line = compile_program(config, model, graph, objective, shapes, mesh, train_groups, plan)
+        program, train, line = compile_program(config, model, graph, objective, shapes, mesh, train_groups, plan, limit)
         axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         print(f"mesh: {axes} on {mesh.size} devices\n{prepare.describe_shape(train.shape)}\n{line}", flush=True)
         evaluations = prepare.plan_evaluations(config, sets, row_devices, train.shape.rows // row_devices)
         return program.with_evaluation(next(iter(evaluations.values())).shape, mesh), train, evaluations
 
     if dry_run:
-        compiled()
+        program, train, _ = compiled()
+        if topology:
+            print("\n".join(dry_runs.report(topology, config, mesh, model, program, train)))
         return
 
     checkpointer = Checkpointer(
-        workdir / "checkpoints",
+        resume.directory(config, workdir),
         keep_latest=config.checkpoint.keep_latest,
         keep_best=config.checkpoint.keep_best,
         metric=config.checkpoint.metric,
         mode=config.checkpoint.mode,
     )
-    save_config(config, workdir)
-    prepare.save_audit(workdir / "audit.json", train_groups, plan, validation_groups, objective.task)
-    with contextlib.closing(checkpointer), ThreadPoolExecutor(1) as pool:
+    tidy = command_line.leaving_nothing(workdir, unless="checkpoints")
+    with (
+        tidy if processes.is_first() else contextlib.nullcontext(),
+        contextlib.closing(checkpointer),
+        ThreadPoolExecutor(1) as pool,
+    ):
         compiling = pool.submit(compiled)  # while the weights are read
         with jax.set_mesh(mesh):
-            data = f"{train_groups.fingerprint} {validation_groups.fingerprint}"
             shell = build_program(config, graph, objective, shapes, mesh, plan)
-            state, host, start = restore_or_init(config, checkpointer, shell, model, objective, data)
-            program, train, evaluations = compiling.result()
-            with contextlib.closing(Writers.open(workdir, config, start)) as writers:
-                job = Run(config, mesh, objective, program, train, evaluations, checkpointer, writers)
-                with jax.transfer_guard("disallow"):  # nothing goes to or from the devices unless it is asked for
-                    last = loop(job, state, host, start)
-            del state  # makes room for the export
-            finish(job, workdir, model, values, chat, last)
-
-
-def restore_or_init(
-    config: ConfigDict,
-    checkpointer: Checkpointer,
-    program: Program,
-    model: ModelConfig,
-    objective: Objective,
-    data: str,
-) -> tuple[dict[str, Any], Host, int]:
-    """The newest whole checkpoint, or freshly loaded or initialised parameters; and the step to go on from.
-
-    Raises:
-        ValueError: the checkpoint was made from other data.
-    """
-    restored = checkpointer.restore(program.state)
-    if restored is not None:
-        start, state, values = restored
-        host = Host.from_json(values)
-        if host.data != data:
-            raise ValueError(
-                "the data, the chat template or the tokenizer changed since the checkpoint was made; "
-                "choose another --workdir, or put them back"
+            made_from = resume.identity(config, chat, values, train_groups, validation_groups)
+            begin = functools.partial(
+                resume.restore_or_init, config, checkpointer, shell, model, objective, made_from, plan
             )
-        print(f"continuing from step {start}", flush=True)
-        return state, host, start
-    params, head = prepare.init_params(config, model, objective, program.state["params"])
-    if "score" in params:
-        print(f"score head: {head}, norm {float(jnp.linalg.norm(params['score']['kernel'])):.4g}", flush=True)
-    tx = optim.make(config.optim, config.seed)
-    opt = jax.jit(tx.init, out_shardings=program.shardings["opt"])(params)
-    return {"params": params, "opt": opt}, Host(data), 0
+            first = begin()
+            print("".join(f"changed since the last start: {change}\n" for change in changes), end="", flush=True)
+            if processes.is_first():
+                resume.save_config(config, workdir)
+                prepare.save_audit(workdir / "audit.json", train_groups, plan, validation_groups, objective.task)
+            program, train, evaluations = compiling.result()
+            work = work_of_steps(train, model, prepare.model_params(shapes))
+
+            @contextlib.contextmanager
+            def opened(start: int) -> Iterator[Run]:
+                watching = Watch.open(config, workdir, work, objective.shown, mesh)
+                with contextlib.closing(Writers.open(workdir, config, start)) as writers, contextlib.closing(watching):
+                    parts = (program, train, evaluations, checkpointer, writers, watching, stop)
+                    yield Run(config, mesh, objective, *parts)
+
+            job, last = through(opened, begin, *first)
+            del first  # makes room for the export
+            with command_line.under_way():
+                finish(job, workdir, model, values, chat, last)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -392,8 +413,11 @@ def finish(run: Run, workdir: Path, model: ModelConfig, values: dict[str, Any], 
     best = run.checkpointer.best_step() if run.config.export.step == "best" else None
     step = last if best is None else best
     state, _ = run.checkpointer.restore_step(step, {"params": run.program.state["params"]})
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = []
+    if processes.is_first():
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     metrics = next((x for x in reversed(lines) if x["step"] == step and "validation/loss" in x), {"step": float(step)})
+    metrics = processes.agree("metrics", metrics)
     export.write(
         workdir / "export",
         state["params"],
@@ -406,11 +430,12 @@ def finish(run: Run, workdir: Path, model: ModelConfig, values: dict[str, Any], 
         data=run.train.groups.fingerprint,
         validation=run.evaluations["validation"].groups,
     )
+    steps = ", ".join(map(str, run.checkpointer.steps()))
     tensorboard = f" and {workdir / 'tensorboard'}" if run.config.log.tensorboard else ""
     print(
         f"\nstep {step}: {in_words(metrics, run)}\n"
         f"export:      {workdir / 'export'}\n"
-        f"checkpoints: {workdir / 'checkpoints'} (steps {', '.join(map(str, run.checkpointer.steps()))})\n"
+        f"checkpoints: {resume.directory(run.config, workdir)} (steps {steps})\n"
         f"metrics:     {workdir / 'metrics.jsonl'}{tensorboard}\n"
         f"score with:  python -m rmjax.score --model={workdir / 'export'} --input=FILE --output=scores.jsonl",
         flush=True,

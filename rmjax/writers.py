@@ -1,7 +1,7 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard, Weights & Biases and the terminal.
 
-Metrics go everywhere. Timings go to TensorBoard and the terminal only, so that metrics.jsonl of a resumed run
-equals that of an uninterrupted one byte for byte.
+Metrics go everywhere. Timings go anywhere but to metrics.jsonl, so that this file of a resumed run equals that of an
+uninterrupted one byte for byte.
 """
 
 import json
@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from rmjax import processes
 
 if TYPE_CHECKING:  # tensorboardX imports torch where that is installed, for seconds: only when it is used
     from tensorboardX.proto.event_pb2 import Event
@@ -163,11 +165,15 @@ class Writers:
     def open(cls, workdir: str | os.PathLike, config: Any, start: int) -> "Writers":
         """Opens the writers that `config.log` asks for, without what was written after step `start`.
 
+        Only the first process writes: those of the others do nothing.
+
         Args:
             workdir: gets metrics.jsonl and tensorboard/.
             config: the run's ConfigDict.
             start: the step restored; 0 is a run from the beginning, which also writes step 0 anew.
         """
+        if not processes.is_first():
+            return cls([], [])
         workdir, keep = Path(workdir), start if start > 0 else -1
         path, events = workdir / "metrics.jsonl", workdir / "tensorboard"
         workdir.mkdir(parents=True, exist_ok=True)
@@ -178,7 +184,7 @@ class Writers:
         if config.log.tensorboard:
             timings = [TensorBoardWriter(events, purge_step=keep + 1)]
         if config.log.wandb:
-            metrics.append(WandbWriter(workdir, config.log.wandb, config.to_dict()))
+            timings.append(WandbWriter(workdir, config.log.wandb, config.to_dict()))
         return cls([*metrics, *timings], timings)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -198,9 +204,10 @@ class Writers:
 
 
 class Progress:
-    """The progress line: step, values, groups per second, elapsed time and time left.
+    """The progress line: step, time left, and whatever else there is to say of a step.
 
-    Rewritten in place on a terminal; elsewhere a new line every `interval` seconds, and the last.
+    Rewritten in place on a terminal, where what does not fit is left out from the end; elsewhere a new line every
+    `interval` seconds, and the last.
     """
 
     WINDOW = 100  # steps that the rate is measured over
@@ -208,14 +215,13 @@ class Progress:
     def __init__(
         self,
         total: int,
-        start: int = 0,
         *,
         unit: str = "pairs",
         interval: float = 10.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """A run of steps `start` + 1 to `total`; `unit` is what is counted per second."""
+        """Up to step `total`; `unit` is what `step` counts per second."""
         self._total, self._unit, self._interval, self._clock = total, unit, interval, clock
         self._stream = sys.stdout if stream is None else stream
         self._in_place = self._stream.isatty()
@@ -226,29 +232,36 @@ class Progress:
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=self.WINDOW + 1)
 
     def step(self, step: int, values: Mapping[str, float], groups: int) -> None:
-        """Shows that `step` is done, which trained on `groups` groups."""
-        now = self._clock()
+        """Shows that `step` is done, which took in `groups` groups; the rate and the time left are measured here."""
         self._groups += groups
-        self._marks.append((now, step, self._groups))
-        self._line = self._words(step, values, now)
+        self._marks.append((self._clock(), step, self._groups))
+        (first, first_step, before), (last, last_step, after) = self._marks[0], self._marks[-1]
+        parts = [f"{name} {value:.4g}" for name, value in values.items()]
+        left = None
+        if last > first:
+            parts.append(f"{(after - before) / (last - first):.1f} {self._unit}/s")
+            left = (self._total - step) * (last - first) / (last_step - first_step)
+        self.show(step, parts, left)
+
+    def show(self, step: int, parts: Sequence[str], seconds_left: float | None = None) -> None:
+        """Shows that `step` is done, the time left (after the last step the time it took), and `parts`."""
+        now = self._clock()
+        times = [f"{clock_time(now - self._begun)} elapsed"] if step == self._total else []
+        if step < self._total and seconds_left is not None:
+            times = [f"{clock_time(seconds_left)} left"]
+        words = [f"step {step}/{self._total}", *times, *parts]
         if self._in_place:
-            self._line = self._line[: shutil.get_terminal_size().columns - 1]  # a wrapped one stays on screen
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line would stay on screen
+            while len("  ".join(words)) > width and len(words) > 1:
+                words.pop()
+            self._line = "  ".join(words)[:width]
             self._stream.write(f"\r{self._line}\x1b[K")
             self._stream.flush()
-        elif now - self._printed >= self._interval or step == self._total:
+            return
+        self._line = "  ".join(words)
+        if now - self._printed >= self._interval or step == self._total:
             self._print(self._line)
             self._printed, self._line = now, ""
-
-    def rates(self) -> dict[str, float]:
-        """Steps and groups per second over the last steps; empty until the second step is done."""
-        if len(self._marks) < 2 or self._marks[-1][0] <= self._marks[0][0]:
-            return {}
-        (first, first_step, first_groups), (last, last_step, last_groups) = self._marks[0], self._marks[-1]
-        seconds = last - first
-        return {
-            "timing/steps_per_second": (last_step - first_step) / seconds,
-            f"timing/{self._unit}_per_second": (last_groups - first_groups) / seconds,
-        }
 
     def note(self, text: str) -> None:
         """Prints a line of its own and leaves the progress line below it."""
@@ -268,17 +281,6 @@ class Progress:
     def _print(self, text: str) -> None:
         self._stream.write(f"{text}\n")
         self._stream.flush()
-
-    def _words(self, step: int, values: Mapping[str, float], now: float) -> str:
-        parts = [f"step {step}/{self._total}", *(f"{name} {value:.4g}" for name, value in values.items())]
-        rates = self.rates()
-        if rates:
-            per_step, per_group = rates.values()
-            parts.append(f"{per_group:.1f} {self._unit}/s")
-        parts.append(f"{clock_time(now - self._begun)} elapsed")
-        if rates and step < self._total:
-            parts.append(f"{clock_time((self._total - step) / per_step)} left")
-        return "  ".join(parts)
 
 
 def clock_time(seconds: float) -> str:

@@ -100,7 +100,7 @@ def test_visible_pairs_are_those_of_the_batch(window):
     groups = RandomGroups(np.array([[9, 4, 7], [1, 1, 1], [3, 12, 2], [20, 5, 6]]), 50)
     plan = packing.make_plan(groups.lengths, groups.ends, row_tokens=48, rows_per_step=2)
     shape = loader.plan_shape(plan, 2, micro_rows=2, row_devices=1, labels=groups.fields)
-    batch = {name: x[0] for name, x in loader.StepSource(groups, plan, shape, (0, shape.rows))[0].items()}
+    batch = {name: x[0] for name, x in loader.StepSource(groups, plan, shape, range(shape.rows))[0].items()}
     assert plan.steps == 1
     i, j = np.arange(48)[:, None], np.arange(48)
     query, key = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
@@ -116,7 +116,7 @@ def test_hardware_flops_are_those_that_xla_counts():
     groups = RandomGroups(np.array([[40, 10, 13]]), 64)  # one row of 64 tokens, none of it padding
     plan = packing.make_plan(groups.lengths, groups.ends, row_tokens=64, rows_per_step=1)
     shape = loader.plan_shape(plan, 2, micro_rows=1, row_devices=1, labels=groups.fields)
-    batch = {name: x[0] for name, x in loader.StepSource(groups, plan, shape, (0, 1))[0].items()}
+    batch = {name: x[0] for name, x in loader.StepSource(groups, plan, shape, range(1))[0].items()}
     loss = lambda params, batch: heads.merge(graph, params)(batch, remat="none", scan=False).sum()
     counted = jax.jit(jax.grad(loss)).lower(shapes, batch).compile().cost_analysis()["flops"]
     ours = flops.hardware(model, shapes, groups.lengths, groups.ends, groups.visible_pairs)[0]
@@ -377,7 +377,7 @@ def test_the_command_writes_a_table_and_json(tmp_path):
     assert alone.returncode == 0 and "B over A" not in alone.stdout
     assert json.loads(figures.read_text())["ratio"] is None
     failed = subprocess.run([*command, "--lengths=none"], cwd=tmp_path, capture_output=True, text=True)
-    assert failed.returncode == 1 and "error: --lengths=none: there is no such file" in failed.stderr
+    assert failed.returncode == 2 and "error: --lengths=none: there is no such file" in failed.stderr
     assert "Traceback" not in failed.stderr
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing.connection
 import os
 import signal
 import subprocess
@@ -205,6 +206,40 @@ def test_processes_end_with_a_killed_parent(tokenizer_dir, tmp_path, number):
     with open(left, "rb") as file:
         results = list(cache._whole(file))
     assert results and all(result.groups.num_rows == sum(result.audit.sources.values()) for result in results)
+
+
+def killed(chat, job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_while_it_writes(chat, job):
+    """Half of the result is in the pipe when its writer dies."""
+
+    def send(self, data, write=os.write):
+        os.write(self._handle, bytes(data)[: len(data) // 2])
+        killed(chat, job)
+
+    multiprocessing.connection.Connection._send = send
+    return "result" * 100
+
+
+@pytest.mark.parametrize("work", [killed, killed_while_it_writes])
+def test_a_process_that_is_killed_ends_the_build(work):
+    with pytest.raises(cache.WorkerDied, match=r"a tokenizing process died.*config.data.workers=0"):
+        list(cache._run(iter(range(50)), work, None, 2))
+
+
+def test_what_was_tokenized_before_a_process_died_stays(build, interrupted, tmp_path, monkeypatch):
+    _, whole, _ = interrupted
+
+    def dies(jobs, *_):
+        raise cache.WorkerDied("died")
+
+    with monkeypatch.context() as patch, pytest.raises(cache.WorkerDied):
+        patch.setattr(cache, "_run", dies)
+        build(GOOD)
+    build(GOOD)
+    assert finished(tmp_path / "cache", whole)
 
 
 def test_processes_give_the_same_groups_in_the_same_order(build, monkeypatch, tmp_path):

@@ -274,6 +274,32 @@ def test_a_finished_step_is_not_saved_over(tmp_path, caplog):
     assert checkpointer.restore(abstract(make_state()))[2] == {"seed": 1}
 
 
+def test_what_is_measured_later_amends_a_finished_step(tmp_path, monkeypatch):
+    checkpointer, state, amended = opened(tmp_path, 1, 1, "accuracy"), make_state(), checkpoint.AMENDED
+    checkpointer.save(1, state, {"evaluated": False}, None)
+    checkpointer.wait()
+    assert checkpointer.best_step() is None
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left"):
+        patch.setattr(checkpoint, "_seal", full)
+        checkpointer.amend(1, {"evaluated": True}, {"accuracy": 0.9})
+    assert (tmp_path / "1" / amended).exists()
+    assert checkpointer.restore(abstract(state))[2] == {"evaluated": False}  # what is not sealed does not count
+    checkpointer.amend(1, {"evaluated": True}, {"accuracy": 0.9})
+    for step in (2, 3):
+        checkpointer.save(step, state, {}, {"accuracy": 0.1})
+    checkpointer.close()
+    assert checkpointer.steps() == [1, 3] and checkpointer.best_step() == 1
+    part, host = checkpointer.restore_step(1, abstract(state))
+    assert host == {"evaluated": True} and contents(part) == contents(state)
+    flip(tmp_path / "1" / amended)
+    with pytest.raises(CheckpointError, match=f"{amended} has other contents"):
+        checkpointer.restore_step(1, abstract(state))
+
+
 def test_restore_step_gives_a_part(two_saves):
     checkpointer, state = opened(two_saves), make_state(10)
     shape = abstract(state)
@@ -372,7 +398,7 @@ KILLED = """
     if where == "digests":
         checkpoint._digest = die
     if where == "manifest":
-        type(checkpointer._directory).rename = die
+        type(checkpointer._directory).replace = die
     if where == "deletion":
         type(checkpointer._directory).rmtree = die
     checkpointer.save(step, state, {}, None)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from tiny_models import PAD, make_hf_model, random_groups, tree_rows
 
-from rmjax.models import heads, hf, weight_files
+from rmjax.models import heads, hf, hf_export, weight_files
 from rmjax.models.config import from_hf
 from rmjax.sharding import make_mesh, param_shardings
 
@@ -339,3 +339,17 @@ def test_interrupted_export_leaves_what_was_there(tmp_path):
     with pytest.raises(ValueError, match="is not an export"):
         export(target, tmp_path / "base", params, config)
     assert (target / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("piece", [1_000, 2**25])
+def test_what_is_written_piece_by_piece_is_what_safetensors_writes(dtype, piece, tmp_path, monkeypatch):
+    make_hf_model("qwen2", tmp_path / "base")
+    monkeypatch.setattr(hf_export, "PIECE", piece)  # several to a tensor, or all at once
+    config, _, params, _ = open_checkpoint(tmp_path / "base")
+    values = hf.read_config(tmp_path / "base")
+    hf.save(tmp_path / "ours", params, values, config, dtype=dtype, pad_token_id=PAD)
+    whole = load_file(tmp_path / "base" / hf.WEIGHTS)
+    kept = {name: x.astype("float32" if name == "score.weight" else jnp.dtype(dtype)) for name, x in whole.items()}
+    save_file(kept, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours" / hf.WEIGHTS).read_bytes() == (tmp_path / "theirs").read_bytes()

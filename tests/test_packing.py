@@ -102,7 +102,7 @@ class Groups:
 def make_batches(groups, row_devices=1, micro_rows=2):
     plan = plan_of(groups.lengths, rows_per_step=4)
     shape = loader.plan_shape(plan, 2, micro_rows=micro_rows, row_devices=row_devices, labels=groups.fields)
-    return plan, shape, loader.StepSource(groups, plan, shape, (0, shape.rows))
+    return plan, shape, loader.StepSource(groups, plan, shape, range(shape.rows))
 
 
 def test_batches_hold_every_tree_where_the_plan_says():
@@ -139,7 +139,7 @@ def test_batches_hold_every_tree_where_the_plan_says():
 def test_processes_read_their_own_rows_of_the_same_batch():
     groups = Groups(60)
     plan, shape, whole = make_batches(groups, row_devices=2, micro_rows=1)
-    halves = [loader.StepSource(groups, plan, shape, (i, i + 1)) for i in range(2)]
+    halves = [loader.StepSource(groups, plan, shape, [i]) for i in range(2)]
     for step in range(plan.steps):
         for name, x in whole[step].items():
             assert np.array_equal(x, np.concatenate([half[step][name] for half in halves], axis=1))

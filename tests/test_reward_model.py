@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -260,7 +261,7 @@ def write_export(directory, source, dtype="auto"):
     }
     export.write(
         directory,
-        source.params,
+        jax.tree.map(jnp.copy, source.params),  # they are deleted when written
         objective=BradleyTerry(),
         config=config,
         values={**values, "vocab_size": source.config.vocab},

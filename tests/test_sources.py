@@ -14,13 +14,14 @@ import threading
 import tracemalloc
 from urllib.parse import unquote, urlsplit
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import rmjax.data
-from rmjax.data import cache, formats, sources
+from rmjax.data import buckets, cache, formats, sources
 from rmjax.data.chat import Chat
 from rmjax.data.tasks import Preferences
 
@@ -415,3 +416,48 @@ def test_hub_errors_say_what_to_do(hub):
         "hf://datasets/o/n/data holds several splits (train, test); choose one with a glob",
     )
     assert "several kinds (.jsonl, .parquet)" in kinds[1]
+
+
+# Buckets
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """fsspec's file system in memory, in place of a bucket's."""
+    fs = fsspec.filesystem("memory")
+    monkeypatch.setitem(buckets.PACKAGES, "memory", "none")
+    monkeypatch.setitem(sources.SCHEMES, "memory", sources.SCHEMES["gs"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sources._bucket_files.cache_clear()
+    yield fs
+    fs.store.clear()
+    sources._bucket_files.cache_clear()
+
+
+def test_a_bucket_is_read_by_file_glob_and_directory(bucket, tmp_path):
+    for name in ("a", "b"):
+        bucket.pipe(f"/bucket/set/{name}.jsonl", json.dumps({"text": name}).encode())
+    bucket.pipe("/bucket/set/README.md", b"x")
+    texts = lambda spec: [row["text"] for _, row in sources.open_source(spec)]
+    assert texts("memory://bucket/set/a.jsonl") == ["a"]
+    assert texts("memory://bucket/set/*.jsonl") == texts("memory://bucket/set") == ["a", "b"]
+    assert sources.source_name("gs://bucket/set/train.jsonl.gz") == "train"
+    before = sources.fingerprint("memory://bucket/set/a.jsonl")
+    copies = sorted((tmp_path / "cache").rglob("*.jsonl"))
+    bucket.pipe("/bucket/set/a.jsonl", b'{"text": "c"}')  # as another run would find it
+    assert sources.fingerprint("memory://bucket/set/a.jsonl") == before
+    sources._bucket_files.cache_clear()
+    assert (
+        texts("memory://bucket/set/a.jsonl") == ["c"] and sources.fingerprint("memory://bucket/set/a.jsonl") != before
+    )
+    assert len(copies) == 2 and len(sorted((tmp_path / "cache").rglob("*.jsonl"))) == 3
+
+
+def test_what_is_not_in_a_bucket_or_cannot_be_had_is_said(bucket, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"memory://bucket/gone\.jsonl: there is no such file or bucket"):
+        sources.parts("memory://bucket/gone.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"memory://bucket/\*\.jsonl: no \.parquet"):
+        sources.parts("memory://bucket/*.jsonl")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ValueError, match=r"gs://b/a\.jsonl needs the package gcsfs; install it with pip"):
+        sources.parts("gs://b/a.jsonl")

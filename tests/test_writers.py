@@ -12,6 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 from tensorboardX.crc32c import crc32c
 
+from rmjax import processes
 from rmjax.writers import (
     JsonlWriter,
     Progress,
@@ -142,6 +143,15 @@ def test_tensorboard_can_be_off(tmp_path):
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    writers = Writers.open(tmp_path / "new", config(wandb="rewards"), 0)
+    writers.write(1, {"a": 1.0})
+    writers.timing(1, {"b": 1.0})
+    writers.close()
+    assert not (tmp_path / "new").exists()
+
+
 class FakeWandb(types.ModuleType):
     """Records calls as the package's own `init`, `Run.log` and `Run.finish` take them."""
 
@@ -171,7 +181,8 @@ def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
     first, second = wandb.inits
     assert first == second and first["resume"] == "allow" and len(first["id"]) == 32
     assert first["project"] == "rewards" and first["config"]["seed"] == 1
-    assert wandb.logged == [(1, {"a": 1.0}), (11, {"a": 1.0})] and wandb.finished == 2
+    logged = [(start + 1, values) for start in (0, 10) for values in ({"a": 1.0}, {"timing/steps_per_second": 1.0})]
+    assert wandb.logged == logged and wandb.finished == 2
     WandbWriter(tmp_path / "..", "rewards", {})
     assert wandb.inits[2]["id"] != first["id"]
 
@@ -204,35 +215,23 @@ class Terminal(io.StringIO):
 def test_progress_rate_and_time_left_leave_compiling_out():
     clock, stream = Clock(), io.StringIO()
     progress = Progress(1000, stream=stream, clock=clock, interval=0)
-    assert progress.rates() == {}
     clock.now += 60  # compiles
     progress.step(1, {"loss": 0.69314}, groups=8)
-    assert progress.rates() == {}
     for step in range(2, 12):
         clock.now += 0.5
         progress.step(step, {"loss": 0.5, "accuracy": 0.75}, groups=8)
-    assert progress.rates() == {"timing/steps_per_second": 2.0, "timing/pairs_per_second": 16.0}
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "step 1/1000  loss 0.6931  1:00 elapsed"
-    assert lines[-1] == "step 11/1000  loss 0.5  accuracy 0.75  16.0 pairs/s  1:05 elapsed  8:14 left"
+    assert lines[0] == "step 1/1000  loss 0.6931"
+    assert lines[-1] == "step 11/1000  8:14 left  loss 0.5  accuracy 0.75  16.0 pairs/s"
 
 
 def test_progress_follows_a_rate_that_changes():
-    clock = Clock()
-    progress = Progress(10_000, stream=io.StringIO(), clock=clock)
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(10_000, stream=stream, clock=clock, unit="rows", interval=0)
     for step in range(1, 601):
         clock.now += 1.0 if step <= 300 else 0.25
         progress.step(step, {}, groups=4)
-    assert progress.rates() == {"timing/steps_per_second": 4.0, "timing/pairs_per_second": 16.0}
-
-
-def test_progress_of_a_resumed_run_counts_from_there():
-    clock, stream = Clock(), io.StringIO()
-    progress = Progress(100, 90, stream=stream, clock=clock, interval=0)
-    for step in (91, 92, 93):
-        clock.now += 1.0
-        progress.step(step, {}, groups=2)
-    assert stream.getvalue().splitlines()[-1] == "step 93/100  2.0 pairs/s  0:03 elapsed  0:07 left"
+    assert stream.getvalue().splitlines()[-1] == "step 600/10000  39:10 left  16.0 rows/s"
 
 
 def test_progress_in_a_log_prints_at_intervals_and_at_the_end():
@@ -275,13 +274,22 @@ def test_progress_on_a_terminal_rewrites_one_line(monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     clock, stream = Clock(), Terminal()
     progress = Progress(3, stream=stream, clock=clock)
-    progress.step(1, {"a_name_that_is_long": 1.0, "loss": 2.0}, groups=1)
-    assert len(screen(stream.getvalue())[-1]) == 39
+    progress.step(1, {"loss": 2.0, "a_name": 1.0, "another_that_is_long": 1.0, "b": 1.0}, groups=1)
+    assert screen(stream.getvalue())[-1] == "step 1/3  loss 2  a_name 1"  # what does not fit whole is left out
     progress.step(2, {"loss": 2.0}, groups=1)
     progress.note("saved")
+    clock.now += 75.0
     progress.step(3, {"loss": 1.5}, groups=1)
     progress.close()
-    assert screen(stream.getvalue()) == ["saved", "step 3/3  loss 1.5  0:00 elapsed", ""]
+    assert screen(stream.getvalue()) == ["saved", "step 3/3  1:15 elapsed  loss 1.5", ""]
+
+
+@pytest.mark.parametrize("columns", [1, 5, 9])
+def test_progress_on_a_terminal_too_narrow_for_a_step(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    Progress(3, stream=stream, clock=Clock()).step(1, {"loss": 2.0}, groups=1)
+    assert screen(stream.getvalue()) == ["step 1/3"[: columns - 1]]
 
 
 @pytest.mark.parametrize(

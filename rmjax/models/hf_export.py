@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
+from rmjax import processes
 from rmjax.models.config import ModelConfig
 from rmjax.models.hf_tables import CLASSES, INDEX, SCORE, SCORE_BIAS, WEIGHTS, Row, convert, expected_rows
+
+PIECE = 32 * 2**20  # bytes of a tensor that are on the host, and whole on a device, at a time
+CODES = {np.dtype(jnp.float32): "F32", np.dtype(jnp.bfloat16): "BF16", np.dtype(jnp.float16): "F16"}
 
 
 def save(
@@ -37,7 +40,7 @@ def save(
 ) -> None:
     """Writes a Hugging Face directory, whole or not at all.
 
-    On several hosts every process must call it, since parameters are gathered; the first one writes.
+    Every process of a run must call it, since parameters are gathered, piece by piece; the first one writes.
 
     Args:
         directory: replaced if it is an export already.
@@ -50,8 +53,9 @@ def save(
         labels: names of the score head's outputs; None is LABEL_0, LABEL_1, ...
         problem_type: what a score head's outputs are to transformers: "regression", or
             "single_label_classification" for logits of exclusive classes.
-        also: called with the directory before it gets its name, to write the tokenizer and whatever else.
-        max_shard_bytes: size of the largest weight file, and so of the host memory that is needed.
+        also: called with the directory before it gets its name, to write the tokenizer and whatever else; by every
+            process, when the weights are there.
+        max_shard_bytes: size of the largest weight file.
 
     Raises:
         ValueError: `directory` holds something else than an export, or labels that are not the head's.
@@ -76,13 +80,15 @@ def save(
     tensors = _tensors(rows, config, jnp.dtype(dtype))
     if architecture == "TokenClassification":  # transformers' have a bias
         zero = np.zeros(outputs, np.float32)
-        tensors[SCORE_BIAS] = Tensor(zero.nbytes, lambda: zero)
+        tensors[SCORE_BIAS] = Tensor(zero.shape, zero.dtype, lambda: iter([zero]))
     with _atomic_directory(Path(directory)) as partial:
         _write_weights(partial, tensors, max_shard_bytes)
-        if jax.process_index() == 0:
+        if processes.is_first():
             (partial / "config.json").write_text(json.dumps(written, indent=2) + "\n")
-            if also is not None:
-                also(partial)
+        if also is not None:
+            processes.barrier("weights written")
+            also(partial)
+            processes.barrier("export complete")
 
 
 def config_json(
@@ -127,7 +133,7 @@ def config_json(
 def _atomic_directory(directory: Path) -> Iterator[Path]:
     """A directory to write into that gets its name when all went well; only process 0 touches the disk."""
     partial = directory.with_name(f".{directory.name}.partial")
-    if jax.process_index() != 0:
+    if not processes.is_first():
         yield partial
         return
     if directory.exists() and not (directory / "config.json").is_file() and any(directory.iterdir()):
@@ -139,9 +145,6 @@ def _atomic_directory(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if (partial / "config.json").is_file():  # safetensors gives its files to their owner alone
-        for file in partial.iterdir():
-            file.chmod((partial / "config.json").stat().st_mode)
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
@@ -151,36 +154,63 @@ def _atomic_directory(directory: Path) -> Iterator[Path]:
 
 
 class Tensor(NamedTuple):
-    """A tensor to write: its size in bytes, and what brings it to the host."""
+    """A tensor to write: its shape and dtype on disk, and what brings it to the host, some rows after the others."""
 
-    size: int
-    read: Callable[[], np.ndarray]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def _tensors(rows: Mapping[Row, Any], config: ModelConfig, dtype: np.dtype) -> dict[str, Tensor]:
     tensors = {}
     for row, leaf in rows.items():
         of_row = jnp.dtype("float32") if row.name == SCORE else dtype
-        size = math.prod(row.shape(leaf)) * of_row.itemsize
         for layer, name in enumerate(row.names(config.layers)):
-            tensors[name] = Tensor(size, functools.partial(_to_host, row, leaf, layer, of_row))
+            pieces = functools.partial(_pieces, row, leaf, layer, of_row)
+            tensors[name] = Tensor(row.shape(leaf), of_row, pieces)
     return tensors
 
 
 def _write_weights(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: float) -> None:
-    """One file, or several numbered ones and an index; one of them at a time is on the host."""
+    """One file, or several numbered ones and an index; one piece of a tensor at a time is on the host."""
     sizes = {name: tensor.size for name, tensor in tensors.items()}
     shards = _split(sizes, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {name: tensors[name].read() for name in names}
         weight_map |= dict.fromkeys(names, file)
-        if jax.process_index() == 0:
-            save_file(arrays, directory / file, metadata={"format": "pt"})
-    if len(shards) > 1 and jax.process_index() == 0:
+        _write_file(directory / file, {name: tensors[name] for name in names})
+    if len(shards) > 1 and processes.is_first():
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file: the header's length in 8 bytes, the header in JSON, the tensors end to end.
+
+    The larger numbers stand first, so that each tensor is aligned (https://github.com/huggingface/safetensors#format).
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].size
+        code, shape = CODES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") if processes.is_first() else contextlib.nullcontext() as file:
+        if file is not None:
+            file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            for piece in tensors[name].pieces():
+                if file is not None:
+                    file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
 
 def _split(sizes: Mapping[str, int], most: float) -> list[list[str]]:
@@ -200,25 +230,40 @@ def _split(sizes: Mapping[str, int], most: float) -> list[list[str]]:
     return shards
 
 
-def _to_host(row: Row, leaf: Any, layer: int, dtype: np.dtype) -> np.ndarray:
-    """One tensor of the checkpoint, gathered from all devices, [out, in] and contiguous."""
-    sharding = getattr(leaf, "sharding", None)
-    everywhere = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
-    shape = {"stacked": row.stacked, "transposed": row.transposed}
-    tensor = _gather(leaf, layer, **shape, dtype=dtype, sharding=everywhere)
-    return np.ascontiguousarray(tensor)
+def _pieces(row: Row, leaf: Any, layer: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Rows of a tensor of the checkpoint, [out, in], gathered from all devices."""
+    shape = row.shape(leaf)
+    step = max(1, PIECE * shape[0] // (math.prod(shape) * dtype.itemsize))
+    mesh = leaf.sharding.mesh if isinstance(getattr(leaf, "sharding", None), NamedSharding) else None
+    everywhere = NamedSharding(mesh, P()) if mesh else None
+    # Rows of an array that is split between rows would be gathered with all others, so columns are split.
+    placed = everywhere if step >= shape[0] or mesh is None else NamedSharding(mesh, P(None, _dividing(mesh, shape[1])))
+    tensor = _tensor(leaf, layer, stacked=row.stacked, transposed=row.transposed, dtype=dtype, sharding=placed)
+    for start in range(0, shape[0], step):
+        rows = min(step, shape[0] - start)
+        yield np.asarray(tensor if rows == shape[0] else _rows(tensor, start, rows=rows, sharding=everywhere))
+
+
+def _dividing(mesh: Mesh, size: int) -> tuple[str, ...]:
+    """The mesh axes, from the last, that divide `size` together."""
+    axes: tuple[str, ...] = ()
+    for axis in reversed(mesh.axis_names):
+        if size % math.prod(mesh.shape[a] for a in (axis, *axes)) == 0:
+            axes = (axis, *axes)
+    return axes
 
 
 @functools.partial(jax.jit, static_argnames=("stacked", "transposed", "dtype", "sharding"))
-def _gather(
-    x: jax.Array,
-    layer: int,
-    *,
-    stacked: bool,
-    transposed: bool,
-    dtype: np.dtype,
-    sharding: NamedSharding | None,
+def _tensor(
+    x: jax.Array, layer: int, *, stacked: bool, transposed: bool, dtype: np.dtype, sharding: NamedSharding | None
 ) -> jax.Array:
+    """One layer's tensor in the checkpoint's layout."""
     one = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) if stacked else x
     one = convert(one, transposed=transposed, dtype=dtype)
     return one if sharding is None else jax.lax.with_sharding_constraint(one, sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "sharding"))
+def _rows(tensor: jax.Array, start: int, *, rows: int, sharding: NamedSharding | None) -> jax.Array:
+    piece = jax.lax.dynamic_slice_in_dim(tensor, start, rows)
+    return piece if sharding is None else jax.lax.with_sharding_constraint(piece, sharding)
