@@ -115,7 +115,8 @@ class Checkpointer:
                 self._orbax = ocp.AsyncCheckpointer(_handler(save_concurrent=max(map(_shard_bytes, leaves), default=0)))
                 if not self._ends_before_exit:
                     # A program that ends without `close`: Python lets no thread start another once it shuts
-                    # down, where a save would hang or stay unfinished. `atexit` comes later than that.
+                    # down, where a save would hang or stay unfinished. `atexit` comes later than that. From
+                    # Python 3.12 on none may start even now: a save that needs one fails, and says so.
                     threading._register_atexit(self.wait)  # type: ignore[attr-defined]
                     self._ends_before_exit = True
             pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), state)

@@ -471,7 +471,7 @@ def test_restore_onto_other_meshes(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_a_program_that_ends_without_close_finishes_its_save(tmp_path):
+def test_a_program_that_ends_without_close_finishes_its_save_or_says_that_it_cannot(tmp_path):
     result = run(
         """
         import sys, time
@@ -489,8 +489,11 @@ def test_a_program_that_ends_without_close_finishes_its_save(tmp_path):
         """,
         tmp_path,
     )
-    assert (result.returncode, result.stderr) == (0, "")
-    assert opened(tmp_path).steps() == [1]
+    assert result.returncode == 0
+    if sys.version_info < (3, 12):
+        assert (result.stderr, opened(tmp_path).steps()) == ("", [1])
+    else:  # no thread can start by then
+        assert "saving the checkpoint of step 1" in result.stderr and opened(tmp_path).steps() == []
 
 
 def test_the_manifest_lists_what_sha256sum_computes(two_saves):
