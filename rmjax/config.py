@@ -75,8 +75,8 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.duration = "1 epoch"  # of training
-    # A NaN or infinity in loss or gradients: "stop" the run, "skip" the step, or "rollback" to the newest checkpoint and
-    # leave out the rows from there to the step.
+    # A NaN or infinity in loss or gradients: "stop" the run, "skip" the step, or "rollback": go back to the newest
+    # checkpoint and leave out the rows from there to the step.
     config.on_nonfinite = "stop"
     config.debug = False  # layers unrolled and nothing compiled, so that print and breakpoints work
 
