@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import Started, checkpoints, column, metrics, same_run, small
+from small_runs import Started, checkpoints, column, metrics, same_run, small
 
 from rmjax import config as config_lib
 from rmjax import exits, objectives, prepare, resume, survival, train

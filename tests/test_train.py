@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import column, metrics, same_run
+from small_runs import column, metrics, same_run
 
 from rmjax import objectives, optim, prepare, resume, sharding, step, train
 from rmjax.models import config as model_config
