@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
-from rmjax import exits, hub, processes
+from rmjax import checkpoint, exits, hub, processes
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -735,9 +735,10 @@ def make_model(directory, **values):
 
 @pytest.mark.slow
 def test_no_process_holds_the_whole_model(tmp_path):
-    """Each phase's peak, less that of the same phase with a model of nothing, is below 0.7 of the model's bytes.
+    """Each phase's peak, less a constant, is below 0.7 of the model's bytes; half are shards on CPU devices.
 
-    Half of them are the shards on the two CPU devices of each process.
+    The constant is the peak of the same phase with a model of nothing, and what may be in flight, which such a model
+    cannot fill.
     """
     from rmjax.data import synthetic
 
@@ -762,8 +763,9 @@ def test_no_process_holds_the_whole_model(tmp_path):
         peaks[name] = [json.loads(one.lines[-1][1]) for one in started]
     for small, large in zip(peaks["small"], peaks["large"]):
         assert {"load", "save", "restore", "export"} <= set(large)
-        shares = {phase: (large[phase] - small[phase]) / size for phase in ("load", "save", "restore", "export")}
-        constant = {phase: f"{small[phase] / 2**20:.0f} MiB" for phase in shares}
+        constants = {phase: small[phase] + checkpoint.IN_FLIGHT for phase in ("load", "save", "restore", "export")}
+        shares = {phase: (large[phase] - constant) / size for phase, constant in constants.items()}
+        constant = {phase: f"{n / 2**20:.0f} MiB" for phase, n in constants.items()}
         print(f"of {size / 2**20:.0f} MiB: " + ", ".join(f"{p} {x:.3f} (+ {constant[p]})" for p, x in shares.items()))
         assert max(shares.values()) < 0.7
         assert min(shares.values()) > 0.4  # its own half is seen, or nothing would be measured
