@@ -7,32 +7,19 @@ import runpy
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_runs import column, metrics, same_run
+import small_runs
+from small_runs import ROOT, column, metrics, same_run
 
 from rmjax import objectives, optim, prepare, resume, sharding, step, train
 from rmjax.models import config as model_config
 from rmjax.models import heads
 
-ROOT = Path(__file__).parents[1]
-SMALL = {  # the demo made small: seconds, not minutes
-    "duration": "2 epochs",
-    "data.train": "synthetic://pairs?n=160&seed=0",
-    "data.validation": "synthetic://pairs?n=60&seed=1",
-    "model.scratch.hidden_size": 32,
-    "model.scratch.intermediate_size": 48,
-    "plan.groups_per_step": 16,
-    "plan.row_tokens": 256,
-    "eval.every": "4 steps",
-    "eval.train_groups": 20,
-    "log.every": "3 steps",
-    "log.tensorboard": False,
-}
+SMALL = small_runs.SMALL | {"eval.every": "4 steps", "checkpoint.every": ""}
 
 
 @pytest.fixture(scope="session")
@@ -42,14 +29,11 @@ def cache_dir(tmp_path_factory):
 
 
 def small(cache_dir, **values):
-    config = runpy.run_path(str(ROOT / "configs" / "bt_tiny.py"))["get_config"]()
-    flat = {**SMALL, "data.cache_dir": str(cache_dir)} | {k.replace("__", "."): v for k, v in values.items()}
-    config.update_from_flattened_dict(flat)
-    return config
+    return small_runs.small(cache_dir, **{**SMALL, **values})
 
 
 def command(workdir, cache_dir, **values):
-    flat = {**SMALL, "data.cache_dir": str(cache_dir)} | {k.replace("__", "."): v for k, v in values.items()}
+    flat = {**SMALL, "data.cache_dir": str(cache_dir), **small_runs.flat(values)}
     flags = [f"--config.{key}={value}" for key, value in flat.items()]
     return [sys.executable, "-m", "rmjax.main", "--config=configs/bt_tiny.py", f"--workdir={workdir}", *flags]
 
