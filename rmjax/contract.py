@@ -142,6 +142,19 @@ def _is_golden(row: Any) -> bool:
     return isinstance(row["text"], str | None) and max(row["at"]) < len(row["token_ids"])
 
 
+def normalization(terms: Mapping[str, Any] | None) -> tuple[float, float]:
+    """Mean and standard deviation of the rewards on the validation set: a reward minus the one, divided by the other.
+
+    Raises:
+        ValueError: there is no contract, or it has no reward statistics (a judge's has none).
+    """
+    mean, std = (terms or {}).get("reward_mean"), (terms or {}).get("reward_std")
+    if mean is None or not std:
+        what = "no score contract" if terms is None else f"a score contract with reward_mean {mean}, reward_std {std}"
+        raise ValueError(f"rewards cannot be normalized: the model has {what}; leave out --normalize")
+    return float(mean), float(std)
+
+
 def find(path_or_id: str | Path) -> dict[str, Any] | None:
     """The contract of a directory or hub id, without the weights; None where there is none or it cannot be had.
 
