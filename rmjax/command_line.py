@@ -4,8 +4,11 @@ Which one is decided by the error's class, and by when it comes: what cannot be 
 input, unless the run was `under_way` by then. An error that knows better has an attribute `exit_code`.
 """
 
+import argparse
 import contextlib
+import difflib
 import errno
+import json
 import os
 import re
 import shutil
@@ -13,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 
@@ -39,6 +42,28 @@ def parse_strictly(argv: Sequence[str]) -> list[str]:
     with outcome(debug="--debug" in argv):
         parse(argv)
     return list(argv[:1])
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one line that names what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{self._explained(message)}; --help shows commands that run")
+
+    def _explained(self, message: str) -> str:
+        wrong = re.search(r"invalid choice: '([^']*)'", message)
+        if wrong:
+            known = re.findall(r"[\w.-]+", message.partition("choose from")[2])
+            near = difflib.get_close_matches(wrong[1], known, 1)
+            what = message.partition(":")[0].removeprefix("argument ")
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            return f"{what}: {wrong[1]!r} is none of {', '.join(known)}{hint}"
+        return message
 
 
 @contextlib.contextmanager
@@ -121,6 +146,23 @@ def leaving_nothing(directory: Path, unless: str = "") -> Iterator[None]:
                 with contextlib.suppress(OSError):  # somebody else's files are in it by now
                     path.rmdir()
         raise
+
+
+def json_object(text: str, flag: str) -> dict[str, Any] | None:
+    """The JSON object that a flag gives; None of nothing.
+
+    Raises:
+        ValueError: it is none; names the flag.
+    """
+    if not text:
+        return None
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{flag}={text} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{flag}={text} is not a JSON object")
+    return values
 
 
 def check_writable(path: Path, flag: str) -> None:

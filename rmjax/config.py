@@ -149,6 +149,18 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     config.eval = evaluation = ConfigDict()
     evaluation.every = "10%"
     evaluation.train_groups = 256  # of the training set, fixed, evaluated too: the gap is a metric; 0 is none
+    # Benchmarks that are run with each evaluation, as "reward_bench,rm_bench=FILE": names, or NAME=SOURCE for data that
+    # is not at its usual place. Their metrics, "reward_bench/overall", may be checkpoint.metric.
+    evaluation.benchmarks = ""
+
+    # What a run must reach for its model to be used (rmjax/evaluation/gate.py); 0, or False, asks nothing.
+    config.gate = gate = ConfigDict()
+    gate.accuracy = 0.70  # least validation accuracy
+    gate.gap = 0.10  # accuracy in training is less than this above that in validation
+    gate.convergence = 0.05  # of all that the training loss fell, the last tenth of the steps brought less than this
+    gate.beats_length = True  # accuracy is above that of "the longer response is better"
+    gate.ece = 0.10  # most expected calibration error
+    gate.exit_code = False  # a run that fails ends with exit code 3, not 0
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.dir = ""  # "" is WORKDIR/checkpoints; may be gs://BUCKET/... or s3://..., which needs gcsfs or s3fs
@@ -161,6 +173,7 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     config.log = log = ConfigDict()
     log.every = "10 steps"
     log.tensorboard = True
+    log.report = True  # report.html and its plots, when the run ends
     log.wandb = ""  # project name; needs rmjax[wandb]
 
     config.profile = profile = ConfigDict()
@@ -256,12 +269,15 @@ def check(config: ConfigDict) -> None:
         ),
         *("checkpoint.keep_best", "checkpoint.patience"),
         *("data.max_length", "eval.train_groups", "optim.b1", "optim.b2"),
+        *("gate.accuracy", "gate.gap", "gate.convergence", "gate.ece"),
     )
     problems += [f"config.{key}={flat[key]} must be above 0" for key in positive if not flat[key] > 0]
     problems += [f"config.{key}={flat[key]} must not be negative" for key in not_negative if flat[key] < 0]
     problems += [f"config.{key}={flat[key]} must be below 1" for key in ("optim.b1", "optim.b2") if not flat[key] < 1]
     if flat["data.max_bad_fraction"] > 1:
         problems.append(f"config.data.max_bad_fraction={flat['data.max_bad_fraction']} must be at most 1")
+    if flat["gate.accuracy"] > 1:
+        problems.append(f"config.gate.accuracy={flat['gate.accuracy']} must be at most 1; 0.7 is 70 %")
     if flat["data.workers"] < -1:
         problems.append(f"config.data.workers={flat['data.workers']} must be a number of processes, or -1")
     if not config.plan.rows_per_step and not config.plan.groups_per_step:

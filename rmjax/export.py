@@ -38,6 +38,8 @@ def write(
     metrics: Mapping[str, float],
     data: str,
     validation: Groups,
+    estimates=None,
+    card=None,
 ) -> None:
     """Exports parameters with tokenizer and contract; the directory appears whole or not at all.
 
@@ -86,7 +88,9 @@ def write(
         scored = [{**row, "outputs": values.tolist()} for row, values in zip(golden, outputs)]
         processes.barrier("golden rows replayed")  # nobody reads the contract that is replaced
         if processes.is_first():
-            contract.write(partial, {**terms, "golden": scored})
+            contract.write(partial, {**terms, "golden": scored, "estimates": estimates or {}})
+            if card is not None:
+                (partial / "README.md").write_text(card(terms, json.loads((partial / "config.json").read_text())))
 
     arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
     params = {name: x for name, x in params.items() if name != "objective"}

@@ -19,6 +19,7 @@ from rmjax.data.groups import Groups
 from rmjax.data.loader import Shape
 from rmjax.data.packing import Plan
 from rmjax.data.tasks import Task
+from rmjax.evaluation import benchmarks
 from rmjax.models import heads, hf
 from rmjax.models.config import ModelConfig
 from rmjax.objectives.base import Objective
@@ -50,6 +51,10 @@ def check_sources(config: ConfigDict) -> None:
     for spec in filter(None, (config.data.train, config.data.validation)):
         for item in sources.split_spec(spec):
             sources.parts(item)
+    if config.eval.benchmarks:
+        for _, source in benchmarks.parse(config.eval.benchmarks):
+            for item in sources.split_spec(source):
+                sources.parts(item)
 
 
 def open_chat(config: ConfigDict, workdir: Path) -> Chat:

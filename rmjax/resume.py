@@ -34,7 +34,7 @@ CHANGES = (
     (r"debug|mesh\..*|model\.(remat|attention)|plan\.micro_rows", FREE),
     (r"data\.(workers|cache_dir|max_bad_fraction)|checkpoint\.keep_\w+|export\..*|profile\..*", FREE),
     (r"log\.every", LOGGED),
-    (r"log\..*", FREE),
+    (r"log\..*|gate\..*", FREE),
     # From here on the run is another one, with the same steps behind it.
     (r"duration|on_nonfinite|eval\..*|checkpoint\.(every|patience)", LOGGED),
     (r"optim\.(learning_rate|schedule|warmup|decay|weight_decay|decays|lr_factors|clip_norm|b1|b2|eps)", LOGGED),

@@ -3,43 +3,29 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rmjax import contract, objectives, sharding
-from rmjax.data import loader, packing
+from rmjax import contract, inference, objectives, sharding
 from rmjax.data.chat import Chat, Labelled, load_tokenizer
-from rmjax.data.groups import Group
+from rmjax.data.groups import Groups
 from rmjax.data.judging import Judgements
 from rmjax.data.records import BadRow, Conversation, check_conversation
 from rmjax.data.tasks import Example
-from rmjax.data.trees import Tokens, Tree, build_tree
-from rmjax.kernels.tree_attention import choose
+from rmjax.data.trees import Tokens, build_tree, parts
+from rmjax.inference import Inference
 from rmjax.models import heads, hf
 from rmjax.models.config import ModelConfig, from_hf
 from rmjax.objectives.base import Objective
 from rmjax.objectives.pairwise import average_orders
 
-LEAST_ROW = 256  # rows are a power of two of tokens from here on, so that few shapes are ever compiled
-BATCH_TOKENS = {"cpu": 8_192}  # per device and call
-DEFAULT_BATCH_TOKENS = 32_768
+GROUPS = 2048  # packed together
+LONGEST_ROW = 8_192  # tokens of a row, unless one conversation alone is longer
 ARCHITECTURES = ("SequenceClassification", "TokenClassification", "CausalLM")
-
-
-class Unlabelled:
-    """Groups of trees without labels, as the loader reads them."""
-
-    def __init__(self, trees: Sequence[Tree]):
-        self.trees = trees
-
-    def group(self, index: int) -> Any:
-        """The group of one tree, with empty labels."""
-        return Group(self.trees[index], {}, 0.0, "")
 
 
 class BadConversation(ValueError):
@@ -74,6 +60,7 @@ class RewardModel:
         self.chat, self.config, self.params, self.mesh, self.dtype = chat, config, params, mesh, dtype
         self.contract, self.architecture, self.labels = kind.contract, kind.architecture, kind.labels
         self.objective, self.own = kind.objective, kind.own
+        self.inference = Inference(config, params, mesh, dtype, kind.architecture, len(kind.labels))
 
     @classmethod
     def load(
@@ -145,7 +132,7 @@ class RewardModel:
             BadConversation, ValueError: as `score`.
         """
         self._expect("SequenceClassification")
-        if self._name == "pairwise":
+        if self.objective is not None and isinstance(self.objective.task, Judgements):
             raise ValueError("this model compares two responses; call `judge`")
         texts, prompts = [], []
         for index, conversation in enumerate(conversations):
@@ -188,7 +175,7 @@ class RewardModel:
             stops = tuple(np.cumsum([len(text) for text in texts]).tolist())
             whole = (*prompt, {"role": "assistant", "content": "".join(texts)})
             examples.append(Example((whole,), scored=(stops,)))
-        outputs = self._trees([made.tree for made in self._groups(examples)])
+        outputs = self.inference.trees([made.tree for made in self._groups(examples)])
         return [self.decode(values)["score"].tolist() for values in outputs]
 
     def judge(self, first: Sequence[Conversation], second: Sequence[Conversation]) -> list[dict[str, float]]:
@@ -216,7 +203,7 @@ class RewardModel:
                 examples.append(Example(task.questions(*map(check_conversation, both))))
             except BadRow as bad:
                 raise BadConversation(index, bad.detail) from None
-        outputs = self._trees([made.tree for made in self._groups(examples)])
+        outputs = self.inference.trees([made.tree for made in self._groups(examples)])
         decoded = [self.decode(both) for both in outputs]  # of each pair both orders
         orders = np.array([[values[label] for label in self.labels] for values in decoded])  # [n, C, 2]
         averaged = average_orders(orders[..., 0], orders[..., 1])
@@ -245,9 +232,11 @@ class RewardModel:
         outputs = np.zeros((len(sequences), max(1, len(self.labels))), np.float32)
         if not sequences:
             return outputs
-        row = _row_tokens(max(len(s) for s in sequences))
+        row = inference.row_tokens(max(len(s) for s in sequences))
         runs = _runs(sequences, prompts, row)
-        for members, values in zip(runs, self._trees([build_tree([sequences[m] for m in run]) for run in runs])):
+        for members, values in zip(
+            runs, self.inference.trees([build_tree([sequences[m] for m in run]) for run in runs])
+        ):
             outputs[members] = values
         return outputs
 
@@ -260,11 +249,31 @@ class RewardModel:
 
         Those of a language model are [1, 1]: the mean negative log-likelihood of the tokens after the first.
         """
-        return self._trees([build_tree([row["token_ids"]]).scored([row["at"]]) for row in golden])
+        return self.inference.trees([build_tree([row["token_ids"]]).scored([row["at"]]) for row in golden])
 
-    @property
-    def _name(self) -> str:
-        return self.contract["objective"]["name"] if self.contract else ""
+    def answers(self, groups: Groups, progress: Callable[[int], None] = lambda done: None) -> list[np.ndarray]:
+        """Outputs [scored tokens, A] of each group, in the order of its scored tokens; see also `replay`.
+
+        A tree that is longer than a row needs to be is computed in parts, which changes no output.
+
+        Args:
+            groups: read with this model's tokenizer and template.
+            progress: is told now and then how many groups are done.
+        """
+        outputs: list[np.ndarray] = []
+        for start in range(0, len(groups), GROUPS):
+            whole = [groups.group(i).tree for i in range(start, min(start + GROUPS, len(groups)))]
+            split = [parts(tree, LONGEST_ROW) for tree in whole]
+            sizes = np.cumsum([len(pieces) for pieces in split])
+            tell = lambda done: progress(start + int(np.searchsorted(sizes, done, side="right")))  # noqa: B023
+            found = iter(self.inference.trees([part for pieces in split for part in pieces], tell))
+            outputs += [np.concatenate([next(found) for _ in pieces]) for pieces in split]
+        return outputs
+
+    def outcomes(self, groups: Groups) -> dict[str, np.ndarray]:
+        """The objective's outcomes (objectives/base.py) of groups of its own task, without what is absent."""
+        assert self.objective is not None
+        return self.inference.outcomes(groups, self.objective, self.own)
 
     def _expect(self, architecture: str) -> None:
         if self.architecture == architecture:
@@ -284,58 +293,21 @@ class RewardModel:
                 raise BadConversation(index, group.detail)
         return made  # type: ignore[return-value]
 
-    def _trees(self, trees: Sequence[Tree]) -> list[np.ndarray]:
-        """Outputs [scored tokens, A] of each tree, in the order of its scored tokens."""
-        largest = max((int(tree.tokens.max()) for tree in trees), default=0)
-        if largest >= self.config.vocab:
-            raise ValueError(
-                f"token {largest} has no row in the model's embedding of {self.config.vocab}; the tokenizer is another "
-                "model's, or has tokens that were added after training"
-            )
-        found: dict[int, np.ndarray] = {}
-        for plan, batch, raw in self._batches(trees, _row_tokens(max(map(len, trees), default=0))) if trees else ():
-            for b, groups in enumerate(plan):
-                for g, index in enumerate(groups):
-                    found[index] = raw[b][batch["end_group"][b] == g]
-        return [found[i] for i in range(len(trees))]
-
-    def _batches(self, trees: Sequence[Tree], row: int) -> Any:
-        """Yields (groups of each row, the batch on the host, its outputs [B, E, A])."""
-        devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        budget = BATCH_TOKENS.get(jax.default_backend(), DEFAULT_BATCH_TOKENS)
-        lengths, ends = np.array([len(t) for t in trees]), np.array([len(t.end) for t in trees])
-        needed = -(-int(lengths.sum()) // (row * devices))  # rows per device if they were full
-        per_device = min(max(1, budget // row), 1 << (needed - 1).bit_length())
-        plan = packing.make_plan(lengths, ends, row_tokens=row, rows_per_step=per_device * devices, seed=None)
-        shape = loader.plan_shape(plan, int(ends.max()), micro_rows=per_device, row_devices=devices)
-        shape = loader.rounded(shape)
-        source = loader.StepSource(Unlabelled(trees), plan, shape, range(shape.rows))
-        placed = sharding.named(self.mesh, sharding.BATCH)
-        form, _ = choose("auto", self.mesh.devices.flat[0].platform, self.config.head_dim, self.dtype)
-        static = {"config": self.config, "dtype": self.dtype, "labels": len(self.labels), "attention": form}
-        with jax.set_mesh(self.mesh):
-            for step in range(plan.steps):
-                batch = source[step]
-                arrays = {name: sharding.place(x[0], placed) for name, x in batch.items()}
-                raw = _forward(
-                    self.params, arrays, **static, architecture=self.architecture, out=sharding.named(self.mesh)
-                )
-                yield (
-                    plan.rows(step),
-                    {name: x[0] for name, x in batch.items()},
-                    np.asarray(jax.device_get(raw)),
-                )
-
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a directory holds, from config.json and its contract; see RewardModel."""
+    """What a model is, from config.json and its contract, or from its run; see RewardModel."""
 
     architecture: str
     labels: tuple[str, ...]
     contract: dict[str, Any] | None
     objective: Objective | None
     own: dict[str, np.ndarray]
+
+    @classmethod
+    def trained(cls, objective: Objective, own: Mapping[str, Any]) -> "Kind":
+        """Of a run: its objective, and the parameters of the objective itself."""
+        return cls(objective.architecture, objective.labels, None, objective, dict(own))
 
     @classmethod
     def of(cls, directory: Path, values: Mapping[str, Any]) -> "Kind":
@@ -374,52 +346,6 @@ def _outputs(directory: Path, values: Mapping[str, Any]) -> int:
     return int(values.get("num_labels") or hf.head_outputs(directory) or 1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "labels", "architecture", "attention", "out"))
-def _forward(
-    params: Any,
-    batch: Any,
-    *,
-    config: ModelConfig,
-    dtype: str,
-    labels: int,
-    architecture: str,
-    attention: str,
-    out: jax.sharding.Sharding,
-) -> jax.Array:
-    """Outputs [B, E, A] of a batch; models of one config share what is compiled."""
-    graph, _ = heads.abstract(config, labels, dtype, dtype, architecture=architecture, attention=attention)
-    # Accelerators round float32 products to TF32 or bfloat16 unless told otherwise.
-    with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-        if architecture == "CausalLM":
-            outputs = _mean_nll(heads.merge(graph, params), batch)
-        else:
-            outputs = heads.merge(graph, params)(batch, remat="none")
-    return jax.lax.with_sharding_constraint(outputs, out)
-
-
-def _mean_nll(model: Any, batch: Any) -> jax.Array:
-    """[B, E, 1]: mean negative log-likelihood of the tokens after the first of each sequence, at its last token.
-
-    Each tree must be one sequence: what a token at `end` sees are the tokens before it.
-    """
-    index = jnp.arange(batch["tokens"].shape[1])
-    last = index + 1 >= batch["visible_until"]  # of its tree: what stands next is another sequence's
-    nll_BT = model({**batch, "loss_weight": jnp.where(last, 0.0, 1.0)}, remat="none")["nll"]
-    sums_BT = jnp.cumsum(jnp.where(last, 0.0, nll_BT), axis=1)
-    end = jnp.maximum(batch["end"], 0)
-    start = jnp.take_along_axis(batch["visible_from"], end, axis=1)
-    pick = lambda at: jnp.where(at >= 0, jnp.take_along_axis(sums_BT, jnp.maximum(at, 0), axis=1), 0.0)
-    return ((pick(end - 1) - pick(start - 1)) / jnp.maximum(end - start, 1))[..., None]
-
-
-def _row_tokens(longest: int) -> int:
-    """Length of a row that holds `longest` tokens."""
-    row = LEAST_ROW
-    while row < longest:
-        row *= 2
-    return row
-
-
 def _runs(sequences: Sequence[Tokens], prompts: Sequence[Any] | None, row: int) -> list[list[int]]:
     """Neighbours with equal prompts, as long as their unshared tokens surely fit a row and are at most 64."""
     runs: list[list[int]] = []
@@ -436,7 +362,11 @@ def _runs(sequences: Sequence[Tokens], prompts: Sequence[Any] | None, row: int) 
 
 
 def load_checked(
-    path: str | Path, *, dtype: str = "auto", template_kwargs: Mapping[str, Any] | None = None
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> RewardModel:
     """Like RewardModel.load, but first replays the golden rows of the score contract, if there is one, in float32.
 
@@ -444,7 +374,7 @@ def load_checked(
         ValueError: as RewardModel.load, or a golden row has another score than in its contract.
     """
     directory = hf.resolve(path)
-    load = functools.partial(RewardModel.load, directory, template_kwargs=template_kwargs)
+    load = functools.partial(RewardModel.load, directory, template_kwargs=template_kwargs, mesh=mesh)
     terms = contract.read(directory)
     if terms is None:
         return load(dtype=dtype)

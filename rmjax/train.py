@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,16 +16,31 @@ from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from rmjax import command_line, export, objectives, optim, passwords, prepare, processes, resume, sharding
+from rmjax import (
+    command_line,
+    evaluating,
+    export,
+    finish,
+    objectives,
+    optim,
+    passwords,
+    prepare,
+    processes,
+    resume,
+    sharding,
+)
 from rmjax import config as config_lib
 from rmjax import dry_run as dry_runs
 from rmjax.checkpoint import Checkpointer
 from rmjax.data import audit, loader
-from rmjax.data.chat import Chat, set_pad_token
+from rmjax.data.chat import set_pad_token
+from rmjax.data.groups import Groups
+from rmjax.evaluation import gate
+from rmjax.evaluation.benchmarks import Benchmark
 from rmjax.exits import InputError
+from rmjax.finish import Model
 from rmjax.models import config as model_config
 from rmjax.models import decoder, hf
-from rmjax.models.config import ModelConfig
 from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.base import Objective
 from rmjax.objectives.sums import Sums
@@ -87,6 +101,8 @@ class Run:
     program: Program
     train: Split
     evaluations: dict[str, Split]  # by the name that their metrics carry
+    tests: list[tuple[Benchmark, Groups]]  # the benchmarks of config.eval.benchmarks
+    model: Model
     checkpointer: Checkpointer
     writers: Writers
     watch: Watch
@@ -109,6 +125,11 @@ class Run:
             if (found := evaluate(self.program, state["params"], *parts)) is None:
                 return None
             values |= {f"{name}/{key}": value for key, value in found.items()}
+        model = self.model.reward_model(state["params"], self.mesh, self.config.model.compute_dtype)
+        for test, groups in self.tests:
+            if self.stop.agreed():
+                return None
+            values |= evaluating.flat(test, evaluating.run_benchmark(model, test, groups))
         if step == 0:
             host.rewards = {name: value for name, value in values.items() if name.endswith("/reward_mean")}
         values |= reward_drift(values, host.rewards)
@@ -123,7 +144,7 @@ class Run:
         host.window = {}
         self.writers.write(step, {f"train/{key}": value for key, value in values.items()})
 
-    def conclude(self, state: dict[str, Any], host: Host, done: int, evaluates: bool, saved: bool = False) -> None:
+    def settle(self, state: dict[str, Any], host: Host, done: int, evaluates: bool, saved: bool = False) -> None:
         """Evaluates if that is due and saves; if the run is to stop meanwhile, the next start evaluates.
 
         Args:
@@ -194,7 +215,7 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
         progress.note(f"before training: {in_words(before, run)}")
     done, saved = host.next_step(start), start
     if host.unevaluated:
-        run.conclude(state, host, done, evaluates=True, saved=done == saved)
+        run.settle(state, host, done, evaluates=True, saved=done == saved)
         saved = done
     elif host.stopped or done == plan.steps:
         progress.note("the run is done: nothing is trained, only exported")
@@ -228,7 +249,7 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
         while len(unread) > (0 if evaluates or saves or run.steps_block else 1):
             read(*unread.pop(0))
         if evaluates or saves:
-            run.conclude(state, host, done, evaluates)
+            run.settle(state, host, done, evaluates)
             saved = done
     while unread:
         read(*unread.pop(0))
@@ -348,6 +369,8 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False, topology: str 
     sets = {"validation": validation_groups}
     if config.eval.train_groups:
         sets["train_slice"] = train_groups.sample(config.eval.train_groups, config.seed)
+    with processes.first_then_others("benchmarks"):
+        tests = evaluating.read_benchmarks(config, chat, objective.task)
 
     def compiled() -> tuple[Program, Split, dict[str, Split]]:
         program, train, line = compile_program(config, model, graph, objective, shapes, mesh, train_groups, plan, limit)
@@ -389,18 +412,19 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False, topology: str 
                 prepare.save_audit(workdir / "audit.json", train_groups, plan, validation_groups, objective.task)
             program, train, evaluations = compiling.result()
             work = work_of_steps(train, model, prepare.model_params(shapes))
+            described = Model(chat, values, model, objective)
 
             @contextlib.contextmanager
             def opened(start: int) -> Iterator[Run]:
                 watching = Watch.open(config, workdir, work, objective.shown, mesh)
                 with contextlib.closing(Writers.open(workdir, config, start)) as writers, contextlib.closing(watching):
-                    parts = (program, train, evaluations, checkpointer, writers, watching, stop)
+                    parts = (program, train, evaluations, tests, described, checkpointer, writers, watching, stop)
                     yield Run(config, mesh, objective, *parts)
 
             job, last = through(opened, begin, *first)
             del first  # makes room for the export
             with command_line.under_way():
-                finish(job, workdir, model, values, chat, last)
+                conclude(job, workdir, last)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -408,35 +432,32 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False, topology: str 
 # ----------------------------------------------------------------------------------------------------
 
 
-def finish(run: Run, workdir: Path, model: ModelConfig, values: dict[str, Any], chat: Chat, last: int) -> None:
-    """Exports the best or the last step with its contract, and says where everything is."""
+def conclude(run: Run, workdir: Path, last: int) -> None:
+    """Measures and exports the best or the last step, and says where everything is and whether it is good enough.
+
+    Raises:
+        NotGoodEnough: it is not, and config.gate.exit_code asks to say so; everything is written.
+    """
     best = run.checkpointer.best_step() if run.config.export.step == "best" else None
     step = last if best is None else best
     state, _ = run.checkpointer.restore_step(step, {"params": run.program.state["params"]})
-    lines = []
-    if processes.is_first():
-        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    metrics = next((x for x in reversed(lines) if x["step"] == step and "validation/loss" in x), {"step": float(step)})
-    metrics = processes.agree("metrics", metrics)
-    export.write(
-        workdir / "export",
-        state["params"],
-        objective=run.objective,
-        config=run.config,
-        values=values,
-        model=model,
-        chat=chat,
-        metrics=metrics,
-        data=run.train.groups.fingerprint,
-        validation=run.evaluations["validation"].groups,
+    sets = {name: split.groups for name, split in run.evaluations.items()}
+    verdict, metrics = finish.write(
+        run.config, workdir, run.model, state["params"], run.mesh, step, sets, run.tests, run.train.groups.fingerprint
     )
     steps = ", ".join(map(str, run.checkpointer.steps()))
     tensorboard = f" and {workdir / 'tensorboard'}" if run.config.log.tensorboard else ""
+    report = f"report:      {workdir / 'report.html'}\n" if run.config.log.report else ""
     print(
         f"\nstep {step}: {in_words(metrics, run)}\n"
-        f"export:      {workdir / 'export'}\n"
+        + "\n".join(gate.text(verdict))
+        + f"\nexport:      {workdir / 'export'}\n{report}"
         f"checkpoints: {resume.directory(run.config, workdir)} (steps {steps})\n"
         f"metrics:     {workdir / 'metrics.jsonl'}{tensorboard}\n"
         f"score with:  python -m rmjax.score --model={workdir / 'export'} --input=FILE --output=scores.jsonl",
         flush=True,
     )
+    if run.config.gate.exit_code and not verdict["passed"]:
+        raise finish.NotGoodEnough(
+            f"the model fails the quality gate (config.gate); {workdir / 'quality.json'} says why"
+        )

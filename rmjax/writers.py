@@ -1,7 +1,7 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard, Weights & Biases and the terminal.
+"""Where the numbers of a run go: metrics.jsonl, timings.jsonl, TensorBoard, Weights & Biases and the terminal.
 
-Metrics go everywhere. Timings go anywhere but to metrics.jsonl, so that this file of a resumed run equals that of an
-uninterrupted one byte for byte.
+Metrics go everywhere but to timings.jsonl, timings everywhere but to metrics.jsonl: that file of a resumed run equals
+that of an uninterrupted one byte for byte.
 """
 
 import json
@@ -168,24 +168,25 @@ class Writers:
         Only the first process writes: those of the others do nothing.
 
         Args:
-            workdir: gets metrics.jsonl and tensorboard/.
+            workdir: gets metrics.jsonl, timings.jsonl and tensorboard/.
             config: the run's ConfigDict.
             start: the step restored; 0 is a run from the beginning, which also writes step 0 anew.
         """
         if not processes.is_first():
             return cls([], [])
         workdir, keep = Path(workdir), start if start > 0 else -1
-        path, events = workdir / "metrics.jsonl", workdir / "tensorboard"
+        paths, events = [workdir / "metrics.jsonl", workdir / "timings.jsonl"], workdir / "tensorboard"
         workdir.mkdir(parents=True, exist_ok=True)
-        cut_jsonl(path, keep)
+        for path in paths:
+            cut_jsonl(path, keep)
         cut_events(events, keep)
-        metrics: list[Writer] = [JsonlWriter(path)]
-        timings: list[Writer] = []
+        metrics, timings = map(JsonlWriter, paths)
+        both: list[Writer] = []
         if config.log.tensorboard:
-            timings = [TensorBoardWriter(events, purge_step=keep + 1)]
+            both.append(TensorBoardWriter(events, purge_step=keep + 1))
         if config.log.wandb:
-            timings.append(WandbWriter(workdir, config.log.wandb, config.to_dict()))
-        return cls([*metrics, *timings], timings)
+            both.append(WandbWriter(workdir, config.log.wandb, config.to_dict()))
+        return cls([metrics, *both], [timings, *both])
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes metrics: the same numbers in every run of this config."""
@@ -199,7 +200,7 @@ class Writers:
 
     def close(self) -> None:
         """Closes them all."""
-        for writer in self._metrics:
+        for writer in dict.fromkeys((*self._metrics, *self._timings)):
             writer.close()
 
 

@@ -229,5 +229,42 @@ ROWS = {
         "wins": [[0, 0.75], [0.25, 0]],
     },
 }
-# The same columns and cells as another format, so that it has to be named.
-NAMED = {"prometheus_judge": ROWS["prometheus"]}
+BENCHMARKS = {  # in the layouts in which they are published
+    "reward_bench": {
+        "prompt": "Why?",
+        "chosen": "a",
+        "chosen_model": "m",
+        "rejected": "b",
+        "subset": "hep-go",
+        "id": 7,
+    },
+    "reward_bench_2": {
+        **{"id": "tied:3", "prompt": "A colour?", "chosen": ["red", "blue"], "rejected": ["dog", "red"]},
+        **{"num_correct": 2, "num_rejected": 2, "total_completions": 4, "subset": "Ties"},
+    },
+    "rm_bench": {
+        **{"id": "9", "prompt": "Why?", "chosen": ["a", "a b", "# a"], "rejected": ["b", "b c", "# b"]},
+        "domain": "safety-refuse",
+    },
+    "judge_bench": {
+        **{"pair_id": "e3", "original_id": 1, "source": "mmlu-pro-law", "question": "Q?", "response_model": "m"},
+        **{"response_A": "a", "response_B": "b", "label": "B>A"},
+    },
+    "rmb_pairwise": {
+        "pair_uid": "11",
+        "conversation_input": [{"role": "user", "content": "Hi", "language": "English"}],
+        "chosen": {"llm_name": "m", "answer": "a"},
+        "reject": {"llm_name": "n", "answer": "b"},
+        "category_path": "Pairwise_set/Helpfulness/Chat/Discussion",
+    },
+    "rmb_best_of_n": {
+        "conversation_input": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+        + [{"role": "user", "content": "Why?"}],
+        "bon_best": {"llm_name": "m", "answer": "a"},
+        "loser_list": [{"llm_name": "n", "answer": "b"}, {"llm_name": "o", "answer": ""}],
+        "bon_uid": 26,
+        "category_path": "BoN_set/Harmlessness/S1",
+    },
+}
+# These have to be named: their columns are those of other formats, or none that anybody else has.
+NAMED = {"prometheus_judge": ROWS["prometheus"], **BENCHMARKS}

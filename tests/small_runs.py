@@ -29,6 +29,7 @@ SMALL = {  # the demo made small: 20 steps, seconds
     "checkpoint.every": "3 steps",
     "log.every": "3 steps",
     "log.tensorboard": False,
+    "log.report": False,
 }
 TIMEOUT = 180  # seconds; a run takes a few on an idle machine
 _context = multiprocessing.get_context("forkserver")

@@ -1,5 +1,6 @@
 """Sources and formats: rows in, records out; what is unclear is refused and what is wrong is counted."""
 
+import contextlib
 import gzip
 import json
 
@@ -37,7 +38,8 @@ def reason(row, **kwargs):
 @pytest.mark.parametrize("name", formats.FORMATS)
 def test_each_format_is_recognised_by_its_columns(name):
     if name in NAMED:
-        assert formats.detect([NAMED[name]]).name != name
+        with contextlib.suppress(ValueError):  # no other format fits
+            assert formats.detect([NAMED[name]]).name != name
         assert formats.detect([NAMED[name]], name).name == name
     else:
         assert formats.detect([ROWS[name]]).name == name

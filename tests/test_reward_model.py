@@ -19,7 +19,7 @@ from conftest import CHATML
 from safetensors.numpy import load_file
 
 import rmjax
-from rmjax import contract, export, reward_model, train
+from rmjax import contract, export, inference, reward_model, train
 from rmjax.config import defaults
 from rmjax.data import synthetic
 from rmjax.data.chat import PROBE, Chat, load_tokenizer
@@ -103,7 +103,7 @@ def hf_scores(directory, conversations, *, batched, **template_kwargs):
 def test_scores_equal_transformers(family, foreign, loaded):
     scores = loaded[family].score(CONVERSATIONS)
     assert loaded[family].contract is None and all(type(score) is float for score in scores)
-    assert len(loaded[family].chat.encode([loaded[family].chat.render(CONVERSATIONS[7])])[0]) > reward_model.LEAST_ROW
+    assert len(loaded[family].chat.encode([loaded[family].chat.render(CONVERSATIONS[7])])[0]) > inference.LEAST_ROW
     assert np.std(scores) > 0.1
     for batched in (True, False):
         np.testing.assert_allclose(scores, hf_scores(foreign[family], CONVERSATIONS, batched=batched), atol=1e-4)
@@ -128,7 +128,7 @@ def test_prompts_are_shared_between_neighbours_only():
 
 
 def test_many_conversations_in_several_batches(loaded, monkeypatch):
-    monkeypatch.setitem(reward_model.BATCH_TOKENS, "cpu", 512)
+    monkeypatch.setitem(inference.BATCH_TOKENS, "cpu", 512)
     conversations = [chat_of(f"question {i // 3}", f"answer {i}") for i in range(60)]
     scores = loaded["llama"].score(conversations)
     monkeypatch.undo()

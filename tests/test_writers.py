@@ -140,7 +140,8 @@ def test_tensorboard_can_be_off(tmp_path):
     writers.write(1, {"a": 1.0})
     writers.timing(1, {"b": 1.0})
     writers.close()
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "timings.jsonl"]
+    assert json.loads((tmp_path / "timings.jsonl").read_text()) == {"step": 1, "b": 1.0}
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):

@@ -14,39 +14,17 @@ import difflib
 import itertools
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rmjax import command_line, exits, passwords
+from rmjax.command_line import Parser
 from rmjax.data import agreement, converting, formats, label_studio, reading, showing, sources, splitting
 from rmjax.data.audit import Audit, rows_lines
 from rmjax.data.records import BadRow
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are one line that names what was probably meant."""
-
-    def error(self, message: str) -> NoReturn:
-        """Says what is wrong.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"{self._explained(message)}; --help shows commands that run")
-
-    def _explained(self, message: str) -> str:
-        wrong = re.search(r"invalid choice: '([^']*)'", message)
-        if wrong:
-            known = re.findall(r"[\w.-]+", message.partition("choose from")[2])
-            near = difflib.get_close_matches(wrong[1], known, 1)
-            what = message.partition(":")[0].removeprefix("argument ")
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            return f"{what}: {wrong[1]!r} is none of {', '.join(known)}{hint}"
-        return message
 
 
 def main(argv: Sequence[str] | None = None) -> None:

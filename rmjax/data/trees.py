@@ -113,3 +113,26 @@ def _branches(arrays: list[np.ndarray], members: list[int], shared: int) -> list
         ends = len(arrays[m]) == shared
         branches.setdefault(("end", m) if ends else ("token", int(arrays[m][shared])), []).append(m)
     return list(branches.values())
+
+
+def parts(tree: Tree, most: int) -> list[Tree]:
+    """The tree in several of at most `most` tokens, where its sequences allow; what they share is then repeated.
+
+    Args:
+        tree: with one scored token for each response, in order; one with several is left whole.
+        most: tokens of a part; a sequence that is longer is a part of its own.
+
+    Returns:
+        Trees whose scored tokens, one part after the other, are those of `tree`.
+    """
+    if len(tree) <= most or len(np.unique(tree.end_slot)) < len(tree.end):
+        return [tree]
+    runs: list[list[np.ndarray]] = []
+    used = most
+    for sequence in tree.sequences():
+        if used + len(sequence) > most:
+            runs.append([])
+            used = 0
+        runs[-1].append(sequence)
+        used += len(sequence)
+    return [build_tree(run) for run in runs]

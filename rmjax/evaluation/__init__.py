@@ -1,1 +1,1 @@
-"""What a model is worth: benchmarks, metrics with intervals, calibration, the quality gate, reports. Knows no models."""
+"""What a model is worth: benchmarks, metrics with intervals, calibration, gate and reports. Knows no models."""

@@ -112,6 +112,21 @@ class LanguageModel(nnx.Module):
         return {"nll": nll_BT, "correct": correct_BT}
 
 
+def read(model: Scorer | LanguageModel, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """What a model that is not trained is asked: float32 [B, E, A], the scores of the scored tokens.
+
+    Of a language model it is the negative log-likelihood of the token after each, [B, T]; 0 where a sequence ends.
+
+    Args:
+        model: of `merge`.
+        batch: see Scorer.__call__.
+    """
+    if isinstance(model, Scorer):
+        return model(batch, remat="none")
+    last = jnp.arange(batch["tokens"].shape[1]) + 1 >= batch["visible_until"]  # what stands next is no successor
+    return model({**batch, "loss_weight": jnp.where(last, 0.0, 1.0)}, remat="none")["nll"]
+
+
 def compute_dtype(dtype: str, platform: str = "") -> str:
     """What `auto` stands for on this platform, or here: float32 on CPUs and bfloat16 elsewhere."""
     automatic = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"

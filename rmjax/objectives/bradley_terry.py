@@ -17,7 +17,7 @@ from rmjax.data.tasks import Preferences
 from rmjax.objectives import likelihoods
 from rmjax.objectives.base import Batch, Objective, Params
 from rmjax.objectives.gather import gather_groups
-from rmjax.objectives.metrics import with_reward_std
+from rmjax.objectives.metrics import calibration_error, spread, with_reward_std
 from rmjax.objectives.sums import Sums, fraction, ratios
 
 LEARNED = ("rao_kupper", "davidson")
@@ -212,12 +212,29 @@ class BradleyTerry(Objective):
             "ties_predicted": fraction((labelled * tied).sum(), n),
         }
 
+    def outcomes(self, scores_BEA: jax.Array, batch: Batch, params: Params) -> dict[str, jax.Array]:
+        """`chosen`, `rejected`, `weight`, [B G K K], of every pair of which one is preferred."""
+        wins, weight = batch["wins"], batch["weight"][..., None, None]
+        s_BGK = gather_groups(scores_BEA[..., 0], batch["end_group"], batch["end_slot"], (wins.shape[1], wins.shape[2]))
+        decided = (wins > jnp.swapaxes(wins, -1, -2)) & (weight > 0)
+        flat = lambda x: jnp.where(decided, x, jnp.nan).ravel()
+        return {"chosen": flat(s_BGK[..., :, None]), "rejected": flat(s_BGK[..., None, :]), "weight": flat(weight)}
+
     def summary(
         self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, float]:
-        """Metrics of host sums: the ratios, with the rewards' standard deviation and the number of pairs."""
+        """Metrics of host sums: the ratios, with the rewards' standard deviation and the number of pairs.
+
+        In evaluation also `ece`, and quantiles of the rewards of both sides, `chosen_p05` to `rejected_p95`.
+        """
         values = with_reward_std(ratios(sums))
         values["pairs"] = values.pop("pairs_count")
+        if outcomes:
+            apart = outcomes["chosen"].astype(np.float64) - outcomes["rejected"]
+            sure = {"confidence": 0.5 + 0.5 * np.tanh(np.abs(apart) / 2), "right": 0.5 + 0.5 * np.sign(apart)}
+            values |= calibration_error({**sure, "weight": outcomes["weight"]})
+            for name in ("chosen", "rejected"):
+                values |= spread(name, outcomes[name][~np.isnan(outcomes[name])])
         return values
 
 

@@ -3,6 +3,8 @@
 All take numbers [n] twice, and are NaN where they are not defined: fewer than two numbers, or no variance.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 
@@ -31,6 +33,39 @@ def quadratic_kappa(x: np.ndarray, y: np.ndarray) -> float:
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     by_chance = x.var() + y.var() + (x.mean() - y.mean()) ** 2
     return float(1 - np.mean((x - y) ** 2) / by_chance) if by_chance else float("nan")
+
+
+QUANTILES = (5, 25, 50, 75, 95)  # percent
+
+
+def spread(name: str, values: np.ndarray) -> dict[str, float]:
+    """Quantiles of numbers [n], as "chosen_p05": how a distribution moves while a model is trained. {} of none."""
+    if not len(values):
+        return {}
+    return {f"{name}_p{q:02}": float(x) for q, x in zip(QUANTILES, np.quantile(values, [q / 100 for q in QUANTILES]))}
+
+
+def calibration_error(outcomes: Mapping[str, np.ndarray], least: float = 0.5, bins: int = 10) -> dict[str, float]:
+    """Expected calibration error: mean |confidence - share that is right| over bins, by their weights.
+
+    Source: Guo et al. 2017, arXiv:1706.04599, eq. 3.
+
+    Args:
+        outcomes: float [n] each: `confidence`, from `least` to 1; `right`, 1 where what it is confident of is so, 0
+            where not; `weight`. NaN where there is nothing.
+        least: lower end of the first bin.
+        bins: how many, of equal width.
+
+    Returns:
+        {"ece": ...}; {} of nothing.
+    """
+    here = ~np.isnan(outcomes["confidence"])
+    confidence, right, weight = (outcomes[name][here].astype(np.float64) for name in ("confidence", "right", "weight"))
+    if not weight.sum():
+        return {}
+    of = np.clip(((confidence - least) / (1 - least) * bins).astype(int), 0, bins - 1)
+    apart = np.bincount(of, weight * (confidence - right), bins)
+    return {"ece": float(np.abs(apart).sum() / weight.sum())}
 
 
 def with_reward_std(values: dict[str, float]) -> dict[str, float]:

@@ -21,6 +21,7 @@ import numpy as np
 from rmjax.data.judging import SWAPPED, VERDICTS, Judgements, load_template
 from rmjax.objectives.base import Batch, Objective, Params
 from rmjax.objectives.gather import gather_groups
+from rmjax.objectives.metrics import calibration_error
 from rmjax.objectives.sums import Sums, fraction, ratios
 
 
@@ -174,13 +175,27 @@ class Pairwise(Objective):
             sums[f"predictions_{name}_count"] = fraction((here[..., None] * choice[..., c]).sum())
         return sums
 
+    def outcomes(self, outputs: jax.Array, batch: Batch, params: Params) -> dict[str, jax.Array]:
+        """`confidence`, `right`, `weight`, [B G], of the pairs of which one is labelled better.
+
+        The confidence is the larger of the probabilities that either is better; a tie counts half each way.
+        """
+        verdict, weight = batch["verdict"], batch["weight"]
+        gather = lambda one: gather_groups(one, batch["end_group"], batch["end_slot"], (verdict.shape[1], 2))
+        p_BGKC = jax.nn.softmax(jax.vmap(gather, -1, -1)(outputs))
+        p_BGC = average_orders(p_BGKC[..., 0, :], p_BGKC[..., 1, :])
+        apart, said = (x[..., 0] - x[..., 1] for x in (p_BGC, verdict[..., 0, :]))
+        decided = (weight > 0) & (chosen(verdict)[..., 0, :2].max(-1) == 1)
+        found = {"confidence": 0.5 + jnp.abs(apart) / 2, "right": 0.5 + 0.5 * jnp.sign(apart) * jnp.sign(said)}
+        return {name: jnp.where(decided, x, jnp.nan).ravel() for name, x in {**found, "weight": weight}.items()}
+
     def summary(
         self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, float]:
-        """Metrics of host sums: the ratios, with the number of pairs."""
+        """Metrics of host sums: the ratios, with the number of pairs; in evaluation also `ece`."""
         values = ratios(sums)
         values["pairs"] = values.pop("pairs_count")
-        return values
+        return values | (calibration_error(outcomes) if outcomes else {})
 
     def decode(self, outputs: np.ndarray, params: Params) -> dict[str, np.ndarray]:
         """Probabilities of the verdicts of single orders; `average_orders` joins two."""

@@ -21,7 +21,7 @@ from rmjax.data.tasks import Steps
 from rmjax.objectives.base import Batch, Objective, Params
 from rmjax.objectives.bradley_terry import reward_sums
 from rmjax.objectives.gather import at_ends
-from rmjax.objectives.metrics import with_reward_std
+from rmjax.objectives.metrics import calibration_error, with_reward_std
 from rmjax.objectives.sums import Sums, fraction, ratios
 
 
@@ -82,12 +82,24 @@ class ProcessReward(Objective):
             **reward_sums(jnp.exp(log_p[..., 1]), batch["end"]),
         }
 
+    def outcomes(self, outputs_BE2: jax.Array, batch: Batch, params: Params) -> dict[str, jax.Array]:
+        """`confidence` (p), `right` (whether the label is), `weight`, [B E], of judged steps."""
+        weight = jnp.where(batch["mask"][..., 0] > 0, at_ends(batch["weight"], batch["end_group"]), 0.0)
+        found = {
+            "confidence": jax.nn.softmax(outputs_BE2)[..., 1],
+            "right": (batch["value"][..., 0] >= 0.5).astype(jnp.float32),
+            "weight": weight,
+        }
+        return {name: jnp.where(weight > 0, x, jnp.nan).ravel() for name, x in found.items()}
+
     def summary(
         self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, float]:
-        """Metrics of host sums: the ratios, with p's standard deviation and the numbers of steps and responses."""
+        """Metrics of host sums: the ratios, with p's standard deviation and the numbers of steps and responses; in
+        evaluation also `ece`, of p itself."""
         values = with_reward_std(ratios(sums))
-        return values | {name: values.pop(f"{name}_count") for name in ("steps", "responses")}
+        values |= {name: values.pop(f"{name}_count") for name in ("steps", "responses")}
+        return values | (calibration_error(outcomes, least=0.0) if outcomes else {})
 
     def decode(self, outputs: np.ndarray, params: Params) -> dict[str, np.ndarray]:
         """`score`, the probability [n] that the step is right."""

@@ -93,15 +93,30 @@ class SFT(Objective):
         if not nll.shape == correct.shape == weight.shape == verdict.shape == start.shape:
             shapes = [x.shape for x in (nll, correct, weight, verdict, start)]
             raise ValueError(f"nll, correct, loss_weight, verdict and visible_from are {shapes}: not all [B, T]")
-        # By conversation, at the index where it starts: its verdict's weight, and how many of its tokens are wrong.
-        worth = jax.vmap(lambda v, at: jnp.zeros_like(v).at[at].max(v))(verdict, start)
-        wrong = jax.vmap(lambda v, at: jnp.zeros_like(v).at[at].add(v))((verdict > 0) * (1 - correct), start)
+        worth, wrong = _verdicts(verdict, correct, start)
         return {
             "loss": fraction((weight * nll).sum(), weight.sum()),
             "accuracy": fraction((weight * correct).sum(), weight.sum()),
             "verdict_accuracy": fraction((worth * (wrong == 0)).sum(), worth.sum()),
             "tokens_count": fraction((weight > 0).sum()),
         }
+
+    def outcomes(self, outputs: Mapping[str, jax.Array], batch: Batch, params: Params) -> dict[str, jax.Array]:
+        """Of each conversation, [B T], at the index where it starts: weighted sums over its learnt tokens.
+
+        `nll`, `correct` and `count`, and `verdict`: whether all its verdicts are the likeliest; NaN without one.
+        """
+        weight, start = batch["loss_weight"], batch["visible_from"]
+        total = jax.vmap(lambda x, at: jnp.zeros_like(x).at[at].add(x))
+        worth, wrong = _verdicts(batch["verdict"], outputs["correct"], start)
+        count = total(weight, start)
+        found = {
+            "nll": total(weight * outputs["nll"], start),
+            "correct": total(weight * outputs["correct"], start),
+            "count": count,
+            "verdict": jnp.where(worth > 0, (wrong == 0).astype(jnp.float32), jnp.nan),
+        }
+        return {name: jnp.where(count > 0, x, jnp.nan).ravel() for name, x in found.items()}
 
     def summary(
         self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None
@@ -112,3 +127,11 @@ class SFT(Objective):
         if "loss" in values:
             values["perplexity"] = math.exp(min(values["loss"], 700.0))  # no float holds more
         return values
+
+
+def _verdicts(verdict: jax.Array, correct: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each conversation, [B, T], at the index where it starts: its verdict's weight, and how many of its tokens are
+    wrong."""
+    worth = jax.vmap(lambda v, at: jnp.zeros_like(v).at[at].max(v))(verdict, start)
+    wrong = jax.vmap(lambda v, at: jnp.zeros_like(v).at[at].add(v))((verdict > 0) * (1 - correct), start)
+    return worth, wrong

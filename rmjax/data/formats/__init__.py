@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rmjax.data.formats.benchmarks import BENCHMARKS
 from rmjax.data.formats.cells import NUMBER, Format, Kind, Reading, Row, is_null, is_number, show, wrong
 from rmjax.data.formats.conversations import UNLABELLED
 from rmjax.data.formats.judged import JUDGED
@@ -30,7 +31,7 @@ __all__ = ["FORMATS", "LOOK", "Format", "Kind", "Layout", "detect", "lines"]
 
 LOOK = 1000  # rows that decide the format
 
-TABLES = (PAIRS, SCORED, JUDGED, LABEL_STUDIO, RANKED, STEPS, UNLABELLED, PUBLIC, STORED)
+TABLES = (PAIRS, SCORED, JUDGED, LABEL_STUDIO, RANKED, STEPS, UNLABELLED, PUBLIC, BENCHMARKS, STORED)
 FORMATS: dict[str, Format] = {form.name: form for table in TABLES for form in table}
 MISSHAPEN = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 # Columns of numbers that say where a row comes from, not how good it is.

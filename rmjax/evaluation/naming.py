@@ -1,0 +1,104 @@
+"""What the metrics of an evaluation are called in pages and cards, and how their numbers are written."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """How a metric is shown.
+
+    Attributes:
+        title: its name in words.
+        percent: whether it is a share.
+        meaning: one phrase.
+    """
+
+    title: str
+    percent: bool = False
+    meaning: str = ""
+
+
+METRICS = {
+    "accuracy": Metric("Accuracy", True, "share that is as labelled; equal rewards count half"),
+    "accuracy_averaged": Metric("Accuracy, both orders averaged", True),
+    "top1_accuracy": Metric("Best response found", True, "the highest reward is one of the best labelled"),
+    "longer_is_better": Metric("Longer is better", True, "accuracy of preferring the longer response: to be beaten"),
+    "coin": Metric("A coin", True),
+    "nll": Metric("Negative log-likelihood", False, "of the labels, in nats; 0.693 is that of a coin"),
+    "ece": Metric("Calibration error", True, "mean distance of stated probability from share that is right"),
+    "tie_rate": Metric("Ties", True, "pairs the model finds equal"),
+    "margin": Metric("Mean margin", False, "reward of the preferred response minus that of the other"),
+    "reward_length_correlation": Metric("Reward and length", False, "correlation; 0 is none"),
+    "reward_mean": Metric("Mean reward"),
+    "reward_std": Metric("Standard deviation of rewards"),
+    "consistency": Metric("Order consistency", True, "both orders of a pair give the same verdict"),
+    "conflict_rate": Metric("Conflicts", True, "cycles and contradictions among verdicts"),
+    "mse": Metric("Mean squared error"),
+    "mae": Metric("Mean absolute error"),
+    "pearson": Metric("Pearson correlation"),
+    "spearman": Metric("Rank correlation", False, "Spearman's"),
+    "kappa": Metric("Quadratic kappa", False, "agreement with the labels beyond chance"),
+    "accuracy_correct": Metric("Accuracy on right steps", True),
+    "accuracy_incorrect": Metric("Accuracy on wrong steps", True),
+    "first_error_accuracy": Metric("First error found", True, "the first wrong step is the one labelled so"),
+    "auc": Metric("Area under the ROC curve", False, "right against wrong steps; 0.5 is chance"),
+    "loss": Metric("Loss"),
+    "perplexity": Metric("Perplexity"),
+    "verdict_accuracy": Metric("Verdict accuracy", True, "written verdicts that are as labelled"),
+}
+OF_KIND = {  # for kinds where a metric says something else
+    "tokens": {
+        "accuracy": Metric("Token accuracy", True, "the likeliest next token is the one that was written"),
+        "loss": Metric("Loss", False, "nats a token"),
+    },
+    "steps": {"accuracy": Metric("Step accuracy", True, "steps that are judged as labelled")},
+}
+HEADLINES = {  # what is shown large, in this order, at most six of them
+    "preferences": (
+        *("accuracy", "longer_is_better", "consistency", "conflict_rate", "ece", "nll", "top1_accuracy", "margin"),
+        *("reward_length_correlation", "tie_rate"),
+    ),
+    "attributes": ("spearman", "pearson", "kappa", "mse", "mae", "reward_length_correlation"),
+    "steps": ("accuracy", "first_error_accuracy", "auc", "ece", "accuracy_incorrect", "nll"),
+    "tokens": ("verdict_accuracy", "loss", "perplexity", "accuracy"),
+}
+
+
+def metric(name: str, kind: str = "") -> Metric:
+    """How a metric is shown; "mse/style" is that of the attribute "style", and one of no known name is shown as it is.
+
+    Args:
+        name: of the metric.
+        kind: of what was measured, where that makes a difference.
+    """
+    base, _, part = name.partition("/")
+    found = OF_KIND.get(kind, {}).get(base) or METRICS.get(base) or Metric(base.replace("_", " "))
+    return dataclasses.replace(found, title=f"{found.title}, {part}") if part else found
+
+
+def number(value: Any, percent: bool = False) -> str:
+    """0.98617 is "0.986" or "98.6%"; what is not known is "–"."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if percent:
+        return f"{value:.1%}"
+    if abs(value) >= 1e4:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 1 or not value else f"{value:.3f}" if abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+def interval(estimate: Mapping[str, Any], percent: bool = False) -> str:
+    """The ends of a 95 % interval, "97.6% to 99.5%"; "" where they are not known, or the same, as of a coin."""
+    low, high = estimate.get("low"), estimate.get("high")
+    if low is None or high is None or low == high:
+        return ""
+    return f"{number(low, percent)} to {number(high, percent)}"
+
+
+def with_interval(estimate: Mapping[str, Any], percent: bool = False) -> str:
+    """Value and interval, "98.6% (97.6% to 99.5%)"."""
+    ends = interval(estimate, percent)
+    return number(estimate.get("value"), percent) + (f" ({ends})" if ends else "")
