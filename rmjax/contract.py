@@ -32,6 +32,7 @@ READ = {  # what replaying needs, beside the version
     **{"scored_token": str, "template_sha256": str, "template_kwargs": dict, "objective": dict},
     **{"objective_params": dict, "golden": list},
 }
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOLERANCE = 1e-4  # of golden scores, in float32
 
 
@@ -52,6 +53,7 @@ def make(
     data: str,
     max_length: int,
     over_long: str,
+    estimates: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The contract of a run, without golden rows.
 
@@ -66,6 +68,7 @@ def make(
         data: fingerprint of the training data.
         max_length: tokens of a conversation in training.
         over_long: what was done with longer ones.
+        estimates: metrics with 95 % intervals, {"validation/accuracy": {"value", "low", "high"}}.
     """
     tokenizer = chat.tokenizer
     return {
@@ -86,6 +89,7 @@ def make(
         "over_long": over_long,
         "data_fingerprint": data,
         "metrics": metrics,
+        "estimates": dict(estimates or {}),
         "golden": [],
     }
 
@@ -107,9 +111,11 @@ def golden_rows(chat: Chat, sequences: Sequence[tuple[Tokens, Sequence[int]]]) -
     return rows
 
 
-def write(directory: Path, terms: dict[str, Any]) -> None:
-    """Writes the contract into an export."""
-    (directory / FILE).write_text(json.dumps(terms, indent=2, ensure_ascii=False) + "\n")
+def write(directory: Path, terms: Mapping[str, Any]) -> None:
+    """Writes the contract into an export, whole."""
+    scratch = directory / f".{FILE}"
+    scratch.write_text(json.dumps(terms, indent=2, ensure_ascii=False) + "\n")
+    scratch.replace(directory / FILE)
 
 
 def read(directory: str | Path) -> dict[str, Any] | None:
@@ -186,11 +192,17 @@ def template_kwargs(terms: dict[str, Any], given: Mapping[str, Any] | None) -> d
     return agreed
 
 
-def check(terms: dict[str, Any], chat: Chat) -> None:
-    """Makes sure that this tokenizer renders and splits as the model was trained.
+def check(terms: dict[str, Any], chat: Chat, values: Mapping[str, Any]) -> None:
+    """Makes sure that this tokenizer renders and splits as the model was trained, and that padding is still told apart.
+
+    Args:
+        terms: the contract.
+        chat: tokenizer and template of the directory.
+        values: its config.json, by whose pad token transformers finds the scored token.
 
     Raises:
-        ValueError: another rule for the scored token, another template, or other tokens for a golden text.
+        ValueError: another rule for the scored token, another template, other special tokens, or other tokens for a
+            golden text.
     """
     problems = []
     if terms["scored_token"] not in RULES.values():
@@ -198,6 +210,14 @@ def check(terms: dict[str, Any], chat: Chat) -> None:
         problems.append(f"its scored token is {terms['scored_token']!r}, this version of rmjax scores {known}")
     if terms["template_sha256"] != template_hash(chat):
         problems.append("the tokenizer's chat template is not the one it was trained with")
+    for name in SPECIAL:
+        if terms.get(name) != (found := getattr(chat.tokenizer, name)):
+            problems.append(f"the tokenizer's {name} is {found}, it was {terms.get(name)} in training")
+    pad, found = terms.get("pad_token_id"), values.get("pad_token_id")
+    if pad != found:
+        problems.append(
+            f"config.json has pad_token_id {found}, it was {pad} in training: transformers scores the last other token"
+        )
     for number, row in enumerate(terms["golden"]):
         if row["text"] is not None and chat.encode([row["text"]])[0] != row["token_ids"]:
             problems.append(f"golden row {number} is split into other tokens than it was in training")

@@ -115,17 +115,18 @@ def mesh_axes(text: str) -> dict[str, int]:
     return axes if text else {}
 
 
-def load(path: str, args: argparse.Namespace) -> "RewardModel":
-    """A run's checkpoint, or an export or foreign model whose contract holds."""
+def load(path: str, args: argparse.Namespace) -> "tuple[RewardModel, int | None]":
+    """A run's checkpoint and its step, or an export or foreign model whose contract holds."""
     import jax
 
     from rmjax import runs, sharding
     from rmjax.reward_model import load_checked
 
     mesh = sharding.make_mesh(args.mesh, jax.devices()) if args.mesh else None
-    if (run := runs.find(path)) is not None:
-        return runs.load(run, mesh=mesh, dtype=args.dtype)
-    return load_checked(path, dtype=args.dtype, template_kwargs=args.template_kwargs, mesh=mesh)
+    if (place := runs.find(path)) is not None:
+        opened = runs.open_checkpoint(place, mesh)
+        return runs.reward_model(opened, args.dtype), opened.step
+    return load_checked(path, dtype=args.dtype, template_kwargs=args.template_kwargs, mesh=mesh), None
 
 
 def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -133,9 +134,10 @@ def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
     from rmjax import evaluating
     from rmjax.data import sources
 
-    model = load(path, args)
+    model, step = load(path, args)
     learnt = model.objective.task if model.objective else None
-    named = [(name, item) for name in ("train_data", "data") for item in sources.split_spec(getattr(args, name))]
+    asked = [name for name in ("train_data", "data") if getattr(args, name)]
+    named = [(name, item) for name in asked for item in sources.split_spec(getattr(args, name))]
     sets: dict[str, Any] = {}
     for name, item in named:
         format = args.format if name == "data" else "auto"
@@ -150,7 +152,7 @@ def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
     for test, source in args.tests:
         groups = evaluating.read_benchmark(test, source, model.chat, learnt)
         tests[test.name] = evaluating.run_benchmark(model, test, groups, progress=progress(test.name, len(groups)))
-    found = {"version": 1, "model": path, "step": None, "sets": sets, "benchmarks": tests}
+    found = {"version": 1, "model": path, "step": step, "sets": sets, "benchmarks": tests}
     return found | ({"gold": against_gold(model, args.gold, sets)} if args.gold else {})
 
 

@@ -1,8 +1,20 @@
-"""Writes a Hugging Face directory that transformers, vLLM and SGLang load, with its score contract."""
+"""Writes a Hugging Face directory that transformers, vLLM and SGLang load, with its score contract.
 
+    python -m rmjax.export --run=runs/tiny --output=exports/tiny
+    python -m rmjax.export --run=runs/tiny/checkpoints/120 --output=exports/tiny-120 --dtype=bfloat16 --max_shard_gb=2
+    python -m rmjax.export --run=runs/7b --output=exports/7b --unit_std --push_to=OWNER/NAME
+    python -m rmjax.export --verify exports/tiny
+
+A run is its directory (the best checkpoint, or --step), or one of its checkpoints. --verify replays the golden rows of
+an export's score contract: by our loader, by transformers (`pip install 'rmjax[verify]'`) and by vLLM where that is
+installed; all in float32, to 1e-4. The contract then says by what it was verified.
+"""
+
+import argparse
 import json
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +23,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from rmjax import contract, processes
+from rmjax import command_line, contract, processes
+from rmjax.command_line import Parser
 from rmjax.data.chat import PROBE, Chat, load_tokenizer
 from rmjax.data.groups import Groups
 from rmjax.models import hf
@@ -37,9 +50,11 @@ def write(
     chat: Chat,
     metrics: Mapping[str, float],
     data: str,
-    validation: Groups,
-    estimates=None,
-    card=None,
+    golden: Sequence[tuple[Any, Sequence[int]]],
+    estimates: Mapping[str, Any] | None = None,
+    card: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None,
+    unit_std: bool = False,
+    max_shard_bytes: float = 5e9,
 ) -> None:
     """Exports parameters with tokenizer and contract; the directory appears whole or not at all.
 
@@ -57,7 +72,14 @@ def write(
         chat: tokenizer and template.
         metrics: of the exported step, for the contract.
         data: fingerprint of the training data.
-        validation: groups to take golden rows from.
+        golden: token sequences and the places in them that are scored, for golden rows; see `golden_sequences`.
+        estimates: metrics with their intervals, for the contract.
+        card: makes README.md of the contract and of config.json.
+        unit_std: the head is divided by the rewards' standard deviation on the validation set.
+        max_shard_bytes: size of the largest weight file.
+
+    Raises:
+        ValueError: with `unit_std`, rewards that are not linear in the head, or whose deviation is not known.
     """
     dtype = config.export.dtype
     if dtype == "auto":
@@ -73,24 +95,27 @@ def write(
         data=data,
         max_length=chat.max_length,
         over_long=config.data.over_long,
+        estimates=estimates or {},
     )
+    if unit_std:
+        params, terms = scaled(params, terms)
 
     def complete(partial: Path) -> None:
-        golden = contract.golden_rows(chat, golden_sequences(validation))
+        rows = contract.golden_rows(chat, golden)
         if processes.is_first():
             chat.tokenizer.save_pretrained(partial)
-            contract.write(partial, {**terms, "golden": golden})  # so that loading replays the tokens
+            contract.write(partial, {**terms, "golden": rows})  # so that loading replays the tokens
         processes.barrier("tokenizer written")
         mesh = next((x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)), None)
         for array in arrays:
             array.delete()
-        outputs = RewardModel.load(partial, dtype="float32", mesh=mesh).replay(golden)
-        scored = [{**row, "outputs": values.tolist()} for row, values in zip(golden, outputs)]
+        outputs = RewardModel.load(partial, dtype="float32", mesh=mesh).replay(rows)
+        scored = [{**row, "outputs": values.tolist()} for row, values in zip(rows, outputs)]
         processes.barrier("golden rows replayed")  # nobody reads the contract that is replaced
         if processes.is_first():
-            contract.write(partial, {**terms, "golden": scored, "estimates": estimates or {}})
+            contract.write(partial, {**terms, "golden": scored})
             if card is not None:
-                (partial / "README.md").write_text(card(terms, json.loads((partial / "config.json").read_text())))
+                (partial / "README.md").write_text(card(terms, hf.read_config(partial)))
 
     arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
     params = {name: x for name, x in params.items() if name != "objective"}
@@ -106,7 +131,28 @@ def write(
         labels=objective.labels,
         problem_type=objective.problem_type,
         also=complete,
+        max_shard_bytes=max_shard_bytes,
     )
+
+
+def scaled(params: Mapping[str, Any], terms: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and contract of rewards that are divided by their standard deviation on the validation set.
+
+    The metrics stay those of the rewards before; the contract says by what they were divided ("reward_scale").
+
+    Raises:
+        ValueError: see `write`.
+    """
+    objective = terms["objective"]
+    if objective["name"] != "bradley_terry" or terms["objective_params"]:
+        raise ValueError(
+            "--unit_std is for rewards of `bradley_terry` without a learnt tie parameter; the outputs of this "
+            f"{objective['name']} model have a scale that decoding knows"
+        )
+    mean, std = contract.normalization(terms)
+    head = {**params["score"], "kernel": params["score"]["kernel"] / std}
+    told = {"reward_mean": mean / std, "reward_std": 1.0, "reward_scale": std}
+    return {**params, "score": head}, {**terms, **told}
 
 
 def check_tokenizer(chat: Chat, values: Mapping[str, Any]) -> None:
@@ -154,3 +200,44 @@ def golden_sequences(groups: Groups) -> list[tuple[np.ndarray, list[int]]]:
             ends = np.sort(tree.end[tree.end_slot == slot])
             sequences.append((tree.tokens[tree.path(int(ends[-1]))], tree.positions[ends].tolist()))
     return sequences[:GOLDEN]
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------
+
+
+def parser() -> Parser:
+    """The command's arguments."""
+    raw = argparse.RawDescriptionHelpFormatter
+    made = Parser(prog="python -m rmjax.export", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = made.add_argument
+    add("--run", default="", metavar="DIR", help="a run, or one of its checkpoints")
+    add("--step", default="", metavar="STEP", help="of a run: best (default), last, or a number")
+    add("--output", default="", metavar="DIR", help="where the export goes; an older export there is replaced")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the weights")
+    add("--max_shard_gb", type=float, default=5.0, metavar="GB", help="largest weight file; default 5")
+    add("--unit_std", action="store_true", help="divides the head by the rewards' deviation on the validation set")
+    add("--push_to", default="", metavar="OWNER/NAME", help="uploads the export to the Hugging Face Hub")
+    add("--private", action="store_true", help="with --push_to: a new repository is private")
+    add("--verify", default="", metavar="DIR", help="replays the score contract of an export instead")
+    add("--debug", action="store_true", help="shows the traceback of an error, too")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; see command_line.py for what becomes of errors."""
+    argv = sys.argv[1:] if argv is None else argv
+    with command_line.outcome(debug="--debug" in argv, stopped="stopped; nothing was written"):
+        args = parser().parse_args(argv)
+        from rmjax import exporting, startup, verify
+
+        startup.keep_programs()
+        if args.verify:
+            print("\n".join(verify.verify(Path(args.verify))))
+        else:
+            print("\n".join(exporting.export_and_push(exporting.checked(args))))
+
+
+if __name__ == "__main__":
+    main()

@@ -114,9 +114,10 @@ def write(
         save(workdir / "quality.json", verdict)
         save(workdir / "environment.json", environment(mesh))
     told = {"evaluation": evaluation, "quality": verdict, "parameters": sum(x.size for x in jax.tree.leaves(params))}
-    base = str(config.model.init_from)
-    told["base_model"] = base if hf.is_hub_id(base) and not Path(base).is_dir() else ""
-    name = f"{Path(base).name or model.values['model_type']}-{config.objective.name}".replace("_", "-")
+    told["base_model"] = base_model(config)
+    name = f"{Path(config.model.init_from).name or model.values['model_type']}-{config.objective.name}".replace(
+        "_", "-"
+    )
     describe = lambda terms, values: card.text(name, config=public(config), contract=terms, model=values, **told)
     export.write(
         workdir / "export",
@@ -128,7 +129,7 @@ def write(
         chat=model.chat,
         metrics=metrics,
         data=data,
-        validation=sets["validation"],
+        golden=export.golden_sequences(sets["validation"]),
         estimates=estimates(evaluation),
         card=describe,
     )
@@ -141,6 +142,12 @@ def estimates(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics with intervals, by "validation/accuracy", as the contract keeps them."""
     parts = {**evaluation["sets"], **evaluation["benchmarks"]}
     return {f"{name}/{metric}": x for name, part in parts.items() for metric, x in part["metrics"].items()}
+
+
+def base_model(config: ConfigDict) -> str:
+    """The hub id that the run started from; "" where it was a directory, or from scratch."""
+    base = str(config.model.init_from)
+    return base if hf.is_hub_id(base) and not Path(base).is_dir() else ""
 
 
 def public(config: ConfigDict) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class RewardModel:
             template_kwargs = contract.template_kwargs(kind.contract, template_kwargs)
         chat = Chat(load_tokenizer(directory), template_kwargs=template_kwargs)
         if kind.contract:
-            contract.check(kind.contract, chat)
+            contract.check(kind.contract, chat, values)
         mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
         dtype = heads.compute_dtype(dtype)
         _, shapes = heads.abstract(config, len(kind.labels), dtype, dtype, architecture=kind.architecture)

@@ -239,8 +239,8 @@ BENCHMARKS = {  # in the layouts in which they are published
         "id": 7,
     },
     "reward_bench_2": {
-        **{"id": "tied:3", "prompt": "A colour?", "chosen": ["red", "blue"], "rejected": ["dog", "red"]},
-        **{"num_correct": 2, "num_rejected": 2, "total_completions": 4, "subset": "Ties"},
+        **{"id": "tied:3", "prompt": "A colour?", "chosen": ["red", "blue"], "rejected": ["dog", "cat"]},
+        **{"num_correct": 2, "num_incorrect": 2, "total_completions": 4, "subset": "Ties"},
     },
     "rm_bench": {
         **{"id": "9", "prompt": "Why?", "chosen": ["a", "a b", "# a"], "rejected": ["b", "b c", "# b"]},
@@ -261,7 +261,7 @@ BENCHMARKS = {  # in the layouts in which they are published
         "conversation_input": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
         + [{"role": "user", "content": "Why?"}],
         "bon_best": {"llm_name": "m", "answer": "a"},
-        "loser_list": [{"llm_name": "n", "answer": "b"}, {"llm_name": "o", "answer": ""}],
+        "loser_list": [{"llm_name": "n", "answer": "b"}, {"llm_name": "o", "answer": "c"}],
         "bon_uid": 26,
         "category_path": "BoN_set/Harmlessness/S1",
     },

@@ -94,7 +94,7 @@ def main(model: str, tokenizer: str, directory: str) -> None:
             chat=chat,
             metrics={},
             data="0",
-            validation=validation,
+            golden=export.golden_sequences(validation),
         )
         phase("end")
     print(json.dumps(peaks.of), file=sys.stderr)

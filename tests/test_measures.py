@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, scipy, the objectives' own sums and cases worked by hand; what must change nothing."""
+"""Metrics of preferences against scikit-learn, scipy, the objectives' own sums and cases worked by hand."""
 
 import dataclasses
 import itertools
@@ -6,83 +6,18 @@ import json
 import math
 import time
 
-import jax
 import numpy as np
 import pytest
 import scipy.stats
 import sklearn.calibration
 import sklearn.metrics
-from made_up_evaluations import benchmark
+from made_up_answers import group, judged, outcomes_of, pairs, rankings, sums_of, value
 
 from rmjax.data import records
-from rmjax.evaluation import best_of_n, measures, naming, stacks, tables
+from rmjax.evaluation import best_of_n, measures, stacks, tables
 from rmjax.evaluation.estimates import Estimates
-from rmjax.evaluation.scored import Scored
-from rmjax.objectives import metrics as objective_metrics
-from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.bradley_terry import BradleyTerry
 from rmjax.objectives.pairwise import Pairwise
-from rmjax.objectives.pointwise import Pointwise
-from rmjax.objectives.prm import ProcessReward
-
-
-def group(wins, scores=None, orders=None, ties=None, margin=None, tokens=None, **rest):
-    k = len(wins)
-    of = lambda x: np.zeros((k, k), np.float32) if x is None else np.array(x, np.float32)
-    said = {"scores": None if scores is None else np.array(scores, float), "orders": orders}
-    tokens = np.arange(k) + 10 if tokens is None else np.array(tokens)
-    rest = {"id": "x:0", "prompt": 0, "source": "x"} | rest
-    return Scored(wins=of(wins), ties=of(ties), margin=of(margin), tokens=tokens, **said, **rest)
-
-
-def pairs(n=400, seed=0, noise=1.0, per_prompt=1, **rest):
-    """Pairs whose labels come from a logistic model of the scores; response 0 or 1 is preferred."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for i in range(n):
-        scores = rng.normal(size=2) * 2
-        first = rng.random() < 1 / (1 + np.exp(-noise * (scores[0] - scores[1])))
-        wins = [[0, float(first)], [float(not first), 0]]
-        margin = rng.choice([0.5, 1, 2, 3])
-        made.append(
-            group(
-                wins, scores, margin=np.array(wins) * margin, tokens=rng.integers(5, 60, 2), id=f"x:{i}",
-                prompt=i // per_prompt, source=f"s{i % 3}", **rest,
-            )
-        )  # fmt: skip
-    return made
-
-
-def rankings(n=60, k=5, seed=0):
-    """Groups with soft labels, ties and pairs that were not compared."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for i in range(n):
-        wins, ties, upper = np.zeros((k, k)), np.zeros((k, k)), np.triu(rng.random((k, k)), 1)
-        for a, b in zip(*np.nonzero(upper > 0.3)):
-            said = rng.choice([0, 1, 0.2, 0.9, -1])
-            wins[a, b], wins[b, a] = (said, 1 - said) if said >= 0 else (0, 0)
-            ties[a, b] = ties[b, a] = said < 0
-        scores = rng.integers(0, 6, k) * 0.5
-        made.append(group(wins, scores, ties=ties, prompt=i, id=f"r:{i}", weight=float(rng.choice([0.5, 1, 2]))))
-    return made
-
-
-def judged(n=50, k=3, classes=3, seed=0, hidden=0.1):
-    """Groups of a judge, some pairs not asked."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for i in range(n):
-        orders = rng.dirichlet(np.ones(classes), (k, k))
-        asked = np.triu(rng.random((k, k)) > hidden, 1)
-        orders[~(asked | asked.T)] = np.nan
-        gold = rng.permutation(k).astype(float)
-        made.append(group(gold[:, None] > gold, orders=orders, prompt=i, id=f"j:{i}"))
-    return made
-
-
-def value(measured, name):
-    return measured["metrics"][name]["value"]
 
 
 def flat(groups):
@@ -200,15 +135,6 @@ def batch_of(groups):
     at = np.arange(g * k)[None]
     labels = {name: stack(name) for name in ("wins", "ties", "margin")}
     return {**labels, "weight": stack("weight"), "end": at, "end_group": at // k, "end_slot": at % k}
-
-
-def sums_of(objective, outputs, batch):
-    return sums_lib.to_host(jax.jit(lambda outputs, batch: objective.sums(outputs, batch, {}))(outputs, batch))
-
-
-def outcomes_of(objective, outputs, batch):
-    found = jax.jit(lambda outputs, batch: objective.outcomes(outputs, batch, {}))(outputs, batch)
-    return {name: np.asarray(x) for name, x in found.items()}
 
 
 def test_metrics_are_those_of_the_objective():
@@ -500,200 +426,6 @@ def test_the_first_of_two_labelled_responses_is_no_best_of_several():
     wins = np.triu(np.ones((3, 3)), 1)
     shared = group(wins, [2, 2, 1], prompt=1)  # two are first, one of them is the best
     assert value(measures.preferences([only_two, shared]), "top1_accuracy") == 0.5
-
-
-# Attributes
-
-
-def rated(n=300, seed=0):
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 5, (n, 2)).astype(float)
-    scores = labels + rng.normal(0, 0.9, (n, 2))
-    labels[rng.random((n, 2)) < 0.2] = np.nan
-    prompt, tokens = np.arange(n) // 2, rng.integers(5, 50, n)
-    given = {"prompt": prompt, "ids": [f"x:{i // 2}" for i in range(n)], "tokens": tokens, "rewards": scores.mean(1)}
-    return scores, labels, given | {"names": ("a", "b"), "limits": ((0, 4), (0, 4))}
-
-
-def test_attributes_against_scikit_learn_scipy_and_the_objective():
-    scores, labels, given = rated()
-    found = measures.attributes(scores, labels, **given)
-    for i, name in enumerate("ab"):
-        here = ~np.isnan(labels[:, i])
-        x, y = scores[here, i], labels[here, i]
-        rating = np.clip(np.floor(x + 0.5), 0, 4).astype(int)
-        expected = {
-            "mse": sklearn.metrics.mean_squared_error(y, x),
-            "mae": sklearn.metrics.mean_absolute_error(y, x),
-            "pearson": scipy.stats.pearsonr(x, y).statistic,
-            "spearman": scipy.stats.spearmanr(x, y).statistic,
-            "kappa": sklearn.metrics.cohen_kappa_score(y.astype(int), rating, weights="quadratic"),
-        }
-        for metric, want in expected.items():
-            estimate = found["metrics"][f"{metric}/{name}"]
-            assert estimate["value"] == pytest.approx(want), metric
-            assert estimate["low"] < want < estimate["high"]
-    theirs = Pointwise(attributes=("a", "b"), scales=(0.0, 4.0)).agreement(scores, labels)
-    for metric in ("pearson", "spearman", "kappa"):
-        assert value(found, metric) == pytest.approx(theirs[metric])
-    both = [value(found, f"mse/{name}") for name in "ab"]
-    assert value(found, "mse") == pytest.approx(np.mean(both)) and (found["groups"], found["prompts"]) == (150, 150)
-
-
-def test_attributes_as_plots_and_errors_show_them():
-    scores, labels, given = rated()
-    found = measures.attributes(scores, labels, **given)
-    one, here = found["attributes"]["a"], ~np.isnan(labels[:, 0])
-    assert one["labels"]["edges"] == one["scores"]["edges"] and one["labels"]["edges"][1] % 1 == 0.5
-    assert sum(one["labels"]["counts"]) == sum(one["scores"]["counts"]) == here.sum() == sum(one["curve"]["counts"])
-    assert one["curve"]["label"] == [0, 1, 2, 3, 4]
-    third = scores[here, 0][labels[here, 0] == 3]
-    assert one["curve"]["mean"][3] == pytest.approx(third.mean()) and one["curve"]["sd"][3] == pytest.approx(
-        third.std()
-    )
-    errors = [abs(x["score"] - x["label"]) for x in found["worst"]]
-    assert errors == sorted(errors, reverse=True) and len(errors) == 20
-    assert errors[0] == pytest.approx(np.nanmax(np.abs(scores - labels)))
-
-
-def test_labels_that_are_no_ratings_and_attributes_without_labels():
-    rng = np.random.default_rng(0)
-    labels = np.stack([rng.normal(size=90), np.full(90, np.nan)], 1)
-    made = measures.attributes(
-        labels + 0.1, labels, np.arange(90), ["x"] * 90, np.arange(90), np.zeros(90), ("a", "b")
-    )  # fmt: skip
-    assert len(made["attributes"]["a"]["curve"]["label"]) == 10 and made["attributes"]["b"]["curve"]["label"] == []
-    assert value(made, "pearson") == pytest.approx(1) == value(made, "pearson/a")
-    assert made["metrics"]["pearson/b"] == {"value": None, "low": None, "high": None}
-    assert {x["attribute"] for x in made["worst"]} == {"a"}
-    json.dumps(made, allow_nan=False)
-    with pytest.raises(ValueError, match="expected \\[n, 2\\]"):
-        measures.attributes(labels[:5], labels, np.arange(90), ["x"] * 90, np.arange(90), np.zeros(90), ("a", "b"))
-
-
-# Steps and tokens
-
-
-def stepped(n=80, seed=0):
-    rng = np.random.default_rng(seed)
-    response = np.repeat(np.arange(n), rng.integers(1, 6, n))
-    label = rng.choice([0.0, 0.3, 0.7, 1.0], len(response))
-    p = 1 / (1 + np.exp(-(3 * label - 1.5 + rng.normal(0, 1, len(label)))))
-    return np.round(p, 2), label, response, response // 2
-
-
-def test_steps_against_scikit_learn_and_the_objective():
-    p, label, response, prompt = stepped()
-    found, right = measures.steps(p, label, response, prompt), label >= 0.5
-    assert value(found, "auc") == pytest.approx(sklearn.metrics.roc_auc_score(right, p))
-    assert value(found, "accuracy") == sklearn.metrics.accuracy_score(right, p >= 0.5)
-    assert value(found, "accuracy_correct") == pytest.approx(sklearn.metrics.recall_score(right, p >= 0.5))
-    assert value(found, "accuracy_incorrect") == pytest.approx(sklearn.metrics.recall_score(~right, p < 0.5))
-    sure = np.clip(p, 1e-7, 1 - 1e-7)
-    outputs = np.stack([np.log1p(-sure), np.log(sure)], -1)[None].astype(np.float32)
-    e = len(p)
-    batch = {
-        **{"end": np.arange(e)[None], "end_group": response[None], "end_slot": np.zeros((1, e), int)},
-        **{"value": label[None, :, None], "mask": np.ones((1, e, 1)), "weight": np.ones((1, response.max() + 1))},
-    }
-    objective = ProcessReward()
-    said = outcomes_of(objective, outputs, batch)
-    expected = objective.summary(sums_of(objective, outputs, batch), said)
-    assert value(found, "first_error_accuracy") == pytest.approx(expected["first_error_accuracy"])
-    assert value(found, "nll") == pytest.approx(expected["loss"], rel=1e-5)
-    bins = objective_metrics.calibration_error(
-        {"confidence": p, "right": right.astype(float), "weight": np.ones(e)}, least=0.0
-    )
-    assert value(found, "ece") == pytest.approx(bins["ece"])
-    assert found["groups"] == expected["responses"] == 80 and found["prompts"] == 40
-    assert sum(found["scores"]["correct"]["counts"]) == right.sum() and sum(found["reliability"]["counts"]) == e
-
-
-def test_first_errors_by_hand_in_any_order_of_responses():
-    said = {7: ([1, 0, 1], [1, 0, 0]), 2: ([1, 1], [1, 1]), 5: ([0], [1])}  # predicted, labelled
-    response = np.concatenate([[r] * len(x) for r, (x, _) in said.items()])
-    p, label = (np.concatenate([x[i] for x in said.values()]).astype(float) for i in (0, 1))
-    found = measures.steps(0.1 + 0.8 * p, label, response, response)
-    assert value(found, "first_error_accuracy") == pytest.approx(2 / 3)
-
-
-def test_steps_of_one_kind_have_no_auc():
-    found = measures.steps(np.array([0.9, 0.4]), np.ones(2), np.arange(2), np.arange(2))
-    assert found["metrics"]["auc"]["value"] is None and found["metrics"]["accuracy_incorrect"]["value"] is None
-    assert sum(found["scores"]["incorrect"]["counts"]) == 0
-    with pytest.raises(ValueError, match="at least one step"):
-        measures.steps(*[np.zeros(0)] * 4)
-
-
-def test_tokens_by_hand():
-    found = measures.tokens(
-        np.array([2.0, 6.0, 1.0]), np.array([4.0, 4.0, 2.0]), np.array([3.0, 1.0, 2.0]),
-        np.array([1.0, 0.0, np.nan]), np.arange(3),
-    )  # fmt: skip
-    assert value(found, "loss") == 0.9 and value(found, "perplexity") == pytest.approx(math.exp(0.9))
-    assert value(found, "accuracy") == 0.6 and value(found, "verdict_accuracy") == 0.5 and found["groups"] == 3
-    assert sum(found["losses"]["counts"]) == 3 and found["losses"]["edges"][-1] == 1.5
-    without = measures.tokens(np.ones(2), np.ones(2), np.ones(2), np.full(2, np.nan), np.arange(2))
-    assert "verdict_accuracy" not in without["metrics"]
-    with pytest.raises(ValueError, match="some count above 0"):
-        measures.tokens(*[np.zeros(2)] * 5)
-
-
-# Tables
-
-
-@pytest.fixture(scope="module")
-def every_kind():
-    scores, labels, given = rated(60)
-    return {
-        "pairs": measures.preferences(pairs(120)),
-        "rankings": measures.preferences(rankings()),
-        "judge": measures.preferences(judged(30)),
-        "ratings": measures.attributes(scores, labels, **given),
-        "steps": measures.steps(*stepped(30)),
-        "text": measures.tokens(np.ones(4), np.full(4, 2.0), np.ones(4), np.ones(4), np.arange(4)),
-    }
-
-
-def test_every_kind_is_json_and_has_names_for_its_headlines(every_kind):
-    for measured in every_kind.values():
-        assert json.loads(json.dumps(measured, allow_nan=False)) == measured
-        assert all({"value", "low", "high"} == x.keys() for x in measured["metrics"].values())
-        assert any(name in measured["metrics"] for name in naming.HEADLINES[measured["kind"]])
-
-
-def test_a_block_is_aligned_and_has_every_metric(every_kind):
-    for measured in every_kind.values():
-        shown = tables.lines(measured)
-        known = {name: x for name, x in measured["metrics"].items() if x["value"] is not None}
-        rows = {row[2:].split("  ")[0]: row for row in shown if row.startswith("  ")}
-        for name in known:
-            metric = naming.metric(name, measured["kind"])
-            assert naming.number(known[name]["value"], metric.percent) in rows[metric.title]
-        assert max(map(len, shown)) <= 110
-    text = "\n".join(tables.lines(every_kind["rankings"]))
-    assert "n = 4" in text and "accuracy by length difference" in text
-
-
-def test_a_benchmark_is_shown_with_subsets_and_what_is_missing():
-    shown = tables.lines(benchmark())
-    assert any(row.split() == ["overall", "78.0%", "76.0%", "to", "80.0%"] for row in shown)
-    assert any(row.startswith("  xstest-should-refuse") and row.endswith("96 groups") for row in shown)
-    assert shown[-2:] == ["The data lacks refusals-dangerous.", "Sections weigh equally."]
-
-
-def test_models_stand_side_by_side_with_the_best_of_each_row_marked():
-    good, bad = measures.preferences(pairs(200, noise=3)), measures.preferences(pairs(200, noise=0.3))
-    shown = tables.side_by_side(
-        {"one": {"held_out": bad, "rm_bench": benchmark()}, "a/longer-name": {"held_out": good}}
-    )  # fmt: skip
-    row = next(row for row in shown if row.startswith("  Accuracy"))
-    assert "*" not in row[: row.index("%") + 10] and row.endswith("*") and "±" in row
-    likelihood = next(row for row in shown if "log-likelihood" in row)
-    assert likelihood.endswith("*")  # the lower one
-    assert not any("*" in row for row in shown if row.startswith(("  A coin", "  Longer is better", "  overall")))
-    assert next(row for row in shown if row.startswith("  overall")).endswith("–")
-    assert shown[0].split() == ["one", "a/longer-name"] and len({len(row) for row in shown if "±" in row[:-30]}) <= 2
 
 
 # Scale

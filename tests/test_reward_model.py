@@ -269,8 +269,8 @@ def write_export(directory, source, dtype="auto"):
         chat=source.chat,
         metrics={"validation/reward_mean": 0.5, "validation/reward_std": 2.0},
         data="0",
-        validation=SimpleNamespace(
-            lengths=np.array(list(map(len, trees))), group=lambda i: SimpleNamespace(tree=trees[i])
+        golden=export.golden_sequences(
+            SimpleNamespace(lengths=np.array(list(map(len, trees))), group=lambda i: SimpleNamespace(tree=trees[i]))
         ),
     )
     return directory

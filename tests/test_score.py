@@ -17,6 +17,7 @@ from absl.testing import flagsaver
 
 from rmjax import command_line, contract, score
 from rmjax.reward_model import RewardModel
+from rmjax.scoring import job
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,21 +103,21 @@ def test_the_command_scores_a_file(model_dir, loaded, source):
 @pytest.mark.parametrize("kinds", ["jsonl parquet", "parquet parquet", "parquet jsonl", "jsonl jsonl"])
 def test_rows_and_their_order_are_kept(kinds, chunk, model_dir, loaded, fast, tmp_path, monkeypatch):
     """With chunks of 3 the first has only nulls in `note`, which the fifth row fills."""
-    monkeypatch.setattr(score, "CHUNK", chunk)
+    monkeypatch.setattr(job, "CHUNK", chunk)
     there, here = kinds.split()
     source, output = tmp_path / f"in.{there}", tmp_path / "new" / f"out.{here}"
     if there == "parquet":
         pq.write_table(pa.Table.from_pylist(ROWS), source)
     else:
         write_jsonl(source, ROWS)
-    assert score.run(str(model_dir), str(source), output) == len(ROWS)
+    assert score.run(str(model_dir), str(source), output) == (len(ROWS), {"rows": len(ROWS)})
     found = pq.read_table(output).to_pylist() if here == "parquet" else read_jsonl(output)
     same_rows(found, expected(loaded, ROWS))
     assert os.listdir(output.parent) == [output.name]
 
 
 def test_parquet_holds_what_later_rows_bring(model_dir, loaded, fast, tmp_path, monkeypatch):
-    monkeypatch.setattr(score, "CHUNK", 2)
+    monkeypatch.setattr(job, "CHUNK", 2)
     rows = [
         row(0),
         row(1, value=1, more={"a": 1}),
@@ -156,12 +157,12 @@ def test_values_that_json_lacks_become_text(model_dir, fast, tmp_path):
 
 
 def test_one_chunk_is_in_memory(model_dir, loaded, fast, tmp_path, monkeypatch):
-    monkeypatch.setattr(score, "CHUNK", 8)
+    monkeypatch.setattr(job, "CHUNK", 8)
     sizes = []
     scored = lambda conversations: sizes.append(len(conversations)) or {"score": np.zeros(len(conversations))}
     monkeypatch.setattr(loaded, "values", scored)
     source = write_jsonl(tmp_path / "in.jsonl", [row(i) for i in range(50)])
-    assert score.run(str(model_dir), str(source), tmp_path / "out.parquet") == 50
+    assert score.run(str(model_dir), str(source), tmp_path / "out.parquet") == (50, {"rows": 50})
     assert sizes == [8] * 6 + [2]
     assert pq.read_table(tmp_path / "out.parquet")["id"].to_pylist() == list(range(50))
 
@@ -195,7 +196,7 @@ def test_a_bad_row_is_named_before_the_model_is_loaded(name, tmp_path, monkeypat
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_a_row_that_the_template_refuses_leaves_nothing(ending, model_dir, loaded, fast, tmp_path, monkeypatch):
-    monkeypatch.setattr(score, "CHUNK", 4)
+    monkeypatch.setattr(job, "CHUNK", 4)
     template = "{% if 'question 6' in messages[0].content %}{{ raise_exception('no sixes') }}{% endif %}"
     monkeypatch.setattr(loaded.chat.tokenizer, "chat_template", template + loaded.chat.tokenizer.chat_template)
     source = write_jsonl(tmp_path / "in.jsonl", ROWS)
@@ -260,7 +261,7 @@ def test_a_contract_is_replayed_first(model_dir, loaded, source):
     output = source.with_name("out.jsonl")
     try:
         contract.write(model_dir, {**terms, "golden": [{**golden[0], "outputs": wanted.tolist()}]})
-        assert score.run(str(model_dir), str(source), output) == len(ROWS)
+        assert score.run(str(model_dir), str(source), output) == (len(ROWS), {"rows": len(ROWS)})
         output.unlink()
         contract.write(model_dir, {**terms, "golden": [{**golden[0], "outputs": (wanted + 2e-4).tolist()}]})
         with pytest.raises(ValueError, match="golden row 0 scores"):

@@ -2,13 +2,14 @@
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rmjax.evaluation.bootstrap import estimate
-from rmjax.evaluation.rules import JUDGE_BENCH, REWARD_BENCH, REWARD_BENCH_2, RM_BENCH, RMB, RULES, Rule
+from rmjax.evaluation.rules import REWARD_BENCH, RMB, RULES, Outcome, Rule
 from rmjax.evaluation.scored import Scored
 
 
@@ -21,7 +22,8 @@ class Benchmark:
         source: where its data is, as sources.open_source takes it; "" has to be named.
         format: how its rows are read, a name in formats.FORMATS.
         rule: its official rule; None is that of its labels' metrics.
-        subsets: those that its official number is made of; a subset may have parts, "Helpfulness/Chat".
+        subsets: those that its official number is made of, with the rows of each in the public set; None where that is
+            not known.
         paper: where it is described.
         what: it in a few words, and its official number.
         pairwise: whether a judge of two responses can run it.
@@ -31,20 +33,20 @@ class Benchmark:
     source: str
     format: str
     rule: Rule | None
-    subsets: tuple[str, ...]
+    subsets: Mapping[str, int | None]
     paper: str
     what: tuple[str, str]
     pairwise: bool = True
 
 
-_SUBSETS = tuple(name for section in REWARD_BENCH.values() for name in section)
+_REWARD_BENCH = {name: n for section in REWARD_BENCH.values() for name, n in section.items()} | {"math-prm": 447}
 _TABLE = (
     Benchmark(
         "reward_bench",
         "hf://datasets/allenai/reward-bench/data/filtered-*.parquet",
         "reward_bench",
         RULES["reward_bench"],
-        _SUBSETS,
+        _REWARD_BENCH,
         "arXiv:2403.13787",
         ("2,985 pairs in 23 subsets", "mean of Chat, Chat Hard, Safety and Reasoning; equal scores are wrong"),
     ),
@@ -53,7 +55,7 @@ _TABLE = (
         "hf://datasets/allenai/reward-bench-2/data/test-*.parquet",
         "reward_bench_2",
         RULES["reward_bench_2"],
-        REWARD_BENCH_2,
+        {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Focus": 495, "Ties": 102},
         "arXiv:2506.01937",
         ("best of four, and Ties", "mean of six subsets; equal highest scores share"),
         pairwise=False,
@@ -63,16 +65,16 @@ _TABLE = (
         "hf://datasets/THU-KEG/RM-Bench/total_dataset.json",
         "rm_bench",
         RULES["rm_bench"],
-        RM_BENCH,
+        {"chat": 129, "code": 228, "math": 529, "safety-refuse": 284, "safety-response": 157},
         "arXiv:2410.16184",
         ("3 x 3 styles: easy, normal, hard", "mean of chat, code, math and safety over the three levels"),
     ),
     Benchmark(
         "judge_bench",
-        "hf://datasets/ScalerLab/JudgeBench/data/gpt-*.parquet",
+        "hf://datasets/ScalerLab/JudgeBench/data/gpt-*.jsonl",
         "judge_bench",
         RULES["judge_bench"],
-        tuple(JUDGE_BENCH.values()),
+        {"knowledge": 154, "reasoning": 98, "math": 56, "coding": 42},
         "arXiv:2410.12784",
         ("350 pairs of hard questions", "share of pairs in which both orders together name the better one"),
     ),
@@ -81,16 +83,16 @@ _TABLE = (
         "",
         "rmb_pairwise",
         RULES["rmb_pairwise"],
-        RMB,
+        dict.fromkeys(RMB),
         "arXiv:2410.09893",
-        ("RMB's pairs", "mean of Helpfulness and Harmlessness"),
+        ("RMB's pairs, 49 scenarios", "mean of Helpfulness and Harmlessness"),
     ),
     Benchmark(
         "rmb_best_of_n",
         "",
         "rmb_best_of_n",
         RULES["rmb_best_of_n"],
-        RMB,
+        dict.fromkeys(RMB),
         "arXiv:2410.09893",
         ("RMB's best of N", "the same; right where the best is above every other one"),
     ),
@@ -99,7 +101,7 @@ _TABLE = (
         "hf://datasets/nvidia/HelpSteer2/validation.jsonl.gz",
         "scored_text",
         None,
-        (),
+        {},
         "arXiv:2406.08673",
         ("1,038 responses with five ratings", "errors, correlations and kappa of each attribute (`pointwise` models)"),
         pairwise=False,
@@ -111,69 +113,97 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in _TABLE}
 def parse(text: str) -> list[tuple[Benchmark, str]]:
     """Benchmarks with their sources, of "reward_bench,rm_bench=FILE".
 
+    A source may have commas, as JudgeBench's own files do: what follows one and is a path belongs to it.
+
     Raises:
         ValueError: a name that is not in the table, twice the same, or no source.
     """
-    found: dict[str, tuple[Benchmark, str]] = {}
+    found: dict[str, str] = {}
+    last = ""
     for item in filter(None, map(str.strip, text.split(","))):
         name, _, source = item.partition("=")
+        if name not in BENCHMARKS and found.get(last) and any(mark in item for mark in "./*"):
+            found[last] += f",{item}"
+            continue
         if name not in BENCHMARKS:
             near = difflib.get_close_matches(name, BENCHMARKS, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"there is no benchmark {name!r}, only {', '.join(BENCHMARKS)}{hint}")
         if name in found:
             raise ValueError(f"the benchmark {name} is named twice")
-        benchmark = BENCHMARKS[name]
-        if not (source or benchmark.source):
+        found[name], last = source, name
+    for name, source in found.items():
+        if not (source or BENCHMARKS[name].source):
             raise ValueError(f"{name} has no usual place on the hub; give {name}=SOURCE, a directory or a glob")
-        found[name] = (benchmark, source or benchmark.source)
-    return list(found.values())
+    return [(BENCHMARKS[name], source or BENCHMARKS[name].source) for name, source in found.items()]
 
 
 def score(benchmark: Benchmark, groups: Sequence[Scored]) -> dict[str, Any]:
     """The official numbers of a benchmark, with 95 % intervals by the bootstrap over the prompts of each subset.
 
     Returns:
-        "groups"; "metrics": the official numbers by name, "overall" among them, each with "value", "low" and "high";
-        without those that need a subset that is not there. "subsets": the mean of each measure of the rule, with its
-        "count". "missing": the subsets that are not there. "notes": what to know of it.
+        "groups"; "metrics": the official numbers by name, "overall" among them, each with "value", "low" and "high",
+        without those that need a subset that is not there; "subsets": what each subset scores, with its "count";
+        "missing": the subsets that are not there; "notes": what to know of it.
 
     Raises:
         ValueError: groups that the rule cannot score, or none.
     """
-    if benchmark.rule is None:
+    rule = benchmark.rule
+    if rule is None:
         raise ValueError(f"{benchmark.name} has no rule; its numbers are those of its attributes")
-    outcomes = list(benchmark.rule.outcomes(groups))
-    if not outcomes:
+    if not groups:
         raise ValueError(f"{benchmark.name}: its data has no group that can be scored")
-    names = list(dict.fromkeys(name for name, _, _ in outcomes))
-    at = np.array([names.index(name) for name, _, _ in outcomes])
-    prompt = np.array([p for _, p, _ in outcomes], np.uint64)
-    rows, m = np.arange(len(outcomes)), len(names)
-    sums = np.zeros((len(outcomes), 2 * m))
-    sums[rows, at], sums[rows, m + at] = [value for *_, value in outcomes], 1
-    official: list[str] = []
-
-    def statistics(totals: np.ndarray) -> np.ndarray:
-        means = {name: totals[..., k] / totals[..., m + k] for k, name in enumerate(names)}
-        combined = benchmark.rule.combine(means)  # type: ignore[union-attr]
-        official[:] = combined
-        parts = [*means.values(), *combined.values()]
-        return np.stack([np.broadcast_to(x, totals.shape[:-1]) for x in parts], -1)
-
-    found = estimate(sums, prompt, statistics, strata=at)
-    counts = np.bincount(at, minlength=m).tolist()
-    metrics = dict(zip(official, found[m:]))
-    seen = {said.source for said in groups}
-    missing = [s for s in benchmark.subsets if not any(source.startswith(s) for source in seen)]
-    others = sorted(s for s in seen if not any(s.startswith(known) for known in benchmark.subsets))
-    notes = [f"subsets that the official number does not know: {', '.join(others)}"] * bool(others)
-    if missing:
-        notes.append("the official number needs all subsets; there is none without the missing ones")
+    counts = Counter(said.source for said in groups)
+    missing = [name for name in benchmark.subsets if name not in counts]
+    sums, prompt, strata, measures = _sums(list(rule.outcomes(groups)))
+    metrics = [name for name in rule.combine({}) if not set(rule.needs.get(name, benchmark.subsets)) & set(missing)]
+    subsets = [name for name in (*benchmark.subsets, *sorted(counts)) if name in counts]
+    wanted = list(dict.fromkeys([*metrics, *subsets]))
+    found = dict(zip(wanted, estimate(sums, prompt, _statistics(rule, measures, wanted), strata=strata)))
     return {
         "groups": len(groups),
-        "metrics": {name: x for name, x in metrics.items() if x["value"] is not None},
-        "subsets": {name: {"count": n, **x} for name, n, x in zip(names, counts, found) if name not in metrics},
+        "metrics": {name: found[name] for name in metrics},
+        "subsets": {name: {"count": counts[name], **found[name]} for name in dict.fromkeys(subsets)},
         "missing": missing,
-        "notes": notes,
+        "notes": _notes(benchmark, rule, counts, missing, groups[0].orders is not None),
     }
+
+
+def _sums(outcomes: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Value and count of every measure, side by side, [n, 2 M]; prompt and measure [n] of each; the measures."""
+    measures = list(dict.fromkeys(name for name, *_ in outcomes))
+    index = {name: k for k, name in enumerate(measures)}
+    at = np.array([index[name] for name, *_ in outcomes], np.int64)
+    rows, m = np.arange(len(outcomes)), len(measures)
+    sums = np.zeros((len(outcomes), 2 * m))
+    sums[rows, at], sums[rows, m + at] = [value for *_, value in outcomes], 1
+    return sums, np.array([prompt for _, prompt, _ in outcomes], np.uint64), at, measures
+
+
+def _statistics(rule: Rule, measures: Sequence[str], wanted: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
+    """Of totals [..., 2 M] the official numbers and the subsets' means that are wanted, [..., q]."""
+
+    def of(totals: np.ndarray) -> np.ndarray:
+        m = len(measures)
+        means = {name: totals[..., k] / totals[..., m + k] for k, name in enumerate(measures)}
+        all_of_them = {**means, **rule.combine(means)}
+        parts = [all_of_them.get(name, np.nan) for name in wanted]
+        return np.stack([np.broadcast_to(x, totals.shape[:-1]) for x in parts], -1)
+
+    return of
+
+
+def _notes(
+    benchmark: Benchmark, rule: Rule, counts: Mapping[str, int], missing: Sequence[str], judged: bool
+) -> list[str]:
+    """What is unlike the official run, in sentences."""
+    notes = []
+    if others := sorted(set(counts) - set(benchmark.subsets)):
+        notes.append(f"subsets that the official number does not know: {', '.join(others)}")
+    if missing:
+        notes.append("official numbers that need a missing subset are not given")
+    sizes = {name: n for name, n in benchmark.subsets.items() if n is not None and name in counts}
+    if unlike := [f"{name} {counts[name]:,} of {n:,}" for name, n in sizes.items() if counts[name] != n]:
+        notes.append(f"not the rows of the public set: {', '.join(unlike)}")
+    return [*notes, rule.judges] if judged else notes

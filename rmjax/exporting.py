@@ -1,0 +1,103 @@
+"""Exports any checkpoint of a run; what `python -m rmjax.export --run` does."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from rmjax import command_line, contract, export, finish, prepare, runs
+from rmjax.evaluation import card
+from rmjax.models import hf
+
+
+def checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, with the run that they name as `place`; before anything is read.
+
+    Raises:
+        ValueError: something is missing or wrong.
+    """
+    if not args.run or not args.output:
+        raise ValueError("--run and --output are required, or --verify; --help shows commands that run")
+    place = runs.find(args.run)
+    if place is None:
+        raise ValueError(
+            f"--run={args.run} is no run of rmjax, nor a checkpoint of one (there is no config.json of a run)"
+        )
+    if args.step:
+        if place.step != "best":
+            raise ValueError(f"--run={args.run} is a checkpoint already; leave out --step={args.step}")
+        place = dataclasses.replace(place, step=args.step)
+    if not args.max_shard_gb > 0:
+        raise ValueError(f"--max_shard_gb={args.max_shard_gb} must be above 0")
+    if args.push_to and not hf.is_hub_id(args.push_to):
+        raise ValueError(f"--push_to={args.push_to} must be of the form OWNER/NAME")
+    command_line.check_writable(Path(args.output), f"--output={args.output}")
+    args.place = place
+    return args
+
+
+def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
+    """Writes the export; golden rows are those of the run's own export where there is one, else of its data."""
+    opened = runs.open_checkpoint(args.place)
+    workdir, config = opened.workdir, opened.config
+    config.export.dtype = args.dtype if args.dtype != "auto" else config.export.dtype
+    lines = finish.read_lines(workdir / "metrics.jsonl")
+    of_step = [x for x in lines if x["step"] == opened.step and "validation/loss" in x]
+    before = contract.read(workdir / "export")
+    if before is not None:
+        data = before["data_fingerprint"]
+        golden: Any = [(row["token_ids"], row["at"]) for row in before["golden"][1:]]  # the first is made up
+    else:
+        train, validation = prepare.read_groups(config, opened.chat, opened.objective.task)
+        data, golden = train.fingerprint, export.golden_sequences(validation)
+    evaluation, quality = _measured(workdir, opened.step)
+    described = lambda terms, values: card.text(
+        Path(args.push_to or args.output).name,
+        config=finish.public(config),
+        contract=terms,
+        model=values,
+        evaluation=evaluation,
+        quality=quality,
+        base_model=finish.base_model(config),
+    )
+    export.write(
+        Path(args.output),
+        opened.params,
+        objective=opened.objective,
+        config=config,
+        values=opened.values,
+        model=opened.model,
+        chat=opened.chat,
+        metrics=of_step[-1] if of_step else {"step": float(opened.step)},
+        data=data,
+        golden=golden,
+        estimates=finish.estimates(evaluation) if evaluation else {},
+        card=described,
+        unit_std=args.unit_std,
+        max_shard_bytes=args.max_shard_gb * 1e9,
+    )
+    return opened
+
+
+def _measured(workdir: Path, step: int) -> tuple[Any, Any]:
+    """The run's evaluation and verdict, if they are of this step."""
+    with contextlib.suppress(OSError, ValueError):
+        evaluation = json.loads((workdir / "evaluation.json").read_text())
+        if evaluation["step"] == step:
+            return evaluation, json.loads((workdir / "quality.json").read_text())
+    return None, None
+
+
+def export_and_push(args: argparse.Namespace) -> list[str]:
+    """Exports, uploads if that is asked for, and says what there is now."""
+    opened = export_checkpoint(args)
+    said = [f"step {opened.step} of {opened.workdir}: {args.output}"]
+    if args.push_to:
+        huggingface_hub.create_repo(args.push_to, private=args.private, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=args.push_to, folder_path=args.output)
+        said.append(f"uploaded to https://huggingface.co/{args.push_to}")
+    return [*said, f"check it with: python -m rmjax.export --verify {args.output}"]
