@@ -1,0 +1,1 @@
+"""Serving rewards over HTTP: dynamic batching (batching.py) and the application (app.py)."""
