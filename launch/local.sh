@@ -3,6 +3,7 @@
 #
 #   launch/local.sh N CONFIG --workdir=DIRECTORY [flags of rmjax.main...]
 #   launch/local.sh 2 configs/bt_tiny.py --workdir=runs/tiny
+#   launch/local.sh 2 rmjax.score --model=DIR --input=FILE --output=FILE    another command than rmjax.main
 #
 # GPUs are dealt out evenly. On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=2 gives each process two devices.
 # TERM and INT are passed on; they end the run, which saves first. The exit code is the run's (rmjax/exits.py).
@@ -15,7 +16,7 @@ PATIENCE=${PATIENCE:-60}     # seconds that the others get to end by themselves 
 set -um                      # -m: processes of their own groups, whom Ctrl-C reaches through this script only
 
 if (($# < 2)) || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
-  echo "usage: launch/local.sh N CONFIG --workdir=DIRECTORY [flags...]" >&2
+  echo "usage: launch/local.sh N CONFIG --workdir=DIRECTORY [flags...], or N rmjax.COMMAND [flags...]" >&2
   exit 2
 fi
 count=$1 config=$2
@@ -40,6 +41,7 @@ start() {
         export CUDA_VISIBLE_DEVICES
         CUDA_VISIBLE_DEVICES=$(seq -s, $((number * each)) $(((number + 1) * each - 1)))
       fi
+      [[ $config == rmjax.* ]] && exec "$PYTHON" -m "$config" "$@"
       exec "$PYTHON" -m rmjax.main --config="$config" "$@"
     ) &
     pids[$number]=$!

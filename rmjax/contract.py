@@ -2,7 +2,8 @@
 
 `reward_contract.json` holds the chat template's hash and arguments, the special ids, the rule for the scored token,
 the rewards' mean and standard deviation on the validation set, the metrics, what the head's outputs mean (the objective
-with what it learnt), and golden rows: token ids, scored tokens and their float32 outputs, from the exported weights.
+with what it learnt), the norm of every parameter, and golden rows: token ids, scored tokens and their float32 outputs,
+from the exported weights.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ READ = {  # what replaying needs, beside the version
     **{"objective_params": dict, "golden": list},
 }
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+NORMS = 1e-3  # of the norms of parameters, relative
 TOLERANCE = 1e-4  # of golden scores, in float32
 
 
@@ -226,6 +228,28 @@ def check(terms: dict[str, Any], chat: Chat, values: Mapping[str, Any]) -> None:
             "the score contract does not hold, so scores would not mean what they did; take tokenizer and template "
             "from the same export:\n  " + "\n  ".join(problems)
         )
+
+
+def check_weights(terms: Mapping[str, Any], norms: Mapping[str, Sequence[float]]) -> None:
+    """Compares the norms of the parameters with the contract's: golden rows are few, and see little of some weights.
+
+    Args:
+        terms: the contract; one of before there were norms passes.
+        norms: of the parameters as they were loaded, see RewardModel.norms.
+
+    Raises:
+        ValueError: one differs by more than NORMS of itself, or is missing; names it.
+    """
+    agreed = terms.get("weight_norms")
+    if agreed is None:
+        return
+    for name in sorted(agreed.keys() | norms.keys()):
+        there, here = (np.array(x.get(name, ()), np.float64) for x in (agreed, norms))
+        if there.shape != here.shape or not np.allclose(there, here, rtol=NORMS, atol=1e-12):
+            raise ValueError(
+                f"the parameter {name} has another norm than in the score contract: the weights are not the ones that "
+                "this export was made with"
+            )
 
 
 def check_outputs(terms: dict[str, Any], outputs: Sequence[np.ndarray]) -> None:

@@ -109,11 +109,12 @@ def write(
         mesh = next((x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)), None)
         for array in arrays:
             array.delete()
-        outputs = RewardModel.load(partial, dtype="float32", mesh=mesh).replay(rows)
+        written = RewardModel.load(partial, dtype="float32", mesh=mesh)
+        outputs, norms = written.replay(rows), written.norms()
         scored = [{**row, "outputs": values.tolist()} for row, values in zip(rows, outputs)]
         processes.barrier("golden rows replayed")  # nobody reads the contract that is replaced
         if processes.is_first():
-            contract.write(partial, {**terms, "golden": scored})
+            contract.write(partial, {**terms, "golden": scored, "weight_norms": norms})
             if card is not None:
                 (partial / "README.md").write_text(card(terms, hf.read_config(partial)))
 

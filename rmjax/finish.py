@@ -154,8 +154,8 @@ def public(config: ConfigDict) -> dict[str, Any]:
     """The config as an export may tell it: local data by its name, not by its place."""
     values = config.to_dict()
     for key in ("train", "validation"):
-        items = [item if "://" in item else Path(item).name for item in sources.split_spec(values["data"][key])]
-        values["data"][key] = ", ".join(items)
+        items = sources.split_spec(values["data"][key]) if values["data"][key] else []
+        values["data"][key] = ", ".join(item if "://" in item else Path(item).name for item in items)
     return values
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rmjax import contract, inference, objectives, sharding
@@ -251,6 +252,13 @@ class RewardModel:
         """
         return self.inference.trees([build_tree([row["token_ids"]]).scored([row["at"]]) for row in golden])
 
+    def norms(self) -> dict[str, list[float]]:
+        """The Euclidean norm of every parameter, by its path; of those of the layers one number for each layer."""
+        names = [(sharding.path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(self.params)]
+        with jax.set_mesh(self.mesh):
+            found = jax.device_get(_norms(dict(names), sharding.named(self.mesh)))
+        return {name: list(map(float, np.atleast_1d(x))) for name, x in found.items()}
+
     def answers(self, groups: Groups, progress: Callable[[int], None] = lambda done: None) -> list[np.ndarray]:
         """Outputs [scored tokens, A] of each group, in the order of its scored tokens; see also `replay`.
 
@@ -346,6 +354,15 @@ def _outputs(directory: Path, values: Mapping[str, Any]) -> int:
     return int(values.get("num_labels") or hf.head_outputs(directory) or 1)
 
 
+@functools.partial(jax.jit, static_argnames="out")
+def _norms(params: dict[str, jax.Array], out: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    def norm(name: str, x: jax.Array) -> jax.Array:
+        axes = tuple(range(1 if "/layers/" in f"/{name}" else 0, x.ndim))
+        return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes))
+
+    return jax.lax.with_sharding_constraint({name: norm(name, x) for name, x in params.items()}, out)
+
+
 def _runs(sequences: Sequence[Tokens], prompts: Sequence[Any] | None, row: int) -> list[list[int]]:
     """Neighbours with equal prompts, as long as their unshared tokens surely fit a row and are at most 64."""
     runs: list[list[int]] = []
@@ -368,10 +385,10 @@ def load_checked(
     template_kwargs: Mapping[str, Any] | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> RewardModel:
-    """Like RewardModel.load, but first replays the golden rows of the score contract, if there is one, in float32.
+    """Like RewardModel.load, but first replays the score contract, if there is one, in float32: norms and golden rows.
 
     Raises:
-        ValueError: as RewardModel.load, or a golden row has another score than in its contract.
+        ValueError: as RewardModel.load; or a weight or the score of a golden row is not that of the contract.
     """
     directory = hf.resolve(path)
     load = functools.partial(RewardModel.load, directory, template_kwargs=template_kwargs, mesh=mesh)
@@ -379,6 +396,7 @@ def load_checked(
     if terms is None:
         return load(dtype=dtype)
     model = load(dtype="float32")
+    contract.check_weights(terms, model.norms())
     contract.check_outputs(terms, model.replay(terms["golden"]))
     if heads.compute_dtype(dtype) != "float32":
         del model  # makes room

@@ -17,7 +17,7 @@ What a row must have depends on what the model was trained for; the first row de
 The responses of a prompt share its computation. The output has the rows in the order of the input; its ending says
 JSONL or Parquet. (JSONL holds dates, decimals and bytes as text.) The input is read twice: all of it is checked before
 the model is loaded. What is scored is kept in OUTPUT.parts until all is, so that the same command goes on after a kill.
-Several processes (launch/local.sh N -m rmjax.score ...) share the rows; each has the whole model on its devices.
+Several processes (launch/local.sh N rmjax.score ...) share the rows; each has the whole model on its devices.
 """
 
 import dataclasses

@@ -31,7 +31,9 @@ def verify(directory: Path) -> list[str]:
         raise ValueError(f"{directory} has no {contract.FILE}: it is no export of ours; --verify has nothing to replay")
     if importlib.util.find_spec("torch") is None:
         raise ValueError("--verify replays through transformers, which needs torch: pip install 'rmjax[verify]'")
-    ours = RewardModel.load(directory, dtype="float32").replay(terms["golden"])
+    model = RewardModel.load(directory, dtype="float32")
+    contract.check_weights(terms, model.norms())
+    ours = model.replay(terms["golden"])
     contract.check_outputs(terms, ours)
     found: dict[str, Outputs] = {"rmjax": ours}
     for name, replay in by().items():

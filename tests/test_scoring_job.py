@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rmjax import contract, score
+from rmjax.data.reading import records
 from rmjax.scoring import job
 from rmjax.scoring.making import Options
 
@@ -125,9 +127,9 @@ score.cli()
 """
 
 
-def slowly(tmp_path, *argv):
+def slowly(tmp_path, *argv, **told):
     text = SLOW.format(tests=str(ROOT / "tests"), argv=list(argv))
-    env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
+    env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), **told)
     return subprocess.Popen([sys.executable, "-c", text], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
 
 
@@ -153,6 +155,22 @@ def test_a_killed_job_ends_as_one_that_was_left_alone(ending, tmp_path):
     found = read(tmp_path / f"out.{ending}")
     assert [row["id"] for row in found] == list(range(400)) and [row["score"] for row in found] == list(range(400))
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "model", f"out.{ending}"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_rows_and_write_them_in_order(tmp_path):
+    write(tmp_path / "in.jsonl", [{"prompt": "q", "response": f"answer {n}"} for n in range(50)])
+    (tmp_path / "model").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    command = ("--model=model", "--input=in.jsonl", "--output=out.jsonl")
+    both = [slowly(tmp_path, *command, **told, JAX_PROCESS_ID=str(number)) for number in range(2)]
+    for process in both:
+        assert process.wait(120) == 0, process.stderr.read()
+    assert [row["score"] for row in read(tmp_path / "out.jsonl")] == list(range(50))
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "model", "out.jsonl"]
 
 
 def test_memory_does_not_grow_with_the_rows(model, tmp_path, monkeypatch):
@@ -208,6 +226,16 @@ def test_pairs_of_responses_and_what_is_dropped(ending, model, tmp_path):
     _, told = run(model, source, output, pairs="all", tie_threshold=1.9, max_margin=2.0)
     assert told == {"rows": 2, "dropped: tie": 1, "dropped: margin": 1, "single response": 1}
     assert [(row["chosen"], row["rejected"]) for row in read(output)] == [tuple(answers(5, 3)), tuple(answers(3, 1))]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_pairs_after_turns_are_in_a_format_that_training_reads(ending, model, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}], "responses": row["responses"]} for row in PROMPTS]
+    output = tmp_path / f"out.{ending}"
+    run(model, write(tmp_path / "in.jsonl", rows), output, pairs="all")
+    found = list(records(str(output)))
+    assert [c[-1]["content"] for c in found[0].conversations] == answers(5, 3) and len(found) == 3
+    assert found[0].conversations[0][0]["content"] == "a" and found[0].margin[0, 1] == 2
 
 
 LABELLED = [

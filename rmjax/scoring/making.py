@@ -14,6 +14,7 @@ import pyarrow as pa
 from rmjax.scoring.rows import NUMBER, Row
 
 Counts = collections.Counter[str]
+TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,8 @@ def columns(schema: pa.Schema, options: Options) -> pa.Schema:
         return _without(schema, "responses", response=text, score=NUMBER)
     if options.pairs:
         scores = {f"{side}_score": NUMBER for side in ("chosen", "rejected")}
-        return _without(schema, "responses", chosen=text, rejected=text, **scores, margin=NUMBER)
+        side = text if pa.types.is_string(schema.field("prompt").type) else TURNS
+        return _without(schema, "responses", chosen=side, rejected=side, **scores, margin=NUMBER)
     return _without(schema, "margin", margin=NUMBER) if options.makes_pairs else schema
 
 
@@ -121,8 +123,10 @@ def _pairs(row: Row, scores: list[float], options: Options, counts: Counts) -> I
         chosen = [(i, j) for a, i in enumerate(order) for j in order[a + 1 :]]
     if not chosen:
         counts["single response"] += 1
+    as_text = isinstance(row["prompt"], str)  # else turns, so that the rows are in a format that training reads
+    side = lambda text: text if as_text else [{"role": "assistant", "content": text}]
     for i, j in chosen:
-        sides = {"chosen": row["responses"][i], "rejected": row["responses"][j]}
+        sides = {"chosen": side(row["responses"][i]), "rejected": side(row["responses"][j])}
         told = {"chosen_score": scores[i], "rejected_score": scores[j], "margin": scores[i] - scores[j]}
         if _kept(told["margin"], options, counts):
             yield {**_rest(row, "responses"), **sides, **told}
