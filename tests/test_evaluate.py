@@ -161,7 +161,7 @@ def test_the_proxy_pipeline_from_responses_to_a_match_rate(run, tmp_path, cache,
                     )
     rate = found["gold"]["metrics"]["match_rate"]
     assert rate["value"] == pytest.approx(np.mean(hits), abs=1e-6) and rate["low"] < rate["value"] < rate["high"]
-    assert "match rate" in text.lower() and found["sets"]["train"]["kind"] == "preferences"
+    assert f"{100 * rate['value']:.1f}%" in text and found["sets"]["train"]["kind"] == "preferences"
 
 
 @pytest.mark.parametrize(
