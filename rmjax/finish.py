@@ -1,6 +1,7 @@
 """What a run leaves: its model measured, judged, exported and described; once, of the step that is exported."""
 
 import dataclasses
+import functools
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from ml_collections import ConfigDict
 
 from rmjax import evaluating, exits, export, prepare, processes
@@ -64,16 +66,28 @@ def measure(
         tests: the benchmarks.
         where: the export.
         step: the exported one.
+
+    Returns:
+        evaluation.json; under "errors" why a set or a benchmark could not be measured.
     """
     assert model.objective is not None
     task = model.objective.task
-    return {
-        "version": 1,
-        "model": str(where),
-        "step": step,
-        "sets": {name: evaluating.measured(model, groups, task) for name, groups in sets.items()},
-        "benchmarks": {test.name: evaluating.run_benchmark(model, test, groups) for test, groups in tests},
-    }
+    found: dict[str, Any] = {"version": 1, "model": str(where), "step": step, "sets": {}, "benchmarks": {}}
+    of_set = lambda groups: evaluating.measured(model, groups, task)
+    asked: list[tuple[str, str, Any]] = [
+        ("sets", name, functools.partial(of_set, groups)) for name, groups in sets.items()
+    ]
+    asked += [
+        ("benchmarks", test.name, functools.partial(evaluating.run_benchmark, model, test, groups))
+        for test, groups in tests
+    ]
+    for part, name, ask in asked:
+        try:
+            found[part][name] = ask()
+        except ValueError as error:  # rewards that are not finite, or nothing to compare: it is exported all the same
+            logging.warning("%s cannot be measured: %s", name, error)
+            found.setdefault("errors", {})[name] = str(error)
+    return found
 
 
 def write(

@@ -148,3 +148,9 @@ def test_advice_on_calibration_knows_the_direction(observed, words):
     assert words in judged(validation=measured)[1]["ece"]["advice"]
     measured["reliability"] = None
     assert "too sure of what it says" in judged(validation=measured)[1]["ece"]["advice"]
+
+
+def test_what_could_not_be_measured_at_all_fails():
+    verdict = gate.judge(GATE, {"sets": {}, "errors": {"validation": "its scores [nan] are not all finite"}}, lines())
+    assert not verdict["passed"] and "scores [nan]" in verdict["checks"][0]["reason"] and verdict["checks"][0]["advice"]
+    assert gate.text(verdict)[0].startswith("quality gate: FAILED, 1 of 2 checks")

@@ -273,6 +273,9 @@ def test_not_finite_steps_can_be_skipped_and_are_counted(tmp_path, cache_dir):
     config = small(cache_dir, optim__learning_rate=1e30, optim__clip_norm=0.0, on_nonfinite="skip", duration="6 steps")
     train.run(config, tmp_path)
     assert column(tmp_path, "train/skipped_steps")[-1] > 0
+    verdict = json.loads((tmp_path / "quality.json").read_text())  # what cannot be measured is exported, and fails
+    assert not verdict["passed"] and "not all finite" in verdict["checks"][0]["reason"]
+    assert (tmp_path / "export" / "reward_contract.json").exists()
 
 
 def test_dry_run_trains_nothing(tmp_path, cache_dir, capsys):

@@ -438,7 +438,7 @@ def test_a_run_is_watched(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(StepSource, "__getitem__", late)
     monkeypatch.setattr(Watch, "follow", started)
     monkeypatch.setattr(flops, "peak", lambda _: 1e12)
-    monkeypatch.setattr(train, "finish", lambda *_: None)  # the export takes as long as all the rest
+    monkeypatch.setattr(train, "conclude", lambda *_: None)  # the export takes as long as all the rest
     cache, workdir = tmp_path / "cache", tmp_path / "run"
     options = {"eval__every": "10 steps", "plan__rows_per_step": 4, "duration": "20 steps"}
     options |= {"log__tensorboard": True, "model__remat": "full", "model__scratch__num_hidden_layers": 1}

@@ -20,7 +20,8 @@ def judge(gate: Values, evaluation: Values, lines: Sequence[Values]) -> dict[str
 
     Args:
         gate: `config.gate`; a threshold of 0 or False asks nothing.
-        evaluation: with "sets", "validation" and "train_slice" among them.
+        evaluation: with "sets", "validation" and "train_slice" among them; and "errors", why one is not among them,
+            which no threshold excuses.
         lines: of metrics.jsonl, for the training loss.
 
     Returns:
@@ -36,6 +37,7 @@ def judge(gate: Values, evaluation: Values, lines: Sequence[Values]) -> dict[str
         "ece": lambda: _calibration(gate["ece"], sets),
     }
     checks = [{"name": name, **check()} for name, check in asked.items() if gate.get(name)]
+    checks = [{"name": "measured", **_broken(*error)} for error in (evaluation.get("errors") or {}).items()] + checks
     return {"passed": all(check["passed"] is not False for check in checks), "checks": checks}
 
 
@@ -61,6 +63,13 @@ STATUS = {True: "passed", False: "FAILED", None: "-"}
 # ----------------------------------------------------------------------------------------------------
 # Checks
 # ----------------------------------------------------------------------------------------------------
+
+
+def _broken(name: str, error: str) -> Check:
+    advice = (
+        "look at the rewards (validation/reward_max) and at the labels of this set; lower config.optim.learning_rate"
+    )
+    return {"passed": False, "value": None, "threshold": None, "reason": f"{name}: {error}", "advice": advice}
 
 
 def _accuracy(least: float, sets: Values) -> Check:
