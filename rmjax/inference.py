@@ -129,7 +129,7 @@ class Inference:
         plan = packing.make_plan(lengths, ends, row_tokens=row, rows_per_step=per_device * devices, seed=None)
         most = responses or int(ends.max())
         shape = loader.plan_shape(plan, most, micro_rows=per_device, row_devices=devices, labels=labels)
-        shape = loader.rounded(shape)
+        shape = loader.rounded(shape) if labels else _few_shapes(loader.rounded(shape), devices)
         batches = loader.StepSource(source, plan, shape, range(shape.rows))
         placed = sharding.named(self.mesh, sharding.BATCH)
         form, _ = choose("auto", self.mesh.devices.flat[0].platform, self.config.head_dim, self.dtype)
@@ -140,6 +140,13 @@ class Inference:
                 batch = {name: x[0] for name, x in batches[step].items()}
                 arrays = {name: sharding.place(x, placed) for name, x in batch.items()}
                 yield plan.rows(step), batch, jax.device_get(run(self.params, arrays, **static))
+
+
+def _few_shapes(shape: loader.Shape, devices: int) -> loader.Shape:
+    """The shape with rows rounded up as well, and room for one sequence in eight tokens: few others are compiled."""
+    rows = devices * (1 << (shape.rows // devices - 1).bit_length())
+    least = shape.tokens // 8
+    return dataclasses.replace(shape, rows=rows, groups=max(shape.groups, least), ends=max(shape.ends, least))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "labels", "architecture", "attention", "out"))

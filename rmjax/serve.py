@@ -5,19 +5,31 @@
     curl localhost:8000/classify -d '{"input": "<|im_start|>user..."}'
 
 Needs `pip install 'rmjax[serve]'`. The golden rows of the score contract are replayed before it answers, and /health is
-503 until the common shapes are compiled. Requests that come together are computed together. SIGTERM finishes what is
-queued.
+503 until the common shapes are compiled. Requests that come together are computed together; rmjax/serving/app.py says
+what they may hold. SIGTERM finishes what is queued and ends with 0, Ctrl-C with 130. There is no password and no TLS:
+what listens beyond this machine belongs behind a proxy that has them.
 """
 
 import argparse
 import importlib.util
+import logging
+import math
 import signal
+import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rmjax import command_line
 from rmjax.command_line import Parser
+
+if TYPE_CHECKING:
+    from rmjax.serving.service import Service
+
+LIMITS = {
+    **{"port": (0, 65_535), "max_length": (0, 2**31), "queue": (1, 2**31), "batch_tokens": (1, 2**31)},
+    **{"max_wait_ms": (0, 60_000), "drain_seconds": (0, 86_400)},
+}
 
 
 def parser() -> Parser:
@@ -48,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parser().parse_args(argv)
         if not args.model:
             raise ValueError("--model is required; --help shows commands that run")
-        for name, least in (("queue", 1), ("batch_tokens", 1), ("max_length", 0), ("max_wait_ms", 0)):
-            if getattr(args, name) < least:
-                raise ValueError(f"--{name}={getattr(args, name)} must be at least {least}")
+        for name, (least, most) in LIMITS.items():
+            if not least <= getattr(args, name) <= most:
+                raise ValueError(f"--{name}={getattr(args, name)} must be from {least} to {most}")
         if not all(map(importlib.util.find_spec, ("starlette", "uvicorn", "prometheus_client"))):
             raise ValueError("serving needs packages that are not here: pip install 'rmjax[serve]'")
         serve(args)
@@ -60,15 +72,66 @@ def serve(args: argparse.Namespace) -> None:
     """Loads the model and answers until a signal comes.
 
     Raises:
-        ValueError: a model that cannot be served.
+        ValueError: an address that cannot be had, or a model that cannot be served.
+        RuntimeError: the model cannot be compiled.
     """
     import uvicorn
 
-    from rmjax import contract, startup
-    from rmjax.reward_model import load_checked
+    from rmjax import startup
     from rmjax.serving import app
 
+    listening = _bind(args.host, args.port)  # before the model is loaded, which takes long
     startup.keep_programs()
+    _log_to_terminal(app.log)
+    service = _service(args)
+    built = app.build(service, drain=args.drain_seconds, failed=lambda: setattr(server, "should_exit", True))
+    wait = math.ceil(args.drain_seconds) or 1  # uvicorn's own, for connections; 0 would be forever
+    config = uvicorn.Config(built, log_level="warning", access_log=False, timeout_graceful_shutdown=wait)
+    server = uvicorn.Server(config)
+    print(f"serving {args.model} on http://{args.host}:{listening.getsockname()[1]}", flush=True)
+    # uvicorn raises a signal again once it has stopped: SIGTERM is how a server ends well, Ctrl-C stays what it is.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    server.run(sockets=[listening])
+    if service.failure:
+        raise RuntimeError(f"{args.model} cannot be compiled: {service.failure}") from service.failure
+
+
+def _log_to_terminal(log: logging.Logger) -> None:
+    """Shows a logger's lines once, whatever the libraries have set up for theirs."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket with this address, which nobody can connect to yet.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise ValueError(f"--host={host} --port={port} cannot be used: {error.strerror}; choose others") from None
+    return made
+
+
+def _service(args: argparse.Namespace) -> "Service":
+    """Loads and checks the model.
+
+    Raises:
+        ValueError: it cannot be served.
+    """
+    from rmjax import contract
+    from rmjax.models import hf
+    from rmjax.reward_model import load_checked
+    from rmjax.serving.service import Service
+
     arguments = command_line.json_object(args.template_kwargs, "--template_kwargs")
     normalize = contract.normalization(contract.find(args.model)) if args.normalize else None
     model = load_checked(args.model, dtype=args.dtype, template_kwargs=arguments)
@@ -78,23 +141,18 @@ def serve(args: argparse.Namespace) -> None:
         )
     if normalize and len(model.labels) > 1:
         raise ValueError(f"--normalize is for one reward; {args.model} has the outputs {', '.join(model.labels)}")
-    service = app.Service(
+    known = (model.contract or {}).get("max_length") or hf.read_config(hf.resolve(args.model)).get(
+        "max_position_embeddings"
+    )
+    return Service(
         model,
-        args.name or str(Path(args.model)),
-        max_length=args.max_length or (model.contract or {}).get("max_length", 0),
+        args.name or args.model,
+        max_length=args.max_length or known or 0,
         queue=args.queue,
         batch_tokens=args.batch_tokens,
         max_wait=args.max_wait_ms / 1000,
         normalize=normalize,
     )
-    built = app.build(service, drain=args.drain_seconds)
-    config = uvicorn.Config(
-        built, args.host, args.port, log_level="warning", timeout_graceful_shutdown=max(1, round(args.drain_seconds))
-    )
-    print(f"serving {args.model} on http://{args.host}:{args.port}", flush=True)
-    # uvicorn raises a signal again once it has stopped: SIGTERM is how a server ends well, Ctrl-C stays what it is.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.Server(config).run()
 
 
 if __name__ == "__main__":

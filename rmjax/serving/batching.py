@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 Run = Callable[[list[Sequence[int]], list[Any]], np.ndarray]  # sequences and their prompts to outputs [n, A]
+Answer = concurrent.futures.Future[np.ndarray]
 
 
 class QueueFull(Exception):
@@ -25,25 +27,26 @@ class Job:
         sequences: token ids of each.
         prompts: for each, a value that is equal for neighbours worth putting into one tree.
         answer: gets the outputs, float32 [n, A].
+        tokens: of all sequences.
+        since: when it came, by time.monotonic.
     """
 
     sequences: list[Sequence[int]]
     prompts: list[Any]
-    answer: "concurrent.futures.Future[np.ndarray]"
-
-    @property
-    def tokens(self) -> int:
-        """Of all sequences."""
-        return sum(map(len, self.sequences))
+    answer: Answer
+    tokens: int
+    since: float
 
 
 class Batcher:
     """A queue before a model.
 
-    A batch is whole requests, in their order: as many as are waiting, up to `batch_tokens`; a larger request is a batch
-    of its own. The first one waits at most `max_wait` seconds for others, and not at all while the model is busy.
+    A batch is whole requests, in their order: as many as are waiting, up to `batch_tokens`; a larger request is
+    computed alone, in pieces. A request waits at most `max_wait` seconds for others, the time that the model is busy
+    included.
 
     Attributes:
+        most: sequences that may wait.
         waiting: sequences in the queue.
     """
 
@@ -63,76 +66,104 @@ class Batcher:
             most: sequences that may wait.
             batch_tokens: of a batch.
             max_wait: seconds.
-            told: is told of each batch its requests, tokens and seconds.
+            told: is told of each batch its requests, tokens and seconds, before they are answered.
         """
-        self.waiting = 0
-        self._run, self._most, self._tokens, self._wait, self._told = run, most, batch_tokens, max_wait, told
+        self.most, self.waiting = most, 0
+        self._run, self._batch_tokens, self._max_wait, self._told = run, batch_tokens, max_wait, told
         self._jobs: collections.deque[Job] = collections.deque()
+        self._tokens = 0  # of all jobs in the queue
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
         self._thread.start()
 
-    def submit(self, sequences: list[Sequence[int]], prompts: list[Any]) -> "concurrent.futures.Future[np.ndarray]":
-        """Queues the sequences of a request; cancel the future to give it up.
+    def submit(self, sequences: list[Sequence[int]], prompts: list[Any]) -> Answer:
+        """Queues the sequences of a request; cancelling the future takes them out again.
 
         Raises:
             QueueFull: no room, or the server stops.
         """
-        job = Job(sequences, prompts, concurrent.futures.Future())
+        job = Job(sequences, prompts, Answer(), sum(map(len, sequences)), time.monotonic())
         with self._changed:
             if self._closed:
                 raise QueueFull("the server is stopping")
-            if self.waiting and self.waiting + len(sequences) > self._most:  # one alone may be larger than the queue
-                raise QueueFull(f"{self.waiting} sequences are waiting, and at most {self._most} may")
+            if self.waiting + len(sequences) > self.most:
+                raise QueueFull(f"{self.waiting} sequences are waiting, and at most {self.most} may")
             self._jobs.append(job)
-            self.waiting += len(sequences)
+            self._count(job, 1)
             self._changed.notify()
+        job.answer.add_done_callback(lambda answer: self._forget(job) if answer.cancelled() else None)
         return job.answer
 
     def close(self, seconds: float) -> bool:
-        """Takes no more, and waits for what is queued; False if that took longer."""
+        """Takes no more, and waits for what is queued; False if that takes longer: the rest is then cancelled."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join(seconds)
+        with self._changed:
+            left = list(self._jobs)
+        for job in left:
+            job.answer.cancel()
         return not self._thread.is_alive()
+
+    def _count(self, job: Job, sign: int) -> None:
+        self.waiting += sign * len(job.sequences)
+        self._tokens += sign * job.tokens
+
+    def _forget(self, job: Job) -> None:
+        """Takes a cancelled request out of the queue, so that it takes nobody's place."""
+        with self._changed:
+            if job in self._jobs:
+                self._jobs.remove(job)
+                self._count(job, -1)
 
     def _work(self) -> None:
         while (batch := self._next()) is not None:
             live = [job for job in batch if job.answer.set_running_or_notify_cancel()]
-            if not live:
-                continue
-            begun = time.monotonic()
-            try:
-                outputs = self._run(
-                    [s for job in live for s in job.sequences], [p for job in live for p in job.prompts]
-                )
-            except Exception as error:
-                for job in live:
-                    job.answer.set_exception(error)
-                continue
-            cuts = np.cumsum([len(job.sequences) for job in live])[:-1]
-            for job, those in zip(live, np.split(outputs, cuts)):
-                job.answer.set_result(those)
-            self._told(len(live), sum(job.tokens for job in live), time.monotonic() - begun)
+            if live:
+                self._compute(live)
+
+    def _compute(self, jobs: list[Job]) -> None:
+        begun = time.monotonic()
+        sequences, prompts = [s for job in jobs for s in job.sequences], [p for job in jobs for p in job.prompts]
+        pieces = itertools.pairwise(_cuts(sequences, self._batch_tokens))
+        try:
+            outputs = np.concatenate([self._run(sequences[a:b], prompts[a:b]) for a, b in pieces])
+        except Exception as error:
+            for job in jobs:
+                job.answer.set_exception(error)
+            return
+        self._told(len(jobs), sum(job.tokens for job in jobs), time.monotonic() - begun)
+        cuts = np.cumsum([len(job.sequences) for job in jobs])[:-1]
+        for job, those in zip(jobs, np.split(outputs, cuts)):
+            job.answer.set_result(those)
 
     def _next(self) -> list[Job] | None:
-        """The next batch; None when all is done and no more will come."""
+        """The next batch; None when all is done and no more will come. It may be empty: all were cancelled."""
         with self._changed:
             while not self._jobs and not self._closed:
                 self._changed.wait()
-            until = time.monotonic() + self._wait
-            while not self._closed and sum(job.tokens for job in self._jobs) < self._tokens:
-                if (left := until - time.monotonic()) <= 0:
-                    break
-                self._changed.wait(left)
             if not self._jobs:
                 return None
-            batch, tokens = [self._jobs.popleft()], 0
-            tokens = batch[0].tokens
-            while self._jobs and tokens + self._jobs[0].tokens <= self._tokens:
+            until = self._jobs[0].since + self._max_wait
+            while not self._closed and self._tokens < self._batch_tokens and (left := until - time.monotonic()) > 0:
+                self._changed.wait(left)
+            batch: list[Job] = []
+            tokens = 0
+            while self._jobs and (not batch or tokens + self._jobs[0].tokens <= self._batch_tokens):
                 batch.append(self._jobs.popleft())
+                self._count(batch[-1], -1)
                 tokens += batch[-1].tokens
-            self.waiting -= sum(len(job.sequences) for job in batch)
             return batch
+
+
+def _cuts(sequences: Sequence[Sequence[int]], most: int) -> list[int]:
+    """Where to cut so that no piece has more than `most` tokens, unless one sequence has: [0, ..., len(sequences)]."""
+    cuts, tokens = [0], 0
+    for i, sequence in enumerate(sequences):
+        if i > cuts[-1] and tokens + len(sequence) > most:
+            cuts.append(i)
+            tokens = 0
+        tokens += len(sequence)
+    return [*cuts, len(sequences)]
