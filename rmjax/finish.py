@@ -122,7 +122,7 @@ def write(
     metrics = processes.agree("metrics", metrics)
     judged = model.reward_model(params, mesh, config.model.compute_dtype)
     evaluation = measure(judged, sets, tests, workdir / "export", step)
-    verdict = gate.judge(config.gate.to_dict(), evaluation, lines)
+    verdict = processes.agree("quality", gate.judge(config.gate.to_dict(), evaluation, lines))  # lines are the first's
     if processes.is_first():
         save(workdir / "evaluation.json", evaluation)
         save(workdir / "quality.json", verdict)
