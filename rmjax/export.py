@@ -12,6 +12,7 @@ installed; all in float32, to 1e-4. The contract then says by what it was verifi
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,9 @@ from rmjax.objectives.base import Objective
 from rmjax.reward_model import RewardModel
 
 GOLDEN = 4  # responses whose scores the contract keeps
+IN_REWARDS = (
+    r"(.*/)?(reward_(mean|std|min|max|drift)|margin|(chosen|rejected)(_p\d\d)?)"  # metrics in the rewards' unit
+)
 SAMPLES = (  # where normalizers and splitting rules differ
     "It's 12345 + 6,789.50 and they'LL don't stop!!!  Two spaces, a\ttab.\r\n\n\n  if a_b == {c: [1]}:\n        d()\n",
     " résumé re\u0301sume\u0301 ﬁne Ａ½ 日本語のテキスト、한국어 Привет مرحبا 🙂👩‍👩‍👧\u00a0\u200b ",
@@ -139,7 +143,8 @@ def write(
 def scaled(params: Mapping[str, Any], terms: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters and contract of rewards that are divided by their standard deviation on the validation set.
 
-    The metrics stay those of the rewards before; the contract says by what they were divided ("reward_scale").
+    The contract says by what they were divided ("reward_scale"): that times a difference of scores is the log-odds
+    that loss and calibration were measured with, which stay as they were.
 
     Raises:
         ValueError: see `write`.
@@ -150,10 +155,35 @@ def scaled(params: Mapping[str, Any], terms: Mapping[str, Any]) -> tuple[dict[st
             "--unit_std is for rewards of `bradley_terry` without a learnt tie parameter; the outputs of this "
             f"{objective['name']} model have a scale that decoding knows"
         )
+    if not terms["reward_std"]:
+        found = "none: it was not evaluated" if terms["reward_std"] is None else "one of 0"
+        raise ValueError(
+            f"--unit_std divides by the rewards' standard deviation on the validation set, and this step has {found}; "
+            "take another, as --step=best"
+        )
     mean, std = contract.normalization(terms)
     head = {**params["score"], "kernel": params["score"]["kernel"] / std}
-    told = {"reward_mean": mean / std, "reward_std": 1.0, "reward_scale": std}
+    told = {
+        "decoding": f"the output is the reward divided by {std:.9g}; the log-odds that one response is preferred to "
+        "another are the difference of their outputs times that",
+        "reward_mean": mean / std,
+        "reward_std": 1.0,
+        "reward_scale": std,
+        "metrics": in_unit(terms["metrics"], std),
+        "estimates": in_unit(terms["estimates"], std),
+    }
     return {**params, "score": head}, {**terms, **told}
+
+
+def in_unit(metrics: Mapping[str, Any], unit: float) -> dict[str, Any]:
+    """Metrics by name ("margin", "validation/margin"), numbers or estimates, those that are rewards over `unit`."""
+
+    def divided(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: divided(x) for name, x in value.items()}
+        return None if value is None else value / unit
+
+    return {name: divided(value) if re.fullmatch(IN_REWARDS, name) else value for name, value in metrics.items()}
 
 
 def check_tokenizer(chat: Chat, values: Mapping[str, Any]) -> None:

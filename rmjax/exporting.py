@@ -4,14 +4,21 @@ import argparse
 import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 
-from rmjax import command_line, contract, export, finish, prepare, runs
+from rmjax import command_line, contract, exits, export, finish, prepare, runs
 from rmjax.evaluation import card
 from rmjax.models import hf
+
+
+class NotUploaded(RuntimeError):
+    """The Hub refused, or could not be reached."""
+
+    exit_code = exits.FAILED
 
 
 def checked(args: argparse.Namespace) -> argparse.Namespace:
@@ -36,8 +43,17 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     if args.push_to and not hf.is_hub_id(args.push_to):
         raise ValueError(f"--push_to={args.push_to} must be of the form OWNER/NAME")
     command_line.check_writable(Path(args.output), f"--output={args.output}")
+    _check_replaceable(Path(args.output))
     args.place = place
     return args
+
+
+def _check_replaceable(output: Path) -> None:
+    """Refuses to replace what is no export of ours: a run, which has a config.json too, or a model of somebody's."""
+    if not output.is_dir() or not any(output.iterdir()) or (output / contract.FILE).is_file():
+        return
+    what = "a run" if runs.find(output) else f"no export of rmjax (it has no {contract.FILE})"
+    raise ValueError(f"--output={output} is there and is {what}; an export would replace it, so name another directory")
 
 
 def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
@@ -47,7 +63,9 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
     config.export.dtype = args.dtype if args.dtype != "auto" else config.export.dtype
     lines = finish.read_lines(workdir / "metrics.jsonl")
     of_step = [x for x in lines if x["step"] == opened.step and "validation/loss" in x]
-    before = contract.read(workdir / "export")
+    before = None
+    with contextlib.suppress(ValueError):  # that of another version
+        before = contract.read(workdir / "export")
     if before is not None:
         data = before["data_fingerprint"]
         golden: Any = [(row["token_ids"], row["at"]) for row in before["golden"][1:]]  # the first is made up
@@ -60,7 +78,7 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
         config=finish.public(config),
         contract=terms,
         model=values,
-        evaluation=evaluation,
+        evaluation=_in_unit(evaluation, terms.get("reward_scale")),
         quality=quality,
         base_model=finish.base_model(config),
     )
@@ -92,12 +110,40 @@ def _measured(workdir: Path, step: int) -> tuple[Any, Any]:
     return None, None
 
 
+def _in_unit(evaluation: Any, scale: float | None) -> Any:
+    """The evaluation with metrics of the scaled rewards; as it is without a scale."""
+    if not evaluation or not scale:
+        return evaluation
+    scaled = lambda part: {**part, "metrics": export.in_unit(part["metrics"], scale)}
+    return {**evaluation, "sets": {name: scaled(part) for name, part in evaluation["sets"].items()}}
+
+
 def export_and_push(args: argparse.Namespace) -> list[str]:
-    """Exports, uploads if that is asked for, and says what there is now."""
+    """Exports, uploads if that is asked for, and says what there is now.
+
+    Raises:
+        ValueError: see `checked`, runs.open_checkpoint and export.write.
+        NotUploaded: the repository cannot be made, before anything is written; or the upload failed, after it.
+    """
+    if args.push_to:
+        with _reached(args, "nothing was exported"):
+            huggingface_hub.create_repo(args.push_to, private=args.private, exist_ok=True)
     opened = export_checkpoint(args)
     said = [f"step {opened.step} of {opened.workdir}: {args.output}"]
+    if contract.read(args.output)["metrics"].keys() <= {"step"}:  # type: ignore[index]
+        said.append(f"step {opened.step} was not evaluated: its contract has no metrics, nor what --normalize needs")
     if args.push_to:
-        huggingface_hub.create_repo(args.push_to, private=args.private, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=args.push_to, folder_path=args.output)
+        again = f"the export is {args.output}; `hf upload {args.push_to} {args.output}` uploads it"
+        with _reached(args, again):
+            huggingface_hub.upload_folder(repo_id=args.push_to, folder_path=args.output)
         said.append(f"uploaded to https://huggingface.co/{args.push_to}")
     return [*said, f"check it with: python -m rmjax.export --verify {args.output}"]
+
+
+@contextlib.contextmanager
+def _reached(args: argparse.Namespace, otherwise: str) -> Iterator[None]:
+    """Says in a sentence that the Hub refused or cannot be reached; its client has errors of many classes."""
+    try:
+        yield
+    except Exception as error:
+        raise NotUploaded(f"--push_to={args.push_to}: {error}; {otherwise}") from error

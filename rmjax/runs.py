@@ -113,23 +113,29 @@ def open_checkpoint(place: Place, mesh: jax.sharding.Mesh | None = None) -> Open
     model = model_config.from_hf(values)
     _, shapes = abstract_model(config, model, objective, mesh)
     keep = config.checkpoint
-    directory = epath.Path(resume.directory(config, place.workdir))
+    directory = resume.directory(config, place.workdir)
     checkpointer = Checkpointer(
         directory, keep_latest=keep.keep_latest, keep_best=keep.keep_best, metric=keep.metric, mode=keep.mode
     )
-    steps = checkpointer.steps()
-    if not steps:
-        raise ValueError(f"{directory} has no finished checkpoint; let the run go on until it has saved one")
-    best = checkpointer.best_step()
-    named = {"best": steps[-1] if best is None else best, "last": steps[-1]}
-    step = named.get(place.step) if place.step in named else int(place.step) if place.step.isdecimal() else None
-    if step not in steps:
-        raise ValueError(f"there is no checkpoint {place.step} in {directory}; there is best, last, {steps}")
+    step = _step(checkpointer, place.step, directory)
     try:
         state, _ = checkpointer.restore_step(step, {"params": shapes})
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     return Opened(place.workdir, config, step, chat, values, model, objective, state["params"], mesh)
+
+
+def _step(checkpointer: Checkpointer, wanted: str, directory: epath.Path) -> int:
+    """The number of a checkpoint; where none has been evaluated, the best is the last."""
+    steps = checkpointer.steps()
+    if not steps:
+        raise ValueError(f"{directory} has no finished checkpoint; let the run go on until it has saved one")
+    best = checkpointer.best_step()
+    named = {"best": steps[-1] if best is None else best, "last": steps[-1]}
+    step = named.get(wanted, int(wanted) if wanted.isdecimal() else -1)
+    if step not in steps and not (directory / str(step)).exists():  # of one that is broken, restoring it says what is
+        raise ValueError(f"there is no checkpoint {wanted} in {directory}; there is best, last, {steps}")
+    return step
 
 
 def _mesh(config: ConfigDict) -> jax.sharding.Mesh:

@@ -14,31 +14,37 @@ What a row must have depends on what the model was trained for; the first row de
     comparisons           `prompt`, `response_a`, `response_b`        adds `A`, `B` and `tie`: probabilities
     steps                 `prompt`, `completions` (a list of texts)   adds `scores`, one for each step
 
-The responses of a prompt share its computation. The output has the rows in the order of the input; its ending says
-JSONL or Parquet. (JSONL holds dates, decimals and bytes as text.) The input is read twice: all of it is checked before
-the model is loaded. What is scored is kept in OUTPUT.parts until all is, so that the same command goes on after a kill.
-Several processes (launch/local.sh N rmjax.score ...) share the rows; each has the whole model on its devices.
+The responses of a prompt share its computation. The output has the rows in the order of the input, and their other
+columns; its ending says JSONL or Parquet. (JSONL holds dates, decimals and bytes as text.) A score that is not finite
+is null. What can be made of the scores:
+
+    --best_of_n           `responses` become `response`, the best one, with its `score` and attributes
+    --pairs=best_worst    `responses` become a pair, `chosen` and `rejected`, with both scores and `margin`;
+    --pairs=all           or every pair that is no tie: a file to train on. Turns if `prompt` is a list
+    --relabel             `chosen` and `rejected` (and columns named so) change places where the scores say so
+    --min_margin, --max_margin, --tie_threshold    drop pairs by chosen_score - rejected_score, which becomes `margin`
+    --normalize           rewards minus their mean, divided by their deviation, both from the export's contract
+
+What is dropped or turned is counted at the end. All of the input is checked before the model is loaded. What is scored
+is kept in OUTPUT.parts until all is, so that the same command goes on after a kill, Ctrl-C (exit code 130) or SIGTERM
+(75). Several processes (launch/local.sh N rmjax.score ...) share the rows; each has the whole model on its devices.
 """
 
 import dataclasses
-import glob
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from absl import app, flags
 
 from rmjax import command_line, passwords, startup
-from rmjax.command_line import check_writable, leaving_nothing
 from rmjax.data import sources
-from rmjax.data.sources import open_source, split_spec
 from rmjax.scoring import job as jobs
-from rmjax.scoring import making, rows
+from rmjax.scoring import making, rows, survey
 from rmjax.scoring.making import Options
-from rmjax.scoring.rows import Row, Shape
+from rmjax.scoring.survey import Survey
 
 MODEL = flags.DEFINE_string("model", "", "Hugging Face directory or hub id of a reward model.")
 INPUT = flags.DEFINE_string("input", "", "JSONL, JSON, Parquet or Arrow file, glob or hf:// source.")
@@ -54,70 +60,6 @@ LEAST = flags.DEFINE_float("min_margin", -math.inf, "Drops pairs of a smaller ma
 MOST = flags.DEFINE_float("max_margin", math.inf, "Drops pairs of a larger margin.")
 
 
-def survey(
-    model: str, source: str, output: Path, options: Options
-) -> tuple[int, Shape, dict[str, pa.DataType], pa.Schema | None]:
-    """Checks every row before any is scored.
-
-    Returns:
-        The number of rows, their shape, the columns that each gets; and for Parquet the schema of what is made of
-        them. That of the first rows would not do: later ones may have other columns, or values where these had none.
-
-    Raises:
-        ValueError: a row that cannot be scored, by name; options that do not go with the rows; or an output that
-            cannot be written.
-    """
-    if output.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"--output={output} must end in .jsonl or .parquet")
-    if output.is_dir() or _reads(source, output):
-        raise ValueError(f"--output={output} is {'a directory' if output.is_dir() else 'read as input'}; name another")
-    check_writable(output, f"--output={output}")
-    count, schema = 0, pa.schema([]) if output.suffix == ".parquet" else None
-    shape: Shape | None = None
-    added: dict[str, pa.DataType] = {}
-    for chunk in jobs.chunks(open_source(source)):
-        if shape is None:
-            shape, added = rows.shape_of(model, chunk[0][1])
-            if shape.read(chunk[0][1]) is not None:  # else the row itself is told
-                options.check(shape.name)
-        for where, row in chunk:
-            rows.check(where, row, shape, added)
-        count += len(chunk)
-        if schema is not None:
-            schema = merged(schema, [row for _, row in chunk])
-    if shape is None:
-        raise ValueError(f"{source} has no rows")
-    if schema is not None:
-        for name, type in added.items():
-            schema = schema.append(pa.field(name, type))
-        schema = making.columns(schema, options)
-        jobs.check_schema(schema)
-    return count, shape, added, schema
-
-
-def _reads(source: str, path: Path) -> bool:
-    """Whether a file is among those of a source."""
-    names = [str(Path(item).expanduser()) for item in split_spec(source)]
-    inside = [str(f) for name in names if Path(name).is_dir() for f in Path(name).rglob("*")]
-    files = {*names, *inside, *(f for name in names for f in glob.glob(name, recursive=True))}
-    return path.exists() and any(Path(f).exists() and path.samefile(f) for f in files)
-
-
-def merged(schema: pa.Schema, some: Sequence[Row]) -> pa.Schema:
-    """The schema that holds these rows, too.
-
-    Raises:
-        ValueError: a column whose values have no type in common.
-    """
-    for name in dict.fromkeys(name for row in some for name in row):
-        try:
-            found = pa.schema([(name, pa.array([row.get(name) for row in some]).type)])
-            schema = pa.unify_schemas([schema, found], promote_options="permissive")
-        except pa.ArrowException as error:
-            raise ValueError(f"column `{name}` fits no Parquet column ({error}); write .jsonl instead") from None
-    return schema
-
-
 def run(
     model_path: str,
     source: str,
@@ -130,94 +72,120 @@ def run(
     """Scores every row of `source` into `output`, or goes on with it.
 
     Returns:
-        The number of rows of the input; and "rows", those written, with what was dropped or turned, by its reason.
+        The number of rows of the input; and "rows", those written, with what was dropped or turned, by its reason. Of
+        several processes the first alone knows the latter.
 
     Raises:
         ValueError: a row, a model or options that cannot be used; nothing is written then.
         OSError: a file that cannot be read or written.
     """
-    from rmjax import contract, processes, reward_model
-    from rmjax.models import hf
-    from rmjax.writers import Progress
+    from rmjax import contract, reward_model
+    from rmjax.models import heads, hf
 
     options = options or Options()
     if normalize:
         mean, std = contract.normalization(contract.find(model_path))
         options = dataclasses.replace(options, mean=mean, std=std)
-    count, shape, added, schema = survey(model_path, source, output, options)
+    found = survey.take(model_path, source, output, options)
     directory = hf.resolve(model_path)
-    # The job is opened before the model is loaded, so that a bad place is found at once.
-    with leaving_nothing(output.absolute().parent):
-        what = {"model": jobs.model_identity(directory), "input": sources.fingerprint(source), "dtype": dtype}
-        told = {key: str(value) for key, value in dataclasses.asdict(options).items()}
-        job = jobs.Job(output, schema, {**what, "template_kwargs": template_kwargs, "options": told})
-        model = reward_model.load_checked(model_path, dtype=dtype, template_kwargs=template_kwargs)
+    what = {
+        "model": jobs.model_identity(directory),
+        "input": sources.fingerprint(source),
+        "dtype": heads.compute_dtype(dtype),
+        "template_kwargs": dict(template_kwargs or {}),
+        "options": {name: str(value) for name, value in dataclasses.asdict(options).items()},
+    }
+    # Opened before the model is loaded, so that a bad place is found at once.
+    with jobs.opened(output, found.schema, what, found.parts) as job:
+        if job.missing():
+            model = reward_model.load_checked(model_path, dtype=dtype, template_kwargs=template_kwargs)
+            _score_missing(job, found, source, lambda part: _scored(model, part, found, options, model_path))
+        counts = dict(job.join(found.rows))
+    counts.pop("read", None)
+    return found.rows, counts
 
-        def score(chunk: list[Any]) -> jobs.Scored:
-            some = [row for _, row in chunk]
-            try:
-                scores = shape.score(model, some, [rows.conversations_of(row, shape, added) for row in some])
-            except reward_model.BadConversation as bad:
-                raise ValueError(f"{_row_of(chunk, shape, bad.index)}: {bad.detail}") from None
-            if scores[0].keys() != added.keys():
-                raise ValueError(
-                    f"{model_path} gives {', '.join(scores[0])}, expected {', '.join(added)}: it is no model of ours, "
-                    "and its outputs are no reward; see RewardModel.values"
-                )
-            counts: making.Counts = making.Counts()
-            made = [new for row, x in zip(some, scores) for new in making.make(row, x, options, counts)]
-            return made, counts
 
-        turns = len(processes.gather("turns", None))
-        progress = Progress(-(-count // (jobs.CHUNK * turns)), unit="rows", stream=sys.stderr)
-        step = [0, 0]
+def _score_missing(job: jobs.Job, found: Survey, source: str, score: Callable[[list[Any]], jobs.Scored]) -> None:
+    """Scores the parts of this process that are not there yet, and says how it goes."""
+    from rmjax import processes
+    from rmjax.writers import Progress
 
-        def tell(size: int, done: bool) -> None:
-            step[0] += 1
-            if done:
-                step[1] += size
-            else:
-                progress.step(step[0], {}, groups=size)
-
-        job.run(open_source(source), score, tell)
+    missing, turns = set(job.missing()), len(processes.gather("turns", None))
+    if processes.is_first() and (before := job.counts()["read"]):
+        print(f"{before:,} of {found.rows:,} rows are scored already, by an earlier start", flush=True)
+    progress = Progress(len(missing), unit="rows", stream=sys.stderr) if processes.is_first() else None
+    done = 0
+    for number, part in enumerate(found.chunks(sources.open_source(source))):
+        if number in missing:
+            job.write(number, len(part), score(part))
+            done += 1
+            if progress is not None:  # the other processes are taken to be as fast as this one
+                progress.step(done, {}, groups=len(part) * turns)
+    if progress is not None:
         progress.close()
-        if step[1] and processes.is_first():
-            print(f"{step[1]:,} rows were scored by an earlier start", flush=True)
-        return count, dict(job.join(count))
 
 
-def _row_of(chunk: Sequence[tuple[str, Row]], shape: Shape, conversation: int) -> str:
-    """The row that a conversation of a chunk is from."""
-    for where, row in chunk:
+def _scored(model: Any, part: list[Any], found: Survey, options: Options, model_path: str) -> jobs.Scored:
+    """The rows that a part becomes.
+
+    Raises:
+        ValueError: a row that the model's template refuses, by name; or a model that gives no rewards.
+    """
+    from rmjax.reward_model import BadConversation
+
+    some = [row for _, row in part]
+    try:
+        scores = found.shape.score(model, some, [found.shape.read(row) or [] for row in some])
+    except BadConversation as bad:
+        raise ValueError(f"{_row_of(part, found.shape, bad.index)}: {bad.detail}") from None
+    if scores[0].keys() != found.added.keys():
+        raise ValueError(
+            f"{model_path} gives {', '.join(scores[0])}, expected {', '.join(found.added)}: it is no model of ours, "
+            "and its outputs are no reward; see RewardModel.values"
+        )
+    counts = making.Counts()
+    return [new for row, x in zip(some, scores) for new in making.make(row, x, options, counts)], counts
+
+
+def _row_of(part: Sequence[tuple[str, rows.Row]], shape: rows.Shape, conversation: int) -> str:
+    """The row that a conversation of a part is from."""
+    for where, row in part:
         conversation -= len(shape.read(row) or ()) if shape.name in ("responses", "pair") else 1
         if conversation < 0:
             return where
-    return chunk[-1][0]
+    return part[-1][0]
 
 
 def main(_: Sequence[str]) -> None:
     """Runs the command; see command_line.py for what becomes of errors."""
-    with command_line.outcome(
-        debug=command_line.DEBUG.value, stopped="stopped; the same command goes on with what is scored"
-    ):
+    debug = command_line.DEBUG.value
+    with command_line.outcome(debug=debug):
         for flag in (MODEL, INPUT, OUTPUT):
             if not flag.value:
                 raise flags.Error(f"--{flag.name} is required; --help shows what a row must have")
-        output = Path(OUTPUT.value).expanduser()
         arguments = command_line.json_object(TEMPLATE_KWARGS.value, "--template_kwargs")
-        told = Options(BEST_OF_N.value, PAIRS.value, RELABEL.value, TIES.value, LEAST.value, MOST.value)
-        from rmjax import processes
+    options = Options(BEST_OF_N.value, PAIRS.value, RELABEL.value, TIES.value, LEAST.value, MOST.value)
+    from rmjax import processes, survival  # JAX takes seconds, which a mistake on the command line need not wait for
 
+    stopped = "stopped; the same command goes on with what is scored"
+    with command_line.outcome(debug=debug, stopped=stopped, tell=processes.fail):
         processes.start()
         startup.keep_programs()
-        source = passwords.hide(INPUT.value)
-        done, counts = run(MODEL.value, source, output, DTYPE.value, arguments, told, NORMALIZE.value)
-        if processes.is_first():
-            made = counts.pop("rows")
-            more = "".join(f"; {reason} {n:,}" for reason, n in counts.items())
-            print(f"{done} scores in {OUTPUT.value}" if made == done and not more else
-                  f"{done} rows scored, {made} written to {OUTPUT.value}{more}")  # fmt: skip
-        processes.finish()
+        source, output = passwords.hide(INPUT.value), Path(OUTPUT.value).expanduser()
+        with survival.Stop().listening():  # parts stand a kill, so a signal ends the process at once
+            done, counts = run(MODEL.value, source, output, DTYPE.value, arguments, options, NORMALIZE.value)
+            if processes.is_first():
+                print(_summary(done, counts, OUTPUT.value), flush=True)
+            processes.finish()
+
+
+def _summary(read: int, counts: Mapping[str, int], output: str) -> str:
+    """One line: 4 rows scored, 2 written to out.jsonl; relabelled 1; dropped: tie 2."""
+    written = counts["rows"]
+    more = "".join(f"; {reason} {n:,}" for reason, n in sorted(counts.items()) if reason != "rows")
+    if written == read and not more:
+        return f"{read} scores in {output}"
+    return f"{read} rows scored, {written} written to {output}{more}"
 
 
 def cli() -> None:

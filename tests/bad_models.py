@@ -118,8 +118,16 @@ WEIGHT_FILES = [
     model("model.norm.weight [32, 2], expected [64]", entry(NORM, shape=[32, 2])),
     model("1 unknown:\n    model.norm.weigth", header(lambda x: x.update({"model.norm.weigth": x.pop(NORM)}))),
     model("no score.weight in its weights", header(lambda x: x.update(other=x.pop("score.weight")))),
-    model("golden row 0 scores", raw(lambda x: x[:-9] + bytes([x[-9] ^ 64]) + x[-8:]), name="a flipped bit"),
-    model("golden row 0 scores nan", raw(lambda x: x[:-4] + b"\0\0\xc0\x7f"), name="a weight that is no number"),
+    model(
+        "has another norm than in the score contract",
+        raw(lambda x: x[:-9] + bytes([x[-9] ^ 64]) + x[-8:]),
+        name="a flipped bit",
+    ),
+    model(
+        "has another norm than in the score contract",
+        raw(lambda x: x[:-4] + b"\0\0\xc0\x7f"),
+        name="a weight that is no number",
+    ),
     model("pickled weights are not read", lambda at: (at / WEIGHTS).rename(at / "pytorch_model.bin")),
     model("pickled weights are not read", lambda at: (at / WEIGHTS).rename(at / "model.pt"), TRAIN),
     model("it is an adapter; merge it", both(remove(WEIGHTS), write("adapter_config.json", "{}"))),

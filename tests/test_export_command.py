@@ -1,4 +1,4 @@
-"""Exports of a run's checkpoints, the contract replayed by us and by transformers, and what makes it fail."""
+"""Exports of a run's checkpoints by the command, and checkpoints that are opened without one."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small_runs import Started
 
-from rmjax import contract, export, exporting, runs, verify
+from rmjax import command_line, contract, exits, export, exporting, runs, verify
 from rmjax.models import hf
 from rmjax.reward_model import RewardModel, load_checked
 
@@ -95,74 +95,74 @@ def test_an_upload_is_of_the_whole_export(run, tmp_path, monkeypatch):
     assert (tmp_path / "up" / "README.md").read_text().startswith("---\n")
 
 
-def test_transformers_replays_the_contract_and_that_is_recorded(run, tmp_path):
-    directory = tmp_path / "export"
-    shutil.copytree(run / "export", directory)
-    lines = verify.verify(directory)
-    assert "transformers" in lines[0] and lines[-1].startswith("all agree")
-    told = contract.read(directory)["verified"]
-    assert [x["by"].split()[0] for x in told] == ["rmjax", "transformers"]
-    assert all(x["largest_difference"] < contract.TOLERANCE for x in told)
+def test_a_hub_that_refuses_stops_it_before_anything_is_written(run, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise LookupError("no such owner")
+
+    argv = (f"--run={run}", f"--output={tmp_path / 'up'}", "--push_to=me/rewards")
+    monkeypatch.setattr("rmjax.exporting.huggingface_hub.create_repo", refuse)
+    with pytest.raises(exporting.NotUploaded, match="no such owner; nothing was exported") as caught:
+        exporting.export_and_push(command(*argv))
+    assert not (tmp_path / "up").exists() and command_line.code_of(caught.value) == exits.FAILED
+    monkeypatch.setattr("rmjax.exporting.huggingface_hub.create_repo", lambda *_, **__: None)
+    monkeypatch.setattr("rmjax.exporting.huggingface_hub.upload_folder", refuse)
+    with pytest.raises(exporting.NotUploaded, match=r"no such owner; the export is .*up; `hf upload me/rewards "):
+        exporting.export_and_push(command(*argv))
+    load_checked(tmp_path / "up")
 
 
-def test_vllm_is_asked_where_it_is_installed(run, tmp_path, monkeypatch):
-    """With a stand-in that answers as its documentation says; vLLM itself is not here."""
-    import types
-
-    golden = contract.read(run / "export")["golden"]
-    asked = {}
-
-    class LLM:
-        def __init__(self, **options):
-            asked.update(options)
-
-        def encode(self, prompts, **options):
-            asked.update(options)
-            by_ids = {tuple(row["token_ids"]): row["outputs"][0] for row in golden}
-            data = [by_ids[tuple(prompt["prompt_token_ids"])] for prompt in prompts]
-            return [types.SimpleNamespace(outputs=types.SimpleNamespace(data=x)) for x in data]
-
-    stand_in = types.SimpleNamespace(LLM=LLM, PoolingParams=lambda **k: k, __version__="0")
-    monkeypatch.setitem(__import__("sys").modules, "vllm", stand_in)
-    found = verify.with_vllm(run / "export", golden)
-    contract.check_outputs(contract.read(run / "export"), found)
-    assert asked["runner"] == "pooling" and asked["pooling_params"] == {"use_activation": False}
+def test_a_run_or_a_model_of_others_is_not_replaced(run, tmp_path):
+    """Both have a config.json, by which an older export is known otherwise."""
+    other = tmp_path / "other"
+    shutil.copytree(run / "export", other)
+    (other / contract.FILE).unlink()
+    for output, what in ((run, "is a run"), (other, "is no export of rmjax"), (run / "checkpoints", "is a run")):
+        before = sorted(output.iterdir())
+        with pytest.raises(ValueError, match=what):
+            command(f"--run={run}", f"--output={output}")
+        assert sorted(output.iterdir()) == before
 
 
-# What makes it fail
+def test_a_step_that_was_not_evaluated_says_so(run, tmp_path):
+    argv = (f"--run={run}", f"--output={tmp_path / 'out'}", "--step=18")
+    with pytest.raises(ValueError, match="it was not evaluated; take another, as --step=best"):
+        exporting.export_and_push(command(*argv, "--unit_std"))
+    assert not (tmp_path / "out").exists()
+    said = exporting.export_and_push(command(*argv))
+    assert said[1].startswith("step 18 was not evaluated") and len(contract.read(tmp_path / "out")["golden"]) > 1
 
 
-def changed(run, tmp_path):
+def test_without_the_runs_own_export_golden_rows_come_from_its_data(run, tmp_path):
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved, ignore=shutil.ignore_patterns("export"))
+    exporting.export_and_push(command(f"--run={moved}", f"--output={tmp_path / 'out'}"))
+    before, again = (contract.read(directory) for directory in (run / "export", tmp_path / "out"))
+    assert (again["golden"], again["data_fingerprint"]) == (before["golden"], before["data_fingerprint"])
+
+
+def test_a_checkpoint_that_cannot_be_used_says_why(run, tmp_path):
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    file = max(
+        (path for path in (broken / "checkpoints" / "20").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"the checkpoint of step 20 in .* cannot be used: .*SHA-256 differs"):
+        runs.open_checkpoint(runs.find(broken / "checkpoints" / "20"))
+    shutil.rmtree(broken / "checkpoints")
+    with pytest.raises(ValueError, match="has no finished checkpoint"):
+        runs.open_checkpoint(runs.find(broken))
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "optim": {"of_another_version": 1}}))
+    with pytest.raises(ValueError, match="is of another version of rmjax"):
+        runs.open_checkpoint(runs.find(broken))
+
+
+def test_any_weight_of_a_trained_model_that_changes_by_a_hundredth_is_noticed(run, tmp_path):
     directory = tmp_path / "changed"
     shutil.copytree(run / "export", directory)
-    return directory
-
-
-def test_one_character_of_the_template_is_enough(run, tmp_path):
-    directory = changed(run, tmp_path)
-    path = directory / "chat_template.jinja"
-    path.write_text(path.read_text().replace("<|im_end|>", "<|im_end|> ", 1))
-    for replay in (load_checked, verify.verify):
-        with pytest.raises(ValueError, match="the tokenizer's chat template is not the one it was trained with"):
-            replay(directory)
-
-
-@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
-def test_so_is_the_pad_token(file, run, tmp_path):
-    directory = changed(run, tmp_path)
-    values = json.loads((directory / file).read_text())
-    if file == "config.json":
-        values["pad_token_id"] += 1
-    else:
-        values["pad_token"] = "<|im_end|>"
-    (directory / file).write_text(json.dumps(values))
-    for replay in (load_checked, verify.verify):
-        with pytest.raises(ValueError, match="pad_token_id"):
-            replay(directory)
-
-
-def test_so_is_any_weight_that_changes_by_a_hundredth(run, tmp_path):
-    directory = changed(run, tmp_path)
     path = directory / "model.safetensors"
     weights = load_file(path)
     assert len(weights) > 20
@@ -173,13 +173,3 @@ def test_so_is_any_weight_that_changes_by_a_hundredth(run, tmp_path):
             load_checked(directory)
     with pytest.raises(ValueError, match="has another norm than in the score contract"):
         verify.verify(directory)  # of the last one
-
-
-def test_golden_rows_alone_notice_what_keeps_every_norm(run, tmp_path):
-    directory = changed(run, tmp_path)
-    path = directory / "model.safetensors"
-    weights = load_file(path)
-    turned = {**weights, "score.weight": -weights["score.weight"]}
-    save_file(turned, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="golden row 0 scores"):
-        load_checked(directory)

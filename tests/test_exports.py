@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from rmjax import contract, reward_model, score, train
+from rmjax import contract, reward_model, runs, score, train, verify
 from rmjax.data import formats
 from rmjax.data.records import pair
 from rmjax.models import hf
@@ -75,6 +75,15 @@ def test_golden_rows_in_transformers(exported):
         assert [values["id2label"][str(i)] for i in range(values["num_labels"])] == terms["labels"]
     if name == "prm_tiny":
         assert any(len(row["at"]) > 1 for row in terms["golden"])
+
+
+def test_its_checkpoint_gives_the_same_outputs(exported):
+    _, directory = exported
+    opened = runs.open_checkpoint(runs.find(directory.parent))
+    golden = contract.read(directory)["golden"]
+    for row, outputs in zip(golden, runs.reward_model(opened, "float32").replay(golden), strict=True):
+        np.testing.assert_allclose(outputs, row["outputs"], atol=1e-5)
+    assert verify.verify(directory)[-1].startswith("all agree with the contract")
 
 
 def test_the_score_command_reads_it(exported, tmp_path):

@@ -149,6 +149,20 @@ def test_prompt_and_response_columns(model_dir, loaded, fast, tmp_path):
     same_rows(read_jsonl(output), [{**r, "score": s} for r, s in zip(rows, wanted, strict=True)])
 
 
+def test_the_responses_of_a_prompt_score_as_they_do_alone(model_dir, loaded, fast, tmp_path, monkeypatch):
+    """To 1e-5; and each prompt is one tree."""
+    asked = [{"prompt": f"Why {i}?", "responses": [f"So {j}." * (j + 1) for j in range(i + 1)]} for i in range(4)]
+    trees, real = [], type(loaded.inference).trees
+    spy = lambda self, given, *more: trees.extend(given) or real(self, given, *more)
+    monkeypatch.setattr(type(loaded.inference), "trees", spy)
+    score.run(str(model_dir), str(write_jsonl(tmp_path / "in.jsonl", asked)), tmp_path / "out.jsonl")
+    assert len(trees) == len(asked)
+    for found in read_jsonl(tmp_path / "out.jsonl"):
+        turns = [{"role": "user", "content": found["prompt"]}]
+        alone = [loaded.score([[*turns, {"role": "assistant", "content": text}]])[0] for text in found["responses"]]
+        np.testing.assert_allclose(found["scores"], alone, atol=1e-5)
+
+
 def test_values_that_json_lacks_become_text(model_dir, fast, tmp_path):
     day = datetime.date(2024, 7, 26)
     pq.write_table(pa.Table.from_pylist([row(0, day=day)]), tmp_path / "in.parquet")
@@ -302,3 +316,17 @@ def test_an_error_is_one_line_and_a_status():
     assert (code, out) == (2, "") and err.startswith("error: gone.jsonl: no such file") and err.count("\n") == 1
     code, _, err = run_command("--model=x")
     assert code == 2 and "--input is required" in err
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_file_of_one(model_dir, fast, tmp_path):
+    """With a real model, by launch/local.sh; in two parts."""
+    source = write_jsonl(tmp_path / "in.jsonl", [row(i) for i in range(1_100)])
+    score.run(str(model_dir), str(source), tmp_path / "one.parquet")
+    command = [str(ROOT / "launch/local.sh"), "2", "rmjax.score", f"--model={model_dir}", "--input=in.jsonl"]
+    env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), PYTHON=sys.executable, RESTARTS="0")
+    command.append("--output=two.parquet")
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "1100 scores in two.parquet" in done.stdout, done.stderr
+    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "one.parquet", "two.parquet"]

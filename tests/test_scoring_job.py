@@ -1,10 +1,11 @@
-"""Scoring jobs: a kill loses no row and doubles none, several processes, memory, and what is made of scored rows."""
+"""Scoring jobs: a kill loses no row and doubles none, several processes, memory, and jobs in each other's place."""
 
+import contextlib
+import fcntl
+import itertools
 import json
-import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,26 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scoring_fork import ASKED, Model
 
-from rmjax import contract, score
-from rmjax.data.reading import records
+from rmjax import score
+from rmjax.data import files, sources
 from rmjax.scoring import job
 from rmjax.scoring.making import Options
 
 ROOT = Path(__file__).parents[1]
-
-
-class Model:
-    """Scores a response by its number: "answer 7" is 7. Slow if asked, and counts what it was asked."""
-
-    def __init__(self, seconds=0.0):
-        self.seconds, self.asked = seconds, []
-
-    def values(self, conversations):
-        time.sleep(self.seconds)
-        texts = [c[-1]["content"] for c in conversations]
-        self.asked += texts
-        return {"score": np.array([float(text.split()[-1]) for text in texts])}
+ROWS = [{"prompt": "q", "id": n, "response": f"answer {n}"} for n in range(18)]
 
 
 @pytest.fixture
@@ -45,6 +35,23 @@ def model(monkeypatch, tmp_path_factory):
     monkeypatch.setattr("rmjax.reward_model.load_checked", lambda *_args, **_kwargs: made)
     monkeypatch.setattr(job, "CHUNK", 4)
     return made
+
+
+@pytest.fixture(scope="module")
+def fork():
+    """Runs the command in its own process, and kills it where it is told to; see scoring_fork.py."""
+    env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
+    command = [sys.executable, str(ROOT / "tests" / "scoring_fork.py")]
+    server = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(cwd, *argv, spoil=None):
+        server.stdin.write(json.dumps({"argv": argv, "cwd": str(cwd), "spoil": spoil}) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    yield run
+    server.stdin.close()
+    server.wait()
 
 
 def write(path, rows):
@@ -58,254 +65,312 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def run(model, source, output, normalize=False, **options):
-    return score.run(str(model.directory), str(source), output, options=Options(**options), normalize=normalize)
+def run(model, source, output, **options):
+    return score.run(str(model.directory), str(source), output, dtype="float32", options=Options(**options))
 
 
-def answers(*numbers):
-    return [f"answer {n}" for n in numbers]
+def dying(model, parts, error=MemoryError):
+    """The model fails once this many parts are done."""
+    real, left = model.values, [parts]
 
-
-# Nothing is lost
-
-
-def test_a_job_goes_on_where_it_was_and_scores_nothing_twice(model, tmp_path):
-    source = write(tmp_path / "in.jsonl", [{"prompt": "q", "response": f"answer {n}"} for n in range(18)])
-    whole = tmp_path / "whole.jsonl"
-    run(model, source, whole)
-    model.asked.clear()
-    real, output = model.values, tmp_path / "out.jsonl"
-
-    def dies(conversations):
-        if len(model.asked) >= 8:
-            raise MemoryError("killed")
+    def values(conversations):
+        left[0] -= 1
+        if left[0] < 0:
+            model.values = real
+            raise error("killed")
         return real(conversations)
 
-    model.values = dies
-    with pytest.raises(MemoryError):
-        run(model, source, output)
-    assert not output.exists() and len(list((tmp_path / "out.jsonl.parts").glob("*.jsonl"))) == 2
-    model.values = real
-    with pytest.raises(ValueError, match="options changed since"):
-        run(
-            model,
-            source,
-            output,
-            best_of_n=False,
-            tie_threshold=0.0,
-            min_margin=-math.inf,
-            max_margin=math.inf,
-            std=2.0,
-        )
-    count, told = run(model, source, output)
-    assert (count, told) == (18, {"rows": 18})
-    assert model.asked == answers(*range(18))  # each once
-    assert output.read_bytes() == whole.read_bytes() and not (tmp_path / "out.jsonl.parts").exists()
+    model.values = values
 
 
-def test_another_input_in_the_same_place_is_refused(model, tmp_path):
-    source = write(tmp_path / "in.jsonl", [{"prompt": "q", "response": f"answer {n}"} for n in range(9)])
-    model.values = lambda conversations: (_ for _ in ()).throw(MemoryError("killed"))
-    with pytest.raises(MemoryError):
-        run(model, source, tmp_path / "out.jsonl")
-    write(source, [{"prompt": "q", "response": "answer 1"}])
-    with pytest.raises(ValueError, match=r"input changed since: put that back .* or name another --output"):
-        run(model, source, tmp_path / "out.jsonl")
+# A kill anywhere
 
-
-SLOW = """
-import sys
-sys.path.insert(0, {tests!r})
-import test_scoring_job as t
-from rmjax import reward_model, score
-from rmjax.scoring import job
-job.CHUNK = 4
-model = t.Model(0.02)
-reward_model.load_checked = lambda *a, **k: model
-sys.argv = ["score", *{argv!r}]
-score.cli()
-"""
-
-
-def slowly(tmp_path, *argv, **told):
-    text = SLOW.format(tests=str(ROOT / "tests"), argv=list(argv))
-    env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), **told)
-    return subprocess.Popen([sys.executable, "-c", text], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_a_killed_job_ends_as_one_that_was_left_alone(ending, tmp_path):
-    write(tmp_path / "in.jsonl", [{"prompt": "q", "id": n, "response": f"answer {n}"} for n in range(400)])
-    (tmp_path / "model").mkdir()
-    command = ("--model=model", "--input=in.jsonl", f"--output=out.{ending}")
-    parts = tmp_path / f"out.{ending}.parts"
-    kills = 0
-    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
-        process = slowly(tmp_path, *command)
-        before = len(list(parts.glob(f"0*.{ending}")))
-        while process.poll() is None and len(list(parts.glob(f"0*.{ending}"))) < before + 5:
-            time.sleep(0.01)
-        process.send_signal(number)
-        code = process.wait()
-        kills += code in (-signal.SIGKILL, 130)
-    assert kills == 3 and not (tmp_path / f"out.{ending}").exists()
-    process = slowly(tmp_path, *command)
-    assert process.wait() == 0, process.stderr.read()
-    found = read(tmp_path / f"out.{ending}")
-    assert [row["id"] for row in found] == list(range(400)) and [row["score"] for row in found] == list(range(400))
-    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "model", f"out.{ending}"]
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_rows_and_write_them_in_order(tmp_path):
-    write(tmp_path / "in.jsonl", [{"prompt": "q", "response": f"answer {n}"} for n in range(50)])
-    (tmp_path / "model").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    command = ("--model=model", "--input=in.jsonl", "--output=out.jsonl")
-    both = [slowly(tmp_path, *command, **told, JAX_PROCESS_ID=str(number)) for number in range(2)]
-    for process in both:
-        assert process.wait(120) == 0, process.stderr.read()
-    assert [row["score"] for row in read(tmp_path / "out.jsonl")] == list(range(50))
-    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "model", "out.jsonl"]
-
-
-def test_memory_does_not_grow_with_the_rows(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "CHUNK", 64)
-    peaks = []
-    for count in (1_000, 4_000):
-        rows = [{"prompt": "q" * 200, "response": f"answer {n}"} for n in range(count)]
-        source = write(tmp_path / f"{count}.jsonl", rows)
-        model.asked = []
-        model.values = lambda conversations: {"score": np.zeros(len(conversations))}
-        tracemalloc.start()
-        run(model, source, tmp_path / f"out-{count}.jsonl")
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < 1.1 * peaks[0], peaks
-
-
-# What is made of scored rows
-
-PROMPTS = [
-    {"prompt": "a", "responses": answers(1, 5, 3), "note": "x"},
-    {"prompt": "b", "responses": answers(2, 2), "note": "y"},
-    {"prompt": "c", "responses": answers(4), "note": "z"},
-]
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_the_responses_of_a_prompt_get_a_list(ending, model, tmp_path):
-    output = tmp_path / f"out.{ending}"
-    assert run(model, write(tmp_path / "in.jsonl", PROMPTS), output) == (3, {"rows": 3})
-    assert [row["scores"] for row in read(output)] == [[1, 5, 3], [2, 2], [4]]
-    assert [row["note"] for row in read(output)] == ["x", "y", "z"] and read(output)[0]["responses"] == answers(1, 5, 3)
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_best_of_n(ending, model, tmp_path):
-    output = tmp_path / f"out.{ending}"
-    run(model, write(tmp_path / "in.jsonl", PROMPTS), output, best_of_n=True)
-    assert read(output) == [
-        {"prompt": "a", "note": "x", "response": "answer 5", "score": 5.0},
-        {"prompt": "b", "note": "y", "response": "answer 2", "score": 2.0},
-        {"prompt": "c", "note": "z", "response": "answer 4", "score": 4.0},
-    ]
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_pairs_of_responses_and_what_is_dropped(ending, model, tmp_path):
-    source, output = write(tmp_path / "in.jsonl", PROMPTS), tmp_path / f"out.{ending}"
-    count, told = run(model, source, output, pairs="best_worst")
-    assert (count, told) == (3, {"rows": 1, "dropped: tie": 1, "single response": 1})
-    pair = {"chosen": "answer 5", "rejected": "answer 1", "chosen_score": 5.0, "rejected_score": 1.0, "margin": 4.0}
-    assert read(output) == [{"prompt": "a", "note": "x", **pair}]
-    _, told = run(model, source, output, pairs="all", tie_threshold=1.9, max_margin=2.0)
-    assert told == {"rows": 2, "dropped: tie": 1, "dropped: margin": 1, "single response": 1}
-    assert [(row["chosen"], row["rejected"]) for row in read(output)] == [tuple(answers(5, 3)), tuple(answers(3, 1))]
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_pairs_after_turns_are_in_a_format_that_training_reads(ending, model, tmp_path):
-    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}], "responses": row["responses"]} for row in PROMPTS]
-    output = tmp_path / f"out.{ending}"
-    run(model, write(tmp_path / "in.jsonl", rows), output, pairs="all")
-    found = list(records(str(output)))
-    assert [c[-1]["content"] for c in found[0].conversations] == answers(5, 3) and len(found) == 3
-    assert found[0].conversations[0][0]["content"] == "a" and found[0].margin[0, 1] == 2
-
-
-LABELLED = [
-    {"prompt": "a", "chosen": "answer 5", "rejected": "answer 1"},
-    {"prompt": "b", "chosen": "answer 1", "rejected": "answer 3"},
-    {"prompt": "c", "chosen": "answer 2", "rejected": "answer 2"},
-    {"prompt": "d", "chosen": "answer 9", "rejected": "answer 8"},
-]
-
-
-def test_pairs_are_scored_filtered_and_relabelled(model, tmp_path):
-    source, output = write(tmp_path / "in.jsonl", LABELLED), tmp_path / "out.jsonl"
-    assert run(model, source, output) == (4, {"rows": 4})
-    assert [(row["chosen_score"], row["rejected_score"]) for row in read(output)] == [(5, 1), (1, 3), (2, 2), (9, 8)]
-    assert run(model, source, output, min_margin=0.5) == (4, {"rows": 2, "dropped: margin": 2})
-    assert [row["prompt"] for row in read(output)] == ["a", "d"]
-    _, told = run(model, source, output, relabel=True, tie_threshold=1.0)
-    assert told == {"rows": 2, "relabelled": 1, "dropped: tie": 2}
-    turned = {"chosen": "answer 3", "rejected": "answer 1", "chosen_score": 3.0, "rejected_score": 1.0, "margin": 2.0}
-    assert read(output)[1] == {"prompt": "b", **turned}
-
-
-def test_whole_conversations_as_pairs(model, tmp_path):
-    turn = lambda role, text: {"role": role, "content": text}
-    rows = [
-        {"chosen": [turn("user", "q"), turn("assistant", "answer 3")], "rejected": [turn("user", "q")]},
-        {"prompt": "q", "chosen": [turn("assistant", "answer 3")], "rejected": [turn("assistant", "answer 1")]},
-    ]
-    rows[0]["rejected"].append(turn("assistant", "answer 4"))
-    output = tmp_path / "out.jsonl"
-    run(model, write(tmp_path / "in.jsonl", rows), output, relabel=True)
-    found = read(output)
-    assert found[0]["chosen"][-1]["content"] == "answer 4" and found[1]["margin"] == 2
-
-
-def test_normalized_scores(model, tmp_path, monkeypatch):
-    source, output = write(tmp_path / "in.jsonl", PROMPTS), tmp_path / "out.jsonl"
-    with pytest.raises(ValueError, match="rewards cannot be normalized: the model has no score contract"):
-        run(model, source, output, normalize=True)
-    monkeypatch.setattr(contract, "normalization", lambda terms: (1.0, 2.0))
-    run(model, source, output, normalize=True)
-    assert [row["scores"] for row in read(output)] == [[0, 2, 1], [0.5, 0.5], [1.5]]
+KILLS = {  # of a job of five parts: where, and whether the next start scores again what was scored
+    "before the model": ({"at": "load_checked", "when": "before", "call": 1}, 0),
+    "while a part is scored": ({"at": "values", "when": "before", "call": 3}, 8),
+    "scored, not written": ({"at": "values", "when": "after", "call": 3}, 8),
+    "written, without its name": ({"at": "write_rows", "when": "after", "call": 3}, 8),
+    "nothing is joined": ({"at": "join_parts", "when": "before", "call": 1}, 18),
+    "joined, without its name": ({"at": "join_parts", "when": "after", "call": 1}, 18),
+    "the output has its name": ({"at": "remove", "when": "before", "call": 2}, 18),
+    "some parts are removed": ({"at": "unlink", "when": "after", "call": 4}, 0),
+}
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "words"),
-    [
-        (LABELLED, {"best_of_n": True}, "--best_of_n is for `responses`; these rows are of the shape 'pair'"),
-        (LABELLED, {"pairs": "all"}, "--pairs=all is for `responses`"),
-        (PROMPTS, {"relabel": True}, "--relabel is for `chosen` and `rejected`"),
-        (PROMPTS, {"tie_threshold": 1.0}, "--tie_threshold is for pairs"),
-        (PROMPTS, {"min_margin": 1.0}, "--min_margin and --max_margin is for pairs"),
-        (PROMPTS, {"best_of_n": True, "pairs": "all"}, "give one of them"),
-        (LABELLED, {"relabel": True, "tie_threshold": -1.0}, "must not be negative"),
-        (LABELLED, {"min_margin": 2.0, "max_margin": 1.0}, "is above"),
-    ],
+    ("where", "ending"), [*((where, "jsonl") for where in KILLS), *((where, "parquet") for where in list(KILLS)[3:6:2])]
 )
-def test_flags_that_do_not_go_with_the_rows_are_refused_before_the_model(rows, options, words, tmp_path, monkeypatch):
-    monkeypatch.setattr("rmjax.reward_model.load_checked", lambda *_a, **_k: pytest.fail("the model was loaded"))
-    with pytest.raises(ValueError, match=words):
-        score.run(
-            "nowhere", str(write(tmp_path / "in.jsonl", rows)), tmp_path / "out.jsonl", options=Options(**options)
-        )
-    assert os.listdir(tmp_path) == ["in.jsonl"]
+def test_a_killed_job_ends_as_one_that_was_left_alone(where, ending, fork, model, tmp_path):
+    source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / f"out.{ending}"
+    run(model, source, tmp_path / f"whole.{ending}")
+    whole = (tmp_path / f"whole.{ending}").read_bytes()
+    asked = tmp_path / "model" / ASKED
+    asked.parent.mkdir()
+    spoil, kept = KILLS[where]
+    command = ("--model=model", "--input=in.jsonl", f"--output={output.name}", "--dtype=float32")
+    assert fork(tmp_path, *command, spoil={**spoil, "signal": signal.SIGKILL})["code"] == -signal.SIGKILL
+    assert not output.exists() or output.read_bytes() == whole
+    asked.write_text("")
+    done = fork(tmp_path, *command)
+    assert done["code"] == 0 and "18 scores in" in done["out"], done
+    assert (f"{kept} of 18 rows are scored already" in done["out"]) == (0 < kept < 18)
+    assert asked.read_text().splitlines() == [row["response"] for row in ROWS[kept:]]
+    assert output.read_bytes() == whole
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "model", output.name, f"whole.{ending}"]
 
 
-def test_parquet_columns_are_those_of_what_is_made(model, tmp_path):
-    source, output = write(tmp_path / "in.jsonl", PROMPTS), tmp_path / "out.parquet"
-    run(model, source, output, pairs="all")
-    assert pq.read_schema(output).field("margin").type == pa.float64()
-    assert pq.read_schema(output).names == [
-        *("prompt", "note", "chosen", "rejected", "chosen_score", "rejected_score", "margin")
-    ]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signals_leave_what_is_done(number, code, fork, tmp_path):
+    write(tmp_path / "in.jsonl", ROWS)
+    (tmp_path / "model").mkdir()
+    command = ("--model=model", "--input=in.jsonl", "--output=new/out.jsonl", "--dtype=float32")
+    found = fork(tmp_path, *command, spoil={"at": "values", "when": "after", "call": 3, "signal": number})
+    assert found["code"] == code and "the same command goes on" in found["err"], found
+    assert len(list((tmp_path / "new/out.jsonl.parts").glob("0*.jsonl"))) == 2
+    assert fork(tmp_path, *command)["code"] == 0
+    assert [row["score"] for row in read(tmp_path / "new/out.jsonl")] == list(range(18))
+
+
+def test_what_is_done_survives_errors_but_those_of_the_input(model, tmp_path):
+    """A full disk, a file system that is away for a while: not the job's fault."""
+    source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / "new" / "out.jsonl"
+    for error, there in [(ValueError, False), (RuntimeError, True), (OSError, True)]:
+        dying(model, 2, error)
+        with pytest.raises(error):
+            run(model, source, output)
+        assert output.parent.exists() == there
+    dying(model, 0, ValueError)  # of a job that goes on, everything is kept
+    with pytest.raises(ValueError, match="killed"):
+        run(model, source, output)
+    assert len(list((tmp_path / "new/out.jsonl.parts").glob("0*.jsonl"))) == 4
+
+
+def test_bad_input_takes_nothing_of_others_with_it(model, tmp_path):
+    source = write(tmp_path / "in.jsonl", ROWS)
+    real = model.values
+
+    def values(conversations):
+        (tmp_path / "of_another_job.jsonl").write_text("")
+        dying(model, 0, ValueError)
+        return model.values(conversations)
+
+    model.values = values
+    with pytest.raises(ValueError, match="killed"):
+        run(model, source, tmp_path / "out.jsonl")
+    model.values = real
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "of_another_job.jsonl"]
+
+
+# Jobs in each other's place
+
+
+def test_another_job_in_the_same_place_is_refused_with_what_differs(model, tmp_path):
+    source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
+    weights = model.directory / "model.safetensors"
+    size = 2 * job.SAMPLES * job.SAMPLE
+    weights.write_bytes(bytes(size))
+    dying(model, 2)
+    with pytest.raises(MemoryError):
+        run(model, source, output)
+
+    def refused(words, **options):
+        with pytest.raises(ValueError, match=words):
+            run(model, source, output, **options)
+
+    refused('but options std is "2.0", was "1.0". Put that back to go on, delete', std=2.0)
+    weights.write_bytes(b"\1" * size)  # another training of the same model
+    refused("but model model.safetensors is another")
+    weights.write_bytes(bytes(size))
+    write(source, ROWS[:-1])
+    refused("but input is another")
+    write(source, ROWS)
+    assert run(model, source, output) == (18, {"rows": 18}) and not model.directory.joinpath(ASKED).exists()
+
+
+def test_a_job_that_has_done_nothing_makes_room_for_another(model, tmp_path):
+    source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
+    dying(model, 0)
+    with pytest.raises(MemoryError):
+        run(model, source, output)
+    assert run(model, source, output, std=2.0) == (18, {"rows": 18})
+    assert [row["score"] for row in read(output)] == [n / 2 for n in range(18)]
+
+
+def test_parts_without_a_seal_are_no_parts(model, tmp_path):
+    """What a kill left of a job that was done, before one with another model."""
+    source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
+    directory = tmp_path / "out.jsonl.parts"
+    directory.mkdir()
+    (directory / "00000001.jsonl").write_text('{"score": "stale"}\n')
+    (directory / "00000001.json").write_text('{"rows": 1}')
+    (directory / "mine.txt").write_text("somebody's")
+    assert run(model, source, output) == (18, {"rows": 18})
+    assert [row["score"] for row in read(output)] == list(range(18))
+    assert os.listdir(directory) == ["mine.txt"]
+
+
+def test_a_second_start_of_a_job_is_refused(model, tmp_path):
+    source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.parts").mkdir()
+    with open(tmp_path / "out.jsonl.parts" / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"another run is in .*out\.jsonl\.parts"):
+            run(model, source, output)
+    assert run(model, source, output) == (18, {"rows": 18})
+
+
+def test_an_input_that_changed_while_it_was_scored_is_found(model, tmp_path, monkeypatch):
+    source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
+    real = sources.open_source
+    monkeypatch.setattr(sources, "open_source", lambda spec: itertools.islice(real(spec), 9))  # not in the survey
+    with pytest.raises(RuntimeError, match="has the scores of 9 rows, but there are 18"):
+        run(model, source, output)
+    assert not output.exists()
+
+
+# Parts
+
+
+def test_long_rows_and_many_responses_make_small_parts(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "CHARACTERS", 100)
+    sizes = []
+    model.values = lambda conversations: sizes.append(len(conversations)) or {"score": np.zeros(len(conversations))}
+    rows = [{"prompt": "q" * 10, "responses": ["answer"] * k} for k in (1, 1, 20, 1, 1, 1, 1, 1)]
+    assert run(model, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")[0] == 8
+    assert sizes == [22, 4, 1]
+    assert [len(row["scores"]) for row in read(tmp_path / "out.jsonl")] == [1, 1, 20, 1, 1, 1, 1, 1]
+
+
+def test_row_groups_of_parquet_are_larger_than_parts(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "ROW_GROUP", (8, 2**30))
+    run(model, write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.parquet")
+    found = pq.ParquetFile(tmp_path / "out.parquet").metadata
+    assert [found.row_group(i).num_rows for i in range(found.num_row_groups)] == [8, 8, 2]
+
+
+def test_text_that_is_no_unicode_is_kept_in_json(model, tmp_path):
+    rows = [{"prompt": "q", "response": "answer 1", "note": "half \ud800"}]
+    source = write(tmp_path / "in.jsonl", rows)
+    run(model, source, tmp_path / "out.jsonl")
+    assert read(tmp_path / "out.jsonl") == [{**rows[0], "score": 1.0}]
+    with pytest.raises(ValueError, match="column `note` fits no Parquet column"):
+        run(model, source, tmp_path / "out.parquet")
+
+
+@contextlib.contextmanager
+def arrow_memory():
+    """Yields a function that says how much Arrow had at most."""
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    try:
+        yield pool.max_memory
+    finally:
+        pa.set_memory_pool(before)
+
+
+def write_many(path, count):
+    rows = [{"prompt": "q" * 500, "response": f"answer {n}" * 30} for n in range(count)]
+    if path.suffix == ".jsonl":
+        return write(path, rows)
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=256)
+    return path
+
+
+@pytest.mark.parametrize(("ending", "count"), [("jsonl", 1_200), ("parquet", 4_000)])
+def test_memory_does_not_grow_with_the_rows(ending, count, model, tmp_path, monkeypatch):
+    """Python's memory, or Arrow's, once there is more than a part, a row group and a block of the reader hold."""
+    monkeypatch.setattr(job, "CHUNK", 256)
+    monkeypatch.setattr(job, "ROW_GROUP", (512, 2**30))
+    monkeypatch.setattr(files, "BLOCK", 2**16)
+    model.values = lambda conversations: {"score": np.zeros(len(conversations))}
+    run(model, write_many(tmp_path / f"few.{ending}", 10), tmp_path / f"out.{ending}")  # what is made once is made
+    peaks = []
+    for n in (count, 4 * count):
+        source, output = write_many(tmp_path / f"{n}.{ending}", n), tmp_path / f"out-{n}.{ending}"
+        if ending == "jsonl":
+            tracemalloc.start()
+            run(model, source, output)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        else:
+            with arrow_memory() as most:
+                run(model, source, output)
+                peaks.append(most())
+    assert peaks[1] <= 1.1 * peaks[0], peaks
+
+
+# Several processes
+
+STUB = """#!{python}
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import scoring_fork
+import importlib
+for name in scoring_fork.IMPORTS:
+    importlib.import_module(name)
+scoring_fork.use_numbers()
+if "FAIL" in os.environ:
+    real = scoring_fork.Model.values
+    def values(self, conversations):
+        from rmjax.reward_model import BadConversation
+        if any(os.environ["FAIL"] == c[-1]["content"] for c in conversations):
+            raise BadConversation(1, "no such answer")
+        import time
+        time.sleep(0.5)
+        return real(self, conversations)
+    scoring_fork.Model.values = values
+sys.argv = ["score", *sys.argv[3:]]
+sys.modules["rmjax.score"].cli()
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts launch/local.sh with two processes and the model of numbers."""
+    python = tmp_path / "python"
+    python.write_text(STUB.format(python=sys.executable, root=str(ROOT), tests=str(ROOT / "tests")))
+    python.chmod(0o755)
+    directory = tmp_path / "job"
+    (directory / "model").mkdir(parents=True)
+
+    def start(*argv, **env):
+        command = [str(ROOT / "launch/local.sh"), "2", "rmjax.score", "--model=model", "--dtype=float32", *argv]
+        env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHON=str(python), RESTARTS="0", **env)
+        return subprocess.Popen(command, cwd=directory, env=env, stderr=subprocess.PIPE, text=True)
+
+    return start, directory
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_job_that_one_began(launch, model):
+    """They are stopped by SIGTERM, and go on; what they make is what one process makes."""
+    start, directory = launch
+    source = write(directory / "in.jsonl", ROWS * 20)
+    run(model, source, directory / "whole.jsonl")
+    argv = ("--input=in.jsonl", "--output=out.jsonl")
+    both = start(*argv, FAIL="never")  # slowly
+    parts = directory / "out.jsonl.parts"
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("0*.jsonl"))) < 6 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    both.send_signal(signal.SIGTERM)
+    assert both.wait(120) == 75, both.stderr.read()
+    done = {int(path.stem) for path in parts.glob("0*.jsonl")}
+    assert {n % 2 for n in done} == {0, 1} and not (directory / "out.jsonl").exists()
+    (directory / "model" / ASKED).write_text("")
+    both = start(*argv)
+    assert both.wait(120) == 0, both.stderr.read()
+    assert (directory / "out.jsonl").read_bytes() == (directory / "whole.jsonl").read_bytes()
+    assert len((directory / "model" / ASKED).read_text().splitlines()) == 360 - 4 * len(done)
+    assert sorted(os.listdir(directory)) == ["in.jsonl", "model", "out.jsonl", "whole.jsonl"]
+
+
+@pytest.mark.slow
+def test_a_bad_row_ends_both_processes_and_leaves_nothing(launch):
+    start, directory = launch
+    write(directory / "in.jsonl", ROWS)
+    both = start("--input=in.jsonl", "--output=new/out.jsonl", FAIL="answer 5")  # of the second process
+    assert both.wait(120) == 2
+    assert "in.jsonl:5: no such answer" in both.stderr.read()
+    assert sorted(os.listdir(directory)) == ["in.jsonl", "model"]

@@ -6,7 +6,7 @@ A pair's margin is the score of `chosen` minus that of `rejected`. What is dropp
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +14,10 @@ import pyarrow as pa
 from rmjax.scoring.rows import NUMBER, Row
 
 Counts = collections.Counter[str]
+TEXT = pa.string()
 TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+SIDES = ("chosen", "rejected")
+REWARDS = ("score", "scores", "chosen_score", "rejected_score")  # what is normalized; attributes have scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Options:
         relabel: of pairs: the response of the higher score becomes `chosen`.
         tie_threshold: pairs whose scores differ by no more are ties, and dropped where pairs are made or relabelled.
         min_margin: pairs of a smaller margin are dropped. max_margin: of a larger one.
-        mean: is subtracted from scores. std: they are divided by it.
+        mean: is subtracted from rewards. std: they are divided by it.
     """
 
     best_of_n: bool = False
@@ -45,112 +48,135 @@ class Options:
         Raises:
             ValueError: a flag that means nothing for them, or a value that cannot be.
         """
-        pairs = self.pairs or self.relabel
-        filtered = self.min_margin > -math.inf or self.max_margin < math.inf
-        wrong = {
-            "--best_of_n": self.best_of_n and shape != "responses",
-            f"--pairs={self.pairs}": bool(self.pairs) and shape != "responses",
-            "--relabel": self.relabel and shape != "pair",
-            "--tie_threshold": self.tie_threshold != 0 and not pairs,
-            "--min_margin and --max_margin": filtered and not (self.pairs or shape == "pair"),
+        of_responses, of_pairs = "rows with `responses`", "rows with `chosen` and `rejected`"
+        ends_as_pairs = bool(self.pairs) or shape == "pair"
+        refused = {
+            ("--best_of_n", of_responses): self.best_of_n and shape != "responses",
+            (f"--pairs={self.pairs}", of_responses): bool(self.pairs) and shape != "responses",
+            ("--relabel", of_pairs): self.relabel and shape != "pair",
+            ("--tie_threshold", "--pairs or --relabel"): self.tie_threshold != 0 and not (self.pairs or self.relabel),
+            ("--min_margin", f"--pairs, or {of_pairs}"): self.min_margin > -math.inf and not ends_as_pairs,
+            ("--max_margin", f"--pairs, or {of_pairs}"): self.max_margin < math.inf and not ends_as_pairs,
         }
-        needs = {"--relabel": "`chosen` and `rejected`", "--tie_threshold": "pairs (--pairs or --relabel)"}
-        for flag, found in wrong.items():
+        for (flag, goes_with), found in refused.items():
             if found:
-                more = "pairs (--pairs, or rows of `chosen` and `rejected`)" if "margin" in flag else "`responses`"
-                raise ValueError(f"{flag} is for {needs.get(flag, more)}; these rows are of the shape {shape!r}")
+                raise ValueError(f"{flag} goes with {goes_with}; the first row has the shape {shape!r}")
         if self.best_of_n and self.pairs:
             raise ValueError("--best_of_n and --pairs make different rows of a prompt; give one of them")
         if self.pairs not in ("", "best_worst", "all"):
             raise ValueError(f"--pairs={self.pairs} is none of best_worst, all")
-        if not self.tie_threshold >= 0:
-            raise ValueError(f"--tie_threshold={self.tie_threshold} must not be negative")
+        if not 0 <= self.tie_threshold < math.inf:
+            raise ValueError(f"--tie_threshold={self.tie_threshold} must be a number that is not negative")
         if not self.min_margin <= self.max_margin:
             raise ValueError(f"--min_margin={self.min_margin} is above --max_margin={self.max_margin}")
 
     @property
-    def makes_pairs(self) -> bool:
+    def makes_margins(self) -> bool:
         """Whether the rows that come out are pairs with a margin."""
         return bool(self.pairs or self.relabel or self.min_margin > -math.inf or self.max_margin < math.inf)
 
+    @property
+    def takes_responses(self) -> bool:
+        """Whether the column `responses` becomes others."""
+        return self.best_of_n or bool(self.pairs)
 
-def columns(schema: pa.Schema, options: Options) -> pa.Schema:
-    """The columns of what is made of scored rows of this schema."""
-    text = pa.string()
+
+def columns(added: Mapping[str, pa.DataType], options: Options, prompt: pa.DataType = TEXT) -> dict[str, pa.DataType]:
+    """The columns that the output has and the input has not.
+
+    Args:
+        added: the columns of scores that a row gets.
+        options: what is made of it.
+        prompt: the type of the column of prompts.
+    """
     if options.best_of_n:
-        return _without(schema, "responses", response=text, score=NUMBER)
+        return {"response": TEXT, **{_of_one(name): NUMBER for name in added}}
     if options.pairs:
-        scores = {f"{side}_score": NUMBER for side in ("chosen", "rejected")}
-        side = text if pa.types.is_string(schema.field("prompt").type) else TURNS
-        return _without(schema, "responses", chosen=side, rejected=side, **scores, margin=NUMBER)
-    return _without(schema, "margin", margin=NUMBER) if options.makes_pairs else schema
+        side = TEXT if pa.types.is_string(prompt) or pa.types.is_large_string(prompt) else TURNS
+        scores = {f"{name}_{_of_one(score)}": NUMBER for score in added for name in SIDES}
+        return {**dict.fromkeys(SIDES, side), **scores, "margin": NUMBER}
+    return {**added, "margin": NUMBER} if options.makes_margins else dict(added)
 
 
-def _without(schema: pa.Schema, gone: str, **more: pa.DataType) -> pa.Schema:
-    kept = [f for f in schema if f.name not in (gone, "scores", *more) or (f.name == "scores" and gone == "margin")]
-    listed = [f for f in kept if not (gone == "responses" and f.type == pa.list_(NUMBER))]
-    return pa.schema([*listed, *(pa.field(name, type) for name, type in more.items())])
+def _of_one(name: str) -> str:
+    return "score" if name == "scores" else name
 
 
 def make(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
-    """What becomes of a row and the columns of its scores; counts what is dropped, and what is turned around."""
-    scores = {name: _normal(x, options) for name, x in scores.items()}
-    if options.best_of_n:
-        values = scores["scores"]
-        best = max(range(len(values)), key=values.__getitem__)
-        yield {**_rest(row, "responses"), "response": row["responses"][best], "score": values[best]}
-    elif options.pairs:
-        yield from _pairs(row, scores["scores"], options, counts)
-    elif options.makes_pairs:
-        yield from _judged({**row, **scores}, options, counts)
-    else:
+    """What becomes of a row and the columns of its scores; counts what is dropped, and what is turned around.
+
+    A score that is not finite (of weights that overflow, say) is null, and nothing is chosen by it.
+    """
+    scores = {name: _value(name, x, options) for name, x in scores.items()}
+    known = not any(x is None or (isinstance(x, list) and None in x) for x in scores.values())
+    if not known:
+        counts["without a finite score"] += 1
+    if not (options.takes_responses or options.makes_margins):
         yield {**row, **scores}
+    elif known and options.takes_responses:
+        yield from (_pairs if options.pairs else _best)(row, scores, options, counts)
+    elif known:
+        yield from _judged({**row, **scores}, options, counts)
 
 
-def _normal(x: Any, options: Options) -> Any:
-    of = lambda value: (value - options.mean) / options.std
-    return list(map(of, x)) if isinstance(x, list) else of(x)
+def _value(name: str, x: Any, options: Options) -> Any:
+    if isinstance(x, list):
+        return [_value(name, value, options) for value in x]
+    if not math.isfinite(x):
+        return None
+    return (x - options.mean) / options.std if name in REWARDS else x
 
 
-def _rest(row: Row, *names: str) -> Row:
-    return {name: x for name, x in row.items() if name not in names}
+def _best(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
+    """The first of those with the highest score."""
+    best = max(range(len(scores["scores"])), key=scores["scores"].__getitem__)
+    yield {**_rest(row), "response": row["responses"][best], **{_of_one(name): x[best] for name, x in scores.items()}}
 
 
-def _pairs(row: Row, scores: list[float], options: Options, counts: Counts) -> Iterator[Row]:
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    chosen = [(order[0], order[-1])] if len(order) > 1 else []
+def _rest(row: Row) -> Row:
+    return {name: x for name, x in row.items() if name != "responses"}
+
+
+def _pairs(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
+    values = scores["scores"]
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    which = [(order[0], order[-1])] if len(order) > 1 else []
     if options.pairs == "all":
-        chosen = [(i, j) for a, i in enumerate(order) for j in order[a + 1 :]]
-    if not chosen:
-        counts["single response"] += 1
+        which = [(i, j) for a, i in enumerate(order) for j in order[a + 1 :]]
+    if not which:
+        counts["dropped: single response"] += 1
     as_text = isinstance(row["prompt"], str)  # else turns, so that the rows are in a format that training reads
     side = lambda text: text if as_text else [{"role": "assistant", "content": text}]
-    for i, j in chosen:
-        sides = {"chosen": side(row["responses"][i]), "rejected": side(row["responses"][j])}
-        told = {"chosen_score": scores[i], "rejected_score": scores[j], "margin": scores[i] - scores[j]}
-        if _kept(told["margin"], options, counts):
-            yield {**_rest(row, "responses"), **sides, **told}
+    for both in which:
+        texts = {name: side(row["responses"][i]) for name, i in zip(SIDES, both)}
+        told = {f"{name}_{_of_one(score)}": x[i] for score, x in scores.items() for name, i in zip(SIDES, both)}
+        margin = values[both[0]] - values[both[1]]
+        if _kept(margin, options, counts):
+            yield {**_rest(row), **texts, **told, "margin": margin}
 
 
 def _judged(row: Row, options: Options, counts: Counts) -> Iterator[Row]:
     margin = row["chosen_score"] - row["rejected_score"]
     if options.relabel and margin < -options.tie_threshold:
         counts["relabelled"] += 1
-        names = [name for name in row if name.startswith("chosen") and f"rejected{name[6:]}" in row]
-        turned = {f"{a}{name[6:]}": row[f"{b}{name[6:]}"] for name in names for a, b in _BOTH}
-        row, margin = {**row, **turned}, -margin
+        row, margin = _turned(row), -margin
     if _kept(margin, options, counts):
         yield {**row, "margin": margin}
 
 
-_BOTH = (("chosen", "rejected"), ("rejected", "chosen"))
+def _turned(row: Row) -> Row:
+    """Chosen and rejected change places, in all columns that are of the one and of the other."""
+    endings = [name[len("chosen") :] for name in row if name.startswith("chosen")]
+    both = [end for end in endings if f"rejected{end}" in row]
+    swapped = {f"{to}{end}": row[f"{of}{end}"] for end in both for to, of in (SIDES, SIDES[::-1])}
+    return {**row, **swapped}
 
 
 def _kept(margin: float, options: Options, counts: Counts) -> bool:
     if (options.pairs or options.relabel) and abs(margin) <= options.tie_threshold:
         counts["dropped: tie"] += 1
         return False
-    if margin < options.min_margin or margin > options.max_margin:
+    if not options.min_margin <= margin <= options.max_margin:
         counts["dropped: margin"] += 1
         return False
     return True

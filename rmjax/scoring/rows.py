@@ -4,7 +4,7 @@ Shape letter: K responses of a row.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,12 +59,19 @@ def _responses(row: Row) -> list[Any] | None:
 
 
 def _pair(row: Row) -> list[Any] | None:
-    """Texts after a prompt, or whole conversations, or the turns that follow the prompt."""
-    sides = [row.get("chosen"), row.get("rejected")]
+    """Texts after a prompt, or whole conversations, or the turns that follow the prompt; as training reads them."""
+    sides: list[Any] = [row.get("chosen"), row.get("rejected")]
     if all(isinstance(side, list) for side in sides):
         turns = turns_of(row["prompt"]) if row.get("prompt") is not None else []
-        return None if turns is None else [[*turns, *side] for side in sides]  # type: ignore[misc]
+        return None if turns is None else [_joined(turns, side) for side in sides]
     return _answered(row, *sides)
+
+
+def _joined(prompt: list[Any], side: list[Any]) -> list[Any]:
+    """Whole conversations have the prompt already, or begin with a turn that cannot follow it."""
+    role = lambda message: message.get("role") if isinstance(message, dict) else None
+    asks_again = bool(prompt and side) and role(prompt[-1]) == "user" and role(side[0]) in ("system", "user")
+    return side if side[: len(prompt)] == prompt or asks_again else [*prompt, *side]
 
 
 def _separated(row: Row) -> list[str] | None:
@@ -182,18 +189,39 @@ def shape_of(model: str, first: Row) -> tuple[Shape, dict[str, pa.DataType]]:
     return shape, shape.added(names)
 
 
-def conversations_of(row: Row, shape: Shape, added: Mapping[str, Any]) -> list[Any]:
-    """The conversations of a row that are scored.
+def characters(row: Row, shape: Shape) -> int:
+    """About how long the conversations of a row are, all together."""
+    total = 0
+    for conversation in shape.read(row) or ():
+        for message in conversation:
+            content = message.get("content") if isinstance(message, dict) else None
+            total += len(content) if isinstance(content, str) else 0
+    return total
+
+
+def check(where: str, row: Row, shape: Shape, made: Collection[str]) -> None:
+    """Makes sure that a row can be scored, and that no column of it would be changed.
 
     Args:
-        row: the row.
+        where: the row is, for people.
+        row: as it was read.
         shape: of the file's rows.
-        added: the columns that the row will get.
+        made: the columns that are made of it.
 
     Raises:
-        ValueError: the columns are not there, or some would be changed or lost.
+        ValueError: it cannot; names it.
     """
-    if taken := [name for name in added if name in row]:
+    try:
+        for conversation in _conversations(row, shape, made):
+            check_conversation(conversation)
+    except BadRow as bad:
+        raise ValueError(f"{where}: {bad.detail}") from None
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from None
+
+
+def _conversations(row: Row, shape: Shape, made: Collection[str]) -> list[Any]:
+    if taken := [name for name in made if name in row]:
         raise ValueError(f"has a column `{taken[0]}` already; rename it, the output has its scores there")
     for name in ("system", "tools"):
         if row.get(name):
@@ -201,18 +229,3 @@ def conversations_of(row: Row, shape: Shape, added: Mapping[str, Any]) -> list[A
     if (found := shape.read(row)) is None:
         raise ValueError(f"has columns {', '.join(sorted(row)) or 'none'}; expected {shape.columns}")
     return found
-
-
-def check(where: str, row: Row, shape: Shape, added: Mapping[str, Any]) -> None:
-    """Makes sure that a row can be scored.
-
-    Raises:
-        ValueError: it cannot; names it.
-    """
-    try:
-        for conversation in conversations_of(row, shape, added):
-            check_conversation(conversation)
-    except BadRow as bad:
-        raise ValueError(f"{where}: {bad.detail}") from None
-    except ValueError as error:
-        raise ValueError(f"{where} {error}") from None

@@ -1,0 +1,113 @@
+"""A look at every row before any is scored: whether it can be, and what the output will have."""
+
+import dataclasses
+import glob
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from rmjax.command_line import check_writable
+from rmjax.data.sources import open_source, split_spec
+from rmjax.scoring import job, making, rows
+from rmjax.scoring.making import Options
+from rmjax.scoring.rows import Row, Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What is known of a job's input.
+
+    Attributes:
+        rows: how many there are.
+        parts: into how many `job.chunks` cuts them.
+        shape: of every row.
+        added: the columns of scores that a row gets, with their types.
+        schema: of what is made of the rows, for Parquet. That of the first rows would not do: later ones may have
+            other columns, or values where these had none.
+    """
+
+    rows: int
+    parts: int
+    shape: Shape
+    added: dict[str, pa.DataType]
+    schema: pa.Schema | None
+
+    def chunks(self, source: Iterable[tuple[str, Row]]) -> Iterable[list[tuple[str, Row]]]:
+        """The parts of the input."""
+        return job.chunks(source, lambda item: rows.characters(item[1], self.shape))
+
+
+def take(model: str, source: str, output: Path, options: Options) -> Survey:
+    """Reads every row, and keeps none.
+
+    Raises:
+        ValueError: a row that cannot be scored, by name; options that do not go with the rows; or an output that
+            cannot be written.
+    """
+    check_output(source, output)
+    found = open_source(source)
+    first = next(found, None)
+    if first is None:
+        raise ValueError(f"{source} has no rows")
+    shape, added = rows.shape_of(model, first[1])
+    if shape.read(first[1]) is not None:  # else the row itself is told
+        options.check(shape.name)
+    made = making.columns(added, options)
+    schema = pa.schema([]) if output.suffix == ".parquet" else None
+    survey = Survey(0, 0, shape, added, schema)
+    for chunk in survey.chunks(itertools.chain([first], found)):
+        for where, row in chunk:
+            rows.check(where, row, shape, made)
+        if schema is not None:
+            schema = merged(schema, [row for _, row in chunk])
+        survey = dataclasses.replace(survey, rows=survey.rows + len(chunk), parts=survey.parts + 1)
+    if schema is not None:
+        survey = dataclasses.replace(survey, schema=_made(schema, added, options))
+    return survey
+
+
+def check_output(source: str, output: Path) -> None:
+    """Makes sure that the output can be written.
+
+    Raises:
+        ValueError: it cannot, or is of another kind than JSONL and Parquet, or is read.
+    """
+    if output.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"--output={output} must end in .jsonl or .parquet")
+    if output.is_dir() or _reads(source, output):
+        raise ValueError(f"--output={output} is {'a directory' if output.is_dir() else 'read as input'}; name another")
+    check_writable(output, f"--output={output}")
+
+
+def _reads(source: str, path: Path) -> bool:
+    """Whether a file is among those of a source."""
+    names = [str(Path(item).expanduser()) for item in split_spec(source)]
+    inside = [str(f) for name in names if Path(name).is_dir() for f in Path(name).rglob("*")]
+    files = {*names, *inside, *(f for name in names for f in glob.glob(name, recursive=True))}
+    return path.exists() and any(Path(f).exists() and path.samefile(f) for f in files)
+
+
+def merged(schema: pa.Schema, some: Sequence[Row]) -> pa.Schema:
+    """The schema that holds these rows, too.
+
+    Raises:
+        ValueError: a column whose values have no type in common.
+    """
+    for name in dict.fromkeys(name for row in some for name in row):
+        try:
+            found = pa.schema([(name, pa.array([row.get(name) for row in some]).type)])
+            schema = pa.unify_schemas([schema, found], promote_options="permissive")
+        except (pa.ArrowException, UnicodeEncodeError) as error:
+            raise ValueError(f"column `{name}` fits no Parquet column ({error}); write .jsonl instead") from None
+    return schema
+
+
+def _made(schema: pa.Schema, added: dict[str, pa.DataType], options: Options) -> pa.Schema:
+    """The schema of what is made of rows of this one."""
+    prompt = schema.field("prompt").type if "prompt" in schema.names else making.TEXT
+    kept = [field for field in schema if not (options.takes_responses and field.name == "responses")]
+    schema = pa.schema([*kept, *making.columns(added, options, prompt).items()])
+    job.check_schema(schema)
+    return schema
