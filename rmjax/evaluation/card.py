@@ -110,10 +110,13 @@ def text(
     if objective not in KINDS:
         raise ValueError(f"there is no card for the objective {objective!r}, only for {', '.join(KINDS)}")
     kind, evaluation = KINDS[objective], evaluation or {}
+    says, scale = kind.says, contract.get("reward_scale")
+    if scale:  # rewards that were divided by it
+        says = says.replace("the difference", f"{scale:.6g} times the difference")
     parts = [
         f"---\n{metadata(name, kind, config, evaluation, base_model, license)}\n---",
         f"# {name}",
-        f"A {kind.what}, {_origin(base_model, model)}, trained with rmjax. {kind.says}",
+        f"A {kind.what}, {_origin(base_model, model)}, trained with rmjax. {says}",
         *_verdict(quality),
         "## How to use it",
         *card_usage.sections(objective, name),
