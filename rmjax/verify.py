@@ -72,7 +72,7 @@ def with_transformers(directory: Path, golden: Sequence[Any]) -> Outputs:
     architecture = str(hf.read_config(directory)["architectures"][0]).rpartition("For")[2]
     kind = getattr(transformers, f"AutoModelFor{architecture}")
     with _quiet(transformers):
-        model = kind.from_pretrained(str(directory), dtype=torch.float32).eval()
+        model = kind.from_pretrained(str(directory), dtype=torch.float32).train(False)
     found = []
     for row in golden:
         ids = torch.tensor([row["token_ids"]])
