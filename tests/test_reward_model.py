@@ -343,7 +343,7 @@ def test_other_weights_break_the_contract(copied):
     tiny_models.make_hf_model("llama", copied, seed=1, vocab_size=hf.read_config(copied)["vocab_size"])
     (copied / "config.json").write_bytes(config)
     RewardModel.load(copied)  # tokenizer and template are right
-    with pytest.raises(ValueError, match=r"golden row 0 scores \S+ here and \S+ in its contract"):
+    with pytest.raises(ValueError, match="has another norm than in the score contract"):
         reward_model.load_checked(copied)
 
 
