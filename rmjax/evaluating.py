@@ -120,7 +120,8 @@ def run_benchmark(
 def ask(model: RewardModel, groups: Groups, progress: Tell = silent) -> list[Scored]:
     """What a model says of groups that were read for `asking.task_for`."""
     task = asking.task_for(model.objective.task if model.objective else None)
-    return asking.scored(groups, model.answers(groups, progress), task, model.decode)
+    log_odds = (model.contract or {}).get("reward_scale", 1.0)
+    return asking.scored(groups, model.answers(groups, progress), task, model.decode, log_odds)
 
 
 def kinds(source: str, format: str, learnt: Task | None) -> dict[str, Task]:

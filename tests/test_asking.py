@@ -16,7 +16,7 @@ from rmjax.data.judging import VERDICTS
 from rmjax.data.questions import Ratings, Verdicts
 from rmjax.data.tasks import Preferences
 from rmjax.data.trees import build_tree, parts
-from rmjax.evaluation import asking
+from rmjax.evaluation import asking, measures
 from rmjax.models import heads, hf
 from rmjax.models.config import from_hf
 from rmjax.objectives import make
@@ -182,3 +182,19 @@ def test_the_texts_of_a_pair_are_readable(base, rows, tmp_path):
     assert found["preferred_text"].startswith("second answer, and") and found["rejected_text"].startswith(
         "first answer"
     )
+
+
+def test_scaled_rewards_mean_the_same_probabilities(base, rows, tmp_path):
+    """An export with --unit_std: scores are divided, and its contract says by what."""
+    model = loaded(base[0], objective("bradley_terry"))
+    *_, plain = asked(model, rows, tmp_path)
+    scaled = loaded(base[0], objective("bradley_terry"))
+    scaled.inference.params["score"]["kernel"] = model.params["score"]["kernel"] / 4
+    scaled.contract = {"reward_scale": 4.0}
+    *_, divided = asked(scaled, rows, tmp_path)
+    np.testing.assert_allclose(divided[0].scores * 4, plain[0].scores, atol=1e-5)
+    np.testing.assert_allclose(divided[0].preference, plain[0].preference, atol=1e-6)
+    before, after = (measures.preferences(said)["metrics"] for said in (plain, divided))
+    for name in ("accuracy", "nll", "ece"):
+        assert after[name]["value"] == pytest.approx(before[name]["value"], abs=1e-5), name
+    assert after["margin"]["value"] == pytest.approx(before["margin"]["value"] / 4, abs=1e-5)

@@ -51,7 +51,9 @@ def task_for(learnt: Task | None) -> Task:
     raise ValueError(f"the model {what}: it prefers no response to another, and cannot run a benchmark of preferences")
 
 
-def scored(groups: Groups, outputs: Sequence[np.ndarray], task: Task, decode: Decode) -> list[Scored]:
+def scored(
+    groups: Groups, outputs: Sequence[np.ndarray], task: Task, decode: Decode, log_odds: float = 1.0
+) -> list[Scored]:
     """What a model said of groups that were asked by `task_for`.
 
     Args:
@@ -60,13 +62,14 @@ def scored(groups: Groups, outputs: Sequence[np.ndarray], task: Task, decode: De
             log-likelihood of the tokens after the first.
         task: how they were asked.
         decode: what the outputs mean.
+        log_odds: of a reward model, see Scored.
 
     Returns:
         One for each record: a judge's pairs of one record are put together.
     """
     if isinstance(task, Preferences):
         scores = _split(decode(np.concatenate(outputs))["score"], outputs)
-        return _with_scores(groups, scores, measure.response_tokens(groups))
+        return _with_scores(groups, scores, measure.response_tokens(groups), log_odds)
     if isinstance(task, Ratings):  # the texts' lengths are characters, as a question holds more than the response
         ratings = [_mean_rating(x, task) for x in _log_likelihoods(groups, outputs)]
         return _with_scores(groups, ratings, groups.column("characters"))
@@ -94,7 +97,9 @@ def _log_likelihoods(groups: Groups, outputs: Sequence[np.ndarray]) -> list[np.n
     return [-x[:, 0].astype(np.float64) * (n - 1) for x, n in zip(outputs, _split(tokens, outputs))]
 
 
-def _with_scores(groups: Groups, scores: Sequence[np.ndarray], lengths: tuple[np.ndarray, np.ndarray]) -> list[Scored]:
+def _with_scores(
+    groups: Groups, scores: Sequence[np.ndarray], lengths: tuple[np.ndarray, np.ndarray], log_odds: float = 1.0
+) -> list[Scored]:
     """Scores [K] of each group beside its labels; `lengths` of all responses, and where each group's begin."""
     sizes, begin = lengths
     columns = {name: groups.column(f"label/{name}") for name in ("wins", "ties", "margin")}
@@ -115,6 +120,7 @@ def _with_scores(groups: Groups, scores: Sequence[np.ndarray], lengths: tuple[np
             tokens=sizes[begin[n] : begin[n] + len(s)],
             scores=np.asarray(s, np.float64),
             weight=float(groups.weights[n]),
+            log_odds=log_odds,
         )
         for n, s in enumerate(scores)
     ]

@@ -105,7 +105,7 @@ def _add_nll(found: Estimates, parts: Sequence[Stack]) -> None:
         if s.scores is None:
             nats = -np.log(np.clip(np.nan_to_num(s.preference, nan=1.0), LEAST_PROBABILITY, 1 - LEAST_PROBABILITY))
         else:
-            nats = np.logaddexp(0.0, -s.difference)
+            nats = np.logaddexp(0.0, -s.log_odds * s.difference)
         sums.append(np.stack([s.weight * (label * nats).sum((1, 2)), s.weight * label.sum((1, 2))]))
     at, (nll, labels) = np.concatenate([s.at for s in parts]), np.concatenate(sums, 1)
     found.add("nll", ratio, found.per_prompt(at, nll), found.per_prompt(at, labels))

@@ -28,6 +28,8 @@ class Scored:
         orders: float [K, K, C]: orders[i, j] are the probabilities of the verdicts when i is shown as A and j as B; NaN
             where that was not asked. None of a model that scores.
         weight: of the group.
+        log_odds: that times a difference of scores is the log-odds of a preference; not 1 where an export has scaled
+            its rewards ("reward_scale" of its contract).
     """
 
     id: str
@@ -40,6 +42,7 @@ class Scored:
     scores: np.ndarray | None = None
     orders: np.ndarray | None = None
     weight: float = 1.0
+    log_odds: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.scores is None) == (self.orders is None):
@@ -76,10 +79,11 @@ class Scored:
     def preference(self) -> np.ndarray:
         """float [K, K]: the model's probability that i is better than j; a tie counts half each way.
 
-        Of scores it is sigmoid(s_i - s_j), Bradley and Terry's.
+        Of scores it is sigmoid(log_odds (s_i - s_j)), Bradley and Terry's.
         """
         if self.scores is not None:
-            return 0.5 + 0.5 * np.tanh((self.scores[:, None] - self.scores[None, :]) / 2)  # never overflows
+            apart = self.log_odds * (self.scores[:, None] - self.scores[None, :])
+            return 0.5 + 0.5 * np.tanh(apart / 2)  # never overflows
         p = self.averaged
         return p[..., 0] + (p[..., 2] / 2 if p.shape[-1] == 3 else 0.0)
 

@@ -29,6 +29,7 @@ class Stack:
         weight: float64 [N].
         scores: float64 [N, K]; None of a judge.
         orders: float64 [N, K, K, C]; None of a model that scores.
+        log_odds: see Scored; that of all.
     """
 
     at: np.ndarray
@@ -39,6 +40,7 @@ class Stack:
     weight: np.ndarray
     scores: np.ndarray | None
     orders: np.ndarray | None
+    log_odds: float
 
     @property
     def decided(self) -> np.ndarray:
@@ -74,7 +76,7 @@ class Stack:
     def preference(self) -> np.ndarray:
         """float64 [N, K, K]: the model's probability that i is better than j; a tie counts half each way."""
         if self.scores is not None:
-            return 0.5 + 0.5 * np.tanh(self.difference / 2)
+            return 0.5 + 0.5 * np.tanh(self.log_odds * self.difference / 2)
         p = self.averaged
         return p[..., 0] + (p[..., 2] / 2 if p.shape[-1] == 3 else 0.0)
 
@@ -122,7 +124,7 @@ def _stack(groups: Sequence[Scored], at: np.ndarray) -> Stack:
         bad = members[int(np.flatnonzero(~np.isfinite(scores).all(1))[0])]
         raise ValueError(f"{bad.id}: its scores {bad.scores} are not all finite; the model cannot be measured")
     tokens = np.array([g.tokens for g in members], np.int64)
-    return Stack(at, of("wins"), of("ties"), of("margin"), tokens, of("weight"), scores, orders)
+    return Stack(at, of("wins"), of("ties"), of("margin"), tokens, of("weight"), scores, orders, members[0].log_odds)
 
 
 def _swap(x: np.ndarray) -> np.ndarray:
