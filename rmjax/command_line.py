@@ -66,6 +66,14 @@ class Parser(argparse.ArgumentParser):
         return message
 
 
+def parser(module: str, doc: str | None) -> Parser:
+    """The parser of a command that is the module `module`, whose docstring is its help; --debug is there."""
+    raw = argparse.RawDescriptionHelpFormatter
+    made = Parser(prog=f"python -m {module}", description=doc, formatter_class=raw, allow_abbrev=False)
+    made.add_argument("--debug", action="store_true", help="shows the traceback of an error, too")
+    return made
+
+
 @contextlib.contextmanager
 def outcome(
     *,

@@ -34,8 +34,7 @@ CHUNK = 512  # records of --gold in memory
 
 def parser() -> Parser:
     """The command's arguments."""
-    raw = argparse.RawDescriptionHelpFormatter
-    made = Parser(prog="python -m rmjax.evaluate", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    made = command_line.parser("rmjax.evaluate", __doc__)
     add = made.add_argument
     add("--model", default="", metavar="PATH[,PATH]", help="exports, hub ids, runs or checkpoints")
     add("--benchmark", default="", metavar="NAME[,NAME]", help="names, or NAME=SOURCE")
@@ -48,7 +47,6 @@ def parser() -> Parser:
     add("--mesh", default="", metavar="AXES", help="data=1,fsdp=-1,tensor=1; default: all devices here on fsdp")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation")
     add("--template_kwargs", default="", metavar="JSON", help="of a foreign model's chat template")
-    add("--debug", action="store_true", help="shows the traceback of an error, too")
     return made
 
 
@@ -143,7 +141,7 @@ def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
         format = args.format if name == "data" else "auto"
         tasks = evaluating.kinds(item, format, learnt)
         for kind, task in tasks.items():
-            groups = evaluating.read(item, model.chat, task, format=format, on_bad_row="skip")
+            groups = evaluating.read(item, model.chat, task, format=format)
             groups = groups.sample(args.train_rows, 0) if name == "train_data" else groups
             label = "train" if name == "train_data" else sources.source_name(item)
             label = f"{label} ({kind})" if len(tasks) > 1 else label

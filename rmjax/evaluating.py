@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,35 +29,21 @@ def silent(done: int) -> None:
     """Tells nobody."""
 
 
-def read(
-    source: str,
-    chat: Chat,
-    task: Task,
-    *,
-    format: str = "auto",
-    on_bad_row: str = "skip",
-    max_bad_fraction: float = 0.05,
-    workers: int = -1,
-    cache_dir: str | Path = "",
-) -> Groups:
+def read(source: str, chat: Chat, task: Task, **options: Any) -> Groups:
     """Reads and tokenizes what a model is to be asked about; nothing is left out for its length.
+
+    Args:
+        source: of the data.
+        chat: tokenizer and template of the model.
+        task: how it is asked.
+        **options: of `cache.build`.
 
     Raises:
         FileNotFoundError, ValueError: as `cache.build`.
     """
     unlimited = Chat(chat.tokenizer, template_kwargs=chat.template_kwargs)
     with contextlib.redirect_stdout(sys.stderr):
-        return cache.build(
-            source,
-            unlimited,
-            task,
-            format=format,
-            on_bad_row=on_bad_row,
-            max_bad_fraction=max_bad_fraction,
-            workers=workers,
-            cache_dir=cache_dir,
-            progress=lambda text: print(text, flush=True),
-        )
+        return cache.build(source, unlimited, task, progress=lambda text: print(text, flush=True), **options)
 
 
 def read_benchmark(benchmark: Benchmark, source: str, chat: Chat, learnt: Task | None, **options: Any) -> Groups:
@@ -80,9 +65,8 @@ def read_benchmark(benchmark: Benchmark, source: str, chat: Chat, learnt: Task |
     assert task is not None
     if not benchmark.pairwise and not isinstance(task, Preferences | Attributes) and not _rates(task):
         raise ValueError(f"{benchmark.name} needs a score of every response; a judge of pairs cannot run it")
-    return read(
-        source, chat, task, format=benchmark.format, on_bad_row="keep", max_bad_fraction=1.0, **options
-    )  # fmt: skip
+    kept = {"format": benchmark.format, "on_bad_row": "keep", "max_bad_fraction": 1.0}
+    return read(source, chat, task, **kept, **options)
 
 
 def read_benchmarks(config: ConfigDict, chat: Chat, learnt: Task) -> list[tuple[Benchmark, Groups]]:

@@ -10,7 +10,6 @@ an export's score contract: by our loader, by transformers (`pip install 'rmjax[
 installed; all in float32, to 1e-4. The contract then says by what it was verified.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -34,9 +33,8 @@ from rmjax.objectives.base import Objective
 from rmjax.reward_model import RewardModel
 
 GOLDEN = 4  # responses whose scores the contract keeps
-IN_REWARDS = (
-    r"(.*/)?(reward_(mean|std|min|max|drift)|margin|(chosen|rejected)(_p\d\d)?)"  # metrics in the rewards' unit
-)
+# Metrics in the rewards' unit.
+IN_REWARDS = r"(.*/)?(reward_(mean|std|min|max|drift)|margin|(chosen|rejected)(_p\d\d)?)"
 SAMPLES = (  # where normalizers and splitting rules differ
     "It's 12345 + 6,789.50 and they'LL don't stop!!!  Two spaces, a\ttab.\r\n\n\n  if a_b == {c: [1]}:\n        d()\n",
     " résumé re\u0301sume\u0301 ﬁne Ａ½ 日本語のテキスト、한국어 Привет مرحبا 🙂👩‍👩‍👧\u00a0\u200b ",
@@ -240,8 +238,7 @@ def golden_sequences(groups: Groups) -> list[tuple[np.ndarray, list[int]]]:
 
 def parser() -> Parser:
     """The command's arguments."""
-    raw = argparse.RawDescriptionHelpFormatter
-    made = Parser(prog="python -m rmjax.export", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    made = command_line.parser("rmjax.export", __doc__)
     add = made.add_argument
     add("--run", default="", metavar="DIR", help="a run, or one of its checkpoints")
     add("--step", default="", metavar="STEP", help="of a run: best (default), last, or a number")
@@ -252,7 +249,6 @@ def parser() -> Parser:
     add("--push_to", default="", metavar="OWNER/NAME", help="uploads the export to the Hugging Face Hub")
     add("--private", action="store_true", help="with --push_to: a new repository is private")
     add("--verify", default="", metavar="DIR", help="replays the score contract of an export instead")
-    add("--debug", action="store_true", help="shows the traceback of an error, too")
     return made
 
 

@@ -34,8 +34,7 @@ LIMITS = {
 
 def parser() -> Parser:
     """The command's arguments."""
-    raw = argparse.RawDescriptionHelpFormatter
-    made = Parser(prog="python -m rmjax.serve", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    made = command_line.parser("rmjax.serve", __doc__)
     add = made.add_argument
     add("--model", default="", metavar="PATH", help="an export, or a hub id of a sequence classifier")
     add("--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, 0.0.0.0 is all")
@@ -49,7 +48,6 @@ def parser() -> Parser:
     add("--max_wait_ms", type=float, default=2.0, metavar="MS", help="that a request waits for others; default 2")
     add("--drain_seconds", type=float, default=30.0, metavar="S", help="for queued requests when it stops; default 30")
     add("--normalize", action="store_true", help="rewards minus the contract's mean, divided by its deviation")
-    add("--debug", action="store_true", help="shows the traceback of an error, too")
     return made
 
 
