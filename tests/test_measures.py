@@ -16,6 +16,7 @@ from made_up_answers import group, judged, outcomes_of, pairs, rankings, sums_of
 from rmjax.data import records
 from rmjax.evaluation import best_of_n, measures, stacks, tables
 from rmjax.evaluation.estimates import Estimates
+from rmjax.evaluation.scored import likeliest
 from rmjax.objectives.bradley_terry import BradleyTerry
 from rmjax.objectives.pairwise import Pairwise
 
@@ -42,7 +43,7 @@ def test_stacks_say_what_single_groups_say(groups):
             np.testing.assert_array_equal(stack.verdicts[row], one.verdicts)
             np.testing.assert_array_equal(stack.preference[row], one.preference)
             if one.orders is not None:
-                np.testing.assert_array_equal(stacks.likeliest(stack.orders)[row], one.first_verdicts)
+                np.testing.assert_array_equal(likeliest(stack.orders)[row], one.first_verdicts)
             seen += 1
     assert seen == len(groups)
 

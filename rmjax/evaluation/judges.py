@@ -7,7 +7,8 @@ Babington Smith 1940. A model that scores has none of these troubles: its verdic
 import numpy as np
 
 from rmjax.evaluation.estimates import Estimates, ratio
-from rmjax.evaluation.stacks import Stack, likeliest
+from rmjax.evaluation.scored import likeliest
+from rmjax.evaluation.stacks import Stack
 
 
 def orders(stack: Stack) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

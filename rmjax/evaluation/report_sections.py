@@ -7,18 +7,12 @@ from typing import Any
 
 from rmjax.data import audit_text
 from rmjax.evaluation import naming, report_plots, report_texts
+from rmjax.evaluation.card import KINDS
 from rmjax.evaluation.naming import number, with_interval
 from rmjax.evaluation.report_page import Cell, Section, Table
 
 Values = Mapping[str, Any]
 TILES = 6
-OBJECTIVES = {
-    "bradley_terry": "Bradley-Terry reward model",
-    "pointwise": "pointwise reward model",
-    "pairwise": "pairwise judge",
-    "prm": "process reward model",
-    "sft": "language model that writes verdicts",
-}
 CHECKS = {
     "accuracy": "Validation accuracy",
     "gap": "Training against validation",
@@ -86,7 +80,7 @@ def subtitle(evaluation: Values | None, config: Values | None, environment: Valu
     config, parts = config or {}, []
     objective, model = config.get("objective") or {}, config.get("model") or {}
     if objective.get("name"):
-        parts.append(OBJECTIVES.get(objective["name"], objective["name"]))
+        parts.append(KINDS[objective["name"]].what if objective["name"] in KINDS else objective["name"])
     if model.get("init_from"):
         parts.append(f"from {model['init_from']}")
     elif model.get("scratch"):

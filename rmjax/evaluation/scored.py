@@ -58,8 +58,7 @@ class Scored:
     def averaged(self) -> np.ndarray:
         """float [K, K, C], of a judge: probabilities of "i", "j" (and "tie"), both orders averaged."""
         assert self.orders is not None
-        swapped = [1, 0, *range(2, self.orders.shape[-1])]
-        return (self.orders + np.swapaxes(self.orders, 0, 1)[..., swapped]) / 2
+        return of_both_orders(self.orders)
 
     @functools.cached_property
     def verdicts(self) -> np.ndarray:
@@ -67,30 +66,41 @@ class Scored:
         where a judge was not asked."""
         if self.scores is not None:
             return 0.5 + 0.5 * np.sign(self.scores[:, None] - self.scores[None, :])
-        return _decided(self.averaged)
+        return likeliest(self.averaged)
 
     @functools.cached_property
     def first_verdicts(self) -> np.ndarray:
         """float [K, K], of a judge: as `verdicts`, by the order in which i is shown as A alone."""
         assert self.orders is not None
-        return _decided(self.orders)
+        return likeliest(self.orders)
 
     @functools.cached_property
     def preference(self) -> np.ndarray:
-        """float [K, K]: the model's probability that i is better than j; a tie counts half each way.
-
-        Of scores it is sigmoid(log_odds (s_i - s_j)), Bradley and Terry's.
-        """
+        """float [K, K]: the model's probability that i is better than j; a tie counts half each way."""
         if self.scores is not None:
-            apart = self.log_odds * (self.scores[:, None] - self.scores[None, :])
-            return 0.5 + 0.5 * np.tanh(apart / 2)  # never overflows
-        p = self.averaged
-        return p[..., 0] + (p[..., 2] / 2 if p.shape[-1] == 3 else 0.0)
+            return by_difference(self.scores[:, None] - self.scores[None, :], self.log_odds)
+        return by_verdict(self.averaged)
 
 
-def _decided(p: np.ndarray) -> np.ndarray:
-    """1, 0.5 or 0 by the likeliest of [..., C]; A and B equally likely is a tie, too; NaN stays."""
-    by_class = np.sign(p[..., 0] - p[..., 1])
+def of_both_orders(orders: np.ndarray) -> np.ndarray:
+    """[..., K, K, C]: the probabilities of "i", "j" (and "tie") of a judge, both orders averaged."""
+    swapped = [1, 0, *range(2, orders.shape[-1])]
+    return (orders + np.swapaxes(orders, -3, -2)[..., swapped]) / 2
+
+
+def likeliest(p: np.ndarray) -> np.ndarray:
+    """1, 0.5 or 0 by the likeliest of A, B (and tie) [..., C]; A and B equally likely is a tie, too; NaN stays."""
+    side = np.sign(p[..., 0] - p[..., 1])
     if p.shape[-1] == 3:
-        by_class = np.where(p[..., 2] > np.maximum(p[..., 0], p[..., 1]), 0.0, by_class)
-    return 0.5 + 0.5 * np.where(np.isnan(p).any(-1), np.nan, by_class)
+        side = np.where(p[..., 2] > np.maximum(p[..., 0], p[..., 1]), 0.0, side)
+    return 0.5 + 0.5 * np.where(np.isnan(p).any(-1), np.nan, side)
+
+
+def by_difference(difference: np.ndarray, log_odds: float) -> np.ndarray:
+    """sigmoid(log_odds difference), Bradley and Terry's probability of a preference; it never overflows."""
+    return 0.5 + 0.5 * np.tanh(log_odds * difference / 2)
+
+
+def by_verdict(p: np.ndarray) -> np.ndarray:
+    """The probability of a preference, from those of A, B (and tie, half of it each way) [..., C]."""
+    return p[..., 0] + (p[..., 2] / 2 if p.shape[-1] == 3 else 0.0)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from rmjax.evaluation.scored import Scored
+from rmjax.evaluation.scored import Scored, by_difference, by_verdict, likeliest, of_both_orders
 
 CHUNK = 2_000_000  # pairs of responses in memory
 
@@ -62,8 +62,7 @@ class Stack:
     def averaged(self) -> np.ndarray:
         """float64 [N, K, K, C], of a judge: probabilities of "i", "j" (and "tie"), both orders averaged."""
         assert self.orders is not None
-        swapped = [1, 0, *range(2, self.orders.shape[-1])]
-        return (self.orders + self.orders.swapaxes(1, 2)[..., swapped]) / 2
+        return of_both_orders(self.orders)
 
     @functools.cached_property
     def verdicts(self) -> np.ndarray:
@@ -76,9 +75,8 @@ class Stack:
     def preference(self) -> np.ndarray:
         """float64 [N, K, K]: the model's probability that i is better than j; a tie counts half each way."""
         if self.scores is not None:
-            return 0.5 + 0.5 * np.tanh(self.log_odds * self.difference / 2)
-        p = self.averaged
-        return p[..., 0] + (p[..., 2] / 2 if p.shape[-1] == 3 else 0.0)
+            return by_difference(self.difference, self.log_odds)
+        return by_verdict(self.averaged)
 
     @functools.cached_property
     def worth(self) -> np.ndarray:
@@ -88,14 +86,6 @@ class Stack:
             return self.scores
         asked = ~np.isnan(self.verdicts)
         return np.where(asked, self.verdicts, 0.0).sum(-1) / np.maximum(asked.sum(-1), 1)
-
-
-def likeliest(p: np.ndarray) -> np.ndarray:
-    """1, 0.5 or 0 by the likeliest of A, B (and tie) [..., C]; A and B equally likely is a tie, too; NaN stays."""
-    side = np.sign(p[..., 0] - p[..., 1])
-    if p.shape[-1] == 3:
-        side = np.where(p[..., 2] > np.maximum(p[..., 0], p[..., 1]), 0.0, side)
-    return 0.5 + 0.5 * np.where(np.isnan(p).any(-1), np.nan, side)
 
 
 def stacks(groups: Sequence[Scored]) -> Iterator[Stack]:

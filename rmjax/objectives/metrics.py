@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from rmjax.evaluation.calibration import BINS, bins_of, ece
+
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
     """Pearson's correlation."""
@@ -45,16 +47,13 @@ def spread(name: str, values: np.ndarray) -> dict[str, float]:
     return {f"{name}_p{q:02}": float(x) for q, x in zip(QUANTILES, np.quantile(values, [q / 100 for q in QUANTILES]))}
 
 
-def calibration_error(outcomes: Mapping[str, np.ndarray], least: float = 0.5, bins: int = 10) -> dict[str, float]:
-    """Expected calibration error: mean |confidence - share that is right| over bins, by their weights.
-
-    Source: Guo et al. 2017, arXiv:1706.04599, eq. 3.
+def calibration_error(outcomes: Mapping[str, np.ndarray], least: float = 0.5) -> dict[str, float]:
+    """Expected calibration error; see evaluation/calibration.py.
 
     Args:
         outcomes: float [n] each: `confidence`, from `least` to 1; `right`, 1 where what it is confident of is so, 0
             where not; `weight`. NaN where there is nothing.
         least: lower end of the first bin.
-        bins: how many, of equal width.
 
     Returns:
         {"ece": ...}; {} of nothing.
@@ -63,9 +62,8 @@ def calibration_error(outcomes: Mapping[str, np.ndarray], least: float = 0.5, bi
     confidence, right, weight = (outcomes[name][here].astype(np.float64) for name in ("confidence", "right", "weight"))
     if not weight.sum():
         return {}
-    of = np.clip(((confidence - least) / (1 - least) * bins).astype(int), 0, bins - 1)
-    apart = np.bincount(of, weight * (confidence - right), bins)
-    return {"ece": float(np.abs(apart).sum() / weight.sum())}
+    sums = [np.bincount(bins_of(confidence, least), x, BINS) for x in (weight * (confidence - right), weight)]
+    return {"ece": float(ece(np.concatenate(sums)))}
 
 
 def with_reward_std(values: dict[str, float]) -> dict[str, float]:
