@@ -3,9 +3,9 @@
     python -m rmjax.main --config=configs/pairwise_tiny.py --workdir=runs/pairwise_tiny
 
 Hardware: any CPU; here 2 cores.
-Hours: 0.03 (an estimate; 132 CPU seconds measured on a busy machine).
-Score (validation, 600 pairs, both orders averaged): accuracy 32 % before training and 90 % after it, with both orders
-deciding alike for 86 % of the pairs; two other seeds (`--config.seed`) end at 92 % and 82 %, with 96 % and 87 % alike.
+Hours: 0.03 (85 seconds of training and its evaluations on one core of an Intel Xeon at 2.50 GHz, 2026-11-28).
+Score (validation, 600 pairs, both orders averaged): accuracy 32 % before training and 95 % after it, with both orders
+deciding alike for 100 % of the pairs; three other seeds (`--config.seed`) end at 95 %, with 98 to 100 % alike.
 Best reachable: 95 %, because 3 verdicts of 60 are wrong. Baselines: 33 % for any one verdict, 29 % for the longer reply
 (equally long is a tie), below 38 % for a decision tree over both lengths, below 39 % for a linear model of the words.
 
@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """Returns the config; takes no argument."""
     del arg
     config = demo("pairwise")
-    config.duration = "3 epochs"
+    config.duration = "2 epochs"
 
     config.data.train = "synthetic://verdicts?n=16000&seed=0"
     config.data.validation = "synthetic://verdicts?n=600&seed=1"
@@ -34,5 +34,5 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.objective.template = TEMPLATE
 
-    config.optim.learning_rate = 6e-3
+    config.optim.learning_rate = 2e-3
     return config
