@@ -172,7 +172,8 @@ def main(_: Sequence[str]) -> None:
         processes.start()
         startup.keep_programs()
         source, output = passwords.hide(INPUT.value), Path(OUTPUT.value).expanduser()
-        with survival.Stop().listening():  # parts stand a kill, so a signal ends the process at once
+        stop = survival.Stop("with what is scored")  # parts stand a kill, so a signal ends the process at once
+        with stop.listening():
             done, counts = run(MODEL.value, source, output, DTYPE.value, arguments, options, NORMALIZE.value)
             if processes.is_first():
                 print(_summary(done, counts, OUTPUT.value), flush=True)

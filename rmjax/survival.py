@@ -38,8 +38,14 @@ class Stop:
         signal: the first signal that came, 0 before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: str = "from the last checkpoint, if there is any"):
+        """Of a run that nobody has asked yet.
+
+        Args:
+            kept: how the same command goes on where a signal ends the process at once.
+        """
         self.signal = 0
+        self._kept = kept
         self._loop_looks = False
         self._questions = 0
         self._agreed = False
@@ -102,7 +108,7 @@ class Stop:
 
     def _end(self, number: int) -> None:
         """Ends the process as it is: a normal exit would wait for compilations and write what a next start does."""
-        os.write(2, f"\n{self._by()}the same command goes on from the last checkpoint, if there is any\n".encode())
+        os.write(2, f"\n{self._by()}the same command goes on {self._kept}\n".encode())
         os._exit(CODES[number])
 
     def _by(self) -> str:
@@ -110,10 +116,14 @@ class Stop:
 
 
 @contextlib.contextmanager
-def alone(workdir: Path) -> Iterator[None]:
+def alone(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
     """Keeps other runs out of a workdir, by a lock on WORKDIR/lock that the kernel releases however the process ends.
 
     Makes the workdir; if nothing is put into it, it is gone again afterwards.
+
+    Args:
+        workdir: the directory.
+        flag: that names it, or what it belongs to.
 
     Raises:
         ValueError: another run is there; names its host and process.
@@ -123,7 +133,7 @@ def alone(workdir: Path) -> Iterator[None]:
         return
     made = [path for path in (workdir, *workdir.parents) if not path.exists()]
     workdir.mkdir(parents=True, exist_ok=True)
-    file = _locked(workdir / "lock")
+    file = _locked(workdir / "lock", flag)
     try:
         yield
     finally:
@@ -135,7 +145,7 @@ def alone(workdir: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def _locked(path: Path) -> TextIO | None:
+def _locked(path: Path, flag: str) -> TextIO | None:
     """The file, locked; None where the file system knows no locks."""
     while True:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (open for the whole run)
@@ -146,7 +156,7 @@ def _locked(path: Path) -> TextIO | None:
             holder = file.read().strip() or "not known"
             file.close()
             raise ValueError(
-                f"another run is in {path.parent} ({holder}); wait for it or stop it, or choose another --workdir"
+                f"another run is in {path.parent} ({holder}); wait for it or stop it, or choose another {flag}"
             ) from None
         except OSError as error:
             logging.warning("%s cannot be locked (%s); make sure that no second run is started there", path, error)

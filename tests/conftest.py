@@ -1,5 +1,6 @@
 """Fixtures: real data where it is, and a small tokenizer made on the spot."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,9 +27,11 @@ TEXT = [
 
 @pytest.fixture(scope="session", autouse=True)
 def user_cache(tmp_path_factory) -> Iterator[None]:
-    """A cache folder of the session's own, so that no test reads or writes the user's."""
+    """A cache folder of the session's own, so that no test reads or writes the user's; one for all its workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "user-cache"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user-cache")))
+        patch.setenv("XDG_CACHE_HOME", str(folder))
         startup.keep_programs()  # as the commands do: what several tests compile is compiled once
         yield
 

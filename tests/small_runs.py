@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import quick
 
 ROOT = Path(__file__).parents[1]
 SMALL = {  # the demo made small: 20 steps, seconds
@@ -56,7 +57,7 @@ class Started:
         argv = ["--config=configs/bt_tiny.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in keys.items())]
         number = len(list(workdir.parent.glob(f"{workdir.name}.*.txt")))
         self.output = workdir.parent / f"{workdir.name}.{number}.txt"
-        env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache_dir / "xla")}
+        env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick.FLAGS}
         self.process = _context.Process(target=_command, args=(argv, str(self.output), env, spoil))
         self.process.start()
         self.pid = self.process.pid
@@ -97,10 +98,10 @@ def _command(argv, output, env, spoil) -> None:
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
     import jax
 
-    from rmjax import main
+    from rmjax import main, startup
 
     jax.config.update("jax_platforms", "cpu")  # jax was imported before
-    jax.config.update("jax_compilation_cache_dir", env["JAX_COMPILATION_CACHE_DIR"])
+    startup.keep_programs()  # with those of the session, so that each is compiled once
     if spoil is not None:
         spoil()
     sys.argv = ["rmjax.main", *argv]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from rmjax import contract, reward_model, runs, score, train, verify
+from rmjax import contract, evaluate, reward_model, runs, score, train, verify
 from rmjax.data import formats
 from rmjax.data.records import pair
 from rmjax.models import hf
@@ -126,6 +126,33 @@ def test_the_score_command_reads_it(exported, tmp_path):
         conversation = [asked("Say why."), answered("Always.")]
         assert added == pytest.approx({k: float(v[0]) for k, v in model.values([conversation]).items()}, abs=1e-5)
         assert model.score([conversation]) == [pytest.approx(added["score"], abs=1e-5)]
+
+
+MEASURED = {  # the kind of its sets, a metric that is its own, and one that is the loop's (which counts ties, too)
+    "bt_tiny": ("preferences", "longer_is_better", "accuracy"),
+    "bt_rankings_tiny": ("preferences", "longer_is_better", ""),
+    "pointwise_tiny": ("attributes", "mse", "mse/relevance"),
+    "pairwise_tiny": ("preferences", "consistency", ""),
+    "prm_tiny": ("steps", "first_error_accuracy", "accuracy"),
+    "sft_tiny": ("tokens", "verdict_accuracy", "accuracy"),
+}
+
+
+def test_it_is_measured_in_its_run_and_alike_by_the_command(exported, tmp_path):
+    name, directory = exported
+    kind, own, of_loop = MEASURED[name]
+    workdir, out = directory.parent, tmp_path / "found.json"
+    assert (workdir / "report.html").exists()
+    inside = json.loads((workdir / "evaluation.json").read_text())["sets"]["validation"]
+    assert inside["kind"] == kind and inside["metrics"][own]["value"] is not None
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if "validation/loss" in line)
+    if of_loop:
+        assert inside["metrics"][of_loop]["value"] == pytest.approx(last[f"validation/{of_loop}"], abs=1e-4)
+    data = json.loads((workdir / "config.json").read_text())["data"]["validation"]
+    evaluate.main([f"--model={directory}", f"--data={data}", f"--output={out}"])
+    (found,) = [x for x in json.loads(out.read_text())["sets"].values() if x["kind"] == kind]
+    assert found["metrics"][own]["value"] == pytest.approx(inside["metrics"][own]["value"], abs=1e-3)
 
 
 def test_calls_of_another_kind_say_what_to_call(exported):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 import tiny_models
 import torch
 import transformers
@@ -17,7 +18,6 @@ from rmjax.sharding import RULES, first_match, path_name
 TEXTS = [[text] for pair in random_groups(seed=3, groups=3) for text in pair]  # each a tree of its own
 ROWS = [TEXTS[:4], TEXTS[4:]]  # the second ends in padding
 BATCH = tree_rows(ROWS, row_tokens=128)
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 TINY = {name: value for name, value in SIZES.items() if not name.endswith("token_id")}
 
 
@@ -79,7 +79,7 @@ def test_language_model_is_that_of_transformers(family, tied, tmp_path):
         out = heads.merge(graphdef, params)(batch)
         return (out["nll"] * batch["loss_weight"]).sum(), out
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=quick.OPTIONS)
     (total, out), grads = step(params)
     nll, correct, expected = in_transformers(reference, batch)
     expected.backward()
@@ -143,7 +143,7 @@ def test_classifiers_score_the_same_in_transformers(family, architecture, output
     if architecture == "TokenClassification":  # two scored tokens of each text, as steps have them
         first = batch["end"] - np.array([5, 3, 4, 2])
         batch["end"] = np.stack([np.where(batch["end"] < 0, -1, first), batch["end"]], -1).reshape(2, -1)
-    run = jax.jit(lambda params: heads.merge(graphdef, params)(batch), compiler_options=QUICK)
+    run = jax.jit(lambda params: heads.merge(graphdef, params)(batch), compiler_options=quick.OPTIONS)
     ours = np.asarray(run(params))[batch["end"] >= 0]
     model = auto(architecture, tmp_path / "export")
     assert model.config.id2label == dict(enumerate(labels)) and model.config.label2id["name 0"] == 0
@@ -200,7 +200,7 @@ def test_a_tied_checkpoint_may_repeat_its_embedding(tmp_path):
 
 def test_labels_must_be_the_heads(tmp_path):
     config = from_hf({**TINY, "model_type": "qwen2"})
-    params = jax.jit(lambda: heads.init(config, 2))()
+    params = jax.jit(lambda: heads.init(config, 2), compiler_options=quick.OPTIONS)()
     for labels in (("a",), ("a", "a"), ("a", "b", "c")):
         with pytest.raises(ValueError, match="must be 2 different names"):
             hf.save(tmp_path / "x", params, {}, config, dtype="float32", pad_token_id=PAD, labels=labels)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 import torch
 import transformers
 from jax.sharding import NamedSharding
@@ -32,7 +33,7 @@ def open_checkpoint(directory, **options):
 
 
 def our_scores(graphdef, params):
-    run = jax.jit(lambda params: heads.merge(graphdef, params)(BATCH))
+    run = jax.jit(lambda params: heads.merge(graphdef, params)(BATCH), compiler_options=quick.OPTIONS)
     return np.asarray(run(params))[0, :, 0]
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 import torch
 from tiny_models import make_hf_model, random_groups, tree_rows
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -45,7 +46,6 @@ ROWS = [PAIRS[:3], PAIRS[3:]]  # the second row ends in padding and has fewer sc
 BATCH = tree_rows(ROWS, row_tokens=160)
 WHERE = ("tokens", "positions", "visible_from", "visible_until")
 STEPS = 10
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 
 
@@ -94,7 +94,7 @@ class Case:
         self.params, self.head = hf.load(directory, shapes, self.config, seed=0)
         self.rows = hf.expected_rows(shapes, self.config)
         step = jax.value_and_grad(functools.partial(our_pass, graphdef=self.graphdef), has_aux=True)
-        self.step = jax.jit(step, compiler_options=QUICK)
+        self.step = jax.jit(step, compiler_options=quick.OPTIONS)
         (self.loss, (self.scores, self.hidden)), grads = self.step(self.params)
         self.grads = flat(grads)
         self.torch_hidden, self.torch_scores, self.torch_loss = torch_pass(self.torch_model)
@@ -153,7 +153,7 @@ def test_ten_adamw_steps(case):
     ours, params = optax.adamw(1e-3, **ADAM), case.params
     state = ours.init(params)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=quick.OPTIONS)
     def update(params, state, grads):
         updates, state = ours.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -178,7 +178,7 @@ def test_the_last_layer_of_scored_tokens_alone_is_exact():
         x_BED = x if pruned else jnp.take_along_axis(x, at_BE[..., None], axis=1)
         return (slope_BED * x_BED).sum(), x_BED
 
-    step = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1, compiler_options=QUICK)
+    step = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1, compiler_options=quick.OPTIONS)
     (grads, few), (expected, all_of) = step(params, True), step(params, False)
     np.testing.assert_allclose(few, all_of, rtol=1e-5, atol=1e-6 * np.abs(all_of).max())
     for path, grad in flat(expected).items():
@@ -191,7 +191,7 @@ def test_remat_policies_and_unrolling_change_nothing(tmp_path):
     case = Case("qwen2 with a window on its upper layers", tmp_path)
     for options in ({"remat": "none"}, {"remat": "q, gate"}, {"scan": False}):
         step = jax.value_and_grad(functools.partial(our_pass, graphdef=case.graphdef, **options), has_aux=True)
-        (loss, _), grads = jax.jit(step)(case.params)
+        (loss, _), grads = jax.jit(step, compiler_options=quick.OPTIONS)(case.params)
         np.testing.assert_allclose(loss, case.loss, rtol=1e-6)
         for path, grad in flat(grads).items():
             np.testing.assert_allclose(grad, case.grads[path], atol=1e-5 * np.abs(grad).max(), rtol=0, err_msg=path)
@@ -224,10 +224,10 @@ def test_remat_saves_what_it_names():
 def test_absent_scored_token_is_zero_without_gradient():
     config = from_hf({**TINY, "model_type": "llama"})
     graphdef, _ = heads.abstract(config, outputs=2)
-    params = jax.jit(lambda: heads.init(config, 2, seed=3))()
+    params = jax.jit(lambda: heads.init(config, 2, seed=3), compiler_options=quick.OPTIONS)()
     batch = {**BATCH, "end": np.full_like(BATCH["end"], -1)}
     total = lambda params: jnp.square(1 + heads.merge(graphdef, params)(batch)).sum()
-    value, grads = jax.jit(jax.value_and_grad(total))(params)
+    value, grads = jax.jit(jax.value_and_grad(total), compiler_options=quick.OPTIONS)(params)
     assert value == 2 * batch["end"].size
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
@@ -249,7 +249,7 @@ def test_token_outside_the_vocabulary_cannot_pass():
     graphdef, _ = heads.abstract(config, 1)
     tokens = BATCH["tokens"].copy()
     tokens[0, 0] = config.vocab
-    run = jax.jit(lambda batch: heads.merge(graphdef, heads.init(config, 1))(batch))
+    run = jax.jit(lambda batch: heads.merge(graphdef, heads.init(config, 1))(batch), compiler_options=quick.OPTIONS)
     scores_BEA = run({**BATCH, "tokens": tokens})
     assert np.isnan(scores_BEA[0, 0]).all() and np.isfinite(scores_BEA[1]).all()
 
@@ -262,7 +262,7 @@ def test_initialisation_is_that_of_transformers(tmp_path):
         transformers.AutoConfig.for_model(**{**config, "num_labels": 1, "pad_token_id": None})
     )
     ours = from_hf(config)
-    params = jax.jit(lambda: heads.init(ours, 1, seed=0))()
+    params = jax.jit(lambda: heads.init(ours, 1, seed=0), compiler_options=quick.OPTIONS)()
     expected = from_torch(dict(reference.named_parameters()), hf.expected_rows(params, ours))
     for path, leaf in flat(params).items():
         assert leaf.shape == expected[path].shape

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick
 import yaml
 
 from rmjax import checkpoint, exits, hub, processes
@@ -359,7 +360,7 @@ def wait_for(ready, timeout=TIMEOUT):
 
 def environ(devices=2, **values):
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{quick.FLAGS} --xla_force_host_platform_device_count={devices}"
     return {**env, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **values}
 
 

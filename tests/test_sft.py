@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 import torch
 from ml_collections import ConfigDict
 from tiny_models import make_hf_model
@@ -185,7 +186,7 @@ def model(tmp_path_factory):
         return found["loss"][0], found
 
     step = jax.value_and_grad(sums, has_aux=True)
-    return reference, params, jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+    return reference, params, jax.jit(step, compiler_options=quick.OPTIONS)
 
 
 def test_packing_changes_nothing(model):

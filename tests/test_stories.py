@@ -281,7 +281,7 @@ def train(workdir, model_dir, pairs):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "rmjax.main", "--config=configs/bt_qwen0_5b.py", f"--workdir={workdir / 'run'}"]
     command += [f"--config.{key}={value}" for key, value in flags.items()]
-    env = dict(os.environ, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=str(model_dir.with_name("xla")))
+    env = dict(os.environ, JAX_PLATFORMS="cpu")
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = [json.loads(line) for line in (workdir / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 import small_runs
 from small_runs import ROOT, column, metrics, same_run
 
@@ -24,7 +25,7 @@ SMALL = small_runs.SMALL | {"eval.every": "4 steps", "checkpoint.every": ""}
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
-    """Token cache and compiled programs, shared by all runs of the session."""
+    """Of tokens, shared by all runs of the session."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -39,8 +40,8 @@ def command(workdir, cache_dir, **values):
 
 
 def launch(workdir, cache_dir, devices=1, **values):
-    env = dict(os.environ, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=str(cache_dir / "xla"))
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    env = dict(os.environ, JAX_PLATFORMS="cpu")
+    env["XLA_FLAGS"] = f"{quick.FLAGS} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         command(workdir, cache_dir, **values), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -113,7 +114,7 @@ def test_micro_batches_do_not_change_the_gradient(cache_dir, tmp_path):  # NUMER
         source = prepare.loader.StepSource(split.groups, split.plan, split.shape, range(split.shape.rows))
         batch = source[split.plan.epoch_steps[0] - 1]  # the epoch's last step, which is partly padding
         assert split.shape.micro == 4 // micro_rows
-        grads, sums = jax.jit(lambda p, b: step.accumulate(loss, p, b))(params, batch)
+        grads, sums = jax.jit(lambda p, b: step.accumulate(loss, p, b), compiler_options=quick.OPTIONS)(params, batch)
         weight = sums["loss"][1]
         results.append((jax.tree.map(lambda g, w=weight: np.asarray(g / w), grads), sums))
     for grads, sums in results[1:]:

@@ -151,7 +151,7 @@ def opened(output: Path, schema: pa.Schema | None, what: dict[str, Any], parts: 
     what = {"version": VERSION, "rows": CHUNK, "characters": CHARACTERS, **json.loads(json.dumps(what))}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     processes.require_same("scoring job", digest, "model, input or flags")
-    with survival.alone(job.directory):
+    with survival.alone(job.directory, "--output"):
         new = list(map(str, made)) if processes.is_first() and job.begin(what) else None
         new = processes.agree("scoring begins", new)  # of a job that goes on None
         try:
