@@ -3,8 +3,8 @@
     python -m rmjax.main --config=configs/bt_tiny.py --workdir=runs/tiny
 
 Hardware: any CPU; here 2 cores.
-Hours: 0.01 (36 seconds measured on a 2-core AMD EPYC, 2026-11-21). Score: validation accuracy of
-49 % before and 99 % after; two other seeds end above 85 % in a test.
+Hours: 0.02 (82 seconds from start to report measured on 2 cores of an Intel Xeon at 2.50 GHz, 2026-11-28).
+Score: validation accuracy of 49 % before and 99 % after; two other seeds end above 85 % in a test.
 
 The preferred response contains the word that the last user turn names (`rmjax/data/synthetic/pairs.py`), so prompt and
 response are both needed: length alone, or a bag of words, predicts nothing.
