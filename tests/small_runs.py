@@ -52,12 +52,14 @@ def small(cache_dir, **values):
 class Started:
     """`python -m rmjax.main` with the small config, under way."""
 
-    def __init__(self, workdir, cache_dir, spoil: Callable[[], None] | None = None, **values):
+    def __init__(
+        self, workdir, cache_dir, spoil: Callable[[], None] | None = None, xla_flags: str = quick.FLAGS, **values
+    ):
         keys = {**SMALL, "data.cache_dir": str(cache_dir), **flat(values)}
         argv = ["--config=configs/bt_tiny.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in keys.items())]
         number = len(list(workdir.parent.glob(f"{workdir.name}.*.txt")))
         self.output = workdir.parent / f"{workdir.name}.{number}.txt"
-        env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick.FLAGS}
+        env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
         self.process = _context.Process(target=_command, args=(argv, str(self.output), env, spoil))
         self.process.start()
         self.pid = self.process.pid

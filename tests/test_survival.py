@@ -247,7 +247,7 @@ def small_files(bytes_):
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_keeps_what_is_saved(whole, tmp_path, cache_dir):
     workdir = tmp_path / "run"
-    code, text = Started(workdir, cache_dir, functools.partial(small_files, 2**17)).end()
+    code, text = Started(workdir, cache_dir, functools.partial(small_files, 2**16)).end()
     assert code == exits.FAILED and "saving the checkpoint of step 9 in" in text and "check the free space" in text
     assert checkpoints(workdir)[-1] == 6
     text = Started(workdir, cache_dir).finish()

@@ -222,7 +222,8 @@ class Store:
                 "last checkpoint"
             )
         batch, row = self.place(index)
-        cells = {name: x[offsets[row] : offsets[row + 1]] for name, (offsets, x) in self.lists[batch].items()}
+        # Copied at once: a view is touched later, when the file may be cut off after all.
+        cells = {name: x[offsets[row] : offsets[row + 1]].copy() for name, (offsets, x) in self.lists[batch].items()}
         starts, positions, until = cells["runs"].reshape(-1, 3).T
         sizes = np.diff(starts, append=np.int32(len(cells["tokens"])))
         index_in_tree = np.arange(len(cells["tokens"]), dtype=np.int32)
