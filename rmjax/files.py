@@ -1,0 +1,96 @@
+"""Files that stand a power cut: written beside their place, synced, then renamed; and files that grow, cut at their end.
+
+A rename alone does not do: after a power cut a file may have its new name and none of its bytes. So the bytes are
+synced first, then renamed, then the directory is synced. Scratch files are never opened through a link.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+SCRATCH = ".rmjax-partial"  # suffix of a file on its way to its name; the next writing of the same file replaces it
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A scratch path to write to, in the directory of `path`; it becomes `path`, synced, if the block ends well.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was, and no scratch file is left.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}{SCRATCH}")
+    try:
+        scratch.unlink(missing_ok=True)
+        os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+        yield scratch
+        sync(scratch)
+        scratch.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_whole(path: str | os.PathLike, data: str | bytes) -> Path:
+    """Writes a file, whole and synced, or not at all; text as UTF-8. Returns its path."""
+    with whole(path) as scratch:
+        scratch.write_bytes(data.encode() if isinstance(data, str) else data)
+    return Path(path)
+
+
+def write_json(path: str | os.PathLike, values: Any, indent: int | None = 1) -> Path:
+    """Writes JSON that ends with a newline, whole and synced; a number that is not finite is an error."""
+    return write_whole(path, json.dumps(values, indent=indent, allow_nan=False) + "\n")
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Sends a file's bytes, or a directory's names, to the disk.
+
+    Some file systems refuse that for directories (network mounts, FUSE): there a name is as durable as they make it.
+
+    Raises:
+        OSError: the bytes of a file could not be written.
+    """
+    directory = os.path.isdir(path)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not directory:
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(directory: str | os.PathLike) -> None:
+    """Sends everything below a directory, and the directory itself, to the disk. Links are not followed."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            path = os.path.join(folder, name)
+            if not os.path.islink(path):
+                sync(path)
+        sync(folder)
+
+
+def whole_lines(data: bytes, keep: Callable[[Any], bool] = lambda value: True) -> tuple[bytes, bytes]:
+    """What a power cut left of a JSON-lines file: the lines up to the first that is not whole, and the rest.
+
+    Args:
+        data: contents of the file.
+        keep: whether a line's JSON value can be one of the file's; lines from the first that cannot are the rest.
+    """
+    end = 0
+    for line in data.splitlines(keepends=True):
+        try:
+            good = line.endswith(b"\n") and keep(json.loads(line))
+        except (ValueError, RecursionError, LookupError, TypeError):
+            good = False
+        if not good:
+            break
+        end += len(line)
+    return data[:end], data[end:]
