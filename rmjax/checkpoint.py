@@ -4,6 +4,7 @@
                   host.json       what the host remembers, and the metrics of the step
                   host-amended.json   what replaces it, if that has changed since
                   manifest.json   size and SHA-256 of every other file, written last
+    directory/.rmjax.json         whose checkpoints these are, who writes them now, and the steps begun (ownership.py)
 
 Orbax restores a flipped byte without a word, and can name a step that lacks files as the latest one. So a
 step counts as finished only with its manifest, and as whole only when every file has the digest noted there.
@@ -11,17 +12,27 @@ step counts as finished only with its manifest, and as whole only when every fil
 Orbax's CheckpointManager is not used, only its policies: it changes files after its last callback and deletes
 older steps right then, which leaves no moment for a manifest between the last byte of a step and the deletion
 of those that it replaces.
+
+Only steps that the marker names are ever deleted, replaced or set aside; other files and folders in the directory stay,
+whatever their names. Everything of a step is synced before it is sealed. Each start of a run takes the directory over
+under a token of its own; one that finds another token there ends before it writes: locks do not reach buckets.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import logging as python_logging
 import math
+import os
+import re
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -31,7 +42,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from rmjax import exits, processes
+from rmjax import exits, files, ownership, processes
 from rmjax.sharding import path_name
 
 HOST, AMENDED, MANIFEST = "host.json", "host-amended.json", "manifest.json"
@@ -71,8 +82,25 @@ class Checkpointer:
     the others; all write their parts of the arrays, and none is sealed before all have.
     """
 
-    def __init__(self, directory: Any, *, keep_latest: int, keep_best: int = 0, metric: str = "", mode: str = "max"):
+    def __init__(
+        self,
+        directory: Any,
+        *,
+        keep_latest: int,
+        keep_best: int = 0,
+        metric: str = "",
+        mode: str = "max",
+        owner: Mapping[str, Any] | None = None,
+    ):
         """Opens `directory`, which need not exist; nothing is written before the first save.
+
+        Args:
+            directory: of the steps, here or in a bucket.
+            keep_latest: how many of the newest steps stay.
+            keep_best: how many of the best.
+            metric: that ranks them.
+            mode: "max" or "min".
+            owner: what the marker says of the run: at least its id, as "run".
 
         Raises:
             ValueError: nothing would be kept, `mode` is not 'max' or 'min', or `keep_best` has no metric.
@@ -85,6 +113,7 @@ class Checkpointer:
             raise ValueError(f"keep_best={keep_best} without a metric: name the metric that ranks the steps")
         path = epath.Path(directory)
         self._directory = path if path.is_absolute() else path.absolute()  # Orbax takes no other
+        self._orbax_directory = _plain_name(self._directory)
         self._metric, self._sign = metric, 1 if mode == "max" else -1
         best = policies.BestN(get_metric_fn=_rank, n=keep_best, keep_checkpoints_without_metrics=False)
         self._keep = policies.AnyPreservationPolicy([policies.LatestN(keep_latest), best])
@@ -92,6 +121,7 @@ class Checkpointer:
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future] | None = None  # a step being written, and its end
         self._ends_before_exit = False
+        self._owner, self._token = dict(owner or {}), ""
         python_logging.getLogger("absl").addFilter(_without_orbax_chatter)
 
     def save(self, step: int, state: Any, host: dict, metrics: dict[str, float] | None) -> None:
@@ -104,14 +134,14 @@ class Checkpointer:
             CheckpointError: this save, or the one before it, failed (a full disk); finished steps stay.
         """
         self.wait()
-        if self._first_says("saved", lambda: (self._path(step) / MANIFEST).exists()):
+        if self._first_says("saved", lambda: step in self._sealed()):
             logging.warning("step %d is already saved in %s; it is left as it is", step, self._directory)
             return
         host_json = json.dumps({"host": host, "metrics": metrics or {}})
         leaves = jax.tree.leaves(state)
         with self._failures_named(step):
+            self._first_says("begun", lambda: self._begin(step))
             if self._orbax is None:
-                self._first_says("cleared", self._clear_up)
                 self._orbax = ocp.AsyncCheckpointer(_handler(save_concurrent=max(map(_shard_bytes, leaves), default=0)))
                 if not self._ends_before_exit:
                     # A program that ends without `close`: Python lets no thread start another once it shuts
@@ -120,7 +150,7 @@ class Checkpointer:
                     threading._register_atexit(self.wait)  # type: ignore[attr-defined]
                     self._ends_before_exit = True
             pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), state)
-            self._orbax.save(self._path(step), args=ocp.args.PyTreeSave(state, save_args=pieces))
+            self._orbax.save(self._orbax_directory / str(step), args=ocp.args.PyTreeSave(state, save_args=pieces))
             done = self._background.submit(self._finish, self._orbax, self._path(step), host_json)
             self._saving = step, done
 
@@ -135,7 +165,8 @@ class Checkpointer:
             return
         path = self._path(step)
         with self._failures_named(step):
-            (path / AMENDED).write_text(json.dumps({"host": host, "metrics": metrics or {}}))
+            self._require_held()
+            ownership.write_text(path / AMENDED, json.dumps({"host": host, "metrics": metrics or {}}))
             entries = json.loads((path / MANIFEST).read_text())["files"]
             _seal(path, {**entries, AMENDED: _entry(path, AMENDED)})
             self._delete_replaced()
@@ -219,28 +250,104 @@ class Checkpointer:
         ranked = [info.metrics for info in map(self._ranked, self._finished()) if info.metrics is not None]
         return max(ranked, key=_rank)["step"] if ranked else None
 
+    def _marker(self) -> dict[str, Any]:
+        return ownership.read_marker(self._directory, "checkpoints") or {}
+
+    def _take(self) -> None:
+        """Takes the directory over for this start of the run; whoever wrote there before fails at its next save.
+
+        Raises:
+            CheckpointError: it is another run's by now.
+        """
+        marker = self._marker()
+        run = self._owner.get("run", marker.get("run", ""))
+        if marker.get("run", run) not in ("", run):
+            raise CheckpointError(
+                f"{self._directory} has the checkpoints of another run by now, whose workdir is "
+                f"{marker.get('workdir')}; give each run its own config.checkpoint.dir"
+            )
+        steps = marker["steps"] if "steps" in marker else self._sealed()
+        self._token = uuid.uuid4().hex
+        self._directory.mkdir(parents=True, exist_ok=True)
+        values = {**marker, **self._owner, "run": run, "holder": self._token, "steps": steps}
+        self._write_marker(values)
+
+    def _write_marker(self, values: dict[str, Any]) -> None:
+        values = {name: x for name, x in values.items() if name not in ("version", "kind")}
+        ownership.write_marker(self._directory, "checkpoints", values.pop("run"), **values)
+
+    def _begun(self) -> list[int]:
+        """The steps of this run that were begun and are not deleted; they alone may be deleted or set aside."""
+        return list(self._marker().get("steps", ()))
+
+    def _begin(self, step: int) -> None:
+        """Clears up, and notes that a step of this run is being written, before anything of it is.
+
+        Raises:
+            CheckpointError: something else has its name.
+        """
+        if not self._token:
+            self._take()
+        self._require_held()
+        if self._orbax is None:
+            self._clear_up()
+        begun = self._begun()
+        if step not in begun:
+            if self._path(step).exists():
+                raise CheckpointError(f"{self._path(step)} is there and is no checkpoint of this run; move it away")
+            self._note([*begun, step])
+
+    def _note(self, steps: list[int]) -> None:
+        self._write_marker({**self._marker(), "steps": sorted(steps)})
+
+    def _require_held(self) -> None:
+        """Makes sure that no later start writes here.
+
+        Raises:
+            CheckpointError: one does.
+        """
+        if self._token and self._marker().get("holder") != self._token:
+            raise CheckpointError(
+                f"another start has taken over {self._directory}; this one ends, and leaves what is there as it is"
+            )
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The metrics that were saved with a finished step."""
+        return self._first_says("metrics", lambda: self._host(step)["metrics"])
+
     def _path(self, step: int) -> epath.Path:
         return self._directory / str(step)
 
     def _finish(self, orbax: ocp.AsyncCheckpointer, path: epath.Path, host_json: str) -> None:
         """In the background: waits for the files of a step, seals it, then deletes the steps it replaces."""
         orbax.wait_until_finished()
+        if not processes.is_first():  # what this host wrote; process 0 syncs what it can see
+            _sync(path / f"ocdbt.process_{processes.number()}")
         processes.barrier("checkpoint written")
         if processes.is_first():
-            (path / HOST).write_text(host_json)
+            self._require_held()
+            ownership.write_text(path / HOST, host_json)
+            _sync(path)
             _write_manifest(path)
+            _sync_names(self._directory)
             self._delete_replaced()
         processes.barrier("checkpoint sealed")
 
     def _delete_replaced(self) -> None:
-        infos = [self._ranked(step) for step in self._finished()]
+        begun = self._begun()
+        infos = [self._ranked(step) for step in self._finished() if step in begun]
         kept = self._keep.should_preserve(infos, context=policies.PreservationContext())
-        for path in [self._path(info.step) for info, keep in zip(infos, kept) if not keep]:
+        deleted = []
+        for step in [info.step for info, keep in zip(infos, kept) if not keep]:
+            path = self._path(step)
             try:
                 (path / MANIFEST).unlink()  # first, so that half a deletion is not taken for a broken save
                 path.rmtree()
+                deleted.append(step)
             except OSError as error:
                 logging.warning("could not delete the old checkpoint %s: %s", path, error)
+        if deleted:
+            self._note([step for step in begun if step not in deleted])
 
     def _ranked(self, step: int) -> _Info:
         """A finished step as the policies want it; `metrics` is None where it cannot be among the best."""
@@ -253,11 +360,15 @@ class Checkpointer:
         return json.loads((path / (AMENDED if amended else HOST)).read_text())
 
     def _sealed(self) -> list[int]:
-        """Steps with a manifest, ascending, whatever state they are in."""
+        """Steps with a manifest, ascending: this run's in any state, and others that are checkpoints by their contents.
+
+        (The latter are copies, or of a version that made no markers.)
+        """
         if not self._directory.exists():
             return []
-        names = [path.name for path in self._directory.iterdir() if (path / MANIFEST).exists()]
-        return sorted(int(name) for name in names if name.isdecimal())
+        begun = set(self._begun())
+        paths = [path for path in self._directory.iterdir() if path.name.isdecimal() and (path / MANIFEST).exists()]
+        return sorted(int(path.name) for path in paths if int(path.name) in begun or _is_checkpoint(path))
 
     def _newest_whole(self) -> int | None:
         problems = []
@@ -276,31 +387,39 @@ class Checkpointer:
 
     def _newest_and_clear_up(self) -> int | None:
         step = self._newest_whole()
+        if step is not None or self._marker():
+            self._take()
         self._clear_up(after=-1 if step is None else step)
         return step
 
     def _clear_up(self, after: float = math.inf) -> None:
         """Deletes unfinished steps; sets broken ones aside: those later than `after`, or seen at a glance."""
-        if not self._directory.exists():
-            return
-        for path in self._directory.iterdir():
+        begun = self._begun()
+        for path in self._directory.iterdir() if begun else ():
             number = path.name.partition(UNNAMED)[0]
-            if not number.isdecimal():
+            if not number.isdecimal() or int(number) not in begun:
                 continue
             if path.name != number or not (path / MANIFEST).exists():
                 path.rmtree(missing_ok=True)
             elif int(number) > after or _problem(path, deep=False):
-                aside = self._directory / f"broken-{number}"
-                if aside.exists():
-                    aside.rmtree()
+                aside = self._aside(number)
                 path.rename(aside)
                 logging.warning("moved the broken checkpoint of step %s to %s", number, aside)
+        gone = [step for step in begun if not self._path(step).exists()]
+        if gone:
+            self._note([step for step in begun if step not in gone])
+
+    def _aside(self, number: str) -> epath.Path:
+        """A name for a broken step that nothing has yet."""
+        names = {path.name for path in self._directory.iterdir()}
+        tries = itertools.chain([f"broken-{number}"], (f"broken-{number}-{i}" for i in itertools.count(2)))
+        return self._directory / next(name for name in tries if name not in names)
 
     def _read(self, step: int, abstract: Any, partial: bool) -> tuple[Any, dict]:
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
         with ocp.Checkpointer(_handler()) as reader:
-            metadata = reader.metadata(self._path(step)).item_metadata.tree
+            metadata = reader.metadata(self._orbax_directory / str(step)).item_metadata.tree
         saved, wanted = _shapes(metadata), _shapes(abstract)
         names = sorted(wanted if partial else wanted | saved)
         problems = [
@@ -316,7 +435,7 @@ class Checkpointer:
                 f"continue with that one, or use another directory:{''.join(problems)}"
             )
         with ocp.Checkpointer(_handler(restore_concurrent=_most_read(abstract, metadata))) as reader:
-            state = reader.restore(self._path(step), args=args)
+            state = reader.restore(self._orbax_directory / str(step), args=args)
         return state, self._first_says("host", lambda: self._host(step)["host"])
 
     @contextlib.contextmanager
@@ -328,8 +447,10 @@ class Checkpointer:
             with contextlib.suppress(Exception):  # it reports the same failure again
                 if orbax is not None:
                     orbax.close()
-            with contextlib.suppress(OSError):  # gives the space back; if it cannot, the next start does
+            # Gives the space back; if it cannot, the next start does. One that has lost the directory must not.
+            with contextlib.suppress(OSError, CheckpointError, ValueError):
                 if processes.is_first():
+                    self._require_held()
                     self._clear_up()
             last = self._finished()[-1:]
             raise CheckpointError(
@@ -337,6 +458,21 @@ class Checkpointer:
                 f"({f'step {last[0]} is the last one there' if last else 'there is none before it'}; "
                 f"check the free space and permissions, then start again with the same command)"
             ) from error
+
+
+def _plain_name(directory: epath.Path) -> epath.Path:
+    """A path to the directory that Orbax takes literally; it may be a link that is gone at the exit.
+
+    Orbax globs below the path, which finds nothing where the path has brackets, and TensorStore takes a backslash for a
+    slash: checkpoints written that way cannot be read.
+    """
+    if "://" in str(directory) or not re.search(r"[\\*?\[\]]", str(directory)):
+        return directory
+    scratch = tempfile.TemporaryDirectory(prefix="rmjax-")
+    atexit.register(scratch.cleanup)
+    link = epath.Path(scratch.name) / "checkpoints"
+    os.symlink(directory, link)
+    return link
 
 
 def _handler(**most: int) -> ocp.PyTreeCheckpointHandler:
@@ -400,9 +536,26 @@ def _entry(step_path: epath.Path, name: str) -> dict[str, Any]:
 
 
 def _seal(step_path: epath.Path, files: dict[str, dict[str, Any]]) -> None:
-    partial = step_path / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps({"files": files}, indent=1))
-    partial.replace(step_path / MANIFEST)  # of a step that is amended there is one already
+    ownership.write_text(step_path / MANIFEST, json.dumps({"files": files}, indent=1))
+
+
+def _sync(path: epath.Path) -> None:
+    """Sends what a step has written to the disk; an object in a bucket is durable once it is there."""
+    if "://" not in str(path) and path.exists():
+        files.sync_tree(path)
+
+
+def _sync_names(directory: epath.Path) -> None:
+    if "://" not in str(directory):
+        files.sync(directory)
+
+
+def _is_checkpoint(step_path: epath.Path) -> bool:
+    """Whether a folder is a finished checkpoint by what its manifest says, rather than by its name."""
+    try:
+        return HOST in json.loads((step_path / MANIFEST).read_text())["files"]
+    except (ValueError, LookupError, TypeError, OSError):
+        return False
 
 
 def _problem(step_path: epath.Path, deep: bool) -> str | None:

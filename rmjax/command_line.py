@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags
 
-from rmjax import exits, passwords
+from rmjax import exits, files, ownership, passwords
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error as well.")
 INPUT = (ValueError, OSError, flags.Error, app.UsageError)
@@ -87,7 +86,7 @@ def outcome(
 
     Args:
         debug: prints the traceback, too.
-        log: file for the traceback of a run that failed; bad input leaves none.
+        log: file for the traceback of a run that failed, in a folder of rmjax's own; bad input leaves none.
         stopped: what is said on Ctrl-C.
         at_once: errors after which other threads are not waited for.
         tell: is told the paragraph and the code before it is printed; see processes.fail.
@@ -104,9 +103,9 @@ def outcome(
         sys.exit(exits.INTERRUPTED)
     except Exception as error:
         code = code_of(error)
-        if log is not None and code == exits.FAILED:
-            with contextlib.suppress(OSError):  # no directory, or a full disk
-                log.write_text(passwords.masked(traceback.format_exc()))
+        if log is not None and code == exits.FAILED and (log.parent / ownership.MARKER).is_file():
+            with contextlib.suppress(OSError):  # a full disk
+                files.write_whole(log, passwords.masked(traceback.format_exc()))
                 print(f"(the traceback is in {log})", file=sys.stderr)
         tell(paragraph(error), code)
         if not expected(error):
@@ -133,26 +132,35 @@ def under_way() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def leaving_nothing(directory: Path, unless: str = "") -> Iterator[None]:
-    """Makes a directory to write into; if the input turns out to be bad, all that is new there is gone again.
+def leaving_nothing(directory: Path, unless: str = "") -> Iterator[Callable[..., Path]]:
+    """Makes a directory to write into; if the input turns out to be bad, what the command made there is gone again.
+
+    Only what is noted goes: other programs may write into the directory meanwhile.
 
     Args:
         directory: need not exist.
         unless: a name in it that is worth keeping: once it is there, nothing is deleted.
+
+    Yields:
+        A function that notes a path which the command is about to make, and returns it. One that is there already is
+        not the command's, unless it has just been `made`. Directories are deleted where they are empty, so what is made
+        in them is noted as well.
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
+    kept = bool(unless) and (directory / unless).exists()
     directory.mkdir(parents=True, exist_ok=True)
-    before = set(directory.iterdir())
+    noted: list[Path] = []
+
+    def note(path: Path, made: bool = False) -> Path:
+        if made or not os.path.lexists(path):
+            noted.append(path)
+        return path
+
     try:
-        yield
+        yield note
     except Exception as error:
-        new = set(directory.iterdir()) - before
-        if code_of(error) == exits.BAD_INPUT and directory / unless not in new:
-            for path in new:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-            for path in made:
-                with contextlib.suppress(OSError):  # somebody else's files are in it by now
-                    path.rmdir()
+        if code_of(error) == exits.BAD_INPUT and (kept or not unless or not (directory / unless).exists()):
+            ownership.remove([*reversed(noted), *made])
         raise
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 
+from rmjax import files, ownership
 from rmjax.data.chat import PROBE, Chat
 from rmjax.data.trees import Tokens
 from rmjax.models import hf
@@ -115,9 +116,8 @@ def golden_rows(chat: Chat, sequences: Sequence[tuple[Tokens, Sequence[int]]]) -
 
 def write(directory: Path, terms: Mapping[str, Any]) -> None:
     """Writes the contract into an export, whole."""
-    scratch = directory / f".{FILE}"
-    scratch.write_text(json.dumps(terms, indent=2, ensure_ascii=False) + "\n")
-    scratch.replace(directory / FILE)
+    files.write_whole(directory / FILE, json.dumps(terms, indent=2, ensure_ascii=False) + "\n")
+    ownership.note_change(directory, FILE)
 
 
 def read(directory: str | Path) -> dict[str, Any] | None:

@@ -57,6 +57,7 @@ def write(
     card: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None,
     unit_std: bool = False,
     max_shard_bytes: float = 5e9,
+    run: str = "",
 ) -> None:
     """Exports parameters with tokenizer and contract; the directory appears whole or not at all.
 
@@ -64,7 +65,7 @@ def write(
     one writes.
 
     Args:
-        directory: where to; an older export there is replaced.
+        directory: where to; an older export there is replaced, and files in it that are not ours are kept.
         params: the parameters, sharded or not. Arrays on devices are deleted once they are written, so that the golden
             scores need no room beside them.
         objective: what was trained.
@@ -79,6 +80,7 @@ def write(
         card: makes README.md of the contract and of config.json.
         unit_std: the head is divided by the rewards' standard deviation on the validation set.
         max_shard_bytes: size of the largest weight file.
+        run: id of the run, for the export's marker.
 
     Raises:
         ValueError: with `unit_std`, rewards that are not linear in the head, or whose deviation is not known.
@@ -135,6 +137,7 @@ def write(
         problem_type=objective.problem_type,
         also=complete,
         max_shard_bytes=max_shard_bytes,
+        run=run,
     )
 
 
@@ -242,7 +245,12 @@ def parser() -> Parser:
     add = made.add_argument
     add("--run", default="", metavar="DIR", help="a run, or one of its checkpoints")
     add("--step", default="", metavar="STEP", help="of a run: best (default), last, or a number")
-    add("--output", default="", metavar="DIR", help="where the export goes; an older export there is replaced")
+    add(
+        "--output",
+        default="",
+        metavar="DIR",
+        help="where the export goes; replaces an older one, keeps other files",
+    )
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the weights")
     add("--max_shard_gb", type=float, default=5.0, metavar="GB", help="largest weight file; default 5")
     add("--unit_std", action="store_true", help="divides the head by the rewards' deviation on the validation set")

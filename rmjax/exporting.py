@@ -10,9 +10,9 @@ from typing import Any
 
 import huggingface_hub
 
-from rmjax import command_line, contract, exits, export, finish, prepare, runs
+from rmjax import command_line, contract, exits, export, finish, ownership, prepare, resume, runs
 from rmjax.evaluation import card
-from rmjax.models import hf
+from rmjax.models import hf, hf_export
 
 
 class NotUploaded(RuntimeError):
@@ -43,17 +43,11 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     if args.push_to and not hf.is_hub_id(args.push_to):
         raise ValueError(f"--push_to={args.push_to} must be of the form OWNER/NAME")
     command_line.check_writable(Path(args.output), f"--output={args.output}")
-    _check_replaceable(Path(args.output))
+    if (at := runs.find(args.output)) is not None and Path(args.output).resolve() == at.workdir.resolve():
+        raise ValueError(f"--output={args.output} is a run, which an export would replace; name another directory")
+    hf_export.require_replaceable(Path(args.output), "--output")
     args.place = place
     return args
-
-
-def _check_replaceable(output: Path) -> None:
-    """Refuses to replace what is no export of ours: a run, which has a config.json too, or a model of somebody's."""
-    if not output.is_dir() or not any(output.iterdir()) or (output / contract.FILE).is_file():
-        return
-    what = "a run" if runs.find(output) else f"no export of rmjax (it has no {contract.FILE})"
-    raise ValueError(f"--output={output} is there and is {what}; an export would replace it, so name another directory")
 
 
 def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
@@ -97,6 +91,7 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
         card=described,
         unit_std=args.unit_std,
         max_shard_bytes=args.max_shard_gb * 1e9,
+        run=resume.run_id(workdir),
     )
     return opened
 
@@ -135,7 +130,9 @@ def export_and_push(args: argparse.Namespace) -> list[str]:
     if args.push_to:
         again = f"the export is {args.output}; `hf upload {args.push_to} {args.output}` uploads it"
         with _reached(args, again):
-            huggingface_hub.upload_folder(repo_id=args.push_to, folder_path=args.output)
+            huggingface_hub.upload_folder(
+                repo_id=args.push_to, folder_path=args.output, ignore_patterns=[ownership.MARKER]
+            )
         said.append(f"uploaded to https://huggingface.co/{args.push_to}")
     return [*said, f"check it with: python -m rmjax.export --verify {args.output}"]
 

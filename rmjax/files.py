@@ -1,4 +1,4 @@
-"""Files that stand a power cut: written beside their place, synced, then renamed; and files that grow, cut at their end.
+"""Files that stand a power cut: written beside their place, synced, then renamed; and the ends of files that grow.
 
 A rename alone does not do: after a power cut a file may have its new name and none of its bytes. So the bytes are
 synced first, then renamed, then the directory is synced. Scratch files are never opened through a link.
@@ -67,9 +67,9 @@ def sync(path: str | os.PathLike) -> None:
         os.close(handle)
 
 
-def sync_tree(directory: str | os.PathLike) -> None:
+def sync_tree(directory: str | os.PathLike[str]) -> None:
     """Sends everything below a directory, and the directory itself, to the disk. Links are not followed."""
-    for folder, _, names in os.walk(directory):
+    for folder, _, names in os.walk(os.fspath(directory)):
         for name in names:
             path = os.path.join(folder, name)
             if not os.path.islink(path):

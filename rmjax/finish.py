@@ -13,7 +13,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from rmjax import evaluating, exits, export, prepare, processes
+from rmjax import evaluating, exits, export, files, prepare, processes
 from rmjax.data import sources
 from rmjax.data.chat import Chat
 from rmjax.data.groups import Groups
@@ -100,6 +100,8 @@ def write(
     sets: Mapping[str, Groups],
     tests: Sequence[tuple[Benchmark, Groups]],
     data: str,
+    saved: Mapping[str, float],
+    run: str,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Measures, judges, exports and describes a run's model; every process of a run must call it.
 
@@ -113,12 +115,15 @@ def write(
         sets: "validation", and "train_slice" if there is one.
         tests: the benchmarks of config.eval.benchmarks.
         data: fingerprint of the training data.
+        saved: metrics that the exported step was saved with; they count where metrics.jsonl has lost its line.
+        run: id of the run.
 
     Returns:
         The verdict of the quality gate, and the metrics of the exported step.
     """
     lines = read_lines(workdir / "metrics.jsonl") if processes.is_first() else []
-    metrics = next((x for x in reversed(lines) if x["step"] == step and "validation/loss" in x), {"step": float(step)})
+    found = (x for x in reversed(lines) if x["step"] == step and "validation/loss" in x)
+    metrics = next(found, {"step": step, **saved})
     metrics = processes.agree("metrics", metrics)
     judged = model.reward_model(params, mesh, config.model.compute_dtype)
     evaluation = measure(judged, sets, tests, workdir / "export", step)
@@ -146,6 +151,7 @@ def write(
         golden=export.golden_sequences(sets["validation"]),
         estimates=estimates(evaluation),
         card=describe,
+        run=run,
     )
     if processes.is_first() and config.log.report:
         report.write(workdir, **report.of_run(workdir))
@@ -186,12 +192,11 @@ def environment(mesh: jax.sharding.Mesh) -> dict[str, str]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A JSONL file; [] where there is none."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The whole lines of a JSONL file; [] where there is none."""
+    kept = files.whole_lines(path.read_bytes())[0] if path.exists() else b""
+    return [json.loads(line) for line in kept.splitlines()]
 
 
 def save(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes JSON, whole."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-    scratch.replace(path)
+    """Writes JSON, whole and synced."""
+    files.write_json(path, values)

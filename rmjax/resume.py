@@ -15,8 +15,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from rmjax import config as config_lib
-from rmjax import optim, prepare
-from rmjax.checkpoint import Checkpointer
+from rmjax import files, optim, ownership, prepare, processes
+from rmjax.checkpoint import MANIFEST, Checkpointer
 from rmjax.data.chat import Chat
 from rmjax.data.groups import Groups
 from rmjax.data.packing import Plan
@@ -51,44 +51,119 @@ def directory(config: ConfigDict, workdir: Path) -> epath.Path:
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> list[str]:
-    """Makes sure that the workdir holds this very run, or none: a run is there once it has saved a checkpoint.
+    """Makes sure that workdir and checkpoints hold this very run, or none; one is there once it has saved a checkpoint.
+
+    The config that counts is the one beside the checkpoints: two workdirs may name one directory of them.
 
     Returns:
         What changed and may change, as "config.optim.learning_rate: 1e-05 before, 5e-06 now".
 
     Raises:
-        ValueError: what changed may not; names the keys. Or checkpoints are to be where no package reaches.
+        ValueError: what changed may not; names the keys. Or a directory is another run's or somebody else's, or where
+            no package reaches.
     """
+    checkpoints = directory(config, workdir)
     try:
-        directory(config, workdir).exists()
+        checkpoints.exists()
     except ImportError as error:
         raise ValueError(f"config.checkpoint.dir={config.checkpoint.dir!r} needs a package: {error}") from error
     path = workdir / "config.json"
-    if not path.exists():
+    known = _older_config(path)
+    mine = ownership.require_ours(workdir, "run", "--workdir", older=lambda: known is not None)
+    marker = _checkpoint_marker(config, checkpoints, workdir, known)
+    if marker is not None and marker["run"]:
+        _require_same_run(marker, mine, checkpoints, workdir)
+    if marker is not None and "config" in marker:
+        before, saved = marker["config"], checkpoints
+    elif path.exists():
+        if known is None:
+            raise ValueError(f"{path} is no run's config; put it back, or choose another --workdir")
+        before, saved = path.read_text(), epath.Path(known["checkpoint"].get("dir") or workdir / "checkpoints")
+    else:
         return []
-    try:
-        before, now = path.read_text(), config_lib.to_json(config)
-        saved = directory(ConfigDict({"checkpoint": {"dir": "", **json.loads(before)["checkpoint"]}}), workdir)
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is no run's config ({error!r}); put it back, or choose another --workdir") from None
-    if not saved.is_dir() or not any(saved.iterdir()):
+    if not _has_checkpoint(saved):
         return []
     of: dict[str, list[str]] = {REFUSED: [], LOGGED: [], FREE: []}
-    for difference in config_lib.differences(before, now):
+    for difference in config_lib.differences(before, config_lib.to_json(config)):
         key = difference.removeprefix("config.").partition(":")[0]
         of[next(what for pattern, what in CHANGES if re.fullmatch(pattern, key))].append(difference)
     if of[REFUSED]:
         undo = "\n  ".join(of[REFUSED])
-        raise ValueError(f"{workdir} holds a run of another config; choose another --workdir, or undo:\n  {undo}")
+        where = workdir if marker is None or marker.get("workdir") == str(workdir.absolute()) else checkpoints
+        raise ValueError(f"{where} holds a run of another config; choose another --workdir, or undo:\n  {undo}")
     return of[LOGGED]
+
+
+def _older_config(path: Path) -> dict[str, Any] | None:
+    """The config in a workdir; None where there is none that is a run's."""
+    try:
+        values = json.loads(path.read_text())
+        return values if {"checkpoint", "objective", "optim"} <= values.keys() else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def _checkpoint_marker(
+    config: ConfigDict, checkpoints: epath.Path, workdir: Path, known: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """The marker of the directory of checkpoints; None where there is none yet."""
+
+    def older() -> bool:  # the workdir of an older version names it, and nothing else is in it
+        named = known is not None and epath.Path(known["checkpoint"].get("dir") or workdir / "checkpoints")
+        names = [x.name for x in checkpoints.iterdir() if x.name not in ownership.NOBODYS]
+        return named == checkpoints and all(re.fullmatch(r"\d+(\.orbax.*)?|broken-\d+", name) for name in names)
+
+    return ownership.require_ours(checkpoints, "checkpoints", "config.checkpoint.dir", older=older)
+
+
+def _require_same_run(
+    marker: dict[str, Any], mine: dict[str, Any] | None, checkpoints: epath.Path, workdir: Path
+) -> None:
+    """Compares whose checkpoints these are with whose workdir this is.
+
+    A workdir that was lost (a new machine, checkpoints in a bucket) is known by its path.
+
+    Raises:
+        ValueError: another run's.
+    """
+    theirs = marker.get("workdir")
+    if mine is not None and mine["run"] == marker["run"]:
+        return
+    if mine is None and theirs == str(workdir.absolute()):
+        return
+    raise ValueError(
+        f"{checkpoints} has the checkpoints of another run, whose workdir is {theirs}; give each run its own "
+        f"config.checkpoint.dir. (If that run has moved here, copy its {ownership.MARKER} into {workdir})"
+    )
+
+
+def _has_checkpoint(checkpoints: epath.Path) -> bool:
+    return checkpoints.is_dir() and any((path / MANIFEST).exists() for path in checkpoints.iterdir())
+
+
+def run_id(workdir: Path) -> str:
+    """The id of the run in a workdir; "" of one of a version that made none."""
+    marker = ownership.read_marker(workdir, "run")
+    return marker["run"] if marker else ""
+
+
+def claim(config: ConfigDict, workdir: Path) -> str:
+    """Marks the workdir as this run's, on the first process; returns the run's id on all.
+
+    Raises:
+        ValueError: a marker is damaged.
+    """
+    run = ""
+    if processes.is_first():
+        checkpoints = ownership.read_marker(directory(config, workdir), "checkpoints") or {}
+        run = run_id(workdir) or checkpoints.get("run") or ownership.new_id()
+        ownership.write_marker(workdir, "run", run)
+    return processes.agree("run", run)
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
     """Writes the resolved config into the workdir, whole."""
-    path = workdir / "config.json"
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(config_lib.to_json(config))
-    scratch.replace(path)
+    files.write_whole(workdir / "config.json", config_lib.to_json(config))
 
 
 def identity(
@@ -111,8 +186,8 @@ def identity(
 
 def _weights(path: Path) -> dict[str, Any]:
     tensors = weight_files.open_tensors(path)
-    files = {file.name: file.stat().st_size for file in path.glob("*.safetensors")}
-    return {**files, **{name: [tensor.dtype, tensor.shape] for name, tensor in tensors.items()}}
+    sizes = {file.name: file.stat().st_size for file in path.glob("*.safetensors")}
+    return {**sizes, **{name: [tensor.dtype, tensor.shape] for name, tensor in tensors.items()}}
 
 
 def _digest(value: Any) -> str:

@@ -8,6 +8,7 @@ is asked to save first.
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import socket
 import sys
@@ -148,7 +149,13 @@ def alone(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
 def _locked(path: Path, flag: str) -> TextIO | None:
     """The file, locked; None where the file system knows no locks."""
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (open for the whole run)
+        try:  # never through a link: what it leads to is not a lock
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+            file = os.fdopen(handle, "a+", encoding="utf-8")
+        except OSError as error:
+            if not os.path.lexists(path):
+                raise
+            raise ValueError(f"{path} is no lock of rmjax ({error.strerror}); move it away") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -164,8 +171,25 @@ def _locked(path: Path, flag: str) -> TextIO | None:
             return None
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(file.fileno()).st_ino == path.stat().st_ino:  # else its last holder has just deleted it
+                _refuse_other_file(path, file, flag)
                 file.truncate(0)
                 file.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
                 file.flush()
                 return file
         file.close()
+
+
+def _refuse_other_file(path: Path, file: TextIO, flag: str) -> None:
+    """Makes sure that a file is a lock, which is empty or names a holder, and not somebody's file of that name.
+
+    Raises:
+        ValueError: it is another.
+    """
+    file.seek(0)
+    try:
+        ours = re.fullmatch(r"(host .*, process \d+\n)?", file.read(1000)) is not None
+    except UnicodeDecodeError:
+        ours = False
+    if not ours:
+        file.close()
+        raise ValueError(f"{path} is no lock of rmjax; move it away, or choose another {flag}")

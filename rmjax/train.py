@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from rmjax import (
     finish,
     objectives,
     optim,
+    ownership,
     passwords,
     prepare,
     processes,
     resume,
     sharding,
+    survival,
 )
 from rmjax import config as config_lib
 from rmjax import dry_run as dry_runs
@@ -51,6 +53,7 @@ from rmjax.survival import Stop, Stopped
 from rmjax.watch import Watch, reward_drift, work_of_steps
 from rmjax.writers import Writers
 
+NEW_FILES = ("config.json", "audit.json", "metrics.jsonl", "timings.jsonl", "tensorboard")  # of a run that begins
 MOST_ROLLBACKS = 3  # to one checkpoint; if no new one could be saved by then, the rows are not to blame
 
 
@@ -107,6 +110,7 @@ class Run:
     writers: Writers
     watch: Watch
     stop: Stop
+    id: str
 
     @property
     def steps_block(self) -> bool:
@@ -171,6 +175,7 @@ class Run:
     def save(self, state: dict[str, Any], host: Host, done: int, values: dict[str, float] | None = None) -> None:
         """Starts saving the state after `done` steps, and the values of its evaluation if there was one."""
         host.rows = self.train.plan.digest(done)
+        self.writers.sync()  # the next start goes on with the lines up to here
         self.checkpointer.save(done, state, host.to_json(), values)
 
     def not_finite(self, state: dict[str, Any], host: Host, step: int) -> None:
@@ -333,11 +338,47 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False, topology: str 
     """
     stop = stop or Stop()
     config_lib.check(passwords.hide_in(config))
+    changes = resume.check_workdir(config, workdir)
+    if dry_run:
+        _run(config, workdir, topology, stop, dry_run=True)
+        return
+    with _claimed(config, workdir) as (run_id, note):
+        _run(config, workdir, topology, stop, run_id=run_id, note=note, changes=changes)
+
+
+@contextlib.contextmanager
+def _claimed(config: ConfigDict, workdir: Path) -> Iterator[tuple[str, Callable[..., Path]]]:
+    """Marks workdir and checkpoints as this run's and keeps others out; gives the run's id, and what notes new files.
+
+    Bad input that is found later leaves nothing that was noted.
+    """
+    if not processes.is_first():
+        yield resume.claim(config, workdir), lambda path, made=False: path
+        return
+    with contextlib.ExitStack() as stack:
+        if config.checkpoint.dir and "://" not in config.checkpoint.dir:
+            stack.enter_context(survival.alone(Path(config.checkpoint.dir), "config.checkpoint.dir"))
+        note = stack.enter_context(command_line.leaving_nothing(workdir, unless="checkpoints"))
+        for name in (ownership.MARKER, *NEW_FILES):
+            note(workdir / name)
+        yield resume.claim(config, workdir), note
+
+
+def _run(
+    config: ConfigDict,
+    workdir: Path,
+    topology: str,
+    stop: Stop,
+    *,
+    dry_run: bool = False,
+    run_id: str = "",
+    note: Callable[..., Path] = lambda path, made=False: path,
+    changes: Sequence[str] = (),
+) -> None:
     objective = objectives.make(config.objective)
     config, devices, limit = dry_runs.target(config, topology)
     mesh = sharding.make_mesh(config.mesh, devices)
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    changes = resume.check_workdir(config, workdir)
     if dry_run and config.debug:
         raise ValueError("config.debug compiles nothing, so there is nothing for --dry_run to show; leave one out")
     prepare.check_sources(config)
@@ -391,10 +432,9 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False, topology: str 
         keep_best=config.checkpoint.keep_best,
         metric=config.checkpoint.metric,
         mode=config.checkpoint.mode,
+        owner={"run": run_id, "workdir": str(workdir.absolute()), "config": config_lib.to_json(config)},
     )
-    tidy = command_line.leaving_nothing(workdir, unless="checkpoints")
     with (
-        tidy if processes.is_first() else contextlib.nullcontext(),
         contextlib.closing(checkpointer),
         ThreadPoolExecutor(1) as pool,
     ):
@@ -418,7 +458,20 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False, topology: str 
             def opened(start: int) -> Iterator[Run]:
                 watching = Watch.open(config, workdir, work, objective.shown, mesh)
                 with contextlib.closing(Writers.open(workdir, config, start)) as writers, contextlib.closing(watching):
-                    parts = (program, train, evaluations, tests, described, checkpointer, writers, watching, stop)
+                    for path in writers.made():
+                        note(path, made=True)
+                    parts = (
+                        program,
+                        train,
+                        evaluations,
+                        tests,
+                        described,
+                        checkpointer,
+                        writers,
+                        watching,
+                        stop,
+                        run_id,
+                    )
                     yield Run(config, mesh, objective, *parts)
 
             job, last = through(opened, begin, *first)
@@ -443,7 +496,17 @@ def conclude(run: Run, workdir: Path, last: int) -> None:
     state, _ = run.checkpointer.restore_step(step, {"params": run.program.state["params"]})
     sets = {name: split.groups for name, split in run.evaluations.items()}
     verdict, metrics = finish.write(
-        run.config, workdir, run.model, state["params"], run.mesh, step, sets, run.tests, run.train.groups.fingerprint
+        run.config,
+        workdir,
+        run.model,
+        state["params"],
+        run.mesh,
+        step,
+        sets,
+        run.tests,
+        run.train.groups.fingerprint,
+        run.checkpointer.metrics(step),
+        run.id,
     )
     steps = ", ".join(map(str, run.checkpointer.steps()))
     tensorboard = f" and {workdir / 'tensorboard'}" if run.config.log.tensorboard else ""

@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from rmjax import processes
+from absl import logging
+
+from rmjax import files, processes
 
 if TYPE_CHECKING:  # tensorboardX imports torch where that is installed, for seconds: only when it is used
     from tensorboardX.proto.event_pb2 import Event
 
 EVENT_FILES = "events.out.tfevents.*"
+OUR_EVENTS = ".rmjax"  # ends the names of those that are written here
 
 
 class Writer(Protocol):
@@ -30,6 +33,9 @@ class Writer(Protocol):
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes `values`; whatever a killed process had written before is on disk when this returns."""
+
+    def sync(self) -> None:
+        """Sends what was written to the disk: a power cut leaves it."""
 
     def close(self) -> None:
         """Releases files and threads."""
@@ -48,19 +54,26 @@ class JsonlWriter:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Sends the lines to the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the file."""
+        self.sync()
         self._file.close()
 
 
 def cut_jsonl(path: str | os.PathLike, step: int) -> None:
-    """Drops the lines after `step` and a half-written last one, atomically. A missing file is fine."""
+    """Drops the lines after `step`, and what a kill or a power cut left at the end. A missing file is fine."""
     path = Path(path)
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-    _replace(path, b"".join(kept))
+    whole, rest = files.whole_lines(path.read_bytes(), lambda line: isinstance(line["step"], int))
+    if rest.strip(b"\0\n"):
+        logging.warning("%s ended in %d bytes that are no whole line; they are cut off", path, len(rest))
+    kept = [line for line in whole.splitlines(keepends=True) if json.loads(line)["step"] <= step]
+    files.write_whole(path, b"".join(kept))
 
 
 class TensorBoardWriter:
@@ -75,7 +88,9 @@ class TensorBoardWriter:
         directory.mkdir(parents=True, exist_ok=True)
         # Names have a resolution of a second, and one that exists would be overwritten: hence the count.
         count = len(list(directory.glob(EVENT_FILES)))
-        self._file = EventsWriter(str(directory / "events"), filename_suffix=f".{count}")
+        self._directory, before = directory, set(directory.iterdir())
+        self._file = EventsWriter(str(directory / "events"), filename_suffix=f".{count}{OUR_EVENTS}")
+        self.made = [path for path in directory.iterdir() if path not in before]
         if purge_step is not None:
             self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
 
@@ -86,8 +101,14 @@ class TensorBoardWriter:
         scalars = [Summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()]
         self._add(int(step), summary=Summary(value=scalars))
 
+    def sync(self) -> None:
+        """Sends the event files to the disk."""
+        for path in self._directory.glob(f"{EVENT_FILES}{OUR_EVENTS}"):
+            files.sync(path)
+
     def close(self) -> None:
         """Closes the event file."""
+        self.sync()
         self._file.close()
 
     def _add(self, step: int, **what: Any) -> None:
@@ -98,13 +119,13 @@ class TensorBoardWriter:
 
 
 def cut_events(directory: str | os.PathLike, step: int) -> None:
-    """Rewrites TensorBoard's event files without the points after `step` or a half-written end.
+    """Rewrites our event files without the points after `step` or a half-written end; those of other programs stay.
 
     TensorBoard would hide such points by itself, but other readers of event files would not.
     """
-    for path in Path(directory).glob(EVENT_FILES):
+    for path in Path(directory).glob(f"{EVENT_FILES}{OUR_EVENTS}"):
         records = read_events(path.read_bytes())
-        _replace(path, b"".join(raw for raw, event in records if event.step <= step or event.file_version))
+        files.write_whole(path, b"".join(raw for raw, event in records if event.step <= step or event.file_version))
 
 
 def read_events(data: bytes) -> Iterator[tuple[bytes, "Event"]]:
@@ -112,15 +133,19 @@ def read_events(data: bytes) -> Iterator[tuple[bytes, "Event"]]:
 
     A record is a little-endian uint64 length, its uint32 checksum, the serialized Event, its uint32 checksum.
     """
+    from google.protobuf.message import DecodeError
     from tensorboardX.proto.event_pb2 import Event
 
     start = 0
     while start + 12 <= len(data):
         (length,) = struct.unpack_from("<Q", data, start)
         end = start + 12 + length + 4
-        if end > len(data):
+        if end > len(data) or not length:  # zeros are what a power cut can leave
             return
-        yield data[start:end], Event.FromString(data[start + 12 : end - 4])
+        try:
+            yield data[start:end], Event.FromString(data[start + 12 : end - 4])
+        except DecodeError:
+            return
         start = end
 
 
@@ -141,7 +166,7 @@ class WandbWriter:
             ) from error
         name = Path(directory) / "wandb_id"
         if not name.exists():
-            _replace(name, uuid.uuid4().hex.encode())
+            files.write_whole(name, uuid.uuid4().hex)
         self._run = wandb.init(
             project=project, id=name.read_text(), resume="allow", dir=str(directory), config=dict(config)
         )
@@ -149,6 +174,9 @@ class WandbWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Logs `values`. The service ignores steps it has already; a resumed run repeats the same numbers."""
         self._run.log({name: float(value) for name, value in values.items()}, step=step)
+
+    def sync(self) -> None:
+        """W&B keeps its own files."""
 
     def close(self) -> None:
         """Uploads the rest and ends the run."""
@@ -197,6 +225,15 @@ class Writers:
         """Writes timings and throughput, which differ between runs."""
         for writer in self._timings:
             writer.write(step, values)
+
+    def made(self) -> list[Path]:
+        """Files with new names that these writers have made."""
+        return [path for writer in self._timings if isinstance(writer, TensorBoardWriter) for path in writer.made]
+
+    def sync(self) -> None:
+        """Sends everything to the disk; before a checkpoint is saved, since a run goes on from its lines too."""
+        for writer in dict.fromkeys((*self._metrics, *self._timings)):
+            writer.sync()
 
     def close(self) -> None:
         """Closes them all."""
@@ -289,9 +326,3 @@ def clock_time(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"partial.{path.name}")
-    partial.write_bytes(data)
-    partial.replace(path)

@@ -124,7 +124,12 @@ def column(workdir, name) -> np.ndarray:
 
 def checkpoints(workdir) -> list[int]:
     """The steps that are saved and sealed."""
-    return sorted(int(path.parent.name) for path in (workdir / "checkpoints").glob("[0-9]*/manifest.json"))
+    return steps(workdir / "checkpoints")
+
+
+def steps(directory) -> list[int]:
+    """The steps in a directory of checkpoints that are sealed."""
+    return sorted(int(path.parent.name) for path in directory.glob("[0-9]*/manifest.json"))
 
 
 def same_run(a, b) -> None:

@@ -20,6 +20,7 @@ import pytest
 
 from rmjax import checkpoint
 from rmjax.checkpoint import Checkpointer, CheckpointError
+from rmjax.ownership import MARKER
 
 
 def make_state(seed=0, size=8):
@@ -52,6 +53,11 @@ def contents(state):
 
 def opened(directory, keep_latest=2, keep_best=0, metric="", mode="max"):
     return Checkpointer(directory, keep_latest=keep_latest, keep_best=keep_best, metric=metric, mode=mode)
+
+
+def names(directory):
+    """What is in a directory of checkpoints, but for its marker."""
+    return sorted(set(os.listdir(directory)) - {MARKER})
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +151,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, metrics, keep_latest, keep_b
     checkpointer.close()
     assert checkpointer.steps() == kept
     assert checkpointer.best_step() == best
-    assert sorted(os.listdir(tmp_path)) == sorted(map(str, kept))
+    assert names(tmp_path) == sorted(map(str, kept))
 
 
 def test_no_metric_means_no_best(tmp_path):
@@ -202,13 +208,13 @@ def test_damage_to_any_file_falls_back_to_the_save_before(tmp_path, two_saves, d
 
 def test_the_number_of_a_broken_step_can_be_saved_again(tmp_path, two_saves):
     directory, state = shutil.copytree(two_saves, tmp_path / "c"), make_state(21)
-    for _ in range(2):
+    for aside in (["broken-20"], ["broken-20", "broken-20-2"]):
         flip(directory / "20" / "_METADATA")
         checkpointer = opened(directory)
         assert checkpointer.restore(abstract(state))[0] == 10
         checkpointer.save(20, state, {"again": True}, None)
         checkpointer.close()
-        assert sorted(os.listdir(directory)) == ["10", "20", "broken-20"]
+        assert names(directory) == ["10", "20", *aside]
     step, restored, host = opened(directory).restore(abstract(state))
     assert (step, host) == (20, {"again": True}) and contents(restored) == contents(state)
 
@@ -233,7 +239,7 @@ def test_when_all_are_broken_it_says_so_and_touches_nothing(tmp_path, two_saves)
     truncate(directory / "10" / "_METADATA")
     with pytest.raises(CheckpointError, match=r"(?s)every checkpoint.*step 20: host\.json.*step 10: _METADATA"):
         opened(directory).restore(abstract(make_state()))
-    assert sorted(os.listdir(directory)) == ["10", "20"]
+    assert names(directory) == ["10", "20"]
 
 
 def test_a_broken_older_step_does_not_block_saving_nor_count_as_the_best(tmp_path, two_saves):
@@ -249,14 +255,75 @@ def test_a_broken_older_step_does_not_block_saving_nor_count_as_the_best(tmp_pat
 
 def test_unfinished_steps_are_no_checkpoints_and_are_cleared(tmp_path, two_saves):
     directory = shutil.copytree(two_saves, tmp_path / "c")
-    shutil.copytree(directory / "20", directory / "30.orbax-checkpoint-tmp")
+    for step in (30, 40):
+        shutil.copytree(directory / "20", directory / f"{step}.orbax-checkpoint-tmp")
     for step in ("10", "20"):
         (directory / step / "manifest.json").unlink()
+    marker = json.loads((directory / MARKER).read_text())
+    (directory / MARKER).write_text(json.dumps({**marker, "steps": [10, 20, 30]}))
     (directory / "notes").mkdir()
     checkpointer = opened(directory)
     assert checkpointer.steps() == [] and checkpointer.best_step() is None
     assert checkpointer.restore(abstract(make_state())) is None
-    assert os.listdir(directory) == ["notes"]
+    assert names(directory) == ["40.orbax-checkpoint-tmp", "notes"]  # 40 was never begun by this run
+
+
+def test_what_others_have_there_is_neither_deleted_nor_replaced(tmp_path):
+    """Folders and files with numbers for names, and an Orbax checkpoint of another trainer."""
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "2024" / "thesis.txt").write_text("precious")
+    (tmp_path / "7").write_text("precious")
+    (tmp_path / "9" / "d").mkdir(parents=True)
+    (tmp_path / "9" / "manifest.json").write_text("not ours")
+    (tmp_path / "broken-1").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    checkpointer = opened(tmp_path, keep_latest=1)
+    for step in (1, 2):
+        checkpointer.save(step, make_state(step), {}, None)
+    checkpointer.close()
+    flip(tmp_path / "2" / "host.json")
+    with pytest.raises(CheckpointError, match="every checkpoint"):
+        opened(tmp_path).restore(abstract(make_state()))
+    checkpointer = opened(tmp_path, keep_latest=1)
+    checkpointer.save(3, make_state(3), {}, None)
+    checkpointer.wait()
+    for step in (7, 9):
+        with pytest.raises(CheckpointError, match=rf"{step} is there and is no checkpoint of this run; move it away"):
+            checkpointer.save(step, make_state(), {}, None)
+    assert checkpointer.steps() == [3]
+    assert {path: path.read_bytes() for path in before} == before
+    assert names(tmp_path) == ["2024", "3", "7", "9", "broken-1", "broken-2"]  # broken-1 is not ours either
+
+
+def test_the_later_of_two_starts_has_the_directory(tmp_path):
+    """As in a bucket, where no lock reaches: the earlier one notices before it writes or deletes anything."""
+    owner = {"run": "a", "workdir": "/w"}
+    first = Checkpointer(tmp_path, keep_latest=1, owner=owner)
+    first.save(1, make_state(1), {}, None)
+    first.wait()
+    second = Checkpointer(tmp_path, keep_latest=1, owner=owner)
+    assert second.restore(abstract(make_state()))[0] == 1
+    with pytest.raises(CheckpointError, match="another start has taken over"):
+        first.save(2, make_state(2), {}, None)
+    second.save(2, make_state(3), {}, None)
+    second.close()
+    assert names(tmp_path) == ["2"]
+    with pytest.raises(CheckpointError, match="checkpoints of another run by now, whose workdir is /w"):
+        Checkpointer(tmp_path, keep_latest=1, owner={"run": "b"}).save(3, make_state(), {}, None)
+    assert names(tmp_path) == ["2"]
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-5]", "a\\b", "what? *.* {x,y}", "50% #1 & more"])
+def test_paths_of_any_name(tmp_path, name):
+    """No character of a path means anything: a sweep names its runs as it likes."""
+    checkpointer = opened(tmp_path / name, keep_latest=1)
+    for step in (1, 2):
+        checkpointer.save(step, make_state(step), {"step": step}, None)
+    checkpointer.close()
+    step, state, host = opened(tmp_path / name).restore(abstract(make_state()))
+    assert (step, host) == (2, {"step": 2}) and names(tmp_path / name) == ["2"]
+    assert contents(state) == contents(make_state(2))
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_nothing_there(tmp_path):
@@ -351,7 +418,7 @@ def test_a_write_that_fails_keeps_the_last_good_checkpoint(tmp_path, then):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert checkpointer.steps() == [1]
-    assert os.listdir(tmp_path) == ["1"]  # what was half-written takes no space from the next attempt
+    assert names(tmp_path) == ["1"]  # what was half-written takes no space from the next attempt
     if then == "restart":
         checkpointer = opened(tmp_path, keep_latest=1)
         assert checkpointer.restore(abstract(state))[0] == 1
@@ -387,7 +454,7 @@ def run(script, *arguments, devices=1):
 
 
 KILLED = """
-    import os, signal, sys
+    import os, pathlib, signal, sys
     import jax, jax.numpy as jnp
     from rmjax import checkpoint
     directory, step, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -398,7 +465,8 @@ KILLED = """
     if where == "digests":
         checkpoint._digest = die
     if where == "manifest":
-        type(checkpointer._directory).replace = die
+        replace = pathlib.Path.replace
+        pathlib.Path.replace = lambda x, target: die() if target.name == "manifest.json" else replace(x, target)
     if where == "deletion":
         type(checkpointer._directory).rmtree = die
     checkpointer.save(step, state, {}, None)
@@ -415,7 +483,7 @@ def test_sigkill_inside_a_save(tmp_path, where):
     checkpointer = opened(tmp_path, keep_latest=1)
     if where != "deletion":  # the first save replaces none
         assert run(KILLED, tmp_path, 1, where).returncode == -signal.SIGKILL
-        assert os.listdir(tmp_path) != []
+        assert names(tmp_path) != []
         assert checkpointer.restore(shape) is None
     checkpointer.save(1, {"w": jnp.full(2**21, 1, jnp.int32)}, {}, None)
     checkpointer.close()
@@ -425,7 +493,7 @@ def test_sigkill_inside_a_save(tmp_path, where):
     np.testing.assert_array_equal(state["w"], np.full(2**21, step, np.int32))
     checkpointer.save(2, {"w": jnp.full(2**21, 2, jnp.int32)}, {}, None)
     checkpointer.close()
-    assert os.listdir(tmp_path) == ["2"]
+    assert names(tmp_path) == ["2"]
 
 
 def test_restore_onto_other_meshes(tmp_path):

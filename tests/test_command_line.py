@@ -5,7 +5,7 @@ import errno
 import pytest
 from absl import app, flags
 
-from rmjax import command_line, exits
+from rmjax import command_line, exits, ownership
 from rmjax.checkpoint import CheckpointError
 
 
@@ -53,6 +53,7 @@ def test_an_error_under_way_is_the_runs_unless_it_says_otherwise():
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(tmp_path):
+    ownership.write_marker(tmp_path, "run", "id")
     with pytest.raises(Unforeseen), command_line.outcome(log=tmp_path / "error.log"):
         raise Unforeseen
     assert "Unforeseen" in (tmp_path / "error.log").read_text()
@@ -69,6 +70,9 @@ def test_only_a_failed_run_leaves_its_traceback(tmp_path, capsys):
     outcome_of(ValueError("x"), log=log)
     assert not log.exists()
     outcome_of(RuntimeError("x"), log=log)
+    assert not log.exists()  # the folder is somebody else's
+    ownership.write_marker(tmp_path, "run", "id")
+    outcome_of(RuntimeError("x"), log=log)
     assert "RuntimeError: x" in log.read_text() and str(log) in capsys.readouterr().err
     outcome_of(RuntimeError("x"), log=tmp_path / "none" / "error.log")
     assert not (tmp_path / "none").exists()
@@ -82,17 +86,29 @@ def test_bad_input_leaves_nothing_and_a_failure_what_it_wrote(there, tmp_path):
         (directory / "mine").write_text("x")
     before = sorted(tmp_path.rglob("*"))
     for error in (ValueError("x"), RuntimeError("x")):
-        with pytest.raises(type(error)), command_line.leaving_nothing(directory):
-            (directory / "new").mkdir()
-            (directory / "new" / "file").write_text("y")
+        with pytest.raises(type(error)), command_line.leaving_nothing(directory) as note:
+            note(directory / "new").mkdir()
+            note(directory / "new" / "file").write_text("y")
+            note(directory / "mine")  # where it is there already, it is not the command's
             raise error
         assert (sorted(tmp_path.rglob("*")) == before) == isinstance(error, ValueError)
 
 
+def test_what_other_programs_write_meanwhile_stays(tmp_path):
+    with pytest.raises(ValueError), command_line.leaving_nothing(tmp_path / "run") as note:
+        note(tmp_path / "run" / "ours").write_text("x")
+        note(tmp_path / "run" / "folder").mkdir()
+        (tmp_path / "run" / "folder" / "thesis").write_text("y")
+        (tmp_path / "run" / "thesis").write_text("y")
+        raise ValueError
+    left = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*"))
+    assert left == ["folder", "folder/thesis", "thesis"]
+
+
 def test_what_is_worth_keeping_stays(tmp_path):
-    with pytest.raises(ValueError), command_line.leaving_nothing(tmp_path / "run", unless="checkpoints"):
-        (tmp_path / "run" / "checkpoints").mkdir()
-        (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ValueError), command_line.leaving_nothing(tmp_path / "run", unless="checkpoints") as note:
+        note(tmp_path / "run" / "checkpoints").mkdir()
+        note(tmp_path / "run" / "config.json").write_text("{}")
         raise ValueError
     assert len(list((tmp_path / "run").iterdir())) == 2
 

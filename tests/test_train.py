@@ -19,6 +19,7 @@ from small_runs import ROOT, column, metrics, same_run
 from rmjax import objectives, optim, prepare, resume, sharding, step, train
 from rmjax.models import config as model_config
 from rmjax.models import heads
+from rmjax.ownership import MARKER
 
 SMALL = small_runs.SMALL | {"eval.every": "4 steps", "checkpoint.every": ""}
 
@@ -257,7 +258,8 @@ def test_other_data_under_a_run_is_refused(finished, tmp_path, cache_dir):
     shutil.copytree(finished[0], workdir)
     config = json.loads((workdir / "config.json").read_text())
     config["data"]["train"] = "synthetic://pairs?n=161&seed=0"
-    (workdir / "config.json").write_text(json.dumps(config))
+    marker = json.loads((workdir / "checkpoints" / MARKER).read_text())
+    (workdir / "checkpoints" / MARKER).write_text(json.dumps({**marker, "config": json.dumps(config)}))
     with pytest.raises(ValueError, match="the training data changed since the checkpoint of step 20"):
         train.run(small(cache_dir, data__train="synthetic://pairs?n=161&seed=0"), workdir)
 

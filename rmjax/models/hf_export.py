@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from rmjax import processes
+from rmjax import ownership, processes
 from rmjax.models.config import ModelConfig
 from rmjax.models.hf_tables import CLASSES, INDEX, SCORE, SCORE_BIAS, WEIGHTS, Row, convert, expected_rows
 
@@ -37,13 +36,14 @@ def save(
     problem_type: str = "regression",
     also: Callable[[Path], None] | None = None,
     max_shard_bytes: float = 5e9,
+    run: str = "",
 ) -> None:
-    """Writes a Hugging Face directory, whole or not at all.
+    """Writes a Hugging Face directory, whole and synced, or not at all.
 
     Every process of a run must call it, since parameters are gathered, piece by piece; the first one writes.
 
     Args:
-        directory: replaced if it is an export already.
+        directory: an export that is there already is replaced; files in it that are not ours are kept.
         params: of a Scorer or a LanguageModel, sharded or not.
         hf_config: config.json of the model that the parameters came from; its other values are kept.
         config: of the model.
@@ -56,6 +56,7 @@ def save(
         also: called with the directory before it gets its name, to write the tokenizer and whatever else; by every
             process, when the weights are there.
         max_shard_bytes: size of the largest weight file.
+        run: id of the run that the export is of, for its marker.
 
     Raises:
         ValueError: `directory` holds something else than an export, or labels that are not the head's.
@@ -81,7 +82,7 @@ def save(
     if architecture == "TokenClassification":  # transformers' have a bias
         zero = np.zeros(outputs, np.float32)
         tensors[SCORE_BIAS] = Tensor(zero.shape, zero.dtype, lambda: iter([zero]))
-    with _atomic_directory(Path(directory)) as partial:
+    with _new_export(Path(directory).resolve(), run) as partial:
         _write_weights(partial, tensors, max_shard_bytes)
         if processes.is_first():
             (partial / "config.json").write_text(json.dumps(written, indent=2) + "\n")
@@ -130,27 +131,24 @@ def config_json(
 
 
 @contextlib.contextmanager
-def _atomic_directory(directory: Path) -> Iterator[Path]:
+def _new_export(directory: Path, run: str) -> Iterator[Path]:
     """A directory to write into that gets its name when all went well; only process 0 touches the disk."""
-    partial = directory.with_name(f".{directory.name}.partial")
     if not processes.is_first():
-        yield partial
+        yield directory.with_name(f".{directory.name}.partial")
         return
-    if directory.exists() and not (directory / "config.json").is_file() and any(directory.iterdir()):
-        raise ValueError(f"{directory} is there and is not an export (no config.json); choose another directory")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    require_replaceable(directory)
+    with ownership.new_directory(directory, "export", run) as partial:
         yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def require_replaceable(directory: Path, flag: str = "the export's directory") -> None:
+    """Makes sure that an export can have this name: there is nothing, or an export of ours.
+
+    Raises:
+        ValueError: there is something else.
+    """
+    contract = directory / "reward_contract.json"
+    ownership.require_ours(directory, "export", flag, older=contract.is_file)
 
 
 class Tensor(NamedTuple):
