@@ -86,6 +86,8 @@ def check_workdir(config: ConfigDict, workdir: Path) -> list[str]:
     of: dict[str, list[str]] = {REFUSED: [], LOGGED: [], FREE: []}
     for difference in config_lib.differences(before, config_lib.to_json(config)):
         key = difference.removeprefix("config.").partition(":")[0]
+        if key == "checkpoint.dir" and saved == checkpoints:
+            continue  # they were moved, and are here
         of[next(what for pattern, what in CHANGES if re.fullmatch(pattern, key))].append(difference)
     if of[REFUSED]:
         undo = "\n  ".join(of[REFUSED])
