@@ -165,6 +165,8 @@ def test_job_sets_are_consistent(name):
 
 FAKE = """#!{python}
 import os, pathlib, signal, sys, time
+with (pathlib.Path(sys.argv[-1]) / "secrets").open("a") as file:
+    file.write(os.environ["RMJAX_SECRET"] + "\\n")
 number, folder = int(os.environ["JAX_PROCESS_ID"]), pathlib.Path(sys.argv[-1])
 assert sys.argv[1:3] == ["-m", "rmjax.main"] and sys.argv[3] == "--config=c.py"
 with (folder / f"starts-{{number}}").open("a") as file:
@@ -196,6 +198,8 @@ def test_local_starts_again_on_75_only(tmp_path):
     _, output = process.communicate(timeout=60)
     assert process.returncode == 0 and starts(tmp_path) == [["2localhost"] * 3] * 2
     assert output.count("starting again") == 2
+    secrets = (tmp_path / "secrets").read_text().splitlines()  # one for each start, the same for both
+    assert sorted(map(secrets.count, set(secrets))) == [2, 2, 2] and all(len(bytes.fromhex(s)) == 16 for s in secrets)
 
 
 @pytest.mark.parametrize(("codes", "expected"), [((1, 75), 1), ((0, 2), 2), ((75, 137), 75), ((139, 0), 139)])
