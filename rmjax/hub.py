@@ -94,24 +94,11 @@ class Hub(threading.Thread):
     """
 
     def __init__(
-        self,
-        listener: socket.socket,
-        count: int,
-        seconds: float,
-        place: str,
-        secret: str = "",
-        standing: float = 0.0,
+        self, listener: socket.socket, count: int, seconds: float, place: str, secret: str = "", standing: float = 0
     ):
-        """A hub that serves from `start` on.
+        """Waits `seconds` for `count` processes; `place` is the address that they are told, `secret` as for `proof`.
 
-        Args:
-            listener: listens.
-            count: of processes.
-            seconds: how long they may take to come.
-            place: the address that they are told.
-            secret: see `proof`.
-            standing: seconds after which one that others wait for is told of; after PATIENCE times as many it is given
-                up. 0 waits for ever.
+        One that others wait for is told of after `standing` seconds and given up after PATIENCE times as many; 0 never.
         """
         super().__init__(name="hub", daemon=True)
         self._listener, self._count, self._seconds, self._place = listener, count, seconds, place

@@ -298,44 +298,57 @@ class Meeting:
 
     def __init__(self, client: Any, number: int, count: int):
         """`client` is JAX's, connected."""
-        self._client, self._number, self._count = client, number, count
+        self.client, self._number, self._count = client, number, count
         self._uses: dict[str, int] = {}
-        self._changed = threading.Condition()
-        self._frozen = self._asked = False
-        self._position, self._stop_at = -1, math.inf
-        self._watcher = threading.Thread(target=self._watch, name="stop", daemon=True)
+        self._stops: list[Stopping] = []
 
     def gather(self, name: str, value: Any) -> list[Any]:
-        """See `gather`; for one thread at a time of each name."""
+        """See `gather`."""
         use = self._uses[name] = self._uses.get(name, 0) + 1
         key, mine = f"rmjax/{name}/{use}", lambda use: f"rmjax/{name}/{use}/{self._number}"
-        self._client.key_value_set(mine(use), json.dumps(value))
-        self._client.wait_at_barrier(key, FOR_EVER)
-        found = dict(self._client.key_value_dir_get(key))
+        self.client.key_value_set(mine(use), json.dumps(value))
+        self.client.wait_at_barrier(key, FOR_EVER)
+        found = dict(self.client.key_value_dir_get(key))
         if use > 1:  # all have come here, so they have read what was said the last time
-            self._client.key_value_delete(mine(use - 1))
+            self.client.key_value_delete(mine(use - 1))
         return [json.loads(found[f"{key}/{n}"]) for n in range(self._count)]
 
     def stop_agreed(self, requested: bool, position: int) -> bool:
+        """See `stop_agreed`."""
+        if position == 1:  # of another run than the last
+            self._stops.append(Stopping(self, f"stop {len(self._stops)}"))
+        return self._stops[-1].agreed(requested, position)
+
+
+class Stopping(threading.Thread):
+    """Waits until any process of a run is asked to stop; all settle on the first position that none has come to."""
+
+    def __init__(self, meeting: Meeting, key: str):
+        """`key` is of the run."""
+        super().__init__(name=key, daemon=True)
+        self._meeting, self._key, self._changed = meeting, key, threading.Condition()
+        self._frozen = self._asked = False
+        self._position, self._stop_at = 0, math.inf
+        self.start()
+
+    def agreed(self, requested: bool, position: int) -> bool:
         """See `stop_agreed`. While all tell each other their positions, none may come to another."""
-        if not self._watcher.ident:
-            self._watcher.start()
         with self._changed:
             self._changed.wait_for(lambda: not self._frozen)
             self._position = position
         if requested and not self._asked:
             self._asked = True
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
-                self._client.key_value_set("rmjax/stop", "")
+                self._meeting.client.key_value_set(f"rmjax/{self._key}", "")
         return position >= self._stop_at
 
-    def _watch(self) -> None:
-        """Waits until any process is asked to stop; then all settle on the first position that none has come to."""
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the runtime shuts down, and nobody was
-            self._client.blocking_key_value_get("rmjax/stop", FOR_EVER)
+    def run(self) -> None:
+        """Waits, in its own thread, until the runtime shuts down or somebody is asked."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._meeting.client.blocking_key_value_get(f"rmjax/{self._key}", FOR_EVER)
             with self._changed:
                 self._frozen = True
-            self._stop_at = max(self.gather("position", self._position)) + 1
+            self._stop_at = max(self._meeting.gather(f"{self._key}: positions", self._position)) + 1
             with self._changed:
                 self._frozen = False
                 self._changed.notify_all()
@@ -347,7 +360,7 @@ _meeting: Meeting | None = None
 def _met() -> Meeting:
     """The meeting of these processes, of which there are several."""
     global _meeting
-    if _meeting is None or _meeting._client is not distributed.global_state.client:
+    if _meeting is None or _meeting.client is not distributed.global_state.client:
         _meeting = Meeting(distributed.global_state.client, number(), count())
     return _meeting
 
@@ -424,7 +437,7 @@ def stop_agreed(requested: bool, position: int, step: int = 0) -> bool:
 
     Args:
         requested: whether this process was asked to stop.
-        position: how often this was called, from 1; every process calls it as often.
+        position: how often this was called in this run, from 1; every process calls it as often.
         step: of training, for people.
     """
     if count() == 1:

@@ -284,7 +284,7 @@ def gathering(secret):
 @pytest.mark.parametrize("sent", SENT)
 def test_what_a_stranger_sends_drops_its_connection_and_nothing_else(sent, secret):
     with gathering(secret) as (server, port, _), hub.connect(f"localhost:{port}", 5) as stranger:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):  # it may be dropped by then
             stranger.sendall(SENT[sent])
             stranger.shutdown(socket.SHUT_WR)
         with contextlib.suppress(ConnectionError):  # dropped, with what it sent unread
@@ -356,7 +356,7 @@ def test_all_gather_what_each_has():
         for turn in range(3):
             calls = [lambda m=m, n=n, t=turn: m.gather("a name", [t, n]) for n, m in enumerate(met)]
             assert at_once(*calls) == [[[turn, 0], [turn, 1], [turn, 2]]] * 3
-        left = dict(met[0]._client.key_value_dir_get("rmjax"))
+        left = dict(met[0].client.key_value_dir_get("rmjax"))
         assert len(left) == 3 and all("/3/" in key for key in left)  # the store does not grow
 
 
@@ -378,18 +378,19 @@ def test_all_stop_at_the_same_step(asked):
                 time.sleep(pause)
             return None
 
-        stops = at_once(
-            lambda: steps(met[0], asked[0], 0.001),
-            lambda: steps(met[1], asked[1], 0.003),
-            lambda: steps(met[2], asked[2], 0.002),
-        )
-        assert len(set(stops)) == 1 and stops[0] > min(asked)
+        for _ in range(2):  # another run is not stopped by what the first was told
+            stops = at_once(
+                lambda: steps(met[0], asked[0], 0.001),
+                lambda: steps(met[1], asked[1], 0.003),
+                lambda: steps(met[2], asked[2], 0.002),
+            )
+            assert len(set(stops)) == 1 and stops[0] > min(asked)
 
 
 def test_nobody_stops_where_nobody_is_asked():
     with meetings(2) as met:
         assert not any(at_once(*(lambda m=m: any(m.stop_agreed(False, n) for n in range(1, 50)) for m in met)))
-        watchers = [meeting._watcher for meeting in met]
+        watchers = [meeting._stops[0] for meeting in met]
     for watcher in watchers:
         watcher.join(5)
         assert not watcher.is_alive()

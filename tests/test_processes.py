@@ -553,6 +553,14 @@ FOREIGN = """
         from rmjax.main import load_config
         config = load_config("configs/bt_tiny.py")
         config.update_from_flattened_dict(eval(sys.argv[3]))
+        barrier, loop, names = processes.barrier, train.loop, []
+        processes.barrier = lambda name: (names.append(name), barrier(name))
+
+        def looped(*args):
+            assert "compiled" in names  # nobody begins before all have compiled
+            return loop(*args)
+
+        train.loop = looped
         train.run(config, Path(sys.argv[2]))
     processes.finish()
     print("a clean end", file=sys.stderr)
