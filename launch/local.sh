@@ -33,7 +33,9 @@ trap 'pass_on TERM' TERM HUP
 trap 'pass_on INT' INT
 
 start() {
-  local number each=$((gpus / count))
+  local number each=$((gpus / count)) RMJAX_SECRET
+  RMJAX_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # by which these processes know each other; new each time
+  export RMJAX_SECRET
   for ((number = 0; number < count; number++)); do
     (
       export JAX_COORDINATOR_ADDRESS=localhost:$PORT JAX_NUM_PROCESSES=$count JAX_PROCESS_ID=$number

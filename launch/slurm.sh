@@ -28,6 +28,9 @@ fi
 config=$1
 shift
 
+# By which the processes of this start know each other; srun passes it on.
+RMJAX_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+export RMJAX_SECRET
 # A task that fails ends the others itself, and they say which it was: so srun gives them a minute.
 srun --kill-on-bad-exit=0 --wait=60 "$PYTHON" -m rmjax.main --config="$config" "$@"
 code=$?

@@ -19,9 +19,12 @@ fi
 config=$1
 shift
 arguments=$(printf ' %q' --config="$config" "$@")
+# By which the processes know each other; who may log in on a host can read it there.
+secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 # Every host starts again by itself; those who come first wait for the others.
 exec gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="
   cd $(printf %q "$FOLDER")
+  export RMJAX_SECRET=$secret
   for ((attempt = 0; attempt <= $RESTARTS; attempt++)); do
     python3 -m rmjax.main$arguments && exit 0
     code=\$?

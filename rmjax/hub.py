@@ -1,31 +1,47 @@
-"""How the processes of a run keep in touch: each holds a connection to a hub, a thread of process 0.
+"""How the processes of a run keep watch over each other: each holds a connection to a hub, a thread of process 0.
 
 JAX's own service ends processes that wait for a lost one with a C++ stack that names nobody, the start included. Here
-the hub calls the roll before that service starts; a connection that closes or falls silent is a lost process, which
-the hub names to all others. Messages are lines of JSON over TCP, on the port that JAX's service listens to afterwards.
+the hub calls the roll before that service starts. A connection that closes or falls silent is a lost process, which
+the hub names to all others; so is one whose main thread stands still while others wait for it (see `Hub`). What they
+agree on goes by JAX's service (processes.py). Messages are lines of JSON over TCP, on the port that JAX's service
+listens to afterwards.
 
-    process to hub   {"hello": number, ...}  {"beat": 1}  {"at": key, "value": x}  {"failed": why, "code": n}
-                     {"stop": 1}  {"step": n}  {"bye": 1}
-    hub to process   {"go": hosts}  {"beat": 1}  {"all": key, "values": [...]}  {"end": {...}}
-                     {"freeze": 1}  {"stop_at": n}
+    hub to process   {"nonce": n}  {"go": hosts}  {"beat": 1}  {"end": [...]}
+    process to hub   {"hello": number, "of": count, "host": h, "version": v, "proof": p}
+                     {"beat": position, "step": n}  {"failed": why, "code": n}  {"bye": 1}
+
+Anybody may connect. Who has not given a proof, a keyed hash of the nonce and the hello by which the secret is known
+without being sent, is a stranger: whatever it sends or leaves out costs it its connection, and nothing else happens.
 """
 
+import asyncio
+import contextlib
+import hashlib
+import hmac
 import json
-import selectors
+import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from absl import logging
 
 from rmjax import exits
 
 BEAT = 2.0  # seconds between signs of life
 SILENCE = 30.0  # seconds without one after which a process is lost: its host or the network to it is gone
-LATE = 2.0  # seconds in which a roll call that failed still answers
-LONGEST = 2**20  # bytes of a message; more is not from one of us
+LATE = 2.0  # seconds in which a run that has ended still answers
+PATIENCE = 3  # times as long as until the warning, a process may stand still before it is given up
+LONGEST = 2**17  # bytes of a message; more is not from one of us
+STRANGERS = 100  # connections without a greeting that are kept, beside one of each process
 CLOSED = "its connection closed, so it was killed or crashed (out of memory?)"
 SILENT = f"nothing was heard of it for {SILENCE:.0f} s, so its host, the network or the process itself stands still"
+HUNG_UP = "it closed the connection before all processes were there, or what listens there is no run of rmjax"
+OTHER_SECRET = "has another RMJAX_SECRET than process 0; give all the same, or none"
+HELLO: dict[str, type] = {"hello": int, "of": int, "host": str, "version": str, "proof": str}
+LATER: tuple[dict[str, type], ...] = ({"beat": int, "step": int}, {"failed": str, "code": int}, {"bye": int})
 
 
 class End(NamedTuple):
@@ -46,139 +62,194 @@ class End(NamedTuple):
     lost: bool = False
 
 
-class Lines:
-    """A socket that carries messages; `receive` is for one thread, `send` for any."""
+def fits(message: Any, *forms: Mapping[str, type]) -> bool:
+    """Whether a message has exactly the keys of one of the forms, with values of exactly its types."""
+    return isinstance(message, dict) and any(
+        message.keys() == form.keys() and all(type(message[key]) is kind for key, kind in form.items())
+        for form in forms
+    )
 
-    def __init__(self, connection: socket.socket):
-        connection.setblocking(True)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket, self.heard = connection, time.monotonic()
-        self._lock, self._rest = threading.Lock(), b""
 
-    def send(self, **message: Any) -> None:
-        """Sends; that the other side is gone is for `receive` to notice."""
-        try:
-            with self._lock:
-                self.socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            pass
+def proof(secret: str, nonce: str, hello: Mapping[str, Any]) -> bytes:
+    """Shows that who says hello, in these words and now, knows the secret."""
+    words = json.dumps([nonce, *(hello[key] for key in HELLO if key != "proof")])
+    return hmac.new(secret.encode(), words.encode(), hashlib.sha256).hexdigest().encode()
 
-    def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that are there, waiting for some bytes; None where the other side is gone or no one of us."""
-        try:
-            data = self.socket.recv(2**16)
-            *lines, self._rest = (self._rest + data).split(b"\n")
-            messages = [json.loads(line) for line in lines]
-        except (OSError, ValueError):
-            return None
-        self.heard = time.monotonic()
-        whole = all(isinstance(message, dict) for message in messages)
-        return messages if data and whole and len(self._rest) <= LONGEST else None
+
+async def receive(reader: asyncio.StreamReader) -> Any:
+    """The next message; None where the other side is gone, or sends what is no message."""
+    try:
+        return json.loads(await reader.readline())
+    except (OSError, ValueError, RecursionError):  # the empty line at the end is no JSON either
+        return None
 
 
 class Hub(threading.Thread):
-    """Calls the roll, passes messages on and notices who is lost. Ends when every process has left."""
+    """Calls the roll and notices who is lost. Ends when every process has left.
 
-    def __init__(self, listener: socket.socket, count: int, seconds: float, place: str):
-        """Listens for `count` processes, `seconds` long; `place` is the address that they are told."""
+    A process whose main thread stands still is found by its position, which the training loop counts up wherever it
+    asks whether to stop, before each batch of a step or an evaluation. All compute each batch together, so nobody gets
+    more than a batch or two ahead: the others wait, at a higher position. Who has the highest is never to blame, which
+    leaves out what all do alike however long it takes: compiling, evaluating, exporting, a device that hangs for all.
+    """
+
+    def __init__(
+        self, listener: socket.socket, count: int, seconds: float, place: str, secret: str = "", standing: float = 0
+    ):
+        """Waits `seconds` for `count` processes; `place` is the address that they are told, `secret` as for `proof`.
+
+        One that others wait for is told of after `standing` seconds and given up after PATIENCE times as many; 0 never.
+        """
         super().__init__(name="hub", daemon=True)
         self._listener, self._count, self._seconds, self._place = listener, count, seconds, place
-        self._selector = selectors.DefaultSelector()
-        self._there: dict[int, Lines] = {}  # by number; those who left are taken out
+        self._secret, self._standing = secret, standing
+        self._strangers: dict[asyncio.StreamWriter, None] = {}  # the oldest first
+        self._refused: dict[str, None] = {}  # addresses of those with another secret
+        self._there: dict[int, asyncio.StreamWriter] = {}  # by number; those who left are taken out
         self._hosts: dict[int, str] = {}
         self._versions: dict[int, str] = {}
-        self._gathered: dict[str, dict[int, Any]] = {}
-        self._steps: dict[int, int] = {}
-        self._complete = self._freezing = False
+        self._heard: dict[int, float] = {}
+        self._at: dict[int, tuple[int, int]] = {}  # the position, and the step that people know it by
+        self._behind: dict[int, tuple[int, float, bool]] = {}  # the position, since when, whether that was told
         self._why: End | None = None
 
     def run(self) -> None:
         """Serves until all have left."""
-        self._selector.register(self._listener, selectors.EVENT_READ, None)
-        deadline, beat = time.monotonic() + self._seconds, 0.0
+        asyncio.run(self._whole())
+
+    async def _whole(self) -> None:
+        with self._listener:
+            try:
+                await self._serve()
+            except Exception as error:
+                self._broken(error)
+                await asyncio.sleep(LATE)  # until all have read it
+
+    async def _serve(self) -> None:
+        self._all_left = asyncio.Event()
+        server = await asyncio.start_server(self._meet, sock=self._listener, limit=LONGEST, backlog=1024)
+        self._close = server.close
+        deadline, beat, before = time.monotonic() + self._seconds, 0.0, time.monotonic()
         while self._there or not (self._complete or (self._why and time.monotonic() > deadline)):
-            for key, _ in self._selector.select(BEAT / 4):
-                if key.data is None:
-                    if self._complete:  # closed since
-                        continue
-                    lines = Lines(self._listener.accept()[0])
-                    self._selector.register(lines.socket, selectors.EVENT_READ, lines)
-                else:
-                    self._read(key.data)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._all_left.wait(), BEAT / 4)
             now = time.monotonic()
+            if now - before > SILENCE / 2:  # it was this thread that stood still
+                self._heard = dict.fromkeys(self._heard, now)
+            before = now
             if now >= beat:
                 beat = now + BEAT
                 self._tell(beat=1)
-            for number in [n for n, lines in self._there.items() if now - lines.heard > SILENCE]:
+            for number in [n for n in self._there if now - self._heard[n] > SILENCE]:
                 self._lost(number, SILENT)
+            self._look_who_stands(now)
             if not self._complete and not self._why and now > deadline:
                 self._end(End(-1, "", self._missing(), exits.AGAIN))
             if self._why:  # those who come within the next seconds hear it too
                 deadline = min(deadline, now + LATE)
-        self._close_listener()
-        for key in list(self._selector.get_map().values()):
-            key.data.socket.close()
 
-    def _tell(self, **message: Any) -> None:
-        for lines in self._there.values():
-            lines.send(**message)
+    @property
+    def _complete(self) -> bool:
+        return len(self._hosts) == self._count
 
-    def _read(self, lines: Lines) -> None:
-        number = next((n for n, known in self._there.items() if known is lines), None)
-        messages = lines.receive()
-        for message in messages or ():
-            if number is not None:
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, from its greeting to its end."""
+        self._strangers[writer] = None
+        if len(self._strangers) > self._count + STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.transport.abort()
+        number = -1
+        try:
+            number = await self._greet(reader, writer)
+            while number in self._there and fits(message := await receive(reader), *LATER):
                 self._handle(number, message)
-            elif {"hello", "of", "host", "version"} <= set(message):
-                number = self._greet(lines, message)
-        if messages is None or (number is not None and number not in self._there):
-            self._selector.unregister(lines.socket)
-            lines.socket.close()
+        except Exception as error:
+            self._broken(error)
+        finally:
             if number in self._there:
                 self._lost(number, CLOSED)
+            self._strangers.pop(writer, None)
+            writer.close()
 
-    def _greet(self, lines: Lines, hello: dict[str, Any]) -> int:
-        number, count, host = int(hello["hello"]), int(hello["of"]), str(hello["host"])
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
+        """The number of the process that has connected; -1 of a stranger, or one that does not belong."""
+        _send(writer, nonce=(nonce := secrets.token_hex(16)))
+        try:
+            hello = await asyncio.wait_for(receive(reader), SILENCE)
+        except TimeoutError:
+            return -1
+        if not fits(hello, HELLO):
+            return -1
+        number, count, host, version = (hello[key] for key in ("hello", "of", "host", "version"))
+        if not hmac.compare_digest(proof(self._secret, nonce, hello), hello["proof"].encode(errors="replace")):
+            _send(writer, end=End(-1, "", f"process {number} on {host} {OTHER_SECRET}", exits.BAD_INPUT))
+            if len(self._refused) < 5:
+                self._refused[str((writer.get_extra_info("peername") or "?")[0])] = None
+            return -1
         problem = ""
         if count != self._count or not 0 <= number < self._count:
             problem = f"calls itself process {number} of {count}, expected one of {self._count}"
         elif number in self._hosts:
             problem = f"calls itself process {number}, as one on {self._hosts[number]} does; give each its own number"
-        elif self._versions and (other := next(iter(self._versions.values()))) != hello["version"]:
-            problem = f"has {hello['version']}, others have {other}; install the same everywhere"
+        elif self._versions and (other := next(iter(self._versions.values()))) != version:
+            problem = f"has {version}, others have {other}; install the same everywhere"
         if problem or self._why:
             self._end(End(-1, "", f"a process on {host} {problem}", exits.BAD_INPUT))
-            lines.send(end=self._why)
+            _send(writer, end=self._why)
             return -1
-        self._there[number], self._hosts[number], self._versions[number] = lines, host, str(hello["version"])
-        if len(self._there) == self._count:
-            self._complete = True
-            self._close_listener()
+        self._strangers.pop(writer, None)
+        self._there[number], self._hosts[number], self._versions[number] = writer, host, version
+        self._heard[number] = time.monotonic()
+        if self._complete:  # nobody else is let in
+            self._close()
+            for stranger in self._strangers:
+                stranger.transport.abort()
             self._tell(go=[self._hosts[n] for n in range(self._count)])
         return number
 
     def _handle(self, number: int, message: dict[str, Any]) -> None:
-        if "at" in message:
-            values = self._gathered.setdefault(message["at"], {})
-            values[number] = message["value"]
-            if len(values) == self._count:
-                del self._gathered[message["at"]]
-                self._tell(all=message["at"], values=[values[n] for n in range(self._count)])
+        self._heard[number] = time.monotonic()
+        if "beat" in message:
+            self._at[number] = message["beat"], message["step"]
         elif "failed" in message:
             self._end(End(number, self._hosts[number], message["failed"], message["code"]))
-        elif "stop" in message and not self._freezing:
-            self._freezing = True
-            self._tell(freeze=1)
-        elif "step" in message:
-            self._steps[number] = message["step"]
-            if len(self._steps) == self._count:
-                self._tell(stop_at=max(self._steps.values()) + 1)
-        elif "bye" in message:
-            del self._there[number]
+        else:
+            self._gone(number)
+
+    def _look_who_stands(self, now: float) -> None:
+        """Tells of processes that others wait for, and later gives them up."""
+        furthest = max((position for position, _ in self._at.values()), default=0)
+        for number, (position, step) in list(self._at.items()) if self._standing else ():
+            known, since, told = self._behind.get(number, (-1, now, False))
+            if position == furthest or position != known:
+                since, told = now, False
+            where = f"its main thread stands still at step {step}, and the others have waited for it for"
+            if now - since > PATIENCE * self._standing:
+                self._lost(number, f"{where} {(now - since) / 60:.3g} minutes (a file system that hangs?)")
+            elif now - since > self._standing and not told:
+                told, left = True, (PATIENCE - 1) * self._standing / 60
+                text = f"process {number} on {self._hosts[number]}: {where} {(now - since) / 60:.3g} minutes"
+                logging.warning("%s; in another %.3g all end, to be started again", text, left)
+            self._behind[number] = position, since, told
+
+    def _tell(self, **message: Any) -> None:
+        for writer in self._there.values():
+            _send(writer, **message)
+
+    def _gone(self, number: int) -> None:
+        del self._there[number]
+        self._at.pop(number, None)
+        if not self._there and self._complete:
+            self._all_left.set()
 
     def _lost(self, number: int, why: str) -> None:
-        del self._there[number]
         self._end(End(number, self._hosts[number], why, exits.AGAIN, lost=True))
+        self._gone(number)
+
+    def _broken(self, error: Exception) -> None:
+        why = f"the thread by which the processes keep in touch met {type(error).__name__}: {error}"
+        self._end(End(0, self._hosts.get(0, ""), why, exits.FAILED))
 
     def _end(self, end: End) -> None:
         """Tells all why it ends; only the first reason counts, the others follow from it."""
@@ -190,16 +261,17 @@ class Hub(threading.Thread):
         missing = sorted(set(range(self._count)) - set(self._hosts))
         numbers = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
         came = ", ".join(f"{n} on {host}" for n, host in sorted(self._hosts.items())[:20])
+        others = f" One from {', '.join(self._refused)} {OTHER_SECRET}." if self._refused else ""
         return (
             f"{len(missing)} of {self._count} processes did not come to {self._place} within {self._seconds:g} s: "
-            f"{numbers}. There are: {came}. Look at the output of those that are missing; check that they were "
+            f"{numbers}. There are: {came}.{others} Look at the output of those that are missing; check that they were "
             "started, that their hosts reach this address, and that all were told the same number of processes"
         )
 
-    def _close_listener(self) -> None:
-        if self._listener.fileno() >= 0:
-            self._selector.unregister(self._listener)
-            self._listener.close()
+
+def _send(writer: asyncio.StreamWriter, **message: Any) -> None:
+    """Sends, or keeps to send; that the other side is gone is for `receive` to notice."""
+    writer.write(json.dumps(message).encode() + b"\n")
 
 
 class Link(threading.Thread):
@@ -208,89 +280,67 @@ class Link(threading.Thread):
     Attributes:
         hosts: of all processes, by number, once `joined`.
         joined: set when all processes are there.
+        at: how far the main thread has come, see `Hub`: the position, and the step that people know it by.
     """
 
-    def __init__(self, connection: socket.socket, number: int, on_end: Callable[[End], None]):
+    def __init__(self, connection: socket.socket, number: int, on_end: Callable[[End], None], secret: str = ""):
         """`on_end` is called, from this thread, when the run ends early."""
         super().__init__(name="link", daemon=True)
-        self.number, self.hosts, self.joined = number, [""], threading.Event()
-        self._lines, self._on_end = Lines(connection), on_end
-        self._changed = threading.Condition()
-        self._uses: dict[str, int] = {}
-        self._results: dict[str, list[Any]] = {}
-        self._step, self._frozen, self._asked, self._left = -1, False, False, False
-        self._stop_at: int | None = None
+        self.number, self.hosts, self.joined, self.at = number, ["its host"], threading.Event(), (0, 0)
+        connection.settimeout(SILENCE)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket, self._on_end, self._secret = connection, on_end, secret
+        self._lock, self._left = threading.Lock(), threading.Event()
+        self._hello: dict[str, Any] = {}
 
     def hello(self, count: int, host: str, version: str) -> None:
-        """Says who this is and starts listening."""
-        self.hosts[0] = "its host"
-        self._lines.send(hello=self.number, of=count, host=host, version=version)
+        """Starts listening, and says who this is when the hub asks."""
+        self._hello = {"hello": self.number, "of": count, "host": host, "version": version}
         self.start()
 
     def run(self) -> None:
-        """Reads what comes and gives signs of life."""
-        selector = selectors.DefaultSelector()
-        selector.register(self._lines.socket, selectors.EVENT_READ)
-        beat = 0.0
-        while not self._left:
-            why = ""
-            if selector.select(BEAT / 4):  # what has come counts, however late this thread gets to run
-                messages = self._lines.receive()
-                why = CLOSED if messages is None else ""
-                for message in messages or ():
-                    self._handle(message)
-            elif time.monotonic() - self._lines.heard > SILENCE:
-                why = SILENT
-            if why and not self._left:
-                self._on_end(End(0, self.hosts[0], why, exits.AGAIN, lost=True))
-                return
-            if time.monotonic() >= beat:
-                beat = time.monotonic() + BEAT
-                self._lines.send(beat=1)
+        """Reads what comes until this process or the hub has left."""
+        try:
+            for line in self._socket.makefile("rb"):
+                self._handle(json.loads(line))
+            why = CLOSED if self.joined.is_set() else HUNG_UP
+        except TimeoutError:
+            why = SILENT
+        except OSError:
+            why = CLOSED
+        except Exception as error:
+            why = f"it sent what no hub sends ({type(error).__name__}: {error})"
+        if not self._left.is_set():
+            self._on_end(End(0, self.hosts[0], why, exits.AGAIN, lost=True))
+
+    def _beat(self) -> None:
+        while not self._left.wait(BEAT):
+            position, step = self.at
+            self._send(beat=position, step=step)
+
+    def _send(self, **message: Any) -> None:
+        """Sends; that the other side is gone is for `run` to notice."""
+        with contextlib.suppress(OSError), self._lock:
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def _handle(self, message: dict[str, Any]) -> None:
         if "end" in message:
             self._on_end(End(*message["end"]))
-        with self._changed:
-            if "go" in message:
-                self.hosts = message["go"]
-                self.joined.set()
-            elif "all" in message:
-                self._results[message["all"]] = message["values"]
-            elif "freeze" in message:
-                self._frozen = True
-                self._lines.send(step=self._step)
-            elif "stop_at" in message:
-                self._frozen, self._stop_at = False, message["stop_at"]
-            self._changed.notify_all()
-
-    def gather(self, name: str, value: Any) -> list[Any]:
-        """The values of all processes, once all have called it with this name as many times."""
-        with self._changed:
-            self._uses[name] = self._uses.get(name, 0) + 1
-            key = f"{name} {self._uses[name]}"
-            self._lines.send(at=key, value=value)
-            self._changed.wait_for(lambda: key in self._results)
-            return self._results.pop(key)
-
-    def stop_agreed(self, requested: bool, step: int) -> bool:
-        """See processes.stop_agreed. While the hub asks all for their steps, none may begin another."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._frozen)
-            self._step = step
-            if requested and not self._asked:
-                self._asked = True
-                self._lines.send(stop=1)
-            return self._stop_at is not None and step >= self._stop_at
+        elif "nonce" in message:
+            self._send(**self._hello, proof=proof(self._secret, message["nonce"], self._hello).decode())
+            threading.Thread(target=self._beat, name="beats", daemon=True).start()
+        elif "go" in message:
+            self.hosts = message["go"]
+            self.joined.set()
 
     def fail(self, why: str, code: int) -> None:
         """Tells the others that this process fails."""
-        self._lines.send(failed=why, code=code)
+        self._send(failed=why[: LONGEST // 10], code=code)
 
     def leave(self) -> None:
         """Says good-bye; whatever happens to the others no longer matters."""
-        self._left = True
-        self._lines.send(bye=1)
+        self._left.set()
+        self._send(bye=1)
 
 
 def listen(address: str) -> socket.socket:

@@ -15,6 +15,8 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rmjax import processes
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the mesh axes that the rows of a batch are split over
 
@@ -54,6 +56,8 @@ def path_name(path: Sequence[Any]) -> str:
 def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh of axes `data`, `fsdp`, `tensor`; one entry may be -1 and takes what is left.
 
+    Processes that share it all make it, and are connected then (processes.py).
+
     Raises:
         ValueError: the axes do not multiply to the number of devices.
     """
@@ -70,7 +74,9 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"mesh {asked} does not divide the {len(devices)} devices that there are; "
             f"config.mesh must multiply to {len(devices)} (one axis may be -1)"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    processes.connect(mesh)
+    return mesh
 
 
 def named(mesh: Mesh, *spec: Any) -> NamedSharding:

@@ -48,13 +48,18 @@ class Stop:
         self.signal = 0
         self._kept = kept
         self._loop_looks = False
-        self._questions = 0
+        self._questions = self._step = 0
         self._agreed = False
 
-    def agreed(self) -> bool:
-        """Whether to stop now; every process of a run asks equally often and gets equal answers."""
+    def agreed(self, step: int | None = None) -> bool:
+        """Whether to stop now; every process of a run asks equally often and gets equal answers.
+
+        Args:
+            step: of training that is to follow, for people who are told who keeps the others waiting.
+        """
         self._questions += 1
-        self._agreed = self._agreed or processes.stop_agreed(bool(self.signal), self._questions)
+        self._step = self._step if step is None else step
+        self._agreed = self._agreed or processes.stop_agreed(bool(self.signal), self._questions, self._step)
         return self._agreed
 
     @contextlib.contextmanager

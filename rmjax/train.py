@@ -242,7 +242,7 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
 
     stops = False
     for step in range(done, plan.steps):
-        if host.stopped or host.unevaluated or (stops := run.stop.agreed()):
+        if host.stopped or host.unevaluated or (stops := run.stop.agreed(step + 1)):
             break
         with watch.step(step + 1):
             state, sums, halted = run.program.step(state, batch, sharding.place(np.int32(step), everywhere), halted)
@@ -451,6 +451,7 @@ def _run(
                 resume.save_config(config, workdir)
                 prepare.save_audit(workdir / "audit.json", train_groups, plan, validation_groups, objective.task)
             program, train, evaluations = compiling.result()
+            processes.barrier("compiled")  # devices wait for a late process less patiently
             work = work_of_steps(train, model, prepare.model_params(shapes))
             described = Model(chat, values, model, objective)
 

@@ -19,7 +19,7 @@ import pytest
 import quick
 import yaml
 
-from rmjax import checkpoint, exits, hub, processes
+from rmjax import checkpoint, exits, processes
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -85,6 +85,39 @@ def test_half_of_what_is_needed_is_refused(environment, values, message):
         processes._place()
 
 
+@pytest.mark.parametrize("name", ["RMJAX_JOIN_SECONDS", "RMJAX_STALL_MINUTES"])
+@pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf", ""])
+def test_what_is_no_number_is_refused(environment, name, value):
+    environment(**TOLD, **{name: value})
+    what = name.rpartition("_")[2].lower()
+    with pytest.raises(ValueError, match=f"{name}={value}: expected a number of {what}, 0 or more"):
+        processes.start()
+
+
+@pytest.mark.parametrize(
+    ("why", "code"),
+    [
+        (
+            "UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED: GetKeyValue() timed out with key: cpu:gloo"
+            "/0,1,2048,2049/2 and duration: 29.99999989s",
+            exits.AGAIN,
+        ),
+        (
+            "FAILED_PRECONDITION: Gloo all-reduce failed: [tcp/unbound_buffer.cc:81] Timed out waiting 30000ms",
+            exits.AGAIN,
+        ),
+        ("DEADLINE_EXCEEDED: Barrier timed out. Id: rmjax/checkpoint written/3", exits.AGAIN),
+        ("UNKNOWN: Gloo all-reduce failed: Connection closed by peer", exits.FAILED),
+        ("the download timed out", exits.FAILED),
+        ("step 3: the loss or a gradient is NaN or infinite", exits.FAILED),
+    ],
+)
+def test_a_time_out_between_processes_is_told_from_other_errors(why, code):
+    said, found = processes.explained(why, exits.FAILED)
+    assert found == code and said.startswith(why) and ("The same command" in said) == (code == exits.AGAIN)
+    assert processes.explained(why, exits.BAD_INPUT) == (why, exits.BAD_INPUT)
+
+
 def test_a_single_process_needs_nobody(environment):
     environment()
     processes.start()
@@ -94,160 +127,6 @@ def test_a_single_process_needs_nobody(environment):
     with processes.first_then_others("data"):
         processes.require_same("x", [1], "data")
     processes.finish()
-
-
-# The hub, with threads in place of processes
-
-
-class Member:
-    """A link, and why it ended."""
-
-    def __init__(self, port, number):
-        self.ends, self.ended = [], threading.Event()
-        self.link = hub.Link(hub.connect(f"localhost:{port}", 5), number, self.end)
-
-    def end(self, end):
-        self.ends.append(end)
-        self.ended.set()
-
-    def why(self):
-        assert self.ended.wait(20)
-        return self.ends[0]
-
-
-@contextlib.contextmanager
-def roll(count, seconds=20.0, numbers=None, of=None, versions=None):
-    """A hub for `count` processes, and those `numbers` that come."""
-    port = free_port()
-    server = hub.Hub(hub.listen(f"x:{port}"), count, seconds, f"x:{port}")
-    server.start()
-    numbers = range(count) if numbers is None else numbers
-    members = [Member(port, number) for number in numbers]
-    for i, member in enumerate(members):
-        member.link.hello(of or count, f"host-{i}", versions[i] if versions else "v")
-    try:
-        yield members
-    finally:
-        for member in members:
-            member.link.leave()
-        server.join(5)
-        assert not server.is_alive()
-
-
-def joined(members):
-    assert all(member.link.joined.wait(10) for member in members)
-
-
-def at_once(*calls):
-    results = [None] * len(calls)
-
-    def run(i):
-        results[i] = calls[i]()
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    return results
-
-
-def test_all_gather_what_each_has():
-    with roll(3) as members:
-        joined(members)
-        assert members[2].link.hosts == ["host-0", "host-1", "host-2"]
-        for turn in range(2):
-            calls = [lambda m=m, t=turn: m.link.gather("a", [t, m.link.number]) for m in members]
-            assert at_once(*calls) == [[[turn, 0], [turn, 1], [turn, 2]]] * 3
-
-
-def test_who_does_not_come_is_named():
-    with roll(4, seconds=1.0, numbers=[0, 2]) as members:
-        for member in members:
-            end = member.why()
-            assert end.code == exits.AGAIN
-            assert "2 of 4 processes did not come to x:" in end.why and "within 1 s: 1, 3. There" in end.why
-            assert "0 on host-0, 2 on host-1" in end.why
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"numbers": [0, 0]}, "calls itself process 0, as one on host-"),
-        ({"of": 3}, "of 3, expected one of 2"),
-        ({"versions": ["jax 1", "jax 2"]}, "install the same everywhere"),
-    ],
-)
-def test_who_cannot_belong_is_refused(options, message):
-    with roll(2, **options) as members:
-        end = members[-1].why()
-        assert message in end.why and end.code == exits.BAD_INPUT
-        assert "host-" in end.why
-
-
-def test_a_closed_connection_is_a_lost_process():
-    with roll(3) as members:
-        joined(members)
-        members[1].link._lines.socket.shutdown(socket.SHUT_RDWR)
-        for member in (members[0], members[2]):
-            end = member.why()
-            assert (end.number, end.host, end.code, end.lost) == (1, "host-1", exits.AGAIN, True)
-            assert "closed" in end.why
-
-
-def test_silence_is_a_lost_process(monkeypatch):
-    monkeypatch.setattr(hub, "BEAT", 0.1)
-    monkeypatch.setattr(hub, "SILENCE", 1.0)
-    with roll(2) as members:
-        joined(members)
-        time.sleep(1.5)  # beats keep them
-        assert not members[0].ends
-        monkeypatch.setattr(members[1].link._lines, "send", lambda **_: None)
-        assert (members[0].why().number, members[0].why().lost) == (1, True)
-        monkeypatch.undo()
-
-
-def test_a_failure_is_told_to_all_with_its_code():
-    with roll(3) as members:
-        joined(members)
-        members[2].link.fail("no space left", 1)
-        members[1].link.fail("what followed", 1)
-        for member in members:
-            assert member.why() == hub.End(2, "host-2", "no space left", 1, False)
-
-
-def test_strangers_are_not_listened_to():
-    port = free_port()
-    server = hub.Hub(hub.listen(f"x:{port}"), 1, 20, "x")
-    server.start()
-    for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"hello": 0}\n', b"[1]\n", b"\xff\n"):
-        with hub.connect(f"localhost:{port}", 5) as stranger:
-            stranger.sendall(text)
-    member = Member(port, 0)
-    member.link.hello(1, "host", "v")
-    joined([member])
-    member.link.leave()
-    server.join(5)
-    assert not server.is_alive()
-
-
-def test_all_stop_at_the_same_step():
-    with roll(3) as members:
-        joined(members)
-
-        def steps(member, requested, pause):
-            for step in range(1000):
-                if member.link.stop_agreed(step >= requested, step):
-                    return step
-                time.sleep(pause)
-            return None
-
-        stops = at_once(
-            lambda: steps(members[0], 10**6, 0.001),
-            lambda: steps(members[1], 20, 0.003),
-            lambda: steps(members[2], 25, 0.002),
-        )
-        assert len(set(stops)) == 1 and stops[0] > 20
 
 
 # Launch scripts
@@ -286,6 +165,8 @@ def test_job_sets_are_consistent(name):
 
 FAKE = """#!{python}
 import os, pathlib, signal, sys, time
+with (pathlib.Path(sys.argv[-1]) / "secrets").open("a") as file:
+    file.write(os.environ["RMJAX_SECRET"] + "\\n")
 number, folder = int(os.environ["JAX_PROCESS_ID"]), pathlib.Path(sys.argv[-1])
 assert sys.argv[1:3] == ["-m", "rmjax.main"] and sys.argv[3] == "--config=c.py"
 with (folder / f"starts-{{number}}").open("a") as file:
@@ -317,6 +198,8 @@ def test_local_starts_again_on_75_only(tmp_path):
     _, output = process.communicate(timeout=60)
     assert process.returncode == 0 and starts(tmp_path) == [["2localhost"] * 3] * 2
     assert output.count("starting again") == 2
+    secrets = (tmp_path / "secrets").read_text().splitlines()  # one for each start, the same for both
+    assert sorted(map(secrets.count, set(secrets))) == [2, 2, 2] and all(len(bytes.fromhex(s)) == 16 for s in secrets)
 
 
 @pytest.mark.parametrize(("codes", "expected"), [((1, 75), 1), ((0, 2), 2), ((75, 137), 75), ((139, 0), 139)])
@@ -573,6 +456,124 @@ def test_a_step_that_lost_a_process_while_it_was_saved_is_none(tmp_path):
     np.testing.assert_array_equal(state["w"], np.arange(2, 10))
 
 
+LATE = """
+    import sys, time
+    from rmjax import processes
+    processes.start()
+    import jax, jax.numpy as jnp, numpy as np
+    from rmjax import sharding
+    if sys.argv[1] == "unconnected":
+        processes.connect = lambda mesh: None
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": -1})
+    x = sharding.place(np.ones((8, 8), np.float32), sharding.named(mesh, sharding.BATCH, "tensor"))
+    if processes.number():
+        time.sleep(35)  # it compiles, gloo's patience is 30 s
+    try:
+        assert float(jax.jit(lambda x: (x @ x).sum(), out_shardings=sharding.named(mesh))(x)) == 512
+    except Exception as error:
+        processes.fail(str(error), 1)
+    processes.finish()
+"""
+
+
+@pytest.mark.slow
+def test_who_compiles_for_longer_than_collectives_wait_is_waited_for():
+    for started in together(LATE, "connected"):
+        assert started.end() == 0, started.text()
+
+
+@pytest.mark.slow
+def test_a_time_out_of_a_collective_is_no_failure_of_the_run():
+    for number, started in enumerate(together(LATE, "unconnected")):
+        assert started.end() == exits.AGAIN, started.text()
+        assert "timed out" in started.text() and "The same command goes on from the last checkpoint" in started.text()
+        assert number == 0 or f"error: process 0 on {HOST} failed: " in started.text()
+
+
+STANDS = """
+    import sys, time
+    from rmjax import processes
+    processes.start()
+    import jax, jax.numpy as jnp, numpy as np
+    from rmjax import sharding
+    from rmjax.survival import Stop
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+    total, stop = jax.jit(jnp.sum, out_shardings=sharding.named(mesh)), Stop()
+
+    def hung_file_system():
+        time.sleep(1000)
+
+    for step in range(1, 1000):
+        if step == 5 and processes.number() == 1:
+            hung_file_system()
+        assert not stop.agreed(step)
+        x = sharding.place(np.full(8, step, np.float32), sharding.named(mesh, sharding.BATCH))
+        assert float(total(x)) == 8 * step
+"""
+
+
+@pytest.mark.slow
+def test_who_stands_still_is_told_of_then_all_end():
+    first, second = together(STANDS, RMJAX_STALL_MINUTES="0.05")
+    assert (first.end(60), second.end(60)) == (exits.AGAIN, exits.AGAIN), first.text() + second.text()
+    where = f"process 1 on {HOST}: its main thread stands still at step 4, and the others have waited for it for"
+    assert where in first.text()
+    assert f"error: process 1 on {HOST} was lost: its main thread stands still at step 4" in first.text()
+    assert "in hung_file_system" in second.text()  # it says where
+
+
+FOREIGN = """
+    import os, sys, time
+    import jax
+    told = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, count, number = (os.environ.pop(name) for name in told)
+    jax.distributed.initialize(address, int(count), int(number))
+    from rmjax import processes
+    if sys.argv[1] == "started":
+        processes.start()
+    assert (processes.number(), processes.count()) == (int(number), 2)
+    assert processes.gather("a", processes.number() * 3) == [0, 3] and processes.agree("b", int(number) + 5) == 5
+    processes.barrier("c")
+    processes.require_same("d", 1, "data")
+    try:
+        processes.require_same("e", number, "data")
+        raise AssertionError
+    except ValueError as error:
+        assert "process 1 on" in str(error)
+    for n in range(1, 1000):
+        if processes.stop_agreed(n == 5 and number == "1", n):
+            break
+        time.sleep(0.01)
+    assert 5 < n < 1000 and len(set(processes.gather("n", n))) == 1
+    with processes.first_then_others("f"):
+        pass
+    if sys.argv[2:]:
+        from pathlib import Path
+        from rmjax import train
+        from rmjax.main import load_config
+        config = load_config("configs/bt_tiny.py")
+        config.update_from_flattened_dict(eval(sys.argv[3]))
+        barrier, loop, names = processes.barrier, train.loop, []
+        processes.barrier = lambda name: (names.append(name), barrier(name))
+
+        def looped(*args):
+            assert "compiled" in names  # nobody begins before all have compiled
+            return loop(*args)
+
+        train.loop = looped
+        train.run(config, Path(sys.argv[2]))
+    processes.finish()
+    print("a clean end", file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("started", ["started", "not started"])
+def test_a_runtime_that_somebody_else_has_started(started):
+    for one in together(FOREIGN, started):
+        assert one.end(60) == 0 and "a clean end" in one.text(), one.text()
+
+
 # Training
 
 RUN = {
@@ -667,6 +668,14 @@ def test_a_run_goes_on_with_other_processes(start, count, devices, one, two, cac
     shutil.copytree(two[0] if start == "two" else one, workdir)
     shutil.rmtree(workdir / "checkpoints" / "10")
     assert "continuing from step 5" in train(workdir, cache, count, devices)
+    assert np.abs(losses(workdir) - losses(one)).max() <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_runtime_that_somebody_else_has_started_trains(one, cache, tmp_path):
+    workdir = tmp_path / "run"
+    for process in together(FOREIGN, "not started", str(workdir), repr({**RUN, "data.cache_dir": str(cache)})):
+        assert process.end() == 0, process.text()
     assert np.abs(losses(workdir) - losses(one)).max() <= 1e-5
 
 
