@@ -507,6 +507,22 @@ def test_lists_in_lists_are_scored_or_named(ending, model, tmp_path):
             assert depth > 20 and not output.with_name(f"{output.name}.parts").exists()
 
 
+def test_lists_in_lists_of_other_sources_are_scored_or_named(model, tmp_path):
+    """Those that JSON's reader does not refuse first."""
+    value, outcomes = 1, set()
+    for depth in range(1, 1100):
+        value = [value]
+        if depth < 900 or (depth % 25 and not 970 < depth < 1000):
+            continue
+        sources.register("deep", [ROWS[0], {**ROWS[1], "deep": value}], version="1")
+        try:
+            outcomes.add(run(model, "python://deep", tmp_path / "out.jsonl")[0])
+        except ValueError as error:
+            assert "deep:1: a value has lists" in str(error)
+            outcomes.add("named")
+    assert outcomes == {2, "named"}
+
+
 # Parts
 
 

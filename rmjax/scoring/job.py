@@ -5,8 +5,8 @@
     OUTPUT.parts/00000012.jsonl    the rows made of a part of the input, once they are whole
     OUTPUT.parts/lock              keeps a second start of the same job out
 
-A start reads what earlier ones have done once, and compares it with its notes: 0.6 s per GB of parts on two cores of
-2.1 GHz. What is not what was written (of a machine that went down) is made again. Joining compares while it copies.
+A start reads what earlier ones have done once, and compares it with its notes: 1.5 s per GB of parts (two busy cores of
+an AMD EPYC, 2026-11-29). What is not what was written is made again. Joining compares while it copies.
 
 Several processes (processes.py) take turns at the parts; the first joins them, in the order of the input.
 """
