@@ -663,6 +663,19 @@ def test_two_processes_share_a_job_that_one_began(launch, model):
 
 
 @pytest.mark.slow
+def test_a_process_that_has_nothing_left_to_do_waits_for_the_others(launch, model):
+    start, directory = launch
+    source = write(directory / "in.jsonl", ROWS)
+    dying(model, 4)  # the fifth part is the first process's
+    with pytest.raises(MemoryError):
+        run(model, source, directory / "out.jsonl")
+    both = start("--input=in.jsonl", "--output=out.jsonl")
+    assert both.wait(120) == 0, both.stderr.read()
+    assert [row["score"] for row in read(directory / "out.jsonl")] == list(range(18))
+    assert (directory / "model" / ASKED).read_text().splitlines() == ["answer 16", "answer 17"]
+
+
+@pytest.mark.slow
 def test_a_bad_row_ends_both_processes_and_leaves_nothing(launch):
     start, directory = launch
     write(directory / "in.jsonl", ROWS)
