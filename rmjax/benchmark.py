@@ -28,7 +28,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from rmjax import command_line, passwords
+from rmjax import command_line, files, passwords
 from rmjax.main import CONFIG, explain, load_config, parse_config
 
 if TYPE_CHECKING:  # imported where it is used, so that --help and a mistyped flag answer at once
@@ -58,8 +58,9 @@ def main(_: Sequence[str]) -> None:
         report = run(configs, LENGTHS.value, STEPS.value, PEAK.value * 1e12)
         print("\n" + "\n".join(table(report)))
         if path:
+            files.check_target(path, "--json")  # again: measuring took its time
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(report, indent=2) + "\n")
+            files.write_json(path, report, indent=2)
 
 
 @contextlib.contextmanager
@@ -99,10 +100,10 @@ def other_config(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
     Raises:
         ValueError: a file or a key that is wrong.
     """
-    files = [change for change in changes if "=" not in change]
-    if len(files) > 1:
-        raise ValueError(f"--compare names {' and '.join(files)}; two sides are compared, so give one file")
-    config = load_config(files[0]) if files else config.copy_and_resolve_references()
+    named = [change for change in changes if "=" not in change]
+    if len(named) > 1:
+        raise ValueError(f"--compare names {' and '.join(named)}; two sides are compared, so give one file")
+    config = load_config(named[0]) if named else config.copy_and_resolve_references()
     argv = ["compare", *(f"--config.{change}" for change in changes if "=" in change)]
     values = flags.FlagValues()
     try:
@@ -117,13 +118,12 @@ def output(name: str) -> Path | None:
     """The file for the figures, if there is to be one.
 
     Raises:
-        ValueError: it is a directory, is below a file, or cannot be written.
+        ValueError: it is a directory or a link, is below a file, or cannot be written.
     """
     if not name:
         return None
     path = Path(name).expanduser().absolute()
-    if path.is_dir():
-        raise ValueError(f"--json={name} is a directory; name a file")
+    files.check_target(path, f"--json={name}")
     command_line.check_writable(path, f"--json={name}")
     return path
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rmjax import command_line, passwords
+from rmjax import command_line, files, passwords
 from rmjax.command_line import Parser
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     if args.train_rows < 1:
         raise ValueError(f"--train_rows={args.train_rows} must be at least 1")
     if args.output:
+        files.check_target(args.output, f"--output={args.output}")
         command_line.check_writable(Path(args.output), f"--output={args.output}")
     args.mesh = mesh_axes(args.mesh)
     args.template_kwargs = command_line.json_object(args.template_kwargs, "--template_kwargs")
@@ -229,11 +230,13 @@ def lines(reports: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def write(path: Path, reports: list[dict[str, Any]]) -> None:
-    """Writes what was measured: of one model its evaluation, of several a list of them."""
-    from rmjax.finish import save
+    """Writes what was measured: of one model its evaluation, of several a list of them.
 
+    A file that is there is replaced by a whole one.
+    """
+    files.check_target(path, "--output")  # again: measuring took its time
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, reports[0] if len(reports) == 1 else {"models": reports})
+    files.write_json(path, reports[0] if len(reports) == 1 else {"models": reports})
     print(f"written to {path}")
 
 

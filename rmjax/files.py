@@ -94,3 +94,17 @@ def whole_lines(data: bytes, keep: Callable[[Any], bool] = lambda value: True) -
             break
         end += len(line)
     return data[:end], data[end:]
+
+
+def check_target(path: str | os.PathLike, flag: str) -> None:
+    """Makes sure that a file of this name may be written: nothing is there, or a plain file, which is replaced.
+
+    Raises:
+        ValueError: a directory, a device, or a link, which would be replaced while what it names stays; with `flag`.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        raise ValueError(f"{flag}: {path} is a link to {os.readlink(path)}; name that file itself, or remove the link")
+    if path.exists() and not path.is_file():
+        what = "a directory" if path.is_dir() else "no plain file"
+        raise ValueError(f"{flag}: {path} is {what}; name another")

@@ -25,15 +25,19 @@ is null. What can be made of the scores:
     --min_margin, --max_margin, --tie_threshold    drop pairs by chosen_score - rejected_score, which becomes `margin`
     --normalize           rewards minus their mean, divided by their deviation, both from the export's contract
 
-What is dropped or turned is counted at the end. All of the input is checked before the model is loaded. What is scored
-is kept in OUTPUT.parts until all is, so that the same command goes on after a kill, Ctrl-C (exit code 130) or SIGTERM
-(75). Several processes (launch/local.sh N rmjax.score ...) share the rows; each has the whole model on its devices.
+What is dropped or turned is counted at the end. All of the input is checked before the model is loaded, and an input
+that is changed while it is scored is an error. What is scored is kept in OUTPUT.parts until all is, so that the same
+command goes on after a kill, Ctrl-C (exit code 130), SIGTERM (75) or a power cut; a part that was damaged is scored
+again. A file that is there as OUTPUT is replaced when the new one is whole; a link or a directory is refused, and so
+is a directory OUTPUT.parts that this command did not make. Several processes (launch/local.sh N rmjax.score ...) share
+the rows; each has the whole model on its devices.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +81,7 @@ def run(
 
     Raises:
         ValueError: a row, a model or options that cannot be used; nothing is written then.
+        RuntimeError: the input was changed meanwhile; no output is written, and what is scored is kept.
         OSError: a file that cannot be read or written.
     """
     from rmjax import contract, reward_model
@@ -90,39 +95,63 @@ def run(
     directory = hf.resolve(model_path)
     what = {
         "model": jobs.model_identity(directory),
-        "input": sources.fingerprint(source),
+        "input": found.digest,
         "dtype": heads.compute_dtype(dtype),
         "template_kwargs": dict(template_kwargs or {}),
         "options": {name: str(value) for name, value in dataclasses.asdict(options).items()},
     }
     # Opened before the model is loaded, so that a bad place is found at once.
-    with jobs.opened(output, found.schema, what, found.parts) as job:
-        if job.missing():
+    with jobs.opened(output, found.schema, what, len(found.parts)) as job:
+        if missing := job.missing():
             model = reward_model.load_checked(model_path, dtype=dtype, template_kwargs=template_kwargs)
-            _score_missing(job, found, source, lambda part: _scored(model, part, found, options, model_path))
+            _score_missing(job, missing, found, source, lambda part: _scored(model, part, found, options, model_path))
         counts = dict(job.join(found.rows))
     counts.pop("read", None)
     return found.rows, counts
 
 
-def _score_missing(job: jobs.Job, found: Survey, source: str, score: Callable[[list[Any]], jobs.Scored]) -> None:
-    """Scores the parts of this process that are not there yet, and says how it goes."""
+def _score_missing(
+    job: jobs.Job, missing: Sequence[int], found: Survey, source: str, score: Callable[[list[Any]], jobs.Scored]
+) -> None:
+    """Scores the parts of this process that are not there yet, and says how it goes.
+
+    Raises:
+        RuntimeError: other rows than those that were looked at.
+    """
     from rmjax import processes
     from rmjax.writers import Progress
 
-    missing, turns = set(job.missing()), len(processes.gather("turns", None))
-    if processes.is_first() and (before := job.counts()["read"]):
+    wanted, done, number = set(missing), 0, -1
+    if processes.is_first() and (before := job.read_before(wanted)):
         print(f"{before:,} of {found.rows:,} rows are scored already, by an earlier start", flush=True)
     progress = Progress(len(missing), unit="rows", stream=sys.stderr) if processes.is_first() else None
-    done = 0
-    for number, part in enumerate(found.chunks(sources.open_source(source))):
-        if number in missing:
+    for number, part in _read_again(job, found, source):
+        if number in wanted:
+            if survey.digest(part) != found.parts[number]:
+                raise _changed(job, source, f"from {part[0][0]} on it has other rows than before")
             job.write(number, len(part), score(part))
             done += 1
             if progress is not None:  # the other processes are taken to be as fast as this one
-                progress.step(done, {}, groups=len(part) * turns)
+                progress.step(done, {}, groups=len(part) * job.turns)
     if progress is not None:
         progress.close()
+    if number + 1 != len(found.parts):
+        raise _changed(job, source, "it has not as many rows as before")
+
+
+def _read_again(job: jobs.Job, found: Survey, source: str) -> Iterator[tuple[int, list[tuple[str, rows.Row]]]]:
+    """The parts of the input. What can no more be read could be when all rows were looked at."""
+    try:
+        yield from enumerate(found.chunks(sources.open_source(source)))
+    except ValueError as error:
+        raise _changed(job, source, str(error)) from error
+
+
+def _changed(job: jobs.Job, source: str, how: str) -> RuntimeError:
+    return RuntimeError(
+        f"{source} was changed while it was scored: {how}. No output is written. Put it back and start the same "
+        f"command again, which goes on, or delete {job.directory} and score it as it is now"
+    )
 
 
 def _scored(model: Any, part: list[Any], found: Survey, options: Options, model_path: str) -> jobs.Scored:
@@ -173,11 +202,23 @@ def main(_: Sequence[str]) -> None:
         startup.keep_programs()
         source, output = passwords.hide(INPUT.value), Path(OUTPUT.value).expanduser()
         stop = survival.Stop("with what is scored")  # parts stand a kill, so a signal ends the process at once
-        with stop.listening():
+        with stop.listening(), _memory_explained():
             done, counts = run(MODEL.value, source, output, DTYPE.value, arguments, options, NORMALIZE.value)
             if processes.is_first():
                 print(_summary(done, counts, OUTPUT.value), flush=True)
             processes.finish()
+
+
+@contextlib.contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Says in one paragraph that the memory was not enough."""
+    try:
+        yield
+    except MemoryError as error:
+        raise RuntimeError(
+            f"the machine's memory is not enough ({error or 'MemoryError'}). What is scored is kept: the same command "
+            "goes on with it where more memory is free; rows of very long texts or very many responses take the most"
+        ) from error
 
 
 def _summary(read: int, counts: Mapping[str, int], output: str) -> str:

@@ -338,6 +338,12 @@ def test_a_shape_that_cannot_be_downloaded_is_said_in_a_sentence(monkeypatch):
         measured.model_values(keys)
 
 
+def test_figures_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "figures.json").symlink_to(tmp_path / "target.json")
+    with pytest.raises(ValueError, match=r"--json=.*figures\.json is a link to .*target\.json"):
+        benchmark.output(str(tmp_path / "figures.json"))
+
+
 def test_no_memory_left_is_said_in_a_sentence():
     text = benchmark.in_words(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nlong\nlonger"))
     assert "\n" not in text and "config.plan.micro_rows=1" in text

@@ -1,8 +1,11 @@
 """`python -m rmjax.data`: the real commands on generated and on real rows."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +15,7 @@ import transformers
 from rmjax.data import reading, sources
 from rmjax.data.command import main
 from rmjax.data.records import group
+from rmjax.files import SCRATCH
 
 PAIRS = "synthetic://pairs?n=200"
 
@@ -216,6 +220,94 @@ def test_nothing_else_is_overwritten_and_a_failure_leaves_nothing(call, tmp_path
         "would be written into the source"
         in call("convert", f"{tmp_path}/again.parquet", f"--output={tmp_path}/again.parquet", rc=2).err
     )
+
+
+def test_whose_a_file_is_is_told_by_its_contents(call, tmp_path):
+    """Not by its name, nor by a word in its metadata; and a link is not followed, nor replaced."""
+    out = tmp_path / "out" / "records.parquet"
+    call("convert", PAIRS, f"--output={out}")
+    ours = out.read_bytes()
+    table = pq.read_table(out)
+    for other in (
+        table.replace_schema_metadata({"rmjax": "table of another program"}),
+        table.replace_schema_metadata(),
+    ):
+        pq.write_table(other, out)
+        before = out.read_bytes()
+        assert "was not written by this" in call("convert", PAIRS, f"--output={out.parent}", rc=2).err
+        assert out.read_bytes() == before
+    target = tmp_path / "target.parquet"
+    for there in (True, False):
+        target.write_bytes(ours) if there else target.unlink()
+        out.unlink()
+        out.symlink_to(target)
+        assert "is a link to" in call("convert", PAIRS, f"--output={out.parent}", rc=2).err
+        assert out.is_symlink() and target.exists() == there
+
+
+SPLIT = ["split", PAIRS, "--split=a=0.5,b=0.3,c=0.2"]
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.glob("*.parquet")}
+
+
+def failing(monkeypatch, number, stop):
+    """The n-th file that gets a name, of a split's or of those that it replaces, does not."""
+    real, calls = Path.replace, [0]
+
+    def replace(self, target):
+        if SCRATCH in f"{self.name} {Path(target).name}":
+            calls[0] += 1
+            if calls[0] == number:
+                stop()
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    return calls
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_parts_of_a_split_come_together_or_not_at_all(again, call, tmp_path, monkeypatch):
+    def stop():
+        raise PermissionError(13, "not here")
+
+    for number in range(1, 20):
+        out = tmp_path / str(number)
+        if again:
+            call(*SPLIT, f"--output={out}", "--seed=1")
+        before = contents(out)
+        with monkeypatch.context() as patch:
+            calls = failing(patch, number, stop)
+            with contextlib.suppress(SystemExit):
+                main([*SPLIT, f"--output={out}", "--seed=2"])
+        if calls[0] < number:
+            break
+        assert contents(out) == before and not [path for path in tmp_path.rglob(".convert*") if path.exists()]
+    assert number > 3 + 3 * again
+    assert len(contents(out)) == 3 and contents(out) != before
+
+
+def test_a_split_that_is_killed_leaves_no_parts_of_two(call, tmp_path, monkeypatch):
+    """Parts of two splits have prompts on both sides. What is left of the kill is not read as data."""
+    for seed in (1, 2):
+        call(*SPLIT, f"--output={tmp_path}/whole-{seed}", f"--seed={seed}")
+    whole = [contents(tmp_path / f"whole-{seed}") for seed in (1, 2)]
+    for number in range(2, 8):
+        out = tmp_path / str(number)
+        call(*SPLIT, f"--output={out}", "--seed=1")
+        child = os.fork()
+        if not child:
+            failing(monkeypatch, number, lambda: os._exit(9))
+            main([*SPLIT, f"--output={out}", "--seed=2"])
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        left = contents(out)
+        assert any(left.items() <= parts.items() for parts in whole), left.keys()
+        if left:
+            assert {str(path.parent) for path in sources.local_files(str(out))} == {str(out)}
+        call(*SPLIT, f"--output={out}", "--seed=2")
+        assert contents(out) == whole[1]
 
 
 def test_bad_rows_stop_or_are_kept(call, tmp_path):

@@ -148,6 +148,24 @@ def test_bad_input_is_told(argv, words, capsys):
     assert error.value.code == 2 and words in capsys.readouterr().err
 
 
+def test_an_output_is_whole_and_never_behind_a_link(tmp_path, monkeypatch):
+    target, out = tmp_path / "target.json", tmp_path / "out.json"
+    target.write_text("precious")
+    out.symlink_to(target)
+    data = ["--model=x", "--data=synthetic://pairs?n=9&seed=0", f"--output={out}"]
+    for refused in (lambda: evaluate.checked(evaluate.parser().parse_args(data)), lambda: evaluate.write(out, [{}])):
+        with pytest.raises(ValueError, match=r"out\.json is a link to .*target\.json"):
+            refused()
+    assert out.is_symlink() and target.read_text() == "precious"
+    out.unlink()
+    (tmp_path / "out.tmp").write_text("mine")
+    evaluate.write(out, [{"a": 1}])
+    with pytest.raises(ValueError, match="JSON"):
+        evaluate.write(out, [{"a": float("nan")}])
+    assert json.loads(out.read_text()) == {"a": 1}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "out.tmp", "target.json"]
+
+
 def test_a_model_of_steps_runs_no_benchmark_of_preferences(tmp_path, cache, capsys):
     config = runpy.run_path(str(ROOT / "configs" / "prm_tiny.py"))["get_config"]()
     config.eval.benchmarks, config.data.cache_dir = f"judge_bench={write(tmp_path / 'x.jsonl', [])}", str(cache)

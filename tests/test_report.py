@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from made_up_evaluations import KINDS, SCRIPT, estimate, evaluation, lines, preferences, timings
 
+from rmjax import files as durable
 from rmjax import plots
 from rmjax.config import defaults
 from rmjax.data import audit_text, measure
@@ -266,6 +267,83 @@ def test_a_new_report_replaces_the_old_one(tmp_path):
     after = {file.name for file in (tmp_path / "report").iterdir()}
     assert before and after and not before & after
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report", "report.html"]
+
+
+def state(directory):
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def test_files_of_others_stay_where_a_report_is_written(tmp_path, caplog):
+    """Notes, a plot that somebody has drawn into, plots that another program has made, a page of another one."""
+    folder = tmp_path / "report"
+    folder.mkdir()
+    mine = {"notes.md": b"notes", "mine.png": b"mine", "loss.png": b"of another program", "partial.report": b"mine"}
+    for name, data in mine.items():
+        (folder / name).write_bytes(data)
+    (tmp_path / "report.html").write_text("<html>mine</html>")
+    (tmp_path / "partial.report").mkdir()
+    (tmp_path / "partial.report" / "thesis.txt").write_text("mine")
+    report.write(tmp_path, metrics=lines())
+    made = {p.name for p in folder.iterdir()} - mine.keys()
+    drawn = folder / sorted(made)[0]
+    assert made and (tmp_path / "report.before-1.html").read_text() == "<html>mine</html>"
+    drawn.write_bytes(b"an arrow, here")
+    caplog.clear()
+    report.write(tmp_path, metrics=lines())
+    assert drawn.read_bytes() == b"an arrow, here" and str(drawn) in caplog.text
+    report.write(tmp_path, timings=timings())
+    assert {p.name for p in folder.iterdir()} & made == {drawn.name} and drawn.read_bytes() == b"an arrow, here"
+    assert {name: (folder / name).read_bytes() for name in mine} == mine
+    assert (tmp_path / "partial.report" / "thesis.txt").read_text() == "mine"
+    assert not (tmp_path / "report.before-2.html").exists()
+
+
+def test_a_report_is_not_written_through_links(tmp_path):
+    precious = {name: tmp_path / name for name in ("page", "folder", "folder/plot.png")}
+    precious["folder"].mkdir()
+    for name in ("page", "folder/plot.png"):
+        precious[name].write_text("precious")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "report.html").symlink_to(precious["page"])
+    (run / "report").symlink_to(precious["folder"])
+    assert "<svg" in report.write(run, metrics=lines()).read_text()
+    assert (run / "report").is_symlink() and [p.name for p in precious["folder"].iterdir()] == ["plot.png"]
+    (run / "report").unlink()
+    report.write(run, metrics=lines())
+    plot = sorted((run / "report").iterdir())[0]
+    plot.unlink()
+    plot.symlink_to(precious["page"])
+    report.write(run, metrics=lines())
+    assert plot.is_symlink() and all(precious[name].read_text() == "precious" for name in ("page", "folder/plot.png"))
+
+
+def test_a_report_that_is_killed_anywhere_is_made_whole_by_the_next(tmp_path, monkeypatch):
+    report.write(tmp_path / "whole", timings=timings(), title="x")
+    whole, real = state(tmp_path / "whole"), durable.write_whole
+    for last in range(1, 40):
+        directory = tmp_path / str(last)
+        report.write(directory, metrics=lines(), title="x")
+        (directory / "report" / "notes.md").write_text("notes")
+        left = [last]
+
+        def killed(path, data, left=left):
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return real(path, data)
+
+        monkeypatch.setattr(durable, "write_whole", killed)
+        try:
+            report.write(directory, timings=timings(), title="x")
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            monkeypatch.setattr(durable, "write_whole", real)
+        report.write(directory, timings=timings(), title="x")
+        assert state(directory) == {**whole, "report/notes.md": b"notes"}
+    assert last > 3
 
 
 def test_the_same_data_gives_the_same_page(tmp_path):

@@ -311,6 +311,19 @@ def test_the_command_line_is_checked(arguments, message, capsys):
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_memory_that_is_not_enough_is_one_paragraph(monkeypatch, capsys):
+    def run(*_):
+        raise MemoryError("Unable to allocate 9.00 TiB")
+
+    monkeypatch.setattr(score, "run", run)
+    monkeypatch.setattr("rmjax.startup.keep_programs", lambda: None)
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as error:
+        score.main(command_line.parse_strictly(["score", "--model=x", "--input=y", "--output=z.jsonl"]))
+    said = capsys.readouterr().err
+    assert error.value.code == 1 and said.startswith("error: the machine's memory is not enough (Unable to allocate")
+    assert "the same command goes on" in said and "Traceback" not in said and said.count("\n") == 1
+
+
 def test_an_error_is_one_line_and_a_status():
     code, out, err = run_command("--model=x", "--input=gone.jsonl", "--output=z.jsonl")
     assert (code, out) == (2, "") and err.startswith("error: gone.jsonl: no such file") and err.count("\n") == 1

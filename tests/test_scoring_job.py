@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import signal
@@ -18,12 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 from scoring_fork import ASKED, Model
 
+from rmjax import files as durable
 from rmjax import score
 from rmjax.data import files, sources
-from rmjax.scoring import job
+from rmjax.scoring import job, making, parts, rows
 from rmjax.scoring.making import Options
 
 ROOT = Path(__file__).parents[1]
+CALM = contextlib.nullcontext()
 ROWS = [{"prompt": "q", "id": n, "response": f"answer {n}"} for n in range(18)]
 
 
@@ -92,8 +93,8 @@ KILLS = {  # of a job of five parts: where, and whether the next start scores ag
     "written, without its name": ({"at": "write_rows", "when": "after", "call": 3}, 8),
     "nothing is joined": ({"at": "join_parts", "when": "before", "call": 1}, 18),
     "joined, without its name": ({"at": "join_parts", "when": "after", "call": 1}, 18),
-    "the output has its name": ({"at": "remove", "when": "before", "call": 2}, 18),
-    "some parts are removed": ({"at": "unlink", "when": "after", "call": 4}, 0),
+    "the output has its name": ({"at": "remove", "when": "before", "call": 1}, 18),
+    "some parts are removed": ({"at": "unlink", "when": "after", "call": 16}, 12),
 }
 
 
@@ -196,17 +197,106 @@ def test_a_job_that_has_done_nothing_makes_room_for_another(model, tmp_path):
     assert [row["score"] for row in read(output)] == [n / 2 for n in range(18)]
 
 
-def test_parts_without_a_seal_are_no_parts(model, tmp_path):
-    """What a kill left of a job that was done, before one with another model."""
+FOREIGN = {"00000001.json": '{"rows": 1}', "00000001.jsonl": "mine\n", "job.tmp": "mine", "mine.txt": "mine"}
+
+
+@pytest.mark.parametrize("name", [*FOREIGN, "00000001.parquet", "job.json"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_directory_that_this_command_did_not_make_is_refused_and_stays(name, fails, model, tmp_path):
     source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
     directory = tmp_path / "out.jsonl.parts"
     directory.mkdir()
-    (directory / "00000001.jsonl").write_text('{"score": "stale"}\n')
-    (directory / "00000001.json").write_text('{"rows": 1}')
-    (directory / "mine.txt").write_text("somebody's")
+    text = FOREIGN.get(name, '{"version": 2, "name": "job of another program"}')
+    (directory / name).write_text(text)
+    if fails:
+        dying(model, 0, ValueError)
+    with pytest.raises(ValueError, match=rf"{name}.*(no job\.json|not written by).*move it away.*another --output"):
+        run(model, source, output)
+    assert os.listdir(directory) == [name] and (directory / name).read_text() == text and not output.exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError, ValueError, None])
+def test_files_that_come_into_the_directory_meanwhile_stay(error, model, tmp_path):
+    """Whatever their names, and whether the job ends, is stopped, or is given up."""
+    source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
+    directory, real = tmp_path / "out.jsonl.parts", model.values
+    others = {"mine.txt", "00000009.json", "00000009.jsonl", "00000001.parquet", "job.tmp"}
+
+    def values(conversations):
+        for name in others:
+            (directory / name).write_text('{"mine": 1}')
+        model.values = real
+        dying(model, 1 if error else 9, error or ValueError)
+        return model.values(conversations)
+
+    model.values = values
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        run(model, source, output)
+    for name in others:
+        assert (directory / name).read_text() == '{"mine": 1}'
+    if error is None:
+        assert {*os.listdir(directory)} == others and len(read(output)) == 18
+
+
+def test_a_file_in_the_place_of_a_part_is_refused(model, tmp_path):
+    source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
+    dying(model, 2)
+    with pytest.raises(MemoryError):
+        run(model, source, output)
+    directory = tmp_path / "out.jsonl.parts"
+    (directory / "00000003.jsonl").write_text("mine\n")
+    with pytest.raises(ValueError, match=r"00000003\.jsonl was not made by this job"):
+        run(model, source, output)
+    (directory / "00000003.jsonl").unlink()
+    for name in ("jsonl", "json"):  # a part by its contents, of another number
+        (directory / f"00000003.{name}").write_bytes((directory / f"00000000.{name}").read_bytes())
+    with pytest.raises(ValueError, match=r"00000003\.json is of another job, or of another part"):
+        run(model, source, output)
+    (directory / "00000003.jsonl").unlink()
+    (directory / "00000003.json").unlink()
     assert run(model, source, output) == (18, {"rows": 18})
     assert [row["score"] for row in read(output)] == list(range(18))
-    assert os.listdir(directory) == ["mine.txt"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_an_output_is_replaced_by_a_whole_one_and_never_through_a_link(ending, model, tmp_path):
+    source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / f"out.{ending}"
+    target = tmp_path / f"target.{ending}"
+    for there in (True, False):
+        target.write_text("precious") if there else target.unlink()
+        output.symlink_to(target)
+        with pytest.raises(ValueError, match=f"out.{ending} is a link to .*target.{ending}; name that file itself"):
+            run(model, source, output)
+        assert output.is_symlink() and target.exists() == there and (not there or target.read_text() == "precious")
+        output.unlink()
+    os.mkfifo(output)
+    with pytest.raises(ValueError, match="is no plain file"):
+        run(model, source, output)
+    output.unlink()
+    output.write_text("old")
+    (tmp_path / f"{output.name}.partial").write_text("mine")
+    run(model, source, output)
+    assert len(read(output)) == 18 and (tmp_path / f"{output.name}.partial").read_text() == "mine"
+    os.symlink("nowhere", tmp_path / f".{output.name}.rmjax-partial")
+    run(model, source, output)
+    assert len(read(output)) == 18 and not (tmp_path / "nowhere").exists()
+
+
+def test_an_output_that_becomes_a_link_meanwhile_costs_no_score(model, tmp_path):
+    source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
+    real = model.values
+
+    def values(conversations):
+        if not output.is_symlink():
+            output.symlink_to(tmp_path / "target")
+        return real(conversations)
+
+    model.values = values
+    with pytest.raises(ValueError, match="is a link to"):
+        run(model, source, output)
+    output.unlink()
+    model.values, before = real, len(model.asked)
+    assert run(model, source, output) == (18, {"rows": 18}) and len(model.asked) == before
 
 
 def test_a_second_start_of_a_job_is_refused(model, tmp_path):
@@ -219,13 +309,218 @@ def test_a_second_start_of_a_job_is_refused(model, tmp_path):
     assert run(model, source, output) == (18, {"rows": 18})
 
 
-def test_an_input_that_changed_while_it_was_scored_is_found(model, tmp_path, monkeypatch):
+REWRITTEN = {  # the input while it is scored: how, and what is told
+    "other rows from the third part on": (lambda rows: [*rows[:8], *ROWS[:10]], "from in.jsonl:8 on it has other rows"),
+    "the last row is another": (lambda rows: [*rows[:17], rows[0]], "from in.jsonl:16 on"),
+    "fewer rows": (lambda rows: rows[:9], "from in.jsonl:8 on"),
+    "fewer parts": (lambda rows: rows[:8], "it has not as many rows"),
+    "more rows": (lambda rows: [*rows, rows[0]], "from in.jsonl:16 on"),
+    "two rows in each other's place": (lambda rows: [*rows[:5], rows[6], rows[5], *rows[7:]], "from in.jsonl:4 on"),
+    "no JSON": (lambda rows: rows[:5], "line 6: not JSON"),
+}
+
+
+@pytest.mark.parametrize("how", REWRITTEN)
+def test_an_input_that_changed_while_it_was_scored_is_found(how, model, tmp_path, monkeypatch):
+    """After all rows were looked at. When it is put back, the same command goes on; what was scored is kept."""
+    source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
+    change, words = REWRITTEN[how]
+    real, calls = sources.open_source, []
+
+    def opened(spec):
+        calls.append(spec)
+        write(source, change(ROWS))
+        if how == "no JSON":
+            source.write_text(source.read_text() + '{"prompt": "q", "id"')
+        return real(spec)
+
+    monkeypatch.setattr(sources, "open_source", opened)  # not in the survey
+    with pytest.raises(RuntimeError, match=f"in.jsonl was changed while it was scored: .*{words}.*Put it back"):
+        run(model, source, output)
+    assert calls and not output.exists()
+    monkeypatch.setattr(sources, "open_source", real)
+    with pytest.raises(ValueError, match="not JSON" if how == "no JSON" else "but input is another"):
+        run(model, source, output)
+    write(source, ROWS)
+    assert run(model, source, output) == (18, {"rows": 18})
+    assert [row["score"] for row in read(output)] == list(range(18)) and len(model.asked) == 18
+
+
+def test_an_input_that_is_changed_and_put_back_between_two_looks_is_found(model, tmp_path, monkeypatch):
+    """A digest of the file before and one after are equal then."""
     source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
     real = sources.open_source
-    monkeypatch.setattr(sources, "open_source", lambda spec: itertools.islice(real(spec), 9))  # not in the survey
-    with pytest.raises(RuntimeError, match="has the scores of 9 rows, but there are 18"):
+
+    def opened(spec):
+        write(source, ROWS[::-1])
+        rows = list(real(spec))
+        write(source, ROWS)
+        return iter(rows)
+
+    monkeypatch.setattr(sources, "open_source", opened)
+    with pytest.raises(RuntimeError, match=r"from in\.jsonl:0 on it has other rows"):
         run(model, source, output)
     assert not output.exists()
+
+
+# A machine that goes down, by what it leaves of a file: each file of a job, one at a time
+
+LEFT = {
+    "emptied": lambda data: b"",
+    "halved": lambda data: data[: len(data) // 2],
+    "zeroed": lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+    "all zeros": lambda data: bytes(len(data)),
+}
+
+
+@pytest.mark.parametrize("left", LEFT)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_power_cut_costs_no_row(ending, left, model, tmp_path, capsys):
+    """The same command ends with the same file, or names what it cannot use."""
+    source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / f"out.{ending}"
+    run(model, source, output)
+    whole = output.read_bytes()
+    names = ["job.json", *(f"0000000{n}.{suffix}" for n in range(3) for suffix in ("json", ending))]
+    for name in names:
+        output.unlink(missing_ok=True)
+        dying(model, 3)
+        with pytest.raises(MemoryError):
+            run(model, source, output)
+        directory = output.with_name(f"{output.name}.parts")
+        assert sorted(os.listdir(directory)) == sorted(names)
+        kept = {name: (directory / name).read_bytes() for name in names}
+        (directory / name).write_bytes(LEFT[left](kept[name]))
+        capsys.readouterr()
+        model.asked.clear()
+        if name == "job.json":
+            with pytest.raises(ValueError, match=r"job\.json is (empty|no JSON).*delete it, or name another --output"):
+                run(model, source, output)
+            assert {n: (directory / n).read_bytes() for n in names[1:]} == {n: kept[n] for n in names[1:]}
+            (directory / name).write_bytes(kept[name])
+        assert run(model, source, output) == (18, {"rows": 18})
+        assert output.read_bytes() == whole and not directory.exists()
+        said = capsys.readouterr().out
+        assert (name in said and "scored again" in said) == (name != "job.json"), said
+        assert len(model.asked) == 6 + 4 * (name != "job.json")
+    output.write_bytes(LEFT[left](whole))
+    assert run(model, source, output) == (18, {"rows": 18}) and output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("left", [*LEFT, "swapped"])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["json", "rows"])
+def test_what_is_damaged_after_it_was_looked_at_is_found_when_parts_are_joined(
+    suffix, ending, left, model, tmp_path, monkeypatch
+):
+    source, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / f"out.{ending}"
+    directory = output.with_name(f"{output.name}.parts")
+    name = "00000001." + (ending if suffix == "rows" else "json")
+    real = job.Job.join
+
+    def join(self, total):
+        path = directory / name
+        damage = LEFT.get(left, lambda _: path.with_stem("00000002").read_bytes())
+        path.write_bytes(damage(path.read_bytes()))
+        return real(self, total)
+
+    monkeypatch.setattr(job.Job, "join", join)
+    another = (suffix, left) == ("json", "swapped")
+    words = "is of another job, or of another part" if another else ".*start the same command again"
+    with pytest.raises(ValueError if another else RuntimeError, match=rf"{directory.name}/{name} {words}"):
+        run(model, source, output)
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", directory.name]
+    monkeypatch.setattr(job.Job, "join", real)
+    if another:
+        with pytest.raises(ValueError, match=f"{name} is of another job, or of another part"):
+            run(model, source, output)
+        (directory / name).unlink()
+        (directory / name).with_suffix(f".{ending}").unlink()
+    assert run(model, source, output) == (18, {"rows": 18})
+    assert [row["score"] for row in read(output)] == list(range(18))
+
+
+def test_rows_that_were_written_are_counted(model, tmp_path, monkeypatch):
+    """A part of fewer rows than its note says, whose digest is right: a fault of ours."""
+    source = write(tmp_path / "in.jsonl", ROWS)
+    real = job.write_rows
+    monkeypatch.setattr(job, "write_rows", lambda path, rows, schema: real(path, rows[:-1], schema))
+    for ending in ("jsonl", "parquet"):
+        with pytest.raises(RuntimeError, match="is not what was written there"):
+            run(model, source, tmp_path / f"out.{ending}")
+        assert not (tmp_path / f"out.{ending}").exists()
+
+
+def test_everything_is_synced_before_it_has_its_name(model, tmp_path, monkeypatch):
+    """And the parts are gone from the disk before what says whose they are."""
+    events, ours = [], str(tmp_path)
+    for name in ("replace", "unlink"):
+        real = getattr(Path, name)
+        told = lambda self, *a, _real=real, _name=name, **k: (events.append((_name, self.name)), _real(self, *a, **k))[
+            1
+        ]
+        monkeypatch.setattr(Path, name, told)
+    sync = durable.sync
+    monkeypatch.setattr(durable, "sync", lambda p: (events.append(("sync", Path(p).name)), sync(p))[1])
+    run(model, write(tmp_path / "in.jsonl", ROWS[:4]), tmp_path / "out.jsonl")
+    named = [i for i, (what, _) in enumerate(events) if what == "replace"]
+    assert ours and [events[i - 1][0] for i in named] == ["sync"] * 4
+    assert [events[i][1].removesuffix(durable.SCRATCH) for i in named] == [
+        ".job.json", ".00000000.json", ".00000000.jsonl", ".out.jsonl"
+    ]  # fmt: skip
+    last = [event for event in events[named[-1] + 1 :] if event[1] != "lock"]
+    parts_directory = "out.jsonl.parts"
+    assert last == [
+        ("sync", tmp_path.name), ("unlink", "00000000.jsonl"), ("unlink", "00000000.json"), ("sync", parts_directory),
+        ("unlink", "job.json"),
+    ]  # fmt: skip
+
+
+# Rows that are too much
+
+
+def test_rows_of_too_many_responses_or_levels_are_named(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "MOST_RESPONSES", 9)
+    for count, fine in ((9, True), (10, False)):
+        row = {"prompt": "q", "responses": [f"answer {n}" for n in range(count)]}
+        source = write(tmp_path / "many.jsonl", [row])
+        with CALM if fine else pytest.raises(ValueError, match=r"many\.jsonl:0 has 10 responses, more than 9"):
+            run(model, source, tmp_path / "out.jsonl")
+    monkeypatch.setattr(making, "MOST_PAIRED", 8)
+    write(source, [{"prompt": "q", "responses": [f"answer {n}" for n in range(9)]}])
+    with pytest.raises(ValueError, match=r"many\.jsonl:0 has 9 responses, of which --pairs=all makes 36 pairs"):
+        run(model, source, tmp_path / "pairs.jsonl", pairs="all")
+    run(model, source, tmp_path / "pairs.jsonl", pairs="best_worst")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_lists_in_lists_are_scored_or_named(ending, model, tmp_path):
+    """However deep: none gets past the look at all rows and fails when it is written."""
+    for depth in (1, 20, 60, 400, *range(820, 1000, 7), 5000):
+        source, output = tmp_path / f"{depth}.jsonl", tmp_path / f"{depth}.{ending}"
+        output = output.with_stem(f"out-{depth}")
+        deep = "[" * depth + "1" + "]" * depth
+        source.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1])[:-1] + f', "deep": {deep}}}\n')
+        try:
+            assert run(model, source, output) == (2, {"rows": 2})
+        except ValueError as error:
+            assert f"{depth}.jsonl" in str(error) or "Parquet cannot hold these rows" in str(error), error
+            assert depth > 20 and not output.with_name(f"{output.name}.parts").exists()
+
+
+def test_lists_in_lists_of_other_sources_are_scored_or_named(model, tmp_path):
+    """Those that JSON's reader does not refuse first."""
+    value, outcomes = 1, set()
+    for depth in range(1, 1100):
+        value = [value]
+        if depth < 900 or (depth % 25 and not 970 < depth < 1000):
+            continue
+        sources.register("deep", [ROWS[0], {**ROWS[1], "deep": value}], version="1")
+        try:
+            outcomes.add(run(model, "python://deep", tmp_path / "out.jsonl")[0])
+        except ValueError as error:
+            assert "deep:1: a value has lists" in str(error)
+            outcomes.add("named")
+    assert outcomes == {2, "named"}
 
 
 # Parts
@@ -242,7 +537,7 @@ def test_long_rows_and_many_responses_make_small_parts(model, tmp_path, monkeypa
 
 
 def test_row_groups_of_parquet_are_larger_than_parts(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "ROW_GROUP", (8, 2**30))
+    monkeypatch.setattr(parts, "ROW_GROUP", (8, 2**30))
     run(model, write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.parquet")
     found = pq.ParquetFile(tmp_path / "out.parquet").metadata
     assert [found.row_group(i).num_rows for i in range(found.num_row_groups)] == [8, 8, 2]
@@ -281,7 +576,7 @@ def write_many(path, count):
 def test_memory_does_not_grow_with_the_rows(ending, count, model, tmp_path, monkeypatch):
     """Python's memory, or Arrow's, once there is more than a part, a row group and a block of the reader hold."""
     monkeypatch.setattr(job, "CHUNK", 256)
-    monkeypatch.setattr(job, "ROW_GROUP", (512, 2**30))
+    monkeypatch.setattr(parts, "ROW_GROUP", (512, 2**30))
     monkeypatch.setattr(files, "BLOCK", 2**16)
     model.values = lambda conversations: {"score": np.zeros(len(conversations))}
     run(model, write_many(tmp_path / f"few.{ending}", 10), tmp_path / f"out.{ending}")  # what is made once is made
@@ -365,6 +660,19 @@ def test_two_processes_share_a_job_that_one_began(launch, model):
     assert (directory / "out.jsonl").read_bytes() == (directory / "whole.jsonl").read_bytes()
     assert len((directory / "model" / ASKED).read_text().splitlines()) == 360 - 4 * len(done)
     assert sorted(os.listdir(directory)) == ["in.jsonl", "model", "out.jsonl", "whole.jsonl"]
+
+
+@pytest.mark.slow
+def test_a_process_that_has_nothing_left_to_do_waits_for_the_others(launch, model):
+    start, directory = launch
+    source = write(directory / "in.jsonl", ROWS)
+    dying(model, 4)  # the fifth part is the first process's
+    with pytest.raises(MemoryError):
+        run(model, source, directory / "out.jsonl")
+    both = start("--input=in.jsonl", "--output=out.jsonl")
+    assert both.wait(120) == 0, both.stderr.read()
+    assert [row["score"] for row in read(directory / "out.jsonl")] == list(range(18))
+    assert (directory / "model" / ASKED).read_text().splitlines() == ["answer 16", "answer 17"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,12 @@
-"""Any source to Parquet files of records (`store.py`), whole or split; `python -m rmjax.data convert` and `split`."""
+"""Any source to Parquet files of records (`store.py`), whole or split; `python -m rmjax.data convert` and `split`.
+
+Files that this has written before, by what they say of themselves, are replaced when all new ones are whole; others are
+never touched. The parts of a split come together: if one cannot have its name, the old ones are back in their places,
+and after a kill or a power cut parts are missing, and never of two splits.
+"""
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -9,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rmjax import files as durable
 from rmjax.command_line import check_writable, leaving_nothing
 from rmjax.data import reading, sources, splitting, store
 from rmjax.data.audit import Audit
@@ -45,7 +52,7 @@ def convert(
 
     Raises:
         FileNotFoundError: a source is not there.
-        FileExistsError: `output` holds something that was not written by this.
+        FileExistsError: `output` holds something that was not written by this, or a link.
         ValueError: data that cannot be read, no record at all, or a part without any.
     """
     files = targets(output, shares)
@@ -59,22 +66,21 @@ def convert(
     prompts: list[int] = []
     directory = files[0].parent
     with leaving_nothing(directory), tempfile.TemporaryDirectory(prefix=".convert.", dir=directory) as scratch:
-        whole = Path(scratch) / files[0].name
+        whole = Path(scratch) / (files[0].name + durable.SCRATCH)  # which no reader takes for data, if it is left there
         watched = _watched(records, prompts, kinds) if shares else records
         count = store.write(whole, watched)
         if not count:
             raise ValueError(f"{source}: none of its {audit.rows} rows could be used; {audit.reasons_text()}")
         if not shares:
-            whole.replace(files[0])
+            _place([whole], files, Path(scratch))
             return {files[0]: count}, []
         parts = splitting.assign(np.array(prompts, np.uint64), kinds, shares, seed)
         counts = np.bincount(parts, minlength=len(shares)).tolist()
         if empty := [name for name, n in zip(shares, counts) if not n]:
             raise ValueError(f"{source}: {len(set(prompts))} prompts leave nothing for {', '.join(empty)}")
-        made = [Path(scratch) / "parts" / file.name for file in files]
+        made = [Path(scratch) / "parts" / (file.name + durable.SCRATCH) for file in files]
         _divide(whole, made, parts)
-        for scratch_file, file in zip(made, files):
-            scratch_file.replace(file)
+        _place(made, files, Path(scratch))
     return dict(zip(files, counts)), splitting.table(kinds, parts, shares)
 
 
@@ -82,7 +88,7 @@ def targets(output: Path, shares: Mapping[str, float] | None) -> list[Path]:
     """The files to write.
 
     Raises:
-        FileExistsError: one of them was not written by this, or the directory holds other files.
+        FileExistsError: one of them was not written by this, is a link, or the directory holds other files.
         ValueError: a split into one file, or a place that cannot be written to.
     """
     if output.suffix == ".parquet" and not output.is_dir():
@@ -97,16 +103,54 @@ def targets(output: Path, shares: Mapping[str, float] | None) -> list[Path]:
         if others:  # a directory is read as one source, so what else is there would be mixed in
             raise FileExistsError(f"--output={output} holds {others[0].name}; give an empty or a new directory")
     check_writable(files[0], f"--output={output}")
-    for file in filter(Path.exists, files):
-        if not _ours(file):
-            raise FileExistsError(f"--output: {file} is there already and was not written by this; name another")
+    _require_ours(files)
     return files
 
 
+def _require_ours(files: Iterable[Path]) -> None:
+    for file in filter(os.path.lexists, files):
+        if file.is_symlink():
+            raise FileExistsError(f"--output: {file} is a link to {os.readlink(file)}; name that, or remove the link")
+        if not _ours(file):
+            raise FileExistsError(f"--output: {file} is there already and was not written by this; name another")
+
+
 def _ours(file: Path) -> bool:
+    """Whether a file has records as this writes them, by what it says of itself."""
     with contextlib.suppress(pa.ArrowException, OSError):
-        return b"rmjax" in (pq.read_schema(file).metadata or {})
+        return (pq.read_schema(file).metadata or {}).get(b"rmjax", b"").startswith(b"records ")
     return False
+
+
+def _place(made: list[Path], files: list[Path], scratch: Path) -> None:
+    """Gives all new files their names, or none.
+
+    The old ones are put aside before the first: a kill in between must not leave parts of two splits, in which a prompt
+    may stand on both sides.
+    """
+    for new in made:
+        durable.sync(new)
+    _require_ours(files)  # again: reading took its time
+    aside = [(file, scratch / f"old-{i}{durable.SCRATCH}") for i, file in enumerate(files) if len(files) > 1]
+    aside = [(file, old) for file, old in aside if file.exists()]
+    placed: list[Path] = []
+    try:
+        for file, old in aside:
+            file.replace(old)
+        if aside:
+            durable.sync(files[0].parent)
+        for new, file in zip(made, files):
+            new.replace(file)
+            placed.append(file)
+    except BaseException:
+        if len(files) > 1:
+            for file in placed:
+                file.unlink(missing_ok=True)
+        for file, old in aside:
+            if old.exists():
+                old.replace(file)
+        raise
+    durable.sync(files[0].parent)
 
 
 def _watched(records: Iterable[Record], prompts: list[int], kinds: list[tuple[str, ...]]) -> Iterator[Record]:

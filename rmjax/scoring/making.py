@@ -17,6 +17,7 @@ Counts = collections.Counter[str]
 TEXT = pa.string()
 TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SIDES = ("chosen", "rejected")
+MOST_PAIRED = 512  # responses of which all pairs are made: 130,816, and four times as many of twice the responses
 REWARDS = ("score", "scores", "chosen_score", "rejected_score")  # what is normalized; attributes have scales
 
 
@@ -69,6 +70,19 @@ class Options:
             raise ValueError(f"--tie_threshold={self.tie_threshold} must be a number that is not negative")
         if not self.min_margin <= self.max_margin:
             raise ValueError(f"--min_margin={self.min_margin} is above --max_margin={self.max_margin}")
+
+    def check_row(self, where: str, row: Row) -> None:
+        """Makes sure that what is made of a row fits in memory.
+
+        Raises:
+            ValueError: all pairs of too many responses; names the row.
+        """
+        count = len(row["responses"]) if self.pairs == "all" else 0
+        if count > MOST_PAIRED:
+            raise ValueError(
+                f"{where} has {count:,} responses, of which --pairs=all makes {count * (count - 1) // 2:,} pairs; "
+                f"at most {MOST_PAIRED} responses can be paired so, --pairs=best_worst takes more"
+            )
 
     @property
     def makes_margins(self) -> bool:

@@ -14,6 +14,9 @@ from rmjax import contract
 from rmjax.data.records import BadRow, check_conversation
 
 Row = dict[str, Any]
+# Responses of a row are scored together, each rendered with its prompt, so that a row's memory grows with them: of
+# 16,384 with 2,000 characters each and a prompt of as many it is about a gigabyte.
+MOST_RESPONSES = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +229,11 @@ def _conversations(row: Row, shape: Shape, made: Collection[str]) -> list[Any]:
     for name in ("system", "tools"):
         if row.get(name):
             raise ValueError(f"has a column `{name}`, which is not read; write it into `messages`, or drop the column")
+    if shape is RESPONSES and isinstance(row.get("responses"), list) and len(row["responses"]) > MOST_RESPONSES:
+        raise ValueError(
+            f"has {len(row['responses']):,} responses, more than {MOST_RESPONSES:,}, which are scored together; write "
+            "several rows of the same prompt"
+        )
     if (found := shape.read(row)) is None:
         raise ValueError(f"has columns {', '.join(sorted(row)) or 'none'}; expected {shape.columns}")
     return found

@@ -1,18 +1,38 @@
 """A look at every row before any is scored: whether it can be, and what the output will have."""
 
 import dataclasses
+import datetime
+import decimal
 import glob
+import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+import json
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from rmjax import files
 from rmjax.command_line import check_writable
 from rmjax.data.sources import open_source, split_spec
-from rmjax.scoring import job, making, rows
+from rmjax.scoring import job, making, parts, rows
 from rmjax.scoring.making import Options
 from rmjax.scoring.rows import Row, Shape
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, as something that is the same whenever it is read."""
+    if hasattr(value, "tolist"):  # of numpy
+        return value.tolist()
+    known = bytes | datetime.date | datetime.time | datetime.timedelta | decimal.Decimal | uuid.UUID
+    return str(value) if isinstance(value, known) else type(value).__name__
+
+
+ENCODER = json.JSONEncoder(default=_plain, skipkeys=True)
+SOME = 64  # rows that are hashed at once
+MARGIN = 32  # lists around a row when its depth is tried: the output's row is written further down the stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +41,8 @@ class Survey:
 
     Attributes:
         rows: how many there are.
-        parts: into how many `job.chunks` cuts them.
+        parts: digest of the rows of each part that `job.chunks` cuts them into, so that those that are scored are
+            those that were looked at, whatever becomes of the file meanwhile.
         shape: of every row.
         added: the columns of scores that a row gets, with their types.
         schema: of what is made of the rows, for Parquet. That of the first rows would not do: later ones may have
@@ -29,7 +50,7 @@ class Survey:
     """
 
     rows: int
-    parts: int
+    parts: tuple[str, ...]
     shape: Shape
     added: dict[str, pa.DataType]
     schema: pa.Schema | None
@@ -37,6 +58,42 @@ class Survey:
     def chunks(self, source: Iterable[tuple[str, Row]]) -> Iterable[list[tuple[str, Row]]]:
         """The parts of the input."""
         return job.chunks(source, lambda item: rows.characters(item[1], self.shape))
+
+    @property
+    def digest(self) -> str:
+        """Of all rows."""
+        return hashlib.sha256("".join(self.parts).encode()).hexdigest()
+
+
+def digest(part: Sequence[tuple[str, Row]]) -> str:
+    """Of rows, whatever they were read from; 7 us for a row of 1,600 characters (AMD EPYC, 2026-11-29).
+
+    Raises:
+        ValueError: a row of lists within lists within lists, which could be read and not written; names it.
+    """
+    found = hashlib.sha256()
+    for start in range(0, len(part), SOME):
+        some = part[start : start + SOME]
+        try:
+            found.update(_json([row for _, row in some]))
+        except RecursionError:
+            raise ValueError(f"{_deep(some)}: a value has lists or objects within each other by the hundred") from None
+    return found.hexdigest()
+
+
+def _deep(part: Sequence[tuple[str, Row]]) -> str:
+    for where, row in part:
+        try:
+            _json([row])
+        except RecursionError:
+            return where
+    return part[-1][0]
+
+
+def _json(value: Any) -> bytes:
+    for _ in range(MARGIN):
+        value = [value]
+    return ENCODER.encode(value).encode()
 
 
 def take(model: str, source: str, output: Path, options: Options) -> Survey:
@@ -56,28 +113,40 @@ def take(model: str, source: str, output: Path, options: Options) -> Survey:
         options.check(shape.name)
     made = making.columns(added, options)
     schema = pa.schema([]) if output.suffix == ".parquet" else None
-    survey = Survey(0, 0, shape, added, schema)
-    for chunk in survey.chunks(itertools.chain([first], found)):
-        for where, row in chunk:
-            rows.check(where, row, shape, made)
+    digests: list[str] = []
+    survey = Survey(0, (), shape, added, schema)
+    for chunk in survey.chunks(_checked(itertools.chain([first], found), shape, made, options)):
         if schema is not None:
             schema = merged(schema, [row for _, row in chunk])
-        survey = dataclasses.replace(survey, rows=survey.rows + len(chunk), parts=survey.parts + 1)
+        digests.append(digest(chunk))
+        survey = dataclasses.replace(survey, rows=survey.rows + len(chunk))
+    survey = dataclasses.replace(survey, parts=tuple(digests))
     if schema is not None:
         survey = dataclasses.replace(survey, schema=_made(schema, added, options))
     return survey
+
+
+def _checked(
+    source: Iterable[tuple[str, Row]], shape: Shape, made: Collection[str], options: Options
+) -> Iterator[tuple[str, Row]]:
+    """Passes rows through that can be scored, before anything is made of them."""
+    for where, row in source:
+        rows.check(where, row, shape, made)
+        options.check_row(where, row)
+        yield where, row
 
 
 def check_output(source: str, output: Path) -> None:
     """Makes sure that the output can be written.
 
     Raises:
-        ValueError: it cannot, or is of another kind than JSONL and Parquet, or is read.
+        ValueError: it cannot, is of another kind than JSONL and Parquet, is no plain file, or is read.
     """
     if output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output={output} must end in .jsonl or .parquet")
-    if output.is_dir() or _reads(source, output):
-        raise ValueError(f"--output={output} is {'a directory' if output.is_dir() else 'read as input'}; name another")
+    files.check_target(output, "--output")
+    if _reads(source, output):
+        raise ValueError(f"--output={output} is read as input; name another")
     check_writable(output, f"--output={output}")
 
 
@@ -85,8 +154,8 @@ def _reads(source: str, path: Path) -> bool:
     """Whether a file is among those of a source."""
     names = [str(Path(item).expanduser()) for item in split_spec(source)]
     inside = [str(f) for name in names if Path(name).is_dir() for f in Path(name).rglob("*")]
-    files = {*names, *inside, *(f for name in names for f in glob.glob(name, recursive=True))}
-    return path.exists() and any(Path(f).exists() and path.samefile(f) for f in files)
+    found = {*names, *inside, *(f for name in names for f in glob.glob(name, recursive=True))}
+    return path.exists() and any(Path(f).exists() and path.samefile(f) for f in found)
 
 
 def merged(schema: pa.Schema, some: Sequence[Row]) -> pa.Schema:
@@ -109,5 +178,5 @@ def _made(schema: pa.Schema, added: dict[str, pa.DataType], options: Options) ->
     prompt = schema.field("prompt").type if "prompt" in schema.names else making.TEXT
     kept = [field for field in schema if not (options.takes_responses and field.name == "responses")]
     schema = pa.schema([*kept, *making.columns(added, options, prompt).items()])
-    job.check_schema(schema)
+    parts.check_schema(schema)
     return schema
