@@ -67,6 +67,12 @@ def digest(path: Path) -> str:
         return hashlib.sha256(b"".join(pool.map(block, range(0, path.stat().st_size, BLOCK)))).hexdigest()
 
 
+def state(path: Path) -> tuple[int, ...]:
+    """What becomes another one whenever the file is written to or replaced, even by what it held before."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path)) if path.name.endswith(".gz") else open(path, "rb")
 

@@ -46,12 +46,14 @@ class Part:
         rows: opens it and yields its rows.
         count: its number of rows, or None where only reading it all would tell.
         digest: SHA-256 of its contents.
+        state: of files, what becomes another one whenever they are written to; else None.
     """
 
     name: str
     rows: Callable[[], Iterator[Row]]
     count: Callable[[], int | None]
     digest: Callable[[], str]
+    state: Callable[[], Any] = lambda: None
 
 
 def split_spec(spec: str) -> list[str]:
@@ -144,6 +146,67 @@ def fingerprint(spec: str) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
+class Witness:
+    """Tells, after sources were read, whether all that was read is what their fingerprint was taken of.
+
+        witness = Witness(spec)
+        ...  # open_source(spec) and whatever else reads it, once or more
+        witness.check()
+
+    Files are compared by their digests before and after, and by inode, size and times of change, which tell of a file
+    that was changed and changed back; a file that was only touched is refused with them. The rows of databases and of
+    Python are hashed as they are read, by open_source itself. The cost is a second digest, of files about
+    1 GB/s on two cores (see cache_files.py), and of rows one more reading.
+
+    Attributes:
+        fingerprint: as `fingerprint` returns it, taken before.
+    """
+
+    def __init__(self, spec: str):
+        self._spec, self._items = spec, split_spec(spec)
+        for item in self._items:
+            _watched[item] = set()
+        self._before = self._states()
+        self.fingerprint = fingerprint(spec)
+
+    def _states(self) -> dict[str, Any]:
+        found = [(item, part) for item in self._items for part in parts(item)]
+        return {item if item.endswith(part.name) else f"{part.name} of {item}": part.state() for item, part in found}
+
+    def check(self) -> None:
+        """Compares.
+
+        Raises:
+            FileNotFoundError: a source is gone.
+            ValueError: something was changed since; names it.
+        """
+        seen = {item: _watched.pop(item, set()) for item in self._items}
+        same = fingerprint(self._spec) == self.fingerprint
+        after = self._states()
+        changed = [name for name in {**self._before, **after} if self._before.get(name) != after.get(name)]
+        changed += [item for item, digests in seen.items() if len(digests) > 1]
+        if not same or changed:
+            raise ValueError(
+                f"{', '.join(changed[:3]) or self._spec} changed while it was read, so what was read is not what its "
+                "fingerprint says; nothing was kept of it: start again when nobody writes to it"
+            )
+
+
+_watched: dict[str, set[str]] = {}  # by source of a Witness: digests of all rows, of each time they were read
+
+
+def _passing(item: str, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """The rows; hashes them on their way if there is a Witness who wants to know."""
+    if item not in _watched:
+        yield from rows()
+        return
+    total = hashlib.sha256()
+    for i, row in enumerate(rows()):
+        total.update(_row_bytes(item, i, row))
+        yield row
+    _watched.setdefault(item, set()).add(total.hexdigest())
+
+
 def parts(item: str) -> list[Part]:
     """The files (or tables, or made-up sets) of one source.
 
@@ -178,7 +241,9 @@ def _file_part(name: str, path: Path) -> Part:
     if not files.kind(path):
         raise ValueError(f"{path}: unknown kind of file; known: {', '.join(files.READERS)}, each also with .gz")
     bind = functools.partial
-    return Part(name, bind(files.read, path), bind(files.count, path), bind(files.digest, path))
+    return Part(
+        name, bind(files.read, path), bind(files.count, path), bind(files.digest, path), bind(files.state, path)
+    )
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
@@ -307,7 +372,9 @@ def _aligned_parts(item: str) -> list[Part]:
         raise ValueError(f"{item}: expected several files, joined by +")
     digest = lambda: hashlib.sha256("".join(map(files.digest, paths)).encode()).hexdigest()
     name = "+".join(_short_names(paths))
-    return [Part(name, functools.partial(_zipped, item, paths), functools.partial(files.count, paths[0]), digest)]
+    bind = functools.partial
+    states = lambda: [files.state(path) for path in paths]
+    return [Part(name, bind(_zipped, item, paths), bind(files.count, paths[0]), digest, states)]
 
 
 def _zipped(item: str, paths: Sequence[Path]) -> Iterator[Row]:
@@ -350,14 +417,15 @@ def _columns_of(value: Any, where: str) -> Row:
 
 def _database_parts(item: str) -> list[Part]:
     at = database.locate(item)
-    return [Part(at.name, at.rows, at.count, lambda: _digest_rows(item, at.rows()))]
+    rows = functools.partial(_passing, item, at.rows)
+    return [Part(at.name, rows, at.count, lambda: _digest_rows(item, at.rows()))]
 
 
 class _Registered:
     """An iterable, or a function that makes one, under a name."""
 
     def __init__(self, name: str, rows: Iterable[Row] | Callable[[], Iterable[Row]], version: str | None):
-        self.name, self._rows, self._version = name, rows, version
+        self.name, self._rows, self.version = name, rows, version
         self._last: Iterator[Row] | None = None
 
     def rows(self) -> Iterator[Row]:
@@ -377,8 +445,8 @@ class _Registered:
 
     def digest(self) -> str:
         """Of the version, or else of all rows."""
-        if self._version is not None:
-            return hashlib.sha256(self._version.encode()).hexdigest()
+        if self.version is not None:
+            return hashlib.sha256(self.version.encode()).hexdigest()
         return _digest_rows(f"python://{self.name}", self.rows())
 
 
@@ -419,22 +487,29 @@ def _python_parts(item: str) -> list[Part]:
         known = ", ".join(_REGISTERED) or "none"
         raise ValueError(f"{item}: nothing has that name; call rmjax.data.register({name!r}, rows); known: {known}")
     found = _REGISTERED[name]
-    return [Part(name, found.rows, found.count, found.digest)]
+    rows = found.rows if found.version is not None else functools.partial(_passing, item, found.rows)
+    return [Part(name, rows, found.count, found.digest)]
 
 
 def _digest_rows(item: str, rows: Iterable[Row]) -> str:
     """SHA-256 over rows in their order."""
     total = hashlib.sha256()
     for i, row in enumerate(rows):
-        try:
-            total.update(json.dumps(row, sort_keys=True, default=_plain).encode("utf-8", "surrogatepass") + b"\n")
-        except TypeError as error:
-            advice = "give register() a version" if item.startswith("python://") else "leave its column out"
-            raise ValueError(f"row {i} of {item} cannot be hashed ({error}); {advice}") from error
+        total.update(_row_bytes(item, i, row))
+    if item in _watched:
+        _watched[item].add(total.hexdigest())
     return total.hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _row_bytes(item: str, i: int, row: Row) -> bytes:
+    try:
+        return json.dumps(row, sort_keys=True, default=plain).encode("utf-8", "surrogatepass") + b"\n"
+    except TypeError as error:
+        advice = "give register() a version" if item.startswith("python://") else "leave its column out"
+        raise ValueError(f"row {i} of {item} cannot be hashed ({error}); {advice}") from error
+
+
+def plain(value: Any) -> Any:
     """What JSON does not know, as something that is the same in every process."""
     if hasattr(value, "tolist"):  # of numpy
         return value.tolist()
