@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sqlalchemy
 
 import rmjax.data
-from rmjax.data import buckets, cache, formats, sources
+from rmjax.data import buckets, cache, formats, queries, sources
 from rmjax.data.chat import Chat
 from rmjax.data.tasks import Preferences
 
@@ -117,6 +118,105 @@ def test_what_is_wrong_with_a_database_is_said(database, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sqlalchemy", None)
     with pytest.raises(ValueError, match=r"needs SQLAlchemy: pip install 'rmjax\[sql\]'"):
         sources.parts(f"sqlite:///{database}?table=pairs")
+
+
+NO_QUERIES = {
+    "DROP TABLE pairs": "is not a query",
+    "INSERT INTO pairs VALUES (9, 'a', 'b', 1)": "is not a query",
+    "ATTACH DATABASE '{tmp}/evil.db' AS e": "is not a query",
+    "VACUUM INTO '{tmp}/evil.db'": "is not a query",
+    "PRAGMA journal_mode = DELETE": "is not a query",
+    "-- SELECT\nDROP TABLE pairs": "is not a query",
+    "/* SELECT */ DROP TABLE pairs": "is not a query",
+    "": "is not a query",
+    "SELECT 1; DROP TABLE pairs": "is several statements",
+    "SELECT ';' ; DROP TABLE pairs": "is several statements",
+    "SELECT E'\\'' ; DROP TABLE pairs; --'": "is several statements",
+    "SELECT 1 a$$; DROP TABLE pairs; --$$": "is several statements",
+    "SELECT * INTO copy FROM pairs": "has INTO",
+    "WITH x AS (SELECT 9) INSERT INTO pairs (id) SELECT * FROM x": "has INTO",
+    "SELECT 1 /* /* */ ' */ ; DROP TABLE pairs; --'": "has a comment in a comment",
+    "SELECT 'a": "does not end",
+    "SELECT 1 /*": "does not end",
+}
+
+
+@pytest.mark.parametrize("sql", NO_QUERIES)
+def test_what_is_no_query_is_refused_before_it_is_sent(database, tmp_path, monkeypatch, sql):
+    before = database.read_bytes(), sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(rmjax.data.database, "_connect", lambda _: pytest.fail("it was sent"))
+    with pytest.raises(ValueError, match=NO_QUERIES[sql]):
+        rows(f"sqlite:///{database}?query={sql.format(tmp=tmp_path)}")
+    assert before == (database.read_bytes(), sorted(path.name for path in tmp_path.iterdir()))
+
+
+def test_what_is_a_query_is_sent(database):
+    for sql in (
+        "SELECT ';' AS a, \"prompt\" FROM pairs -- ; DROP",
+        "(SELECT 1)",
+        "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n WHERE i < 5) SELECT i FROM n;;",
+        "/* ; */ VALUES (1), (2)",
+        "SELECT json_extract(chosen, '$[0].role') AS role, 'into' AS i FROM pairs",
+    ):
+        assert queries.checked(sql) == sql.rstrip(";")
+        if sql[0] != "(":  # PostgreSQL's
+            assert rows(f"sqlite:///{database}?query={sql}")
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        *[sql for sql in NO_QUERIES if sql and not re.search(r"\$\$|E'|/\* /", sql)],
+        "WITH x AS (SELECT 1) DELETE FROM pairs",
+        "WITH x AS (SELECT 1) UPDATE pairs SET score = 1",
+        "SELECT load_extension('{tmp}/evil')",
+        "SELECT fts3_tokenizer('simple')",
+        "CREATE TEMP TABLE t (n)",
+        "BEGIN; DELETE FROM pairs; COMMIT",
+        "PRAGMA query_only = OFF",
+        "PRAGMA writable_schema = ON",
+        "PRAGMA wal_checkpoint",
+    ],
+)
+def test_sqlite_is_read_whatever_it_is_asked(database, tmp_path, monkeypatch, sql):
+    """The connection refuses by itself what the text would have been refused for."""
+    before = database.read_bytes(), sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(queries, "checked", lambda sql: sql)
+    with pytest.raises((ValueError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error)):
+        rows(f"sqlite:///{database}?query={sql.format(tmp=tmp_path)}")
+    assert before == (database.read_bytes(), sorted(path.name for path in tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize("name", ["a b.db", "50%.db", "a?b.db", "a#b.db", "[1]*.db", "a\\b.db", "a&b.db", "ключ.db"])
+def test_databases_of_any_name_in_any_mode(tmp_path, name, monkeypatch):
+    """Also one that is being written to (WAL), whose reader sees what was committed."""
+    path = tmp_path / name
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("PRAGMA journal_mode = WAL")
+    writer.execute("CREATE TABLE t (n)")
+    writer.execute("INSERT INTO t VALUES (7)")
+    name = name.replace("%", "%25").replace("?", "%3F")  # as in any URL
+    assert [row["n"] for _, row in rows(f"sqlite:///{tmp_path}/{name}?table=t")] == [7]
+    monkeypatch.chdir(tmp_path)
+    assert [row["n"] for _, row in rows(f"sqlite:///{name}?mode=rwc&query=SELECT n FROM t")] == [7]
+    writer.close()
+    path.chmod(0o444)
+    assert [row["n"] for _, row in rows(f"sqlite:///{name}?table=t")] == [7]
+
+
+def test_postgresql_is_asked_for_a_transaction_that_reads(monkeypatch):
+    """Its drivers begin one with READ ONLY then (SQLAlchemy's dialects); there is no server here to see it."""
+    given = []
+    engine = sqlalchemy.create_engine("sqlite://")
+    monkeypatch.setattr(sqlalchemy, "create_engine", lambda url, **_: engine)
+    connect = sqlalchemy.Engine.connect
+    monkeypatch.setattr(
+        sqlalchemy.Engine, "connect", lambda self: given.append(self.get_execution_options()) or connect(self)
+    )
+    assert sources.parts("postgresql://h/db?query=SELECT 1")
+    assert [options["postgresql_readonly"] for options in given] == [True]
+    with pytest.raises(ValueError, match=r"postgresql://me:\*\*\*@h/db: query=DROP TABLE t is not a query"):
+        sources.parts("postgresql://me:secret@h/db?query=DROP TABLE t")
 
 
 def test_a_password_is_not_shown():
