@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import fsspec
@@ -373,6 +374,104 @@ def test_counts_for_progress(tmp_path):
     assert sources.count_rows(str(path)) is None
     assert sources.count_rows("synthetic://pairs") == 1000 == len(rows("synthetic://pairs"))
     assert sources.count_rows("synthetic://pairs?n=70&seed=3") == 70 == len(rows("synthetic://pairs?n=70&seed=3"))
+
+
+# Names
+
+
+NAMES = [
+    "lr=[1e-5]",
+    "a\\b",
+    "*",
+    "what?",
+    "x,y",
+    ",",
+    "a%20b",
+    "#1",
+    " two  words ",
+    "odd:",
+    "a+b",
+    "~me",
+    "[!a]",
+]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_of_any_name_is_no_pattern(tmp_path, monkeypatch, name, relative):
+    """Beside it stands what it would match, or be cut into, if it were taken for a pattern or a list."""
+    for other in ("lr=1", "lr=e", "ab", "b", "x", "y", "whatx", "a", "a b", "two", "words", "s"):
+        lines(tmp_path / other / "rows.jsonl", [{"n": "other"}])
+    lines(tmp_path / name / "rows.jsonl", [{"n": 0}])
+    lines(tmp_path / name / "more[1].jsonl", [{"n": 1}])
+    lines(tmp_path / name / "more1.jsonl", [{"n": 2}])
+    lines(tmp_path / "last.jsonl", [{"n": 9}])
+    monkeypatch.chdir(tmp_path)
+    at = name.lstrip() if relative else f"{tmp_path}/{name}"
+    if relative and name != at:
+        pytest.skip("spaces before a path belong to the list")
+    numbers = lambda spec: [row["n"] for _, row in rows(spec)]
+    assert numbers(f"{at}/rows.jsonl") == [0]
+    assert numbers(f"{at}/more[1].jsonl") == [1]
+    assert sorted(numbers(f"{at}/more*.jsonl")) == [1, 2]
+    assert numbers(f"{at}/rows.js*") == [0]
+    assert numbers(at) == [2, 1, 0]
+    assert numbers(f"last.jsonl, {at}/rows.jsonl,{at}/more[[]1].jsonl ,last.jsonl") == [9, 0, 1, 9]
+    assert sources.local_files(f"{at}/more[1].jsonl") == [Path(at, "more[1].jsonl")]
+    assert sources.source_name(f"{at}/rows.jsonl") == "rows" and sources.source_name(f"{at}/more[1].jsonl") == "more[1]"
+    assert sources.source_name(f"{at}/*.jsonl") == name.split(".")[0]
+    assert len(sources.fingerprint(f"{at}/rows.jsonl")) == 64
+    assert numbers(f"aligned://{at}/rows.jsonl+{at}/rows.jsonl") == [0]
+
+
+def test_a_directory_called_like_a_scheme(tmp_path, monkeypatch):
+    for name in ("odd:/x/a.jsonl", "s3:/x/a.jsonl", "below/s3:/x/a.jsonl"):
+        lines(tmp_path / name, [{"n": name}])
+    monkeypatch.chdir(tmp_path)
+    assert rows("odd://x/a.jsonl")[0][1] == {"n": "odd:/x/a.jsonl"}
+    assert rows("below/s3://x/a.jsonl")[0][1] == {"n": "below/s3:/x/a.jsonl"}
+    assert rows(f"{tmp_path}/s3://x/a.jsonl")[0][1] == rows("./s3:/x/a.jsonl")[0][1] == {"n": "s3:/x/a.jsonl"}
+
+
+def test_patterns_are_patterns_still(tmp_path):
+    for name in ("a/x1.jsonl", "a/x2.jsonl", "b/x1.jsonl"):
+        lines(tmp_path / name, [{"n": name}])
+    numbers = lambda spec: [row["n"] for _, row in rows(f"{tmp_path}/{spec}")]
+    assert numbers("[ab]/x[1].jsonl") == ["a/x1.jsonl", "b/x1.jsonl"]
+    assert numbers("a/x?.jsonl") == ["a/x1.jsonl", "a/x2.jsonl"] and len(numbers("**/*.jsonl")) == 3
+    with pytest.raises(FileNotFoundError, match="nothing matches it"):
+        rows(f"{tmp_path}/[cd]/x1.jsonl")
+    with pytest.raises(ValueError, match="unknown scheme ftp"):
+        rows("ftp://host/a.jsonl")
+
+
+def test_a_bucket_with_names_like_patterns(tmp_path, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(buckets.fsspec.core, "url_to_fs", lambda item: (fs, item.replace("s3://", "/")))
+    monkeypatch.setattr(fs, "ukey", lambda name: name, raising=False)
+    for name in ("/lr=[1]/a.jsonl", "/lr=[1]/b[1].jsonl", "/lr=1/a.jsonl", "/lr=[1]/b1.jsonl"):
+        with fs.open(name, "w") as file:
+            file.write(json.dumps({"n": name}) + "\n")
+    numbers = lambda spec: [row["n"] for _, row in rows(spec)]
+    assert numbers("s3://lr=[1]/b[1].jsonl") == ["/lr=[1]/b[1].jsonl"]
+    assert numbers("s3://lr=[1]/*.jsonl") == ["/lr=[1]/a.jsonl", "/lr=[1]/b1.jsonl", "/lr=[1]/b[1].jsonl"]
+    assert numbers("s3://lr=[1]") == numbers("s3://lr=[1]/*.jsonl") and numbers("s3://lr=?/a.jsonl") == [
+        "/lr=1/a.jsonl"
+    ]
+
+
+def test_a_copy_that_a_power_cut_emptied_is_made_again(tmp_path, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(fs, "ukey", lambda name: name, raising=False)
+    with fs.open("/cut/a.jsonl", "w") as file:
+        file.write('{"n": 1}\n')
+    copy = buckets._copy(fs, "/cut/a.jsonl")
+    for left in (b"", b'{"n"'):
+        copy.write_bytes(left)
+        assert buckets._copy(fs, "/cut/a.jsonl").read_bytes() == b'{"n": 1}\n'
+    assert [path.name for path in copy.parent.iterdir()] == ["a.jsonl"]
 
 
 # The hub: huggingface_hub itself, in a process of its own, against a server that answers as huggingface.co does.

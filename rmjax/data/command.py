@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rmjax import command_line, exits, passwords
+from rmjax import command_line, exits, files, passwords
 from rmjax.command_line import Parser
 from rmjax.data import agreement, converting, formats, label_studio, reading, showing, sources, splitting
 from rmjax.data.audit import Audit, rows_lines
@@ -236,7 +236,7 @@ def _audit(args: argparse.Namespace) -> None:
 
         page = audit_page.page(found.report, found.title, notes=found.notes, problems=found.problems)
         args.html.parent.mkdir(parents=True, exist_ok=True)
-        args.html.write_text(page, encoding="utf-8")
+        files.write_whole(args.html, page)
     if args.json:
         print(json.dumps({**found.report, "notes": found.notes, "problems": found.problems}, indent=1))
     else:

@@ -4,13 +4,13 @@ Shape letters: K responses in a group, A attributes, E scored tokens. A histogra
 or {"values": [b], "counts": [b]} where there are few different values.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rmjax import files
 from rmjax.data import audit
 from rmjax.data.groups import Groups
 from rmjax.data.packing import Plan
@@ -104,10 +104,8 @@ def label_kind(groups: Groups) -> str:
 
 
 def save(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a report as JSON, whole."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-    scratch.replace(path)
+    """Writes a report as JSON, whole and synced."""
+    files.write_json(path, values)
 
 
 # ----------------------------------------------------------------------------------------------------

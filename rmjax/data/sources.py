@@ -24,6 +24,7 @@ from urllib.parse import parse_qsl, urlsplit
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+from rmjax import passwords
 from rmjax.data import buckets, database, files, synthetic
 from rmjax.data.files import Row
 
@@ -57,7 +58,7 @@ class Part:
 
 
 def split_spec(spec: str) -> list[str]:
-    """Splits "a.jsonl, hf://datasets/o/n/b.parquet" at its commas, unless all of it is one existing path.
+    """Splits "a.jsonl, hf://datasets/o/n/b.parquet" at its commas, but at none of a path that is there as it stands.
 
     SQL has commas too, so a source with `query=` reaches to the end of the text.
 
@@ -68,10 +69,50 @@ def split_spec(spec: str) -> list[str]:
         return [spec]
     sql = re.search(r"[^,]*://[^,]*[?&]query=", spec)
     listed, rest = (spec[: sql.start()], [spec[sql.start() :]]) if sql else (spec, [])
-    items = [item.strip() for item in [*listed.split(","), *rest] if item.strip()]
+    items = [item.strip() for item in [*_pieces(listed, ","), *rest] if item.strip()]
     if not items:
         raise ValueError("no data was named; give a file, a directory, a glob or hf://datasets/OWNER/NAME/...")
     return items
+
+
+def _pieces(text: str, separator: str) -> list[str]:
+    """Splits at separators, but at none inside of the name of an existing file or directory."""
+    pieces, found = text.split(separator), []
+    while pieces:
+        ends = range(len(pieces), 1, -1)
+        end = next((n for n in ends if _is_there(separator.join(pieces[:n]).strip(), separator)), 1)
+        found.append(separator.join(pieces[:end]))
+        pieces = pieces[end:]
+    return found
+
+
+def _is_there(path: str, separator: str) -> bool:
+    """Whether the separators in a text belong to names that exist: a path, a glob below one, or aligned files."""
+    if path.startswith("aligned://"):
+        return all(map(os.path.isfile, _pieces(path.removeprefix("aligned://"), "+")))
+    literal, pattern = _parted(path)
+    below = glob.has_magic(pattern) and separator in literal and separator not in pattern
+    return bool(literal) and (below or not pattern)
+
+
+def _parted(path: str) -> tuple[str, str]:
+    """The longest part of a path, from its beginning, that is there as it stands, and what follows: maybe a pattern."""
+    parts = Path(path if os.path.exists(path) else os.path.expanduser(path)).parts
+    there = next((n for n in range(len(parts), 0, -1) if os.path.exists(os.path.join(*parts[:n]))), 0)
+    return os.path.join("", *parts[:there]), os.path.join("", *parts[there:])
+
+
+def matching(path: str) -> list[Path]:
+    """What is at a path, or what a glob matches, sorted; what is there as it stands is never a pattern.
+
+    >>> matching("runs/lr=[1e-5]/*.jsonl")  # doctest: +SKIP
+    [PosixPath('runs/lr=[1e-5]/a.jsonl')]
+    """
+    literal, pattern = _parted(path)
+    if not pattern:
+        return [Path(literal)]
+    found = glob.glob(os.path.join(glob.escape(literal), pattern), recursive=True)
+    return [Path(name) for name in dict.fromkeys(sorted(found))]
 
 
 def source_name(item: str) -> str:
@@ -84,12 +125,13 @@ def source_name(item: str) -> str:
     """
     scheme, rest = _scheme(item), item.partition("://")[2]
     if not scheme:
-        plain = [part for part in Path(item).parts if not glob.has_magic(part)]  # of a glob, the directory
-        return (plain[-1] if plain else item).split(".")[0] or item
+        literal, rest = _parted(item)
+        plain = [*Path(literal).parts, *(part for part in Path(rest).parts if not glob.has_magic(part))]
+        return (plain[-1] if plain else item).split(".")[0] or item  # of a glob, the directory
     if scheme == "hf":
         return "/".join(rest.removeprefix("datasets/").split("/")[:2]).split("@")[0]
     if scheme == "aligned":
-        return source_name(rest.split("+")[0])
+        return source_name(_pieces(rest, "+")[0])
     if scheme in buckets.PACKAGES:
         return source_name(rest)
     if SCHEMES.get(scheme) is _database_parts:
@@ -225,7 +267,10 @@ def parts(item: str) -> list[Part]:
 def _scheme(item: str) -> str:
     """What stands before "://", less the driver of a database ("postgresql+psycopg2"); "" for a path."""
     scheme, separator, _ = item.partition("://")
-    return scheme.partition("+")[0] if separator else ""
+    if not separator or not re.fullmatch(r"[A-Za-z][\w+.-]*", scheme):
+        return ""
+    name = scheme.partition("+")[0]
+    return name if name in SCHEMES or not os.path.exists(item) else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,20 +308,18 @@ def local_files(item: str) -> list[Path]:
     """
     scheme, rest = _scheme(item), item.partition("://")[2]
     if scheme == "aligned":
-        return [file for piece in rest.split("+") for file in local_files(piece)]
+        return [file for piece in _pieces(rest, "+") for file in local_files(piece)]
     return [] if scheme else _local_files(item)
 
 
 def _local_files(item: str) -> list[Path]:
-    path = Path(item).expanduser()
+    item = passwords.reveal(item)  # a directory may be called like a URL
+    path = Path(item if os.path.exists(item) else os.path.expanduser(item))
     if path.is_dir():
         found = [f.relative_to(path) for f in sorted(path.rglob("*")) if f.is_file()]
         chosen = [path / f for f in _only_data(item, found)]
-    elif path.is_file():
-        chosen = [path]
     else:
-        matches = dict.fromkeys(sorted(glob.glob(str(path), recursive=True)))
-        chosen = [Path(f) for f in matches if Path(f).is_file()]
+        chosen = [file for file in matching(item) if file.is_file()]
     if not chosen and path.is_dir():
         kinds = ", ".join(files.READERS)
         raise FileNotFoundError(f"{item} is a directory without any file that can be read: {kinds}, also with .gz")
@@ -312,14 +355,21 @@ def _hub_files(item: str) -> list[Path]:
 
 
 def _remote_names(fs: Any, path: str, item: str) -> list[str]:
-    """The data files of a path, a glob or a directory on an fsspec file system."""
-    if glob.has_magic(path):
-        found = [Path(name) for name in fs.glob(path)]
+    """The data files of a path, a glob or a directory on an fsspec file system; what is there is never a pattern."""
+    if glob.has_magic(path) and not fs.exists(path):
+        there = next((parent for parent in _parents(path) if glob.has_magic(parent) and fs.isdir(parent)), "")
+        found = [Path(name) for name in fs.glob(glob.escape(there) + path[len(there) :])]
         return sorted(str(f) for f in found if files.kind(f) and f.name not in NOT_DATA)
     if fs.isdir(path):
         found = [Path(name).relative_to(path) for name in sorted(fs.find(path))]
         return [str(path / f) for f in _only_data(item, [f for f in found if not f.name.startswith(".")])]
     return [path]
+
+
+def _parents(path: str) -> list[str]:
+    """The directories above a path on a file system that is not ours, the longest first."""
+    parts = path.split("/")
+    return ["/".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
 
 
 @functools.cache  # one listing, so one state of the bucket, per process
@@ -361,7 +411,7 @@ def _hub_advice(item: str, error: BaseException) -> str:
 
 def _aligned_parts(item: str) -> list[Part]:
     """One part: row i of every file, merged into one row."""
-    pieces = item.removeprefix("aligned://").split("+")
+    pieces = _pieces(item.removeprefix("aligned://"), "+")
     paths = []
     for piece in pieces:
         found = _hub_files(piece) if piece.startswith("hf://") else _local_files(piece)
