@@ -660,3 +660,17 @@ def test_what_is_not_in_a_bucket_or_cannot_be_had_is_said(bucket, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ValueError, match=r"gs://b/a\.jsonl needs the package gcsfs; install it with pip"):
         sources.parts("gs://b/a.jsonl")
+
+
+# Bounds
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_line_that_never_ends_is_not_read_whole(tmp_path, monkeypatch, suffix):
+    path = lines(tmp_path / f"a{suffix}", [{"n": 1}, {"n": "x" * 5000}])
+    monkeypatch.setattr(rmjax.data.files, "MOST_LINE", 5010)
+    assert len(rows(str(path))) == 2 == sources.count_rows(str(path))
+    monkeypatch.setattr(rmjax.data.files, "MOST_LINE", 5000)
+    for read in (rows, sources.count_rows):
+        with pytest.raises(ValueError, match=rf"{path}, line 2 is longer than 5,000 bytes"):
+            read(str(path))
