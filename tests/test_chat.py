@@ -388,7 +388,7 @@ def test_tools_reach_the_template(tokenizer):
 def test_what_a_template_makes_has_a_bound(tokenizer, monkeypatch):
     chat = Chat(tokenizer)
     monkeypatch.setattr(chat_lib, "MOST_TEXT", 20)
-    with pytest.raises(BadRow, match="it renders to .* characters, the most is 20"):
+    with pytest.raises(BadRow, match=r"it renders to .* characters, the most is 20"):
         chat.render([{"role": "user", "content": "x" * 100}, {"role": "assistant", "content": "y"}])
 
 
