@@ -31,8 +31,13 @@ def parse(argv: Sequence[str]) -> None:
 
     Raises:
         flags.Error: a flag that is wrong, or what is no flag.
+        SystemExit: with 0, after --help and its kin.
     """
-    if others := flags.FLAGS(list(argv))[1:]:
+    try:
+        others = flags.FLAGS(list(argv))[1:]
+    except SystemExit:  # absl's, who shows the help and calls it a failure
+        sys.exit(exits.DONE)
+    if others:
         raise flags.Error(f"unexpected arguments {others}; options are written --name=value")
 
 
@@ -45,6 +50,10 @@ def parse_strictly(argv: Sequence[str]) -> list[str]:
 
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are one line that names what was probably meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.add_argument("--helpfull", "--helpshort", action="help", help=argparse.SUPPRESS)  # as absl's commands
 
     def error(self, message: str) -> NoReturn:
         """Says what is wrong.
@@ -206,10 +215,14 @@ def code_of(error: Exception) -> int:
 
 def expected(error: Exception) -> bool:
     """Whether its text alone says what happened."""
-    return isinstance(error, (*INPUT, RuntimeError)) or hasattr(error, "exit_code")
+    return isinstance(error, (*INPUT, RuntimeError, MemoryError)) or hasattr(error, "exit_code")
 
 
 def paragraph(error: Exception) -> str:
     """An error's text without blank lines and secrets."""
     text = str(error.args[0]) if isinstance(error, flags.Error) and error.args else str(error)
+    if isinstance(error, MemoryError):
+        text = (
+            f"this machine's memory is used up{f' ({text})' if text else ''}; give the process more, or it less to do"
+        )
     return passwords.masked(re.sub(r"\n\s*\n", "\n", text.strip()) or type(error).__name__)

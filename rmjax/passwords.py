@@ -1,7 +1,7 @@
 """Keeps passwords, tokens and keys out of what is printed and written.
 
-The password in the URL of a source is taken out of the config as soon as there is one, so that no log, config.json,
-error or checkpoint can hold it; only the database's driver gets it back:
+The passwords in the URLs of a config, whatever the key, are taken out of it as soon as there is one, so that no log,
+config.json, error, report or checkpoint can hold them; only what opens a source gets them back:
 
     hide("postgresql://me:pa55@host/db?table=t")    ->  "postgresql://me:***@host/db?table=t"
     reveal("postgresql://me:***@host/db?table=t")   ->  "postgresql://me:pa55@host/db?table=t"
@@ -9,12 +9,12 @@ error or checkpoint can hold it; only the database's driver gets it back:
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 HIDDEN = "***"
-SOURCES = ("train", "validation")  # keys of config.data
 # What stands before a password in a URL, the password, and what stands behind it.
 _PATTERNS = (
     re.compile(r"([\w.+-]+://[^\s/?#,:@]*:)((?:(?!,[\w.+-]+://)[^\s@])+(?:@[^\s?#,@]*(?=@))*)(@[^\s/?#,@]*)"),
@@ -67,9 +67,24 @@ def _without_passwords(text: str, replace: Callable[[re.Match[str]], str]) -> st
 
 
 def hide_in(config: ConfigDict) -> ConfigDict:
-    """Hides the passwords of a config's sources, in place; returns it."""
-    data = config.get("data", {})
-    for key in SOURCES:
-        if isinstance(data.get(key), str):
-            data[key] = hide(data[key])
+    """Hides the passwords in every text of a config, those in lists and below other keys too, in place; returns it."""
+    for key in config:
+        value = config[key]
+        if isinstance(value, ConfigDict):
+            hide_in(value)
+        elif (hidden := _hidden(value)) != value:
+            config[key] = hidden
     return config
+
+
+def _hidden(value: Any) -> Any:
+    """A value like this one, without the passwords in its texts."""
+    if isinstance(value, str):
+        return hide(value)
+    if isinstance(value, ConfigDict):
+        return hide_in(value)
+    if isinstance(value, Mapping):
+        return {_hidden(key): _hidden(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_hidden, value))
+    return value

@@ -1,18 +1,23 @@
 """The cache of token trees: what goes in comes out, once, whole, and with everything counted."""
 
+import gzip
+import itertools
 import json
 import logging
 import multiprocessing.connection
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from rmjax.data import audit, cache
+from rmjax.data import audit, cache, cache_files, sources
 from rmjax.data import groups as groups_lib
 from rmjax.data.chat import Chat
 from rmjax.data.formats import Layout
@@ -75,6 +80,102 @@ def test_a_second_build_is_a_memory_map(build, monkeypatch):
     assert second.audit == first.audit
 
 
+def racing(monkeypatch, path, during, after=None):
+    """Writes to a file when its fingerprint was taken, and once more when its rows were read."""
+    real, opened = sources.fingerprint, cache.opened
+
+    def fingerprint(spec):
+        found = real(spec)
+        monkeypatch.setattr(sources, "fingerprint", real)
+        during(path)
+        return found
+
+    def read(item, format):
+        layout, rows = opened(item, format)
+        return layout, itertools.chain(rows, (row for _ in "x" for row in (after(path) or ())) if after else ())
+
+    monkeypatch.setattr(sources, "fingerprint", fingerprint)
+    monkeypatch.setattr(cache, "opened", read)
+
+
+STALE = "".join(json.dumps({**r, "chosen": "stale"}) + "\n" for r in GOOD)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow"])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_file_that_changes_while_it_is_read_is_not_cached(build, tmp_path, monkeypatch, suffix, back):
+    """Nor one that is what it was again when the reading ends."""
+    path = tmp_path / f"data{suffix}"
+
+    def write(word):
+        rows = [{**r, "chosen": f"{word} {i}"} for i, r in enumerate(GOOD)]
+        text = "".join(json.dumps(r) + "\n" for r in rows).encode()
+        if suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        elif suffix == ".arrow":
+            table = pa.Table.from_pylist(rows)
+            with pa.ipc.new_file(str(path), table.schema) as writer:
+                writer.write_table(table)
+        else:
+            path.write_bytes(gzip.compress(text, mtime=0) if suffix.endswith(".gz") else text)
+
+    write("green")
+    with monkeypatch.context() as patch:
+        racing(patch, path, lambda _: write("stale"), (lambda _: write("green")) if back else None)
+        with pytest.raises(ValueError, match=rf"{path} changed while it was read"):
+            build(str(path))
+    assert not list((tmp_path / "cache").iterdir())
+    write("green")
+    assert all(b"stale" not in f.read_bytes() for f in (tmp_path / "cache").iterdir())
+    groups = build(str(path))
+    assert len(groups) == len(GOOD)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_rows_that_change_while_they_are_read_are_not_cached(build, tmp_path, monkeypatch, back):
+    """Of a database and of Python: where no file tells, the rows are hashed as they pass."""
+    path = tmp_path / "rows.db"
+    change = lambda sql: sqlite3.connect(path, isolation_level=None).execute(sql)
+    change("CREATE TABLE t (prompt, chosen, rejected)")
+    change("INSERT INTO t VALUES ('q', 'green', 'no')")
+    change("CREATE TABLE other (n)")
+    good = [{"prompt": "q", "chosen": "green", "rejected": "no"}]
+    mine = [dict(good[0])]
+    sources.register("mine", lambda: iter([dict(r) for r in mine]))
+    cases = {
+        f"sqlite:///{path}?table=t": lambda word: lambda _: change(f"UPDATE t SET chosen = '{word}'") and None,
+        "python://mine": lambda word: lambda _: mine[0].update(chosen=word),
+    }
+    for spec, write in cases.items():
+        with monkeypatch.context() as patch:
+            racing(patch, path, write("stale"), write("green") if back else None)
+            with pytest.raises(ValueError, match=r"changed while it was read.*start again") as error:
+                build(spec)
+        assert spec in str(error.value) and not list((tmp_path / "cache").glob("*.arrow"))
+        write("green")(None)
+        assert len(build(spec)) == 1
+        for kept in (tmp_path / "cache").iterdir():
+            kept.unlink()
+    racing(monkeypatch, path, lambda _: change("INSERT INTO other VALUES (1)") and None)
+    assert len(build(next(iter(cases)))) == 1  # another table is nobody's business
+    sources._REGISTERED.clear()
+
+
+def test_a_folder_that_gets_another_file_is_not_cached(build, tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(STALE)
+    racing(monkeypatch, folder, lambda _: (folder / "b.jsonl").write_text(STALE) and None)
+    with pytest.raises(ValueError, match=r"b\.jsonl of .*folder changed while it was read"):
+        build(str(folder))
+
+
+def test_a_cached_file_is_not_read_to_be_witnessed(build, monkeypatch):
+    build(GOOD)
+    monkeypatch.setattr(sources.Witness, "check", lambda _: pytest.fail("nothing was read"))
+    build(GOOD)
+
+
 def test_fingerprint_follows_data_chat_and_options(build, tokenizer):
     before = build(GOOD).fingerprint
     assert build(GOOD[1:]).fingerprint != before
@@ -93,20 +194,64 @@ def test_a_build_that_fails_leaves_nothing(build, tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def cut(size):
+    return lambda content: content[: size if isinstance(size, int) else int(size * len(content))]
+
+
+def zeroed(share):
+    """As after a power cut: the length was written, the last bytes were not."""
+    return lambda content: content[: int(share * len(content))].ljust(len(content), b"\0")
+
+
+def flipped(share):
+    def flip(content):
+        at = int(share * (len(content) - 1))
+        return content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
+
+    return flip
+
+
+REMAINS = [*map(cut, (0, 9, 0.5, -2)), *map(zeroed, (0.0, 0.5, 0.99)), *map(flipped, (0, 0.2, 0.5, 0.8, 1))]
+
+
 @pytest.mark.parametrize("suffix", [".arrow", ".json"])
-@pytest.mark.parametrize("left", [0, 9, 0.5, -2])
-def test_a_damaged_file_is_built_again(build, tmp_path, caplog, suffix, left):
+@pytest.mark.parametrize("remains", range(len(REMAINS)))
+def test_a_damaged_file_is_built_again(build, tmp_path, caplog, suffix, remains):
     first = build(GOOD)
     (path,) = (tmp_path / "cache").glob(f"*{suffix}")
     whole = path.read_bytes()
     path.unlink()  # `first` still maps it
-    path.write_bytes(whole[: left if isinstance(left, int) else int(left * len(whole))])
+    path.write_bytes(REMAINS[remains](whole))
     with caplog.at_level(logging.WARNING, "absl"):
         again = build(GOOD)
     np.testing.assert_array_equal(again.group(5).tree.tokens, first.group(5).tree.tokens)
     assert (again.audit, path.read_bytes()) == (first.audit, whole)
     (record,) = [record for record in caplog.records if "is built again" in record.getMessage()]
     assert path.stem in record.getMessage() and "\n" not in record.getMessage()
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".json"])
+def test_a_flipped_bit_anywhere_is_noticed(build, tmp_path, suffix):
+    build(GOOD)
+    (path,) = (tmp_path / "cache").glob(f"*{suffix}")
+    (arrow,) = (tmp_path / "cache").glob("*.arrow")
+    whole = path.read_bytes()
+    path.unlink()
+    for at in np.random.default_rng(0).choice(8 * len(whole), 1000, replace=False).tolist():
+        path.write_bytes(whole[: at // 8] + bytes([whole[at // 8] ^ 1 << at % 8]) + whole[at // 8 + 1 :])
+        with pytest.raises(ValueError, match=rf"{path.name} is not what was written"):
+            cache_files.checked(arrow)
+    path.write_bytes(whole)
+    assert cache_files.checked(arrow).rows == len(GOOD)
+
+
+def test_a_file_under_another_name_is_not_taken_for_it(build, tmp_path):
+    build(GOOD)
+    (arrow,) = (tmp_path / "cache").glob("*.arrow")
+    for suffix in (".arrow", ".json"):
+        arrow.with_suffix(suffix).rename(tmp_path / f"{STEM}{suffix}")
+    with pytest.raises(ValueError, match="is not what was written"):
+        cache_files.checked(tmp_path / f"{STEM}.arrow")
 
 
 @pytest.fixture
@@ -150,36 +295,92 @@ def test_an_interrupted_build_goes_on_where_it_stopped(build, interrupted, tmp_p
     )
 
 
-@pytest.mark.parametrize("left", [0, 5, 8, 0.2, 0.5, 0.8, -1])
-def test_a_build_goes_on_from_however_much_was_written(build, interrupted, tmp_path, left):
+@pytest.mark.parametrize("remains", [*map(cut, (0, 5, 8, 0.2, 0.5, 0.8, -1)), *REMAINS[4:7], *REMAINS[8:]])
+def test_a_build_goes_on_from_however_much_was_written(build, interrupted, tmp_path, remains):
     partial, whole, _ = interrupted
-    content = partial.read_bytes()
-    partial.write_bytes(content[: left if isinstance(left, int) else int(left * len(content))])
+    partial.write_bytes(remains(partial.read_bytes()))
     build(GOOD)
     assert finished(tmp_path / "cache", whole)
+
+
+def test_a_flipped_bit_in_what_a_killed_build_left_is_noticed(interrupted):
+    """What is gone on from is, bit by bit, what was written; nothing crashes."""
+    partial = interrupted[0]
+    columns, content = groups_lib.schema(Preferences()), partial.read_bytes()
+    read = lambda: [(repr(r.groups.to_pydict()), r.audit, r.rows) for r in cache_files.whole(file, columns)]
+    with open(partial, "r+b") as file:
+        wanted, ended = read(), []
+        assert len(wanted) == 2
+        for at in np.random.default_rng(0).choice(8 * len(content), 1000, replace=False).tolist():
+            os.pwrite(file.fileno(), bytes([content[at // 8] ^ 1 << at % 8]), at // 8)
+            file.seek(0)  # drops the buffer
+            found = read()
+            assert found == wanted[: len(found)]
+            ended.append(len(found))
+            os.pwrite(file.fileno(), content[at // 8 : at // 8 + 1], at // 8)
+    assert set(ended) == {0, 1, 2}  # 2: of bytes that fill up to 8, and of the footer
+
+
+def test_rows_that_changed_since_are_tokenized_again(build, interrupted, tmp_path, tokenizer):
+    """A killed build may have read what its file held for a moment only."""
+    partial, whole, jobs = interrupted
+    path, content = tmp_path / "rows.jsonl", (tmp_path / "rows.jsonl").read_text()
+    path.write_text(content.replace("question", "riddle", 15))  # the second job of three
+    again = cache._jobs(str(path), "auto")
+    stale = [cache._tokenize(Chat(tokenizer), job, task=Preferences("skip"), keep=False) for job in again]
+    with pytest.raises(KeyboardInterrupt), open(partial, "r+b") as file:
+        file.truncate()
+        cache_files.write(partial, file, stops(stale[:2]), stale[0].groups.schema, pytest.fail)
+    path.write_text(content)
+    jobs.clear()
+    build(GOOD)
+    assert len(jobs) == 3 and finished(tmp_path / "cache", whole)
+
+
+def stops(results):
+    yield from results
+    raise KeyboardInterrupt
 
 
 def test_what_another_process_is_writing_is_left_alone(build, interrupted, tmp_path):
     partial, whole, jobs = interrupted
     with open(partial, "rb") as file:
-        assert cache._lock(file)
+        assert cache_files.lock(file)
         build(GOOD)
     assert len(jobs) == 3 and partial.exists()
     partial.unlink()
     assert finished(tmp_path / "cache", whole)
 
 
+STEM = "0123456789abcdef" * 2
+
+
 def test_what_killed_builds_left_is_removed_after_a_day(build, tmp_path):
+    """And nothing else is, however old and however named."""
+    ours = {
+        f"{STEM}.256.abcdefg{i}.partial": head for i, head in enumerate((cache_files.MARK, b"ARR", b"", b"\0" * 99))
+    }
+    theirs = {
+        **dict.fromkeys(("model.partial", "tmpa.partial", f"{STEM}.partial"), cache_files.MARK),
+        f"x{STEM}.256.abcdefgh.partial": cache_files.MARK,
+        f"{STEM}.256.abcdefgx.partial": b"a thesis",
+        f"{STEM}.256.abcdefgh.partial.txt": b"",
+        f"{STEM}.arrow.txt": b"",
+    }
     (tmp_path / "cache").mkdir()
-    old, old_audit, fresh = (
-        tmp_path / "cache" / name for name in ("tmpa.partial", "tmpa.partial.json", "tmpb.partial")
-    )
-    for path in (old, old_audit, fresh):
-        path.touch()
-    for path in (old, old_audit):
+    for name, head in {**ours, **theirs}.items():
+        path = tmp_path / "cache" / name
+        path.write_bytes(head)
         os.utime(path, (0, time.time() - 25 * 3600))
+    (tmp_path / "elsewhere").write_bytes(cache_files.MARK)
+    link = tmp_path / "cache" / f"{STEM}.256.link0000.partial"
+    link.symlink_to(tmp_path / "elsewhere")
+    os.utime(tmp_path / "elsewhere", (0, 0))
+    fresh = tmp_path / "cache" / f"{STEM}.256.fresh000.partial"
+    fresh.touch()
     build(GOOD)
-    assert fresh.exists() and not old.exists() and not old_audit.exists()
+    left = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert {*theirs, fresh.name, link.name} <= left and not left & ours.keys() and (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -204,7 +405,7 @@ def test_processes_end_with_a_killed_parent(tokenizer_dir, tmp_path, number):
     process.communicate(timeout=15)  # returns when nobody holds the pipe any more
     (left,) = tmp_path.glob("*.partial")
     with open(left, "rb") as file:
-        results = list(cache._whole(file))
+        results = list(cache_files.whole(file, groups_lib.schema(Preferences())))
     assert results and all(result.groups.num_rows == sum(result.audit.sources.values()) for result in results)
 
 

@@ -11,6 +11,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
+from rmjax.data import chat as chat_lib
 from rmjax.data.chat import Chat, load_tokenizer, set_pad_token
 from rmjax.data.records import BadRow, pair
 from rmjax.data.tasks import Example
@@ -382,3 +383,20 @@ def test_tools_reach_the_template(tokenizer):
     with_tools, without = trees(chat, [pair(talk("q", "a"), talk("q", "b"), tools=t) for t in ([tool], None)])
     assert "look_up" in tokenizer.decode(with_tools.tokens)
     assert "look_up" not in tokenizer.decode(without.tokens)
+
+
+def test_what_a_template_makes_has_a_bound(tokenizer, monkeypatch):
+    chat = Chat(tokenizer)
+    monkeypatch.setattr(chat_lib, "MOST_TEXT", 20)
+    with pytest.raises(BadRow, match=r"it renders to .* characters, the most is 20"):
+        chat.render([{"role": "user", "content": "x" * 100}, {"role": "assistant", "content": "y"}])
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError])
+def test_a_template_that_uses_up_memory_or_the_stack_is_refused(tokenizer, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error("no more")
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", fail)
+    with pytest.raises(ValueError, match=f"cannot render a plain conversation: {error.__name__}"):
+        Chat(tokenizer)

@@ -1,6 +1,9 @@
 """What becomes of errors: exit codes, one paragraph, --debug, error.log, and what is left on disk."""
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 from absl import app, flags
@@ -119,3 +122,33 @@ def test_a_place_that_cannot_be_written_to_is_refused_without_making_it(tmp_path
     with pytest.raises(ValueError, match=r"--json: .*file is a file"):
         command_line.check_writable(tmp_path / "file" / "x.json", "--json")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_used_up_memory_is_a_paragraph(capsys):
+    with pytest.raises(SystemExit) as stop, command_line.outcome():
+        raise MemoryError
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith("error: this machine's memory is used up")
+
+
+HELP = [*("main", "evaluate", "score", "export", "serve", "benchmark"), "data"]
+HELP += [f"data {command}" for command in ("inspect", "convert", "split", "audit")]
+
+
+@pytest.mark.parametrize("flag", ["--help", "--helpfull", "--helpshort"])
+def test_help_is_no_failure(flag):
+    """In one process a flag, which imports each command."""
+    program = (
+        "import os, runpy, sys\n"
+        "for command in sys.argv[2:]:\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        module, *more = command.split()\n"
+        "        sys.argv = [module, *more, sys.argv[1]]\n"
+        "        runpy.run_module(f'rmjax.{module}', run_name='__main__', alter_sys=True)\n"
+        "    print(command, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-c", program, flag, *HELP]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    assert [line for line in done.stderr.splitlines() if line.split()[0] in HELP] == [f"{name} 0" for name in HELP]
+    assert done.stdout.count("usage") + done.stdout.count("flags:") >= len(HELP)

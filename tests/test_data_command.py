@@ -429,3 +429,11 @@ def test_annotators_agreement_is_shown(call, shared_data):
     for command in (("inspect", "--show=0"), ("audit",)):
         out, _ = call(command[0], shared_data / "pandalm" / "testset-v1.json", *command[1:])
         assert "Fleiss" in out and "Krippendorff" in out and "0.864" in out
+
+
+def test_inspect_names_the_row_that_is_too_deep(tmp_path, capsys):
+    deep = "[" * 900 + "]" * 900
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "q"}}\n{{"prompt": "q", "extra": {deep}}}\n')
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(tmp_path / "a.jsonl")])
+    assert stop.value.code == 2 and "a.jsonl:1: lists or objects are nested too deep" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from tiny_models import make_hf_model, random_groups, tree_rows
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rmjax.models import heads, hf
-from rmjax.models.config import from_hf, parameter_count
+from rmjax.models.config import MOST, REQUIRED, from_hf, parameter_count
 from rmjax.models.decoder import SAVED
 from rmjax.models.rope import rope_frequencies
 
@@ -362,3 +362,11 @@ def test_defaults_of_a_config():
 def test_what_is_not_supported_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         from_hf({**TINY, "model_type": "llama", **change})
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_sizes_beyond_any_model_are_refused_at_once(name):
+    values = {"model_type": "qwen2", **dict.fromkeys(REQUIRED, 8), "num_key_value_heads": 8, "head_dim": 8}
+    assert from_hf({**values, "num_hidden_layers": 2**12}).layers == 2**12
+    with pytest.raises(ValueError, match=rf"has {name} 1000000000; the most is"):
+        from_hf({**values, name: 10**9})

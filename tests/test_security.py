@@ -201,6 +201,32 @@ def test_no_password_reaches_what_is_made_of_a_config():
     assert not config_lib.differences(config_lib.to_json(config), config_lib.to_json(again))
 
 
+@pytest.mark.parametrize(
+    "key", [*(key for key, value in config_lib.defaults().eval.items() if isinstance(value, str)), "another"]
+)
+def test_a_password_is_hidden_wherever_in_a_config_it_stands(key):
+    config = config_lib.defaults()
+    config.data.train = "a.jsonl"
+    value = f"reward_bench={DATABASE}"
+    with config.unlocked():
+        config.eval[key] = value
+        config.more = {"list": ["x", value], "tuple": (1, (value,)), "deeper": {"still": [{value: value}]}}
+    passwords.hide_in(config)
+    assert SECRET not in str(config) and str(config).count("reward_bench=postgresql://me:***@127.0.0.1:1/db") >= 5
+    assert passwords.reveal(config.eval[key]) == value and config.more.tuple[0] == 1
+    assert config.data.train == "a.jsonl"
+
+
+def test_the_source_of_a_benchmark_gets_its_password_back(monkeypatch):
+    asked = []
+    monkeypatch.setitem(sources.SCHEMES, "vault", lambda item: asked.append(passwords.reveal(item)) or [])
+    config = config_lib.defaults()
+    config.eval.benchmarks = f"reward_bench=vault://me:{SECRET}@host/pairs"
+    passwords.hide_in(config)
+    sources.parts(config.eval.benchmarks.partition("=")[2])
+    assert asked == [f"vault://me:{SECRET}@host/pairs"] and SECRET not in config_lib.to_json(config)
+
+
 def test_an_error_shows_no_secret(monkeypatch, capsys, tmp_path):
     token = "hf_" + "AbCdEfGhIj" * 3
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")

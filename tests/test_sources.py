@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import fsspec
@@ -19,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sqlalchemy
 
 import rmjax.data
-from rmjax.data import buckets, cache, formats, sources
+from rmjax.data import buckets, cache, formats, queries, sources
 from rmjax.data.chat import Chat
 from rmjax.data.tasks import Preferences
 
@@ -117,6 +119,105 @@ def test_what_is_wrong_with_a_database_is_said(database, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sqlalchemy", None)
     with pytest.raises(ValueError, match=r"needs SQLAlchemy: pip install 'rmjax\[sql\]'"):
         sources.parts(f"sqlite:///{database}?table=pairs")
+
+
+NO_QUERIES = {
+    "DROP TABLE pairs": "is not a query",
+    "INSERT INTO pairs VALUES (9, 'a', 'b', 1)": "is not a query",
+    "ATTACH DATABASE '{tmp}/evil.db' AS e": "is not a query",
+    "VACUUM INTO '{tmp}/evil.db'": "is not a query",
+    "PRAGMA journal_mode = DELETE": "is not a query",
+    "-- SELECT\nDROP TABLE pairs": "is not a query",
+    "/* SELECT */ DROP TABLE pairs": "is not a query",
+    "": "is not a query",
+    "SELECT 1; DROP TABLE pairs": "is several statements",
+    "SELECT ';' ; DROP TABLE pairs": "is several statements",
+    "SELECT E'\\'' ; DROP TABLE pairs; --'": "is several statements",
+    "SELECT 1 a$$; DROP TABLE pairs; --$$": "is several statements",
+    "SELECT * INTO copy FROM pairs": "has INTO",
+    "WITH x AS (SELECT 9) INSERT INTO pairs (id) SELECT * FROM x": "has INTO",
+    "SELECT 1 /* /* */ ' */ ; DROP TABLE pairs; --'": "has a comment in a comment",
+    "SELECT 'a": "does not end",
+    "SELECT 1 /*": "does not end",
+}
+
+
+@pytest.mark.parametrize("sql", NO_QUERIES)
+def test_what_is_no_query_is_refused_before_it_is_sent(database, tmp_path, monkeypatch, sql):
+    before = database.read_bytes(), sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(rmjax.data.database, "_connect", lambda _: pytest.fail("it was sent"))
+    with pytest.raises(ValueError, match=NO_QUERIES[sql]):
+        rows(f"sqlite:///{database}?query={sql.format(tmp=tmp_path)}")
+    assert before == (database.read_bytes(), sorted(path.name for path in tmp_path.iterdir()))
+
+
+def test_what_is_a_query_is_sent(database):
+    for sql in (
+        "SELECT ';' AS a, \"prompt\" FROM pairs -- ; DROP",
+        "(SELECT 1)",
+        "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n WHERE i < 5) SELECT i FROM n;;",
+        "/* ; */ VALUES (1), (2)",
+        "SELECT json_extract(chosen, '$[0].role') AS role, 'into' AS i FROM pairs",
+    ):
+        assert queries.checked(sql) == sql.rstrip(";")
+        if sql[0] != "(":  # PostgreSQL's
+            assert rows(f"sqlite:///{database}?query={sql}")
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        *[sql for sql in NO_QUERIES if sql and not re.search(r"\$\$|E'|/\* /", sql)],
+        "WITH x AS (SELECT 1) DELETE FROM pairs",
+        "WITH x AS (SELECT 1) UPDATE pairs SET score = 1",
+        "SELECT load_extension('{tmp}/evil')",
+        "SELECT fts3_tokenizer('simple')",
+        "CREATE TEMP TABLE t (n)",
+        "BEGIN; DELETE FROM pairs; COMMIT",
+        "PRAGMA query_only = OFF",
+        "PRAGMA writable_schema = ON",
+        "PRAGMA wal_checkpoint",
+    ],
+)
+def test_sqlite_is_read_whatever_it_is_asked(database, tmp_path, monkeypatch, sql):
+    """The connection refuses by itself what the text would have been refused for."""
+    before = database.read_bytes(), sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(queries, "checked", lambda sql: sql)
+    with pytest.raises((ValueError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error)):
+        rows(f"sqlite:///{database}?query={sql.format(tmp=tmp_path)}")
+    assert before == (database.read_bytes(), sorted(path.name for path in tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize("name", ["a b.db", "50%.db", "a?b.db", "a#b.db", "[1]*.db", "a\\b.db", "a&b.db", "ключ.db"])
+def test_databases_of_any_name_in_any_mode(tmp_path, name, monkeypatch):
+    """Also one that is being written to (WAL), whose reader sees what was committed."""
+    path = tmp_path / name
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("PRAGMA journal_mode = WAL")
+    writer.execute("CREATE TABLE t (n)")
+    writer.execute("INSERT INTO t VALUES (7)")
+    name = name.replace("%", "%25").replace("?", "%3F")  # as in any URL
+    assert [row["n"] for _, row in rows(f"sqlite:///{tmp_path}/{name}?table=t")] == [7]
+    monkeypatch.chdir(tmp_path)
+    assert [row["n"] for _, row in rows(f"sqlite:///{name}?mode=rwc&query=SELECT n FROM t")] == [7]
+    writer.close()
+    path.chmod(0o444)
+    assert [row["n"] for _, row in rows(f"sqlite:///{name}?table=t")] == [7]
+
+
+def test_postgresql_is_asked_for_a_transaction_that_reads(monkeypatch):
+    """Its drivers begin one with READ ONLY then (SQLAlchemy's dialects); there is no server here to see it."""
+    given = []
+    engine = sqlalchemy.create_engine("sqlite://")
+    monkeypatch.setattr(sqlalchemy, "create_engine", lambda url, **_: engine)
+    connect = sqlalchemy.Engine.connect
+    monkeypatch.setattr(
+        sqlalchemy.Engine, "connect", lambda self: given.append(self.get_execution_options()) or connect(self)
+    )
+    assert sources.parts("postgresql://h/db?query=SELECT 1")
+    assert [options["postgresql_readonly"] for options in given] == [True]
+    with pytest.raises(ValueError, match=r"postgresql://me:\*\*\*@h/db: query=DROP TABLE t is not a query"):
+        sources.parts("postgresql://me:secret@h/db?query=DROP TABLE t")
 
 
 def test_a_password_is_not_shown():
@@ -273,6 +374,104 @@ def test_counts_for_progress(tmp_path):
     assert sources.count_rows(str(path)) is None
     assert sources.count_rows("synthetic://pairs") == 1000 == len(rows("synthetic://pairs"))
     assert sources.count_rows("synthetic://pairs?n=70&seed=3") == 70 == len(rows("synthetic://pairs?n=70&seed=3"))
+
+
+# Names
+
+
+NAMES = [
+    "lr=[1e-5]",
+    "a\\b",
+    "*",
+    "what?",
+    "x,y",
+    ",",
+    "a%20b",
+    "#1",
+    " two  words ",
+    "odd:",
+    "a+b",
+    "~me",
+    "[!a]",
+]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_of_any_name_is_no_pattern(tmp_path, monkeypatch, name, relative):
+    """Beside it stands what it would match, or be cut into, if it were taken for a pattern or a list."""
+    for other in ("lr=1", "lr=e", "ab", "b", "x", "y", "whatx", "a", "a b", "two", "words", "s"):
+        lines(tmp_path / other / "rows.jsonl", [{"n": "other"}])
+    lines(tmp_path / name / "rows.jsonl", [{"n": 0}])
+    lines(tmp_path / name / "more[1].jsonl", [{"n": 1}])
+    lines(tmp_path / name / "more1.jsonl", [{"n": 2}])
+    lines(tmp_path / "last.jsonl", [{"n": 9}])
+    monkeypatch.chdir(tmp_path)
+    at = name.lstrip() if relative else f"{tmp_path}/{name}"
+    if relative and name != at:
+        pytest.skip("spaces before a path belong to the list")
+    numbers = lambda spec: [row["n"] for _, row in rows(spec)]
+    assert numbers(f"{at}/rows.jsonl") == [0]
+    assert numbers(f"{at}/more[1].jsonl") == [1]
+    assert sorted(numbers(f"{at}/more*.jsonl")) == [1, 2]
+    assert numbers(f"{at}/rows.js*") == [0]
+    assert numbers(at) == [2, 1, 0]
+    assert numbers(f"last.jsonl, {at}/rows.jsonl,{at}/more[[]1].jsonl ,last.jsonl") == [9, 0, 1, 9]
+    assert sources.local_files(f"{at}/more[1].jsonl") == [Path(at, "more[1].jsonl")]
+    assert sources.source_name(f"{at}/rows.jsonl") == "rows" and sources.source_name(f"{at}/more[1].jsonl") == "more[1]"
+    assert sources.source_name(f"{at}/*.jsonl") == name.split(".")[0]
+    assert len(sources.fingerprint(f"{at}/rows.jsonl")) == 64
+    assert numbers(f"aligned://{at}/rows.jsonl+{at}/rows.jsonl") == [0]
+
+
+def test_a_directory_called_like_a_scheme(tmp_path, monkeypatch):
+    for name in ("odd:/x/a.jsonl", "s3:/x/a.jsonl", "below/s3:/x/a.jsonl"):
+        lines(tmp_path / name, [{"n": name}])
+    monkeypatch.chdir(tmp_path)
+    assert rows("odd://x/a.jsonl")[0][1] == {"n": "odd:/x/a.jsonl"}
+    assert rows("below/s3://x/a.jsonl")[0][1] == {"n": "below/s3:/x/a.jsonl"}
+    assert rows(f"{tmp_path}/s3://x/a.jsonl")[0][1] == rows("./s3:/x/a.jsonl")[0][1] == {"n": "s3:/x/a.jsonl"}
+
+
+def test_patterns_are_patterns_still(tmp_path):
+    for name in ("a/x1.jsonl", "a/x2.jsonl", "b/x1.jsonl"):
+        lines(tmp_path / name, [{"n": name}])
+    numbers = lambda spec: [row["n"] for _, row in rows(f"{tmp_path}/{spec}")]
+    assert numbers("[ab]/x[1].jsonl") == ["a/x1.jsonl", "b/x1.jsonl"]
+    assert numbers("a/x?.jsonl") == ["a/x1.jsonl", "a/x2.jsonl"] and len(numbers("**/*.jsonl")) == 3
+    with pytest.raises(FileNotFoundError, match="nothing matches it"):
+        rows(f"{tmp_path}/[cd]/x1.jsonl")
+    with pytest.raises(ValueError, match="unknown scheme ftp"):
+        rows("ftp://host/a.jsonl")
+
+
+def test_a_bucket_with_names_like_patterns(tmp_path, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(buckets.fsspec.core, "url_to_fs", lambda item: (fs, item.replace("s3://", "/")))
+    monkeypatch.setattr(fs, "ukey", lambda name: name, raising=False)
+    for name in ("/lr=[1]/a.jsonl", "/lr=[1]/b[1].jsonl", "/lr=1/a.jsonl", "/lr=[1]/b1.jsonl"):
+        with fs.open(name, "w") as file:
+            file.write(json.dumps({"n": name}) + "\n")
+    numbers = lambda spec: [row["n"] for _, row in rows(spec)]
+    assert numbers("s3://lr=[1]/b[1].jsonl") == ["/lr=[1]/b[1].jsonl"]
+    assert numbers("s3://lr=[1]/*.jsonl") == ["/lr=[1]/a.jsonl", "/lr=[1]/b1.jsonl", "/lr=[1]/b[1].jsonl"]
+    assert numbers("s3://lr=[1]") == numbers("s3://lr=[1]/*.jsonl") and numbers("s3://lr=?/a.jsonl") == [
+        "/lr=1/a.jsonl"
+    ]
+
+
+def test_a_copy_that_a_power_cut_emptied_is_made_again(tmp_path, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(fs, "ukey", lambda name: name, raising=False)
+    with fs.open("/cut/a.jsonl", "w") as file:
+        file.write('{"n": 1}\n')
+    copy = buckets._copy(fs, "/cut/a.jsonl")
+    for left in (b"", b'{"n"'):
+        copy.write_bytes(left)
+        assert buckets._copy(fs, "/cut/a.jsonl").read_bytes() == b'{"n": 1}\n'
+    assert [path.name for path in copy.parent.iterdir()] == ["a.jsonl"]
 
 
 # The hub: huggingface_hub itself, in a process of its own, against a server that answers as huggingface.co does.
@@ -461,3 +660,17 @@ def test_what_is_not_in_a_bucket_or_cannot_be_had_is_said(bucket, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ValueError, match=r"gs://b/a\.jsonl needs the package gcsfs; install it with pip"):
         sources.parts("gs://b/a.jsonl")
+
+
+# Bounds
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_line_that_never_ends_is_not_read_whole(tmp_path, monkeypatch, suffix):
+    path = lines(tmp_path / f"a{suffix}", [{"n": 1}, {"n": "x" * 5000}])
+    monkeypatch.setattr(rmjax.data.files, "MOST_LINE", 5010)
+    assert len(rows(str(path))) == 2 == sources.count_rows(str(path))
+    monkeypatch.setattr(rmjax.data.files, "MOST_LINE", 5000)
+    for read in (rows, sources.count_rows):
+        with pytest.raises(ValueError, match=rf"{path}, line 2 is longer than 5,000 bytes"):
+            read(str(path))

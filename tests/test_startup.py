@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from rmjax import startup
+
 # Compiles a program that takes a while, in a process of its own; says where it was kept, what it computed and how.
 PROGRAM = """
 import os
@@ -88,3 +90,91 @@ def test_the_users_own_settings_stay(start, tmp_path):
 def test_another_number_of_cores_is_another_device(start):
     two, one = start(), start(CORES="1")
     assert one["folder"] != two["folder"] and one["hits"] == 0
+
+
+# Whose folder it is
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder for programs, with a program of JAX's and a file of somebody's in it."""
+    folder = tmp_path / "home" / "xla" / "2-cores"
+    folder.mkdir(parents=True)
+    (folder / PROGRAM_NAME).write_bytes(b"program")
+    (folder / "my-cache").write_bytes(b"precious")
+    for path in (tmp_path, tmp_path / "home", folder.parent, folder):
+        path.chmod(0o755)
+    return folder
+
+
+PROGRAM_NAME = f"jit_work-{'0123456789abcdef' * 4}-cache"
+
+
+def modes(folder):
+    return [path.stat().st_mode & 0o777 for path in (folder.parent, folder)]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757, 0o1777])
+@pytest.mark.parametrize("which", ["xla", "2-cores"])
+def test_a_folder_that_others_could_write_to_is_closed_and_emptied_of_programs(place, which, mode):
+    path = {place.name: place, place.parent.name: place.parent}[which]
+    path.chmod(mode)
+    startup._make_private(place)
+    assert path.stat().st_mode & 0o077 == 0 and [p.name for p in place.iterdir()] == ["my-cache"]
+
+
+def test_a_folder_of_ones_own_stays_as_it_is(place):
+    startup._make_private(place)
+    assert modes(place) == [0o755, 0o755] and (place / PROGRAM_NAME).exists()
+    place.parent.parent.chmod(0o775)  # the usual mode where each user has a group
+    place.parent.parent.parent.chmod(0o1777)  # as /tmp
+    startup._make_private(place)
+    assert (place / PROGRAM_NAME).exists()
+
+
+def test_a_folder_in_whose_place_others_can_put_theirs_is_not_used(place, tmp_path):
+    (tmp_path / "home").chmod(0o777)
+    with pytest.raises(PermissionError, match="home is no safe place for programs: everybody can write to it"):
+        startup._make_private(place)
+    (tmp_path / "home").chmod(0o755)
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "open" / "link").symlink_to("../home")
+    (tmp_path / "short").symlink_to(tmp_path / "open" / "link")
+    with pytest.raises(PermissionError, match="open is no safe place"):  # it leads there by a link of a link
+        startup._make_private(tmp_path / "short" / "xla" / "2-cores")
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(OSError, match="link"):
+        startup._make_private(tmp_path / "circle" / "xla" / "2-cores")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives files away")
+def test_a_folder_of_another_user_is_not_used(place, tmp_path):
+    for path in (place, place.parent, tmp_path / "home"):
+        os.chown(path, 12345, 12345)
+        with pytest.raises(PermissionError, match="belongs to"):
+            startup._make_private(place)
+        os.chown(path, 0, 0)
+    place.parent.rename(tmp_path / "home" / "theirs")
+    place.parent.symlink_to("theirs")
+    with pytest.raises(PermissionError, match="is a link"):
+        startup._make_private(place)
+
+
+def test_programs_of_an_open_folder_are_not_read(start, tmp_path):
+    first = start()
+    folder = tmp_path / "home" / "rmjax" / "xla" / f"{len(os.sched_getaffinity(0))}-cores"
+    folder.chmod(0o777)
+    again = start()
+    assert again["hits"] == 0 and again["misses"] == first["misses"] and folder.stat().st_mode & 0o077 == 0
+    (tmp_path / "home" / "rmjax").chmod(0o777)
+    refused = start()
+    assert refused["folder"] is None and refused["hits"] == 0 and refused["sum"] == first["sum"]
+    assert refused["said"].count("every run compiles anew") == 1 and "no safe place for programs" in refused["said"]
+
+
+def test_unfinished_files_of_others_stay(place):
+    for path in place.iterdir():
+        os.utime(path, (0, 0))
+    startup._drop_unfinished(place)
+    assert [path.name for path in place.iterdir()] == ["my-cache"]

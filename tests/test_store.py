@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from format_rows import NAMED, ROWS, SYSTEM, assistant, user
 
-from rmjax.data import formats, sources, store
+from rmjax import files
+from rmjax.data import formats, label_studio, measure, sources, store
 from rmjax.data.records import BadRow, Record, Step, group
 
 
@@ -149,3 +151,30 @@ def test_tools_are_json_text(tmp_path):
     assert "größe" in store.to_row(record)["tools"] and json.loads(store.to_row(record)["tools"]) == list(tools)
     half = group([[user("q"), {**assistant("a"), "reasoning_content": "\ud83d"}]], row="f:0", source="s")
     there_and_back([half], tmp_path / "r.parquet")
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Records, pages, tasks and audits: each file is synced under another name, renamed, and its directory synced."""
+    done = []
+    sync, replace = files.sync, Path.replace
+    monkeypatch.setattr(files, "sync", lambda path: done.append(("sync", Path(path).name)) or sync(path))
+    monkeypatch.setattr(Path, "replace", lambda a, b: done.append(("name", Path(b).name)) or replace(a, b))
+    record = read_one()
+    store.write(tmp_path / "a.parquet", [record])
+    label_studio.write(tmp_path / "tasks", [record])
+    measure.save(tmp_path / "audit.json", {"n": 1})
+    for name in ("a.parquet", "tasks.json", "config.xml", "audit.json"):
+        at = done.index(("name", name))
+        assert done[at - 1] == ("sync", f".{name}.rmjax-partial") and done[at + 1][0] == "sync"
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"a.parquet", "tasks.json", "config.xml", "audit.json"}
+
+
+def read_one():
+    return formats.detect([ROWS["pair_text"]], "pair_text").read(ROWS["pair_text"], source="s", where="s:0")[0]
+
+
+def test_a_report_takes_no_other_files_name(tmp_path):
+    (tmp_path / "audit.tmp").write_text("precious")
+    measure.save(tmp_path / "audit.json", {"n": 1})
+    assert (tmp_path / "audit.tmp").read_text() == "precious"

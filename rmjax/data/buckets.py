@@ -8,7 +8,7 @@ from typing import Any
 
 import fsspec
 
-from rmjax import passwords, startup
+from rmjax import files, passwords, startup
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # what fsspec reads them with
 
@@ -41,9 +41,12 @@ def copies(item: str, names: Callable[[Any, str, str], list[str]]) -> list[Path]
 def _copy(fs: Any, name: str) -> Path:
     state = hashlib.sha256(f"{fs.unstrip_protocol(name)} {fs.ukey(name)}".encode()).hexdigest()[:32]
     copy = startup.user_cache() / "buckets" / state / Path(name).name
-    if not copy.is_file():
+    if not copy.is_file() or copy.stat().st_size != fs.size(name):  # an earlier version's, cut by a power cut
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=copy.parent) as scratch:
-            fs.get_file(name, f"{scratch}/{copy.name}")
-            Path(scratch, copy.name).replace(copy)
+        with tempfile.TemporaryDirectory(dir=copy.parent) as scratch:  # another process may copy the same
+            made = Path(scratch, copy.name)
+            fs.get_file(name, str(made))
+            files.sync(made)
+            made.replace(copy)
+        files.sync(copy.parent)
     return copy

@@ -2,15 +2,14 @@
 
 A cache file is Arrow IPC, named by the fingerprint of the data, the chat (tokenizer, template, arguments,
 length policy) and the options of `build`. It appears whole (written elsewhere, then renamed), beside a JSON
-file with its audit. A build that was killed leaves what it wrote; the next one of the same goes on from there.
+file with its audit and digests (cache_files.py); what is not as it was written is built again. A build that was
+killed leaves what it wrote; the next one of the same goes on from there.
 """
 
 import collections
 import concurrent.futures
 import concurrent.futures.process
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -18,12 +17,11 @@ import json
 import multiprocessing
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,20 +30,20 @@ import transformers
 from absl import logging
 
 from rmjax import startup
-from rmjax.data import formats, sources
+from rmjax.data import cache_files, formats, sources
 from rmjax.data.audit import Audit
 from rmjax.data.augment import EVALUATION, augment
+from rmjax.data.cache_files import Result
 from rmjax.data.chat import Chat, Labelled, conversation_key, sequence_lengths
 from rmjax.data.groups import Groups, Store, schema
 from rmjax.data.reading import opened, prompt_id, read_row
 from rmjax.data.records import KEEPABLE, BadRow, Record
 from rmjax.data.tasks import Example, Task
 
-CACHE_VERSION = 4  # of what is stored; another one is another file
+CACHE_VERSION = 5  # of what is stored; another one is another file
 CHUNK = 256  # rows of a worker's job
 SMALL = 2048  # fewer rows than this are tokenized before processes would have started
 PROGRESS_SECONDS = 5.0
-ABANDONED_SECONDS = 24 * 3600.0  # a build writes all the time, so it no longer runs
 
 
 class WorkerDied(RuntimeError):
@@ -84,12 +82,13 @@ def build(
     Raises:
         FileNotFoundError: a source is not there.
         ValueError: data that cannot be read, an unclear format, a bad row (on_bad_row="error"), too many of
-            them, or no group at all.
+            them, no group at all, or data that changed while it was read.
     """
     if on_bad_row not in ("error", "skip", "keep"):
         raise ValueError(f"on_bad_row={on_bad_row!r} is none of error, skip, keep")
     options = [format, type(task).__name__, repr(task), on_bad_row == "keep", *augmentations]
-    origin = sources.fingerprint(spec)
+    witness = sources.Witness(spec)
+    origin = witness.fingerprint
     fingerprint = _digest([origin, chat.fingerprint(), options])
     versions = [CACHE_VERSION, transformers.__version__, tokenizers.__version__]
     path = _directory(cache_dir) / f"{_digest([fingerprint, versions])}.arrow"
@@ -97,10 +96,14 @@ def build(
     if cached is None:
         work = functools.partial(_tokenize, task=task, keep=on_bad_row == "keep", augmentations=tuple(augmentations))
         jobs = _jobs(spec, format)
-        with _partials(path) as (partial, left):
-            every = itertools.chain(_done(left, jobs), _run(jobs, work, chat, workers))
+        back: list[_Job] = []
+        columns = schema(task)
+        with cache_files.partials(path, CHUNK, WorkerDied) as (partial, left):
+            done = _done(cache_files.whole(left[0], columns) if left else iter(()), jobs, back)
+            every = itertools.chain(done, _run(itertools.chain(back, jobs), work, chat, workers))
             results = _Progress(spec, progress).watch(every)
-            _write(path, partial, _refuse_bad(results) if on_bad_row == "error" else results, schema(task), spec)
+            results = _refuse_bad(results) if on_bad_row == "error" else results
+            cache_files.write(path, partial, results, columns, functools.partial(_confirm, spec, witness))
         cached = _load(path, task)
     store, audit = cached
     audit.check(on_bad_row, max_bad_fraction)
@@ -116,15 +119,6 @@ class _Job:
     rows: list[tuple[str, sources.Row]]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Result:
-    """The groups of a job's rows, and what became of those rows; `before`: by a build that was killed."""
-
-    groups: pa.RecordBatch
-    audit: Audit
-    before: bool = False
-
-
 def _jobs(spec: str, format: str) -> Iterator[_Job]:
     """The rows of all sources in jobs; the first rows of each source decide how it is read."""
     for item in sources.split_spec(spec):
@@ -133,7 +127,7 @@ def _jobs(spec: str, format: str) -> Iterator[_Job]:
             yield _Job(layout, sources.source_name(item), chunk)
 
 
-def _run(jobs: Iterator[_Job], work: Callable[[Chat, _Job], _Result], chat: Chat, workers: int) -> Iterator[_Result]:
+def _run(jobs: Iterator[_Job], work: Callable[[Chat, _Job], Result], chat: Chat, workers: int) -> Iterator[Result]:
     """Does the jobs, in processes unless there are few; yields results in the order of the jobs."""
     if workers < 0:
         cores = startup.cores()
@@ -146,7 +140,7 @@ def _run(jobs: Iterator[_Job], work: Callable[[Chat, _Job], _Result], chat: Chat
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_worker, (chat, work)
     )
-    pending: collections.deque[concurrent.futures.Future[_Result]] = collections.deque()
+    pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
     try:
         for job in jobs:
             pending.append(pool.submit(_work, job))
@@ -163,7 +157,7 @@ def _run(jobs: Iterator[_Job], work: Callable[[Chat, _Job], _Result], chat: Chat
         pool.shutdown(cancel_futures=True)
 
 
-def _result(pool: Any, future: "concurrent.futures.Future[_Result]") -> _Result:
+def _result(pool: Any, future: "concurrent.futures.Future[Result]") -> Result:
     """A job's result. The pool itself does not notice that a process is killed while it writes one: it waits for the
     rest, from a pipe that it holds open as well.
     """
@@ -178,10 +172,10 @@ def _result(pool: Any, future: "concurrent.futures.Future[_Result]") -> _Result:
     return future.result()
 
 
-_worker: Callable[[_Job], _Result]  # in worker processes
+_worker: Callable[[_Job], Result]  # in worker processes
 
 
-def _start_worker(chat: Chat, work: Callable[[Chat, _Job], _Result]) -> None:
+def _start_worker(chat: Chat, work: Callable[[Chat, _Job], Result]) -> None:
     global _worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
@@ -197,11 +191,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(job: _Job) -> _Result:
+def _work(job: _Job) -> Result:
     return _worker(job)
 
 
-def _tokenize(chat: Chat, job: _Job, *, task: Task, keep: bool, augmentations: Sequence[str] = ()) -> _Result:
+def _tokenize(chat: Chat, job: _Job, *, task: Task, keep: bool, augmentations: Sequence[str] = ()) -> Result:
     """Rows to groups. With `keep`, a row with a defect that still allows training is counted and kept."""
     audit = Audit(rows=len(job.rows))
     lost: dict[tuple[str, str], BadRow] = {}  # by row and reason: a row counts once, however many groups it makes
@@ -240,7 +234,7 @@ def _tokenize(chat: Chat, job: _Job, *, task: Task, keep: bool, augmentations: S
         audit.add(defect.reason, where, defect.detail, defect.tokens, kept=where in used)
     columns = schema(task)
     arrays = [pa.array([g[field.name] for g in groups], field.type) for field in columns]
-    return _Result(pa.RecordBatch.from_arrays(arrays, schema=columns), audit)
+    return Result(pa.RecordBatch.from_arrays(arrays, schema=columns), audit, _rows_digest(job))
 
 
 def _columns(record: Record, example: Example, group: Labelled, shares: int) -> dict[str, Any]:
@@ -294,7 +288,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def _refuse_bad(results: Iterator[_Result]) -> Iterator[_Result]:
+def _refuse_bad(results: Iterator[Result]) -> Iterator[Result]:
     for result in results:
         result.audit.check("error", 0.0)
         yield result
@@ -306,7 +300,7 @@ class _Progress:
     def __init__(self, spec: str, say: Callable[[str], None] | None):
         self.spec, self.say = spec, say
 
-    def watch(self, results: Iterator[_Result]) -> Iterator[_Result]:
+    def watch(self, results: Iterator[Result]) -> Iterator[Result]:
         """Passes results through and reports on them."""
         start = last = time.monotonic()
         done, before, total = 0, 0, None
@@ -330,88 +324,45 @@ class _Progress:
             self.say(f"{self.spec}: {done:,} rows read and tokenized in {took:,.1f} s{earlier}")
 
 
-@contextlib.contextmanager
-def _partials(path: Path) -> Iterator[tuple[BinaryIO, list[BinaryIO]]]:
-    """Opens a file to write the results of a build to, and those that killed builds of the same left, longest first.
-
-    All are gone afterwards, unless this build is killed or interrupted too.
-    """
-    name = f"{path.stem}.{CHUNK}."  # results are those of jobs of this size
-    with contextlib.ExitStack() as stack:
-        left: list[BinaryIO] = []
-        for there in path.parent.glob(f"{name}*.partial"):
-            with contextlib.suppress(OSError):  # gone by now, or another user's
-                file = stack.enter_context(open(there, "r+b"))
-                left += [file] if _lock(file) else []
-        left.sort(key=lambda file: -os.fstat(file.fileno()).st_size)
-        handle, new = tempfile.mkstemp(prefix=name, suffix=".partial", dir=path.parent)
-        os.close(handle)
-        partial = stack.enter_context(open(new, "r+b"))
-        _lock(partial)
-        try:
-            yield partial, left
-        except WorkerDied:
-            raise
-        except Exception:
-            _remove(partial, *left)
-            raise
-        _remove(partial, *left)
-
-
-def _remove(*files: BinaryIO) -> None:
-    for file in files:
-        for suffix in ("", ".json"):
-            Path(file.name + suffix).unlink(missing_ok=True)
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Locks the file until it is closed; False if another process has."""
+def _rows_digest(job: _Job) -> str:
+    """Of the rows of a job and of how they are read; "" where a row holds what cannot be told apart."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        text = json.dumps([repr(job.layout), job.source, job.rows], default=sources.plain)
+    except (TypeError, ValueError, RecursionError):
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _done(left: list[BinaryIO], jobs: Iterator[_Job]) -> Iterator[_Result]:
-    """The results that a killed build wrote whole; passes over their jobs."""
-    for result in _whole(left[0]) if left else ():
-        if next(jobs, None) is None:
+def _done(left: Iterator[Result], jobs: Iterator[_Job], back: list[_Job]) -> Iterator[Result]:
+    """The results that a killed build wrote whole; passes over their jobs.
+
+    It ends at the first whose rows are no longer those of the source: a source may have changed and changed back
+    while that build read it. The job that is then passed over in vain is put into `back`.
+    """
+    for result in left:
+        job = next(jobs, None)
+        if job is None:
+            return
+        if not result.rows or result.rows != _rows_digest(job):
+            back.append(job)
             return
         yield result
 
 
-def _whole(file: BinaryIO) -> Iterator[_Result]:
-    file.seek(8)  # the stream begins after the file's mark
-    with contextlib.suppress(StopIteration, pa.ArrowException, OSError, ValueError, KeyError, TypeError):
-        reader = pa.ipc.open_stream(file)
-        while True:
-            groups, more = reader.read_next_batch_with_custom_metadata()
-            yield _Result(groups, Audit.from_json(more["audit"]), before=True)
-
-
-def _write(path: Path, partial: BinaryIO, results: Iterator[_Result], columns: pa.Schema, spec: str) -> None:
-    """Writes the file and its audit, each in one step."""
-    audit = Audit()
-    with pa.ipc.new_file(partial, columns) as writer:
-        for result in results:
-            audit.merge(result.audit)
-            writer.write_batch(result.groups, custom_metadata={"audit": result.audit.to_json()})
-    partial.flush()
+def _confirm(spec: str, witness: sources.Witness, audit: Audit) -> None:
+    """Lets a build become a file: what was read is what the file is named by, and there is something in it."""
+    witness.check()
     if not sum(audit.sources.values()):
         raise ValueError(f"{spec}: none of its {audit.rows} rows could be used; {audit.reasons_text()}")
-    text = Path(partial.name + ".json")
-    text.write_text(audit.to_json())
-    text.replace(path.with_suffix(".json"))
-    Path(partial.name).replace(path)
 
 
 def _load(path: Path, task: Task) -> "tuple[Store, Audit]":
-    return Store(path, task), Audit.from_json(path.with_suffix(".json").read_text())
+    audit = cache_files.checked(path)
+    return Store(path, task), audit
 
 
 def _cached(path: Path, task: Task) -> "tuple[Store, Audit] | None":
-    """What an earlier build wrote; None if it wrote nothing, or if the file is not whole any more."""
+    """What an earlier build wrote; None if it wrote nothing, or if the file is not what it wrote any more."""
     try:
         return _load(path, task)
     except FileNotFoundError:
@@ -426,12 +377,7 @@ def _cached(path: Path, task: Task) -> "tuple[Store, Audit] | None":
 def _directory(cache_dir: str | Path) -> Path:
     directory = startup.user_cache(cache_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    for partial in directory.glob("*.partial"):  # left by builds that were killed
-        with contextlib.suppress(OSError):  # somebody else's, or just deleted by another process
-            if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
-                with open(partial, "r+b") as file:
-                    if _lock(file):  # a build that runs holds it, whatever the clock says
-                        _remove(file)
+    cache_files.remove_abandoned(directory)
     return directory
 
 

@@ -50,8 +50,9 @@ RESERVED = (
 # How templates fail on a conversation: by refusing it, or by meeting what they did not expect.
 TEMPLATE_ERRORS = (
     *(jinja2.TemplateError, ArithmeticError, LookupError, AttributeError),
-    *(RuntimeError, TypeError, ValueError),
+    *(RuntimeError, TypeError, ValueError, MemoryError),
 )
+MOST_TEXT = 2**28  # characters of a rendering
 # Files of which a directory with a tokenizer has at least one.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 KEY = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
@@ -166,7 +167,7 @@ class Chat:
             BadRow: `template_error`.
         """
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 list(conversation),
                 tools=list(tools) if tools else None,
                 tokenize=False,
@@ -175,6 +176,9 @@ class Chat:
             )
         except TEMPLATE_ERRORS as error:
             raise BadRow("template_error", f"{type(error).__name__}: {error}") from error
+        if len(text) > MOST_TEXT:
+            raise BadRow("template_error", f"it renders to {len(text):,} characters, the most is {MOST_TEXT:,}")
+        return text
 
     def encode(self, texts: Sequence[str]) -> Sequences:
         """Token ids of renderings; special tokens only where the text has them, so never a second BOS."""

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rmjax import command_line, exits, passwords
+from rmjax import command_line, exits, files, passwords
 from rmjax.command_line import Parser
 from rmjax.data import agreement, converting, formats, label_studio, reading, showing, sources, splitting
 from rmjax.data.audit import Audit, rows_lines
@@ -144,9 +144,10 @@ def _say(text: str) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     for item in sources.split_spec(args.source):
-        rows = [row for _, row in itertools.islice(sources.open_source(item), formats.LOOK)]
+        first = list(itertools.islice(sources.open_source(item), formats.LOOK))
+        rows = [row for _, row in first]
         print(f"{item}: columns of {showing.looked_at(len(rows))}")
-        print("\n".join(showing.columns(rows)))
+        print("\n".join(_columns(first)))
         try:
             print(f"format: {formats.detect(rows, args.format).name}\n")
         except ValueError as error:
@@ -165,6 +166,20 @@ def _inspect(args: argparse.Namespace) -> None:
         for _ in records:  # counts the rest
             pass
         print("\n".join([*rows_lines(audit), *agreement.lines(item, args.format)]))
+
+
+def _columns(rows: Sequence[tuple[str, sources.Row]]) -> list[str]:
+    """The columns of the first rows.
+
+    Raises:
+        ValueError: a row is nested too deep; names it.
+    """
+    for where, row in rows:
+        try:
+            showing.columns([row])
+        except RecursionError:
+            raise ValueError(f"{where}: lists or objects are nested too deep in it to be shown") from None
+    return showing.columns([row for _, row in rows])
 
 
 def _open_chat(tokenizer: str) -> Any:
@@ -236,7 +251,7 @@ def _audit(args: argparse.Namespace) -> None:
 
         page = audit_page.page(found.report, found.title, notes=found.notes, problems=found.problems)
         args.html.parent.mkdir(parents=True, exist_ok=True)
-        args.html.write_text(page, encoding="utf-8")
+        files.write_whole(args.html, page)
     if args.json:
         print(json.dumps({**found.report, "notes": found.notes, "problems": found.problems}, indent=1))
     else:

@@ -1,16 +1,28 @@
-"""Rows of a database: a table, or what a query gives, through SQLAlchemy (`pip install 'rmjax[sql]'`)."""
+"""Rows of a database: a table, or what a query gives, through SQLAlchemy (`pip install 'rmjax[sql]'`).
+
+A database is read, never written: SQL must be one query by its text (queries.py), SQLite opens the file to read alone
+and asks here whether it may do what a statement says, and PostgreSQL runs it in a read-only transaction. What functions
+of a PostgreSQL server do outside its tables (write a file, send a message), they do, if the user may call them.
+"""
 
 import contextlib
 import dataclasses
 import re
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, unquote_plus
+from urllib.parse import parse_qsl, quote, unquote_plus
 
 from rmjax import passwords
+from rmjax.data import queries
 
 FETCH = 1024  # rows in memory at a time
+# What SQLite lets a connection do (https://sqlite.org/c3ref/c_alter_table.html), the pragmas by which SQLAlchemy finds
+# tables and their columns, and functions that read or write other files where a build of SQLite has them.
+READING = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_TRANSACTION)
+PRAGMAS = ("table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo", "foreign_key_list")
+FUNCTIONS = ("load_extension", "readfile", "writefile", "edit", "fts3_tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +65,7 @@ class Location:
 
         if self.query:
             # SQLAlchemy would take ":name" for a parameter.
-            return sqlalchemy.text(self.query.rstrip("; \n").replace(":", r"\:"))
+            return sqlalchemy.text(queries.checked(self.query).replace(":", r"\:"))
         inspector = sqlalchemy.inspect(connection)
         names = sorted([*inspector.get_table_names(), *inspector.get_view_names()])
         if self.table not in names:
@@ -71,8 +83,8 @@ def locate(item: str) -> Location:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: SQLAlchemy or the database's driver is not installed, neither or both of `table` and `query`, no
-            such table, or a database that does not answer.
+        ValueError: SQLAlchemy or the database's driver is not installed, neither or both of `table` and `query`, SQL
+            that is not one query, no such table, or a database that does not answer.
     """
     try:
         import sqlalchemy
@@ -85,6 +97,11 @@ def locate(item: str) -> Location:
     url = sqlalchemy.make_url(base).update_query_dict(named)
     if bool(table) == bool(query):
         raise ValueError(f"{_shown(url)}: name a table with ?table=NAME, or give SQL with ?query=SELECT ...")
+    if query:
+        try:
+            queries.checked(query[0])
+        except ValueError as error:
+            raise ValueError(f"{_shown(url)}: {error}") from None
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():  # SQLite would make the file
         raise FileNotFoundError(f"{_shown(url)}: no file {url.database!r}; looked from {Path.cwd()}")
     location = Location(url, table, query[0] if query else "")
@@ -101,10 +118,16 @@ def name(item: str) -> str:
 
 @contextlib.contextmanager
 def _connect(url: Any) -> Iterator[Any]:
+    """A connection that can only read."""
     import sqlalchemy
 
     try:
-        with sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool).connect() as connection:
+        engine = sqlalchemy.create_engine(_read_only(url), poolclass=sqlalchemy.pool.NullPool)
+        if url.get_backend_name() == "sqlite":
+            sqlalchemy.event.listen(engine, "connect", _restrict_sqlite)
+        else:
+            engine = engine.execution_options(postgresql_readonly=True)  # BEGIN READ ONLY, by each of its drivers
+        with engine.connect() as connection:
             yield connection
     except ModuleNotFoundError as error:
         raise ValueError(
@@ -112,6 +135,31 @@ def _connect(url: Any) -> Iterator[Any]:
         ) from error
     except sqlalchemy.exc.SQLAlchemyError as error:
         raise ValueError(f"{_shown(url)}: {str(getattr(error, 'orig', error)).strip()}") from error
+
+
+def _read_only(url: Any) -> Any:
+    """The URL that opens a SQLite file to read alone; any other URL as it is."""
+    if url.get_backend_name() != "sqlite":
+        return url
+    path = quote(str(Path(url.database).absolute()))  # SQLite reads its file names as URIs then
+    return url.set(database=f"file:{path}").update_query_dict({"mode": "ro", "uri": "true"})
+
+
+def _restrict_sqlite(connection: Any, _: Any) -> None:
+    """Takes from a SQLite connection all that is not reading; attaching and VACUUM INTO would write other files."""
+    connection.execute("PRAGMA query_only = ON")
+    connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+    connection.set_authorizer(_authorize)
+
+
+def _authorize(action: int, first: str | None, second: str | None, *_: Any) -> int:
+    if action == sqlite3.SQLITE_PRAGMA:
+        allowed = first in PRAGMAS
+    elif action == sqlite3.SQLITE_FUNCTION:
+        allowed = second not in FUNCTIONS
+    else:
+        allowed = action in READING
+    return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
 
 def _shown(url: Any) -> str:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 BLOCK = 2**22
+MOST_LINE = 2**28  # bytes of a line of JSON lines; what has longer ones is another kind of file
 
 Row = dict[str, Any]
 AsRow = Callable[[Any, str], Row]  # makes a row of what stands in a JSON file, from it and from where it stands
@@ -67,6 +68,12 @@ def digest(path: Path) -> str:
         return hashlib.sha256(b"".join(pool.map(block, range(0, path.stat().st_size, BLOCK)))).hexdigest()
 
 
+def state(path: Path) -> tuple[int, ...]:
+    """What becomes another one whenever the file is written to or replaced, even by what it held before."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path)) if path.name.endswith(".gz") else open(path, "rb")
 
@@ -106,14 +113,25 @@ def _count_arrow(path: Path) -> int:
 
 def _read_jsonl(path: Path, as_row: AsRow) -> Iterator[Row]:
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file, path), 1):
             if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
                 yield as_row(_parse(text, f"{path}, line {number}"), f"{path}, line {number}")
 
 
 def _count_jsonl(path: Path) -> int:
     with _open(path) as file:
-        return sum(bool(line.strip()) for line in file)
+        return sum(bool(line.strip()) for line in _lines(file, path))
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """The lines of a file; one that never ends is not read into memory whole."""
+    for number, line in enumerate(iter(lambda: file.readline(MOST_LINE + 1), b""), 1):
+        if len(line) > MOST_LINE:
+            raise ValueError(
+                f"{path}, line {number} is longer than {MOST_LINE:,} bytes; expected JSON lines, a row on each; "
+                f"it begins with {line[:40]!r}"
+            )
+        yield line
 
 
 _json_counts: dict[tuple[Path, int, int], int] = {}  # rows by path, time of change and size

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from rmjax import files
 from rmjax.command_line import check_writable, leaving_nothing
 from rmjax.data.records import Message, Record
 
@@ -116,19 +117,15 @@ def write(
     config = labelling_config(kind, responses, attributes, scale)
     directory = Path(directory).expanduser()
     check_writable(directory / "tasks.json", f"--output={directory}")
-    partial, written = directory / ".tasks.json.partial", 0
+    written = 0
     with leaving_nothing(directory):
-        try:
-            with open(partial, "w", encoding="utf-8") as file:
-                same = _same_size(itertools.chain([first], records), responses)
-                for written, task in enumerate(tasks(same, lowest=scale[0], seed=seed), 1):
-                    file.write("[\n" if written == 1 else ",\n")
-                    json.dump(task, file, ensure_ascii=False)
-                file.write("\n]\n")
-            partial.replace(directory / "tasks.json")
-        finally:
-            partial.unlink(missing_ok=True)
-        (directory / "config.xml").write_text(config, encoding="utf-8")
+        with files.whole(directory / "tasks.json") as scratch, open(scratch, "w", encoding="utf-8") as file:
+            same = _same_size(itertools.chain([first], records), responses)
+            for written, task in enumerate(tasks(same, lowest=scale[0], seed=seed), 1):
+                file.write("[\n" if written == 1 else ",\n")
+                json.dump(task, file, ensure_ascii=False)
+            file.write("\n]\n")
+        files.write_whole(directory / "config.xml", config)
     return written
 
 

@@ -104,7 +104,7 @@ def label_kind(groups: Groups) -> str:
 
 
 def save(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a report as JSON, whole."""
+    """Writes a report as JSON, whole and synced."""
     files.write_json(path, values)
 
 

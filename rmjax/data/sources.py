@@ -24,6 +24,7 @@ from urllib.parse import parse_qsl, urlsplit
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+from rmjax import passwords
 from rmjax.data import buckets, database, files, synthetic
 from rmjax.data.files import Row
 
@@ -46,16 +47,18 @@ class Part:
         rows: opens it and yields its rows.
         count: its number of rows, or None where only reading it all would tell.
         digest: SHA-256 of its contents.
+        state: of files, what becomes another one whenever they are written to; else None.
     """
 
     name: str
     rows: Callable[[], Iterator[Row]]
     count: Callable[[], int | None]
     digest: Callable[[], str]
+    state: Callable[[], Any] = lambda: None
 
 
 def split_spec(spec: str) -> list[str]:
-    """Splits "a.jsonl, hf://datasets/o/n/b.parquet" at its commas, unless all of it is one existing path.
+    """Splits "a.jsonl, hf://datasets/o/n/b.parquet" at its commas, but at none of a path that is there as it stands.
 
     SQL has commas too, so a source with `query=` reaches to the end of the text.
 
@@ -66,10 +69,50 @@ def split_spec(spec: str) -> list[str]:
         return [spec]
     sql = re.search(r"[^,]*://[^,]*[?&]query=", spec)
     listed, rest = (spec[: sql.start()], [spec[sql.start() :]]) if sql else (spec, [])
-    items = [item.strip() for item in [*listed.split(","), *rest] if item.strip()]
+    items = [item.strip() for item in [*_pieces(listed, ","), *rest] if item.strip()]
     if not items:
         raise ValueError("no data was named; give a file, a directory, a glob or hf://datasets/OWNER/NAME/...")
     return items
+
+
+def _pieces(text: str, separator: str) -> list[str]:
+    """Splits at separators, but at none inside of the name of an existing file or directory."""
+    pieces, found = text.split(separator), []
+    while pieces:
+        ends = range(len(pieces), 1, -1)
+        end = next((n for n in ends if _is_there(separator.join(pieces[:n]).strip(), separator)), 1)
+        found.append(separator.join(pieces[:end]))
+        pieces = pieces[end:]
+    return found
+
+
+def _is_there(path: str, separator: str) -> bool:
+    """Whether the separators in a text belong to names that exist: a path, a glob below one, or aligned files."""
+    if path.startswith("aligned://"):
+        return all(map(os.path.isfile, _pieces(path.removeprefix("aligned://"), "+")))
+    literal, pattern = _parted(path)
+    below = glob.has_magic(pattern) and separator in literal and separator not in pattern
+    return bool(literal) and (below or not pattern)
+
+
+def _parted(path: str) -> tuple[str, str]:
+    """The longest part of a path, from its beginning, that is there as it stands, and what follows: maybe a pattern."""
+    parts = Path(path if os.path.exists(path) else os.path.expanduser(path)).parts
+    there = next((n for n in range(len(parts), 0, -1) if os.path.exists(os.path.join(*parts[:n]))), 0)
+    return os.path.join("", *parts[:there]), os.path.join("", *parts[there:])
+
+
+def matching(path: str) -> list[Path]:
+    """What is at a path, or what a glob matches, sorted; what is there as it stands is never a pattern.
+
+    >>> matching("runs/lr=[1e-5]/*.jsonl")  # doctest: +SKIP
+    [PosixPath('runs/lr=[1e-5]/a.jsonl')]
+    """
+    literal, pattern = _parted(path)
+    if not pattern:
+        return [Path(literal)]
+    found = glob.glob(os.path.join(glob.escape(literal), pattern), recursive=True)
+    return [Path(name) for name in dict.fromkeys(sorted(found))]
 
 
 def source_name(item: str) -> str:
@@ -82,12 +125,13 @@ def source_name(item: str) -> str:
     """
     scheme, rest = _scheme(item), item.partition("://")[2]
     if not scheme:
-        plain = [part for part in Path(item).parts if not glob.has_magic(part)]  # of a glob, the directory
-        return (plain[-1] if plain else item).split(".")[0] or item
+        literal, rest = _parted(item)
+        plain = [*Path(literal).parts, *(part for part in Path(rest).parts if not glob.has_magic(part))]
+        return (plain[-1] if plain else item).split(".")[0] or item  # of a glob, the directory
     if scheme == "hf":
         return "/".join(rest.removeprefix("datasets/").split("/")[:2]).split("@")[0]
     if scheme == "aligned":
-        return source_name(rest.split("+")[0])
+        return source_name(_pieces(rest, "+")[0])
     if scheme in buckets.PACKAGES:
         return source_name(rest)
     if SCHEMES.get(scheme) is _database_parts:
@@ -144,6 +188,67 @@ def fingerprint(spec: str) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
+class Witness:
+    """Tells, after sources were read, whether all that was read is what their fingerprint was taken of.
+
+        witness = Witness(spec)
+        ...  # open_source(spec) and whatever else reads it, once or more
+        witness.check()
+
+    Files are compared by their digests before and after, and by inode, size and times of change, which tell of a file
+    that was changed and changed back; a file that was only touched is refused with them. The rows of databases and of
+    Python are hashed as they are read, by open_source itself. The cost is a second digest, of files about
+    1 GB/s on two cores (see cache_files.py), and of rows one more reading.
+
+    Attributes:
+        fingerprint: as `fingerprint` returns it, taken before.
+    """
+
+    def __init__(self, spec: str):
+        self._spec, self._items = spec, split_spec(spec)
+        for item in self._items:
+            _watched[item] = set()
+        self._before = self._states()
+        self.fingerprint = fingerprint(spec)
+
+    def _states(self) -> dict[str, Any]:
+        found = [(item, part) for item in self._items for part in parts(item)]
+        return {item if item.endswith(part.name) else f"{part.name} of {item}": part.state() for item, part in found}
+
+    def check(self) -> None:
+        """Compares.
+
+        Raises:
+            FileNotFoundError: a source is gone.
+            ValueError: something was changed since; names it.
+        """
+        seen = {item: _watched.pop(item, set()) for item in self._items}
+        same = fingerprint(self._spec) == self.fingerprint
+        after = self._states()
+        changed = [name for name in {**self._before, **after} if self._before.get(name) != after.get(name)]
+        changed += [item for item, digests in seen.items() if len(digests) > 1]
+        if not same or changed:
+            raise ValueError(
+                f"{', '.join(changed[:3]) or self._spec} changed while it was read, so what was read is not what its "
+                "fingerprint says; nothing was kept of it: start again when nobody writes to it"
+            )
+
+
+_watched: dict[str, set[str]] = {}  # by source of a Witness: digests of all rows, of each time they were read
+
+
+def _passing(item: str, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """The rows; hashes them on their way if there is a Witness who wants to know."""
+    if item not in _watched:
+        yield from rows()
+        return
+    total = hashlib.sha256()
+    for i, row in enumerate(rows()):
+        total.update(_row_bytes(item, i, row))
+        yield row
+    _watched.setdefault(item, set()).add(total.hexdigest())
+
+
 def parts(item: str) -> list[Part]:
     """The files (or tables, or made-up sets) of one source.
 
@@ -162,7 +267,10 @@ def parts(item: str) -> list[Part]:
 def _scheme(item: str) -> str:
     """What stands before "://", less the driver of a database ("postgresql+psycopg2"); "" for a path."""
     scheme, separator, _ = item.partition("://")
-    return scheme.partition("+")[0] if separator else ""
+    if not separator or not re.fullmatch(r"[A-Za-z][\w+.-]*", scheme):
+        return ""
+    name = scheme.partition("+")[0]
+    return name if name in SCHEMES or not os.path.exists(item) else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +286,9 @@ def _file_part(name: str, path: Path) -> Part:
     if not files.kind(path):
         raise ValueError(f"{path}: unknown kind of file; known: {', '.join(files.READERS)}, each also with .gz")
     bind = functools.partial
-    return Part(name, bind(files.read, path), bind(files.count, path), bind(files.digest, path))
+    return Part(
+        name, bind(files.read, path), bind(files.count, path), bind(files.digest, path), bind(files.state, path)
+    )
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
@@ -198,20 +308,18 @@ def local_files(item: str) -> list[Path]:
     """
     scheme, rest = _scheme(item), item.partition("://")[2]
     if scheme == "aligned":
-        return [file for piece in rest.split("+") for file in local_files(piece)]
+        return [file for piece in _pieces(rest, "+") for file in local_files(piece)]
     return [] if scheme else _local_files(item)
 
 
 def _local_files(item: str) -> list[Path]:
-    path = Path(item).expanduser()
+    item = passwords.reveal(item)  # a directory may be called like a URL
+    path = Path(item if os.path.exists(item) else os.path.expanduser(item))
     if path.is_dir():
         found = [f.relative_to(path) for f in sorted(path.rglob("*")) if f.is_file()]
         chosen = [path / f for f in _only_data(item, found)]
-    elif path.is_file():
-        chosen = [path]
     else:
-        matches = dict.fromkeys(sorted(glob.glob(str(path), recursive=True)))
-        chosen = [Path(f) for f in matches if Path(f).is_file()]
+        chosen = [file for file in matching(item) if file.is_file()]
     if not chosen and path.is_dir():
         kinds = ", ".join(files.READERS)
         raise FileNotFoundError(f"{item} is a directory without any file that can be read: {kinds}, also with .gz")
@@ -247,14 +355,21 @@ def _hub_files(item: str) -> list[Path]:
 
 
 def _remote_names(fs: Any, path: str, item: str) -> list[str]:
-    """The data files of a path, a glob or a directory on an fsspec file system."""
-    if glob.has_magic(path):
-        found = [Path(name) for name in fs.glob(path)]
+    """The data files of a path, a glob or a directory on an fsspec file system; what is there is never a pattern."""
+    if glob.has_magic(path) and not fs.exists(path):
+        there = next((parent for parent in _parents(path) if glob.has_magic(parent) and fs.isdir(parent)), "")
+        found = [Path(name) for name in fs.glob(glob.escape(there) + path[len(there) :])]
         return sorted(str(f) for f in found if files.kind(f) and f.name not in NOT_DATA)
     if fs.isdir(path):
         found = [Path(name).relative_to(path) for name in sorted(fs.find(path))]
         return [str(path / f) for f in _only_data(item, [f for f in found if not f.name.startswith(".")])]
     return [path]
+
+
+def _parents(path: str) -> list[str]:
+    """The directories above a path on a file system that is not ours, the longest first."""
+    parts = path.split("/")
+    return ["/".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
 
 
 @functools.cache  # one listing, so one state of the bucket, per process
@@ -296,7 +411,7 @@ def _hub_advice(item: str, error: BaseException) -> str:
 
 def _aligned_parts(item: str) -> list[Part]:
     """One part: row i of every file, merged into one row."""
-    pieces = item.removeprefix("aligned://").split("+")
+    pieces = _pieces(item.removeprefix("aligned://"), "+")
     paths = []
     for piece in pieces:
         found = _hub_files(piece) if piece.startswith("hf://") else _local_files(piece)
@@ -307,7 +422,9 @@ def _aligned_parts(item: str) -> list[Part]:
         raise ValueError(f"{item}: expected several files, joined by +")
     digest = lambda: hashlib.sha256("".join(map(files.digest, paths)).encode()).hexdigest()
     name = "+".join(_short_names(paths))
-    return [Part(name, functools.partial(_zipped, item, paths), functools.partial(files.count, paths[0]), digest)]
+    bind = functools.partial
+    states = lambda: [files.state(path) for path in paths]
+    return [Part(name, bind(_zipped, item, paths), bind(files.count, paths[0]), digest, states)]
 
 
 def _zipped(item: str, paths: Sequence[Path]) -> Iterator[Row]:
@@ -350,14 +467,15 @@ def _columns_of(value: Any, where: str) -> Row:
 
 def _database_parts(item: str) -> list[Part]:
     at = database.locate(item)
-    return [Part(at.name, at.rows, at.count, lambda: _digest_rows(item, at.rows()))]
+    rows = functools.partial(_passing, item, at.rows)
+    return [Part(at.name, rows, at.count, lambda: _digest_rows(item, at.rows()))]
 
 
 class _Registered:
     """An iterable, or a function that makes one, under a name."""
 
     def __init__(self, name: str, rows: Iterable[Row] | Callable[[], Iterable[Row]], version: str | None):
-        self.name, self._rows, self._version = name, rows, version
+        self.name, self._rows, self.version = name, rows, version
         self._last: Iterator[Row] | None = None
 
     def rows(self) -> Iterator[Row]:
@@ -377,8 +495,8 @@ class _Registered:
 
     def digest(self) -> str:
         """Of the version, or else of all rows."""
-        if self._version is not None:
-            return hashlib.sha256(self._version.encode()).hexdigest()
+        if self.version is not None:
+            return hashlib.sha256(self.version.encode()).hexdigest()
         return _digest_rows(f"python://{self.name}", self.rows())
 
 
@@ -419,22 +537,29 @@ def _python_parts(item: str) -> list[Part]:
         known = ", ".join(_REGISTERED) or "none"
         raise ValueError(f"{item}: nothing has that name; call rmjax.data.register({name!r}, rows); known: {known}")
     found = _REGISTERED[name]
-    return [Part(name, found.rows, found.count, found.digest)]
+    rows = found.rows if found.version is not None else functools.partial(_passing, item, found.rows)
+    return [Part(name, rows, found.count, found.digest)]
 
 
 def _digest_rows(item: str, rows: Iterable[Row]) -> str:
     """SHA-256 over rows in their order."""
     total = hashlib.sha256()
     for i, row in enumerate(rows):
-        try:
-            total.update(json.dumps(row, sort_keys=True, default=_plain).encode("utf-8", "surrogatepass") + b"\n")
-        except TypeError as error:
-            advice = "give register() a version" if item.startswith("python://") else "leave its column out"
-            raise ValueError(f"row {i} of {item} cannot be hashed ({error}); {advice}") from error
+        total.update(_row_bytes(item, i, row))
+    if item in _watched:
+        _watched[item].add(total.hexdigest())
     return total.hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _row_bytes(item: str, i: int, row: Row) -> bytes:
+    try:
+        return json.dumps(row, sort_keys=True, default=plain).encode("utf-8", "surrogatepass") + b"\n"
+    except TypeError as error:
+        advice = "give register() a version" if item.startswith("python://") else "leave its column out"
+        raise ValueError(f"row {i} of {item} cannot be hashed ({error}); {advice}") from error
+
+
+def plain(value: Any) -> Any:
     """What JSON does not know, as something that is the same in every process."""
     if hasattr(value, "tolist"):  # of numpy
         return value.tolist()

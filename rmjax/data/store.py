@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rmjax import files
 from rmjax.data.records import Message, Record
 
 ROW_GROUP = 512  # records; a group is in memory at once when written and when read
@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
 
 
 def write(path: str | os.PathLike[str], records: Iterable[Record]) -> int:
-    """Writes records as they come, a row group at a time; the file appears whole or not at all.
+    """Writes records as they come, a row group at a time; the file appears whole and synced, or not at all.
 
     Args:
         path: the file; its directory is made.
@@ -61,17 +61,10 @@ def write(path: str | os.PathLike[str], records: Iterable[Record]) -> int:
     """
     path, count, records = Path(path), 0, iter(records)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    partial = Path(name)
-    try:
-        with open(handle, "wb") as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
-            while rows := [to_row(record) for record in itertools.islice(records, ROW_GROUP)]:
-                writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-                count += len(rows)
-        partial.chmod(0o666 & ~_umask())  # mkstemp gives the file to its owner alone
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.whole(path) as scratch, pq.ParquetWriter(scratch, SCHEMA, compression="zstd") as writer:
+        while rows := [to_row(record) for record in itertools.islice(records, ROW_GROUP)]:
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+            count += len(rows)
     return count
 
 
@@ -111,9 +104,3 @@ def _json(value: Any) -> str:
 
 def _or_null(number: float) -> float | None:
     return None if math.isnan(number) else number
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -18,6 +18,12 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
+# Sizes beyond any model that there is, from which nothing is made: a loop over 10**9 layers would not end.
+MOST = {
+    "num_hidden_layers": 2**12,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
+    **{"hidden_size": 2**20, "intermediate_size": 2**24, "vocab_size": 2**28},
+}
 NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range")
 SIZES = (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 
@@ -80,6 +86,9 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     whole = lambda value: type(value) is int and value > 0
     if wrong := [f"{name} {config[name]!r}" for name in SIZES if config.get(name) and not whole(config[name])]:
         raise ValueError(f"config.json of this {family} model has {', '.join(wrong)}; expected whole numbers above 0")
+    if wrong := [f"{name} {config[name]!r}" for name in MOST if (config.get(name) or 0) > MOST[name]]:
+        limits = ", ".join(f"{name} {most:,}" for name, most in MOST.items())
+        raise ValueError(f"config.json of this {family} model has {', '.join(wrong)}; the most is {limits}")
     real = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
     if wrong := [f"{name} {config[name]!r}" for name in NUMBERS if config.get(name) and not real(config[name])]:
         raise ValueError(f"config.json of this {family} model has {', '.join(wrong)}; expected numbers above 0")
