@@ -20,7 +20,7 @@ from rmjax.checkpoint import MANIFEST, Checkpointer
 from rmjax.data.chat import Chat
 from rmjax.data.groups import Groups
 from rmjax.data.packing import Plan
-from rmjax.models import hf, weight_files
+from rmjax.models import hf, hf_export, weight_files
 from rmjax.models.config import ModelConfig
 from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.base import Objective
@@ -70,6 +70,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> list[str]:
     path = workdir / "config.json"
     known = _older_config(path)
     mine = ownership.require_ours(workdir, "run", "--workdir", older=lambda: known is not None)
+    hf_export.require_replaceable(workdir / "export", "the export in --workdir")  # now, not after the training
     marker = _checkpoint_marker(config, checkpoints, workdir, known)
     if marker is not None and marker["run"]:
         _require_same_run(marker, mine, checkpoints, workdir)

@@ -13,22 +13,24 @@ what listens beyond this machine belongs behind a proxy that has them.
 import argparse
 import importlib.util
 import logging
-import math
+import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rmjax import command_line
+from rmjax import command_line, exits
 from rmjax.command_line import Parser
 
 if TYPE_CHECKING:
     from rmjax.serving.service import Service
 
+ANSWER_SECONDS = 10  # for clients to take their answers, once the queue is drained
 LIMITS = {
     **{"port": (0, 65_535), "max_length": (0, 2**31), "queue": (1, 2**31), "batch_tokens": (1, 2**31)},
     **{"max_wait_ms": (0, 60_000), "drain_seconds": (0, 86_400)},
+    **{"request_seconds": (0.1, 86_400), "connections": (1, 2**20)},
 }
 
 
@@ -47,6 +49,8 @@ def parser() -> Parser:
     add("--batch_tokens", type=int, default=16_384, metavar="N", help="tokens of a batch; default 16,384")
     add("--max_wait_ms", type=float, default=2.0, metavar="MS", help="that a request waits for others; default 2")
     add("--drain_seconds", type=float, default=30.0, metavar="S", help="for queued requests when it stops; default 30")
+    add("--request_seconds", type=float, default=60.0, metavar="S", help="in which a request must arrive; default 60")
+    add("--connections", type=int, default=2048, metavar="N", help="open at a time; more are answered with 503")
     add("--normalize", action="store_true", help="rewards minus the contract's mean, divided by its deviation")
     return made
 
@@ -76,20 +80,36 @@ def serve(args: argparse.Namespace) -> None:
     import uvicorn
 
     from rmjax import startup
-    from rmjax.serving import app
+    from rmjax.serving import app, stopping
 
     listening = _bind(args.host, args.port)  # before the model is loaded, which takes long
     startup.keep_programs()
     _log_to_terminal(app.log)
     service = _service(args)
     built = app.build(service, drain=args.drain_seconds, failed=lambda: setattr(server, "should_exit", True))
-    wait = math.ceil(args.drain_seconds) or 1  # uvicorn's own, for connections; 0 would be forever
-    config = uvicorn.Config(built, log_level="warning", access_log=False, timeout_graceful_shutdown=wait)
-    server = uvicorn.Server(config)
+    config = uvicorn.Config(
+        built,
+        log_level="warning",
+        access_log=False,
+        http=stopping.protocol(args.request_seconds),
+        limit_concurrency=args.connections,
+        timeout_graceful_shutdown=ANSWER_SECONDS,
+    )
+    server = stopping.Server(config, lambda: service.close(args.drain_seconds))
     print(f"serving {args.model} on http://{args.host}:{listening.getsockname()[1]}", flush=True)
     # uvicorn raises a signal again once it has stopped: SIGTERM is how a server ends well, Ctrl-C stays what it is.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    server.run(sockets=[listening])
+    code = exits.DONE
+    try:
+        server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        code = exits.INTERRUPTED
+        raise
+    finally:
+        if service.batcher.working:  # all are answered; to end beside a thread that computes would abort the process
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     if service.failure:
         raise RuntimeError(f"{args.model} cannot be compiled: {service.failure}") from service.failure
 
@@ -149,6 +169,7 @@ def _service(args: argparse.Namespace) -> "Service":
         queue=args.queue,
         batch_tokens=args.batch_tokens,
         max_wait=args.max_wait_ms / 1000,
+        request_seconds=args.request_seconds,
         normalize=normalize,
     )
 

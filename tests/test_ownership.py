@@ -209,8 +209,11 @@ def end_alike_or_name_it(whole, cache_dir, name, how):
     cut(base / name, how)
     code, text = small_runs.Started(base / "a", cache_dir, **{"checkpoint.dir": str(base / "saved")}).end()
     after = contents(base)
-    unlike = [x for x in of_run(base) if after.get(Path(x)) != before[Path(x)] and Path(x).name not in OF_EACH_START]
+    same = lambda x: after.get(Path(x)) == before.get(Path(x))
+    unlike = [x for x in of_run(base) if not same(x) and Path(x).name not in OF_EACH_START]
     assert code in (0, 2) and (name in text or (code == 0 and not unlike)), (name, how, code, unlike, text[-2000:])
+    for path in after.keys() - before.keys():
+        (base / path).unlink()
     for path, data in before.items():
         (base / path).write_bytes(data)
 

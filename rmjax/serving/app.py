@@ -32,28 +32,34 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from rmjax.serving.inputs import Asked, Refused
-from rmjax.serving.service import Service
+from rmjax.serving.service import STOPPED, Service
 
 MOST_BYTES = 16 * 2**20  # of a request
+SMALL = 2**16  # bytes of a request that is parsed at once
 KINDS = {404: "NotFoundError", 500: "InternalServerError", 503: "ServiceUnavailableError"}  # vLLM's names of errors
 COMPILING = "the model is being compiled; /health says 200 when it is ready"
 
 log = logging.getLogger("rmjax.serve")
 
 
-async def read(request: Request) -> Mapping[str, Any]:
+async def read(service: Service, request: Request) -> Mapping[str, Any]:
     """The JSON object of a request.
 
     Raises:
-        Refused: too large, or no JSON object.
+        Refused: too large, too slow, or no JSON object.
     """
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MOST_BYTES:
-            raise Refused(413, f"the request is larger than {MOST_BYTES:,} bytes; send fewer texts at a time")
     try:
-        body = json.loads(data)
+        async with asyncio.timeout(service.request_seconds):
+            async for part in request.stream():
+                data += part
+                if len(data) > MOST_BYTES:
+                    raise Refused(413, f"the request is larger than {MOST_BYTES:,} bytes; send fewer texts at a time")
+    except TimeoutError:
+        seconds = service.request_seconds
+        raise Refused(408, f"the request was not there within {seconds:g} seconds; send it faster") from None
+    try:  # large bodies in a thread: others are answered meanwhile
+        body = json.loads(data) if len(data) <= SMALL else await run_in_threadpool(json.loads, data)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the request is not JSON: {error}") from None
     if not isinstance(body, dict):
@@ -83,7 +89,7 @@ def _answer(service: Service, kind: str, data: list[Any], asked: Asked) -> dict[
 
 async def classify(service: Service, request: Request) -> Any:
     """POST /classify."""
-    body = await read(request)
+    body = await read(service, request)
     if ("text" in body or "input_ids" in body) and not ("input" in body or "messages" in body):
         return await _as_sglang(service, request, body)
     asked, outputs = await _outputs(service, request, body)
@@ -109,14 +115,14 @@ async def _as_sglang(service: Service, request: Request, body: Mapping[str, Any]
 
 async def pooling(service: Service, request: Request) -> Any:
     """POST /pooling."""
-    asked, outputs = await _outputs(service, request, await read(request))
+    asked, outputs = await _outputs(service, request, await read(service, request))
     data = [{"index": i, "object": "pooling", "data": row.tolist()} for i, row in enumerate(outputs)]
     return _answer(service, "pool", data, asked)
 
 
 async def score(service: Service, request: Request) -> Any:
     """POST /score."""
-    body = await read(request)
+    body = await read(service, request)
     asked = await run_in_threadpool(service.reader.pairs, body)
     if body.get("use_activation"):
         raise Refused(400, "`use_activation` is true, it must be false or left out: a reward is no probability")
@@ -164,11 +170,13 @@ def build(service: Service, *, drain: float = 30.0, failed: Callable[[], None] =
 
     Args:
         service: the model.
-        drain: seconds that queued requests are waited for when the server stops.
+        drain: seconds that queued requests are waited for when the server stops and has not been drained before.
         failed: is called, in the event loop, if the model cannot be compiled; `service.failure` says why.
     """
 
     async def health(_: Request) -> Response:
+        if service.stopping:
+            return _error(503, STOPPED)
         return Response(status_code=200) if service.ready else _error(503, COMPILING)
 
     async def metrics(_: Request) -> Response:

@@ -105,7 +105,12 @@ class Batcher:
             left = list(self._jobs)
         for job in left:
             job.answer.cancel()
-        return not self._thread.is_alive()
+        return not self.working
+
+    @property
+    def working(self) -> bool:
+        """Whether the thread still runs: a batch is computed, or more may come."""
+        return self._thread.is_alive()
 
     def _count(self, job: Job, sign: int) -> None:
         self.waiting += sign * len(job.sequences)

@@ -1,6 +1,8 @@
 """What a request asks for: its JSON as token sequences, or a refusal in words."""
 
+import copy
 import json
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +21,7 @@ FIXED: Body = {
     "continue_final_message": False,
     "encoding_format": "float",
 }
+SHORT = 65_536  # characters of a request that does not wait for longer ones to be tokenized
 # What vLLM calls the two sides of /score; the first names are the oldest, and ours in messages.
 SIDES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 
@@ -70,7 +73,9 @@ class Reader:
             max_length,
             most,
         )
-        self._encoding = threading.Lock()  # a tokenizer is one thread's at a time
+        # A tokenizer is one thread's at a time, so short requests have one of their own: they overtake long ones.
+        self._lanes = [(chat, threading.Lock()), (copy.deepcopy(chat), threading.Lock())]
+        self._most_characters = _most_characters(chat, max_length)
 
     def inputs(self, body: Body) -> Asked:
         """Of `input`, which is rendered text, a list of texts, token ids or lists of them; or of `messages`.
@@ -148,14 +153,37 @@ class Reader:
         return Asked(sequences, prompts)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        with self._encoding:
-            return self._chat.encode(list(texts))
+        for index, text in enumerate(texts):
+            if len(text) > self._most_characters:
+                raise Refused(
+                    400,
+                    f"input {index} has {len(text):,} characters, more than {self._max_length} tokens can have "
+                    f"({self._most_characters:,.0f})",
+                )
+        chat, lock = self._lanes[sum(map(len, texts)) > SHORT]
+        with lock:
+            return chat.encode(list(texts))
 
     def _render(self, conversation: Any) -> str:
         try:
             return self._chat.render(check_conversation(conversation))
         except BadRow as bad:
             raise Refused(400, bad.detail) from None
+
+
+def _most_characters(chat: Chat, max_length: int) -> float:
+    """Characters that no text of `max_length` tokens can exceed, so that a longer one need not be tokenized to tell.
+
+    No token stands for more characters than the longest entry of the vocabulary has, unless a normalizer takes
+    characters away before.
+    """
+    tokenizer = chat.tokenizer
+    if not max_length or not tokenizer.is_fast or tokenizer.backend_tokenizer.normalizer is not None:
+        return math.inf
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if not (token.lstrip or token.rstrip)]
+    if len(added) < len(tokenizer.added_tokens_decoder):  # they take any number of spaces with them
+        return math.inf
+    return max_length * max(map(len, [*tokenizer.get_vocab(), *added]))
 
 
 def _alike(sequences: Sequence[Sequence[int]]) -> list[Any]:

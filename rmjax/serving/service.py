@@ -17,6 +17,7 @@ from rmjax.serving.batching import Batcher, QueueFull
 from rmjax.serving.inputs import Asked, Reader, Refused
 
 WARM = 4_096  # tokens: rows up to here are compiled before the server is ready
+STOPPED = "the server stopped before this request was computed; try again later"
 ASK_SECONDS = 0.5  # between two looks whether a client is still there
 
 log = logging.getLogger("rmjax.serve")
@@ -31,6 +32,9 @@ class Service:
         max_length: most tokens of a sequence; 0 is no limit.
         reader: turns requests into sequences.
         ready: whether it is compiled for common shapes.
+        stopping: whether it takes no more requests.
+        drained: whether it has stopped; whoever still waits is told to try again.
+        request_seconds: in which all of a request must be there.
         failure: what ended the warming up, if something did.
         registry, requests, seconds: of Prometheus.
     """
@@ -45,6 +49,7 @@ class Service:
         batch_tokens: int,
         max_wait: float,
         normalize: tuple[float, float] | None = None,
+        request_seconds: float = 60.0,
     ):
         """Starts the batcher.
 
@@ -56,12 +61,15 @@ class Service:
             batch_tokens: of a batch.
             max_wait: seconds that a request waits for others.
             normalize: mean and standard deviation, for rewards.
+            request_seconds: in which all of a request must be there.
         """
         self.model, self.name, self.max_length = model, name, max_length
         self.ready = False
         self.failure: Exception | None = None
         self.reader = Reader(model.chat, name, vocabulary=model.config.vocab, max_length=max_length, most=queue)
-        self._normalize, self._batch_tokens, self._stopping = normalize, batch_tokens, False
+        self._normalize, self._batch_tokens = normalize, batch_tokens
+        self.stopping = self.drained = False
+        self.request_seconds = request_seconds
         self.registry = prometheus_client.CollectorRegistry()
         make: dict[str, Any] = {"registry": self.registry}
         self.requests = prometheus_client.Counter("rmjax_requests", "Requests.", ["route", "status"], **make)
@@ -87,7 +95,7 @@ class Service:
         shapes = list(warm_shapes(longest, self._batch_tokens, devices=mesh["data"] * mesh["fsdp"]))
         try:
             for rows, tokens in shapes:
-                if self._stopping:
+                if self.stopping:
                     return
                 self.model.outputs([[0] * tokens] * rows)
         except Exception as error:
@@ -98,9 +106,10 @@ class Service:
 
     def close(self, seconds: float) -> None:
         """Takes no more requests, and finishes what is queued if that takes no longer."""
-        self._stopping = True
-        if not self.batcher.close(max(seconds, 0.1)):  # an idle thread needs a moment, too
-            log.warning("requests were still waiting %g seconds after the stop; they are not answered", seconds)
+        self.stopping = True
+        if not self.batcher.close(max(seconds, 0.1)) and not self.drained:  # an idle thread needs a moment, too
+            log.warning("requests were still waiting %g seconds after the stop; they are answered with 503", seconds)
+        self.drained = True
 
     async def outputs(self, asked: Asked, gone: Callable[[], Awaitable[bool]]) -> np.ndarray:
         """Outputs [n, A] of sequences.
@@ -120,10 +129,12 @@ class Service:
         try:
             while not waiting.done():
                 await asyncio.wait([waiting], timeout=ASK_SECONDS)
+                if not waiting.done() and self.drained:  # the model has not come back from its last batch
+                    raise Refused(503, STOPPED)
                 if not waiting.done() and await gone():
                     raise Refused(499, "the client has gone")
             if waiting.cancelled():
-                raise Refused(503, "the server stopped before this request's turn; try again later")
+                raise Refused(503, STOPPED)
             return waiting.result()
         finally:
             answer.cancel()  # takes it out of the queue; of one that is done or being computed nothing changes
