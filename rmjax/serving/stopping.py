@@ -2,12 +2,21 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
 import uvicorn
 from starlette.concurrency import run_in_threadpool
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+GRACE = 5.0  # seconds, at most, in which requests that came during the stop are answered
+
+
+def unanswered(connection: Any) -> bool:
+    """Whether a connection waits for an answer, or may be about to send its first request."""
+    return connection.cycle is None or not connection.cycle.response_complete
 
 
 class Server(uvicorn.Server):
@@ -25,6 +34,10 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stops: the queue, then uvicorn's own stop."""
         await run_in_threadpool(self._drain)
+        quiet, until = 0, time.monotonic() + GRACE
+        while quiet < 10 and time.monotonic() < until:  # those that were just accepted get their 503 as well
+            await asyncio.sleep(GRACE / 100)
+            quiet = 0 if any(map(unanswered, self.server_state.connections)) else quiet + 1
         await super().shutdown(sockets)
 
 
