@@ -48,6 +48,7 @@ JOIN_SECONDS, STALL_MINUTES, SECRET = "RMJAX_JOIN_SECONDS", "RMJAX_STALL_MINUTES
 GRACE = 2.0  # seconds in which a lost process is looked for before the error that it caused elsewhere is believed
 RUNTIME_SECONDS = 60  # JAX's own limit for a silent process; longer than ours, which says more
 LEAVE_SECONDS = 5.0
+OVER = "over"
 FOR_EVER = 2**31 - 1  # milliseconds: who is lost meanwhile, the hub or whoever started the runtime notices
 TIMED_OUT = re.compile(r"gloo.*(timed out|DEADLINE_EXCEEDED)|^DEADLINE_EXCEEDED", re.IGNORECASE | re.DOTALL)
 
@@ -262,6 +263,8 @@ def finish() -> None:
     """The end of a run that went well: waits for all processes and lets them go."""
     global _link, _hub
     barrier("finish")
+    if _meeting is not None:
+        _meeting.close()
     if _link is None:
         return
     _link.leave()
@@ -319,6 +322,11 @@ class Meeting:
             self._stops.append(Stopping(self, f"stop {len(self._stops)}"))
         return self._stops[-1].agreed(requested, position)
 
+    def close(self) -> None:
+        """Ends what waits for a stop."""
+        for stop in self._stops:
+            stop.close()
+
 
 class Stopping(threading.Thread):
     """Waits until any process of a run is asked to stop; all settle on the first position that none has come to."""
@@ -330,6 +338,14 @@ class Stopping(threading.Thread):
         self._frozen = self._asked = False
         self._position, self._stop_at = 0, math.inf
         self.start()
+        atexit.register(self.close)  # before JAX's own: a thread that wakes later than Python aborts the process
+
+    def close(self) -> None:
+        """Ends the thread, as the run is over."""
+        if self.is_alive():
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
+                self._meeting.client.key_value_set(f"rmjax/{self._key}", OVER)
+            self.join(LEAVE_SECONDS)
 
     def agreed(self, requested: bool, position: int) -> bool:
         """See `stop_agreed`. While all tell each other their positions, none may come to another."""
@@ -343,9 +359,10 @@ class Stopping(threading.Thread):
         return position >= self._stop_at
 
     def run(self) -> None:
-        """Waits, in its own thread, until the runtime shuts down or somebody is asked."""
+        """Waits, in its own thread, until somebody is asked, the run is over, or the runtime shuts down."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._meeting.client.blocking_key_value_get(f"rmjax/{self._key}", FOR_EVER)
+            if self._meeting.client.blocking_key_value_get(f"rmjax/{self._key}", FOR_EVER) == OVER:
+                return
             with self._changed:
                 self._frozen = True
             self._stop_at = max(self._meeting.gather(f"{self._key}: positions", self._position)) + 1
