@@ -10,7 +10,6 @@ import uvicorn
 from starlette.concurrency import run_in_threadpool
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-
 GRACE = 5.0  # seconds, at most, in which requests that came during the stop are answered
 
 
