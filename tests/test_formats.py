@@ -318,7 +318,7 @@ def test_hub_files_are_found_and_read_from_the_hubs_cache(tmp_path, monkeypatch)
             return ["datasets/o/n/b.jsonl", "datasets/o/n/a.jsonl"]
 
         resolve_path = staticmethod(Resolved)
-        isdir = staticmethod(lambda path: False)
+        isdir = exists = staticmethod(lambda path: False)
 
     download = lambda repo, path, **_: str(cached[path])
     monkeypatch.setattr(sources.huggingface_hub, "HfFileSystem", FileSystem)
