@@ -513,7 +513,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(model):
 def test_short_requests_overtake_long_ones(model):
     """While a long text is tokenized, its tokenizer is busy; a short one has another."""
     reader = Reader(model.chat, "m", vocabulary=model.config.vocab, max_length=0, most=8)
-    with reader._lanes[1][1], concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, reader._lanes[1][1]:
         long = pool.submit(reader.inputs, {"input": "x y " * SHORT})
         assert reader.inputs({"input": "short"}).tokens
         assert not long.done()
