@@ -99,7 +99,7 @@ def test_transformers_replays_it_and_that_is_recorded(name, copied):
     assert all(0 <= x["largest_difference"] <= contract.TOLERANCE for x in told)
     assert len(lines) == 2 + len(before["golden"]) == 6 and "largest difference" in lines[0]
     assert {k: v for k, v in contract.read(directory).items() if k != "verified"} == before
-    assert not list(directory.glob(".*"))
+    assert [path.name for path in directory.glob(".*")] == [".rmjax.json"]
     load_checked(directory)
 
 

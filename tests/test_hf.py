@@ -337,7 +337,7 @@ def test_interrupted_export_leaves_what_was_there(tmp_path):
     shutil.rmtree(target)
     target.mkdir()
     (target / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not an export"):
+    with pytest.raises(ValueError, match="is not empty"):
         export(target, tmp_path / "base", params, config)
     assert (target / "thesis.txt").read_text() == "mine"
 

@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy
 from absl import flags
 
-from rmjax import command_line, passwords, train
+from rmjax import command_line, ownership, passwords, train
 from rmjax import config as config_lib
 from rmjax.data import database, judging, sources
 from rmjax.data.chat import Chat, load_tokenizer
@@ -232,6 +232,7 @@ def test_an_error_shows_no_secret(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     text = f"cannot reach {DATABASE} with {token} and 0123456789abcdef"
     log = tmp_path / "error.log"
+    ownership.write_marker(tmp_path, "run", "id")
     for error, code in ((ValueError(text), 2), (RuntimeError(text), 1)):
         with pytest.raises(SystemExit) as stop, command_line.outcome(debug=True, log=log):
             raise error
