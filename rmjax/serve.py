@@ -50,7 +50,7 @@ def parser() -> Parser:
     add("--max_wait_ms", type=float, default=2.0, metavar="MS", help="that a request waits for others; default 2")
     add("--drain_seconds", type=float, default=30.0, metavar="S", help="for queued requests when it stops; default 30")
     add("--request_seconds", type=float, default=60.0, metavar="S", help="in which a request must arrive; default 60")
-    add("--connections", type=int, default=2048, metavar="N", help="open at a time; more are answered with 503")
+    add("--connections", type=int, default=2048, metavar="N", help="open at a time; with more, requests get 503")
     add("--normalize", action="store_true", help="rewards minus the contract's mean, divided by its deviation")
     return made
 
