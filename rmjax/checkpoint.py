@@ -447,9 +447,9 @@ class Checkpointer:
             with contextlib.suppress(Exception):  # it reports the same failure again
                 if orbax is not None:
                     orbax.close()
-            # Gives the space back; if it cannot, the next start does. One that has lost the directory must not.
+            # Gives the space back; if it cannot, the next start does. One that does not have the directory must not.
             with contextlib.suppress(OSError, CheckpointError, ValueError):
-                if processes.is_first():
+                if processes.is_first() and self._token:
                     self._require_held()
                     self._clear_up()
             last = self._finished()[-1:]

@@ -118,8 +118,8 @@ def new_directory(directory: Path, kind: str, run: str) -> Iterator[Path]:
     partial, old = (directory.with_name(f".{directory.name}.{what}") for what in ("partial", "old"))
     _finish_swap(directory, old)
     if os.path.lexists(partial):
-        if partial.is_symlink() or read_marker(partial, kind) is None:
-            raise ValueError(f"{partial} is in the way and is not rmjax's own; move it away")
+        if partial.is_symlink() or not (_is_empty(partial) or read_marker(partial, kind)):
+            raise _in_the_way(partial)
         remove_tree(partial)
     partial.mkdir(parents=True)
     write_marker(partial, kind, run, files={})
@@ -139,14 +139,23 @@ def new_directory(directory: Path, kind: str, run: str) -> Iterator[Path]:
 
 
 def _finish_swap(directory: Path, old: Path) -> None:
-    """Brings a replacement to its end, that of a process that was killed in it too."""
-    if not old.is_dir() or old.is_symlink():
+    """Brings a replacement to its end, that of a process that was killed in it too.
+
+    Raises:
+        ValueError: something that is no export of ours has the name of the old one.
+    """
+    if not os.path.lexists(old):
         return
+    if old.is_symlink() or not old.is_dir():
+        raise _in_the_way(old)
+    marker = read_marker(old, "export")
+    if marker is None and not _is_empty(old) and not (old / OLDER_CONTRACT).is_file():
+        raise _in_the_way(old)
     if not directory.exists():
         old.rename(directory)
         return
-    marker = read_marker(old, "export") if (old / MARKER).exists() else None
-    for path in sorted(old.iterdir()):
+    last = (MARKER, OLDER_CONTRACT)  # by which a folder is known as ours, so that a kill on the way loses nothing
+    for path in sorted(old.iterdir(), key=lambda path: (path.name == MARKER, path.name in last, path.name)):
         if path.name == MARKER or _is_ours(path, marker):
             path.unlink()
             continue
@@ -159,6 +168,16 @@ def _finish_swap(directory: Path, old: Path) -> None:
     files.sync(directory)
 
 
+def _is_empty(directory: Path) -> bool:
+    """Whether there is nothing in a folder but what a kill left of its marker on the way to its name."""
+    return directory.is_dir() and all(path.name == f".{MARKER}{files.SCRATCH}" for path in directory.iterdir())
+
+
+def _in_the_way(path: Path) -> ValueError:
+    return ValueError(f"{path} is in the way and is not rmjax's own; move it away")
+
+
+OLDER_CONTRACT = "reward_contract.json"
 # Files of an export of a version that wrote no marker.
 OLDER_EXPORT = {
     *("config.json", "model.safetensors", "model.safetensors.index.json", "reward_contract.json", "README.md"),

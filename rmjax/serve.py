@@ -6,19 +6,22 @@
 
 Needs `pip install 'rmjax[serve]'`. The golden rows of the score contract are replayed before it answers, and /health is
 503 until the common shapes are compiled. Requests that come together are computed together; rmjax/serving/app.py says
-what they may hold. SIGTERM finishes what is queued and ends with 0, Ctrl-C with 130. There is no password and no TLS:
-what listens beyond this machine belongs behind a proxy that has them.
+what they may hold. SIGTERM answers what was accepted and ends with 0, Ctrl-C with 130; later requests get 503, as do
+those that cannot be computed within --drain_seconds. There is no password and no TLS: what listens beyond this machine
+belongs behind a proxy that has them.
 """
 
 import argparse
+import contextlib
+import errno
 import importlib.util
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rmjax import command_line, exits
 from rmjax.command_line import Parser
@@ -26,11 +29,10 @@ from rmjax.command_line import Parser
 if TYPE_CHECKING:
     from rmjax.serving.service import Service
 
-ANSWER_SECONDS = 10  # for clients to take their answers, once the queue is drained
 LIMITS = {
     **{"port": (0, 65_535), "max_length": (0, 2**31), "queue": (1, 2**31), "batch_tokens": (1, 2**31)},
     **{"max_wait_ms": (0, 60_000), "drain_seconds": (0, 86_400)},
-    **{"request_seconds": (0.1, 86_400), "connections": (1, 2**20)},
+    **{"request_seconds": (0.1, 86_400), "connections": (1, 100_000)},
 }
 
 
@@ -49,8 +51,8 @@ def parser() -> Parser:
     add("--batch_tokens", type=int, default=16_384, metavar="N", help="tokens of a batch; default 16,384")
     add("--max_wait_ms", type=float, default=2.0, metavar="MS", help="that a request waits for others; default 2")
     add("--drain_seconds", type=float, default=30.0, metavar="S", help="for queued requests when it stops; default 30")
-    add("--request_seconds", type=float, default=60.0, metavar="S", help="in which a request must arrive; default 60")
-    add("--connections", type=int, default=2048, metavar="N", help="open at a time; with more, requests get 503")
+    add("--request_seconds", type=float, default=60.0, metavar="S", help="for a request to arrive; default 60")
+    add("--connections", type=int, default=512, metavar="N", help="at once; more are answered with 503; default 512")
     add("--normalize", action="store_true", help="rewards minus the contract's mean, divided by its deviation")
     return made
 
@@ -77,41 +79,60 @@ def serve(args: argparse.Namespace) -> None:
         ValueError: an address that cannot be had, or a model that cannot be served.
         RuntimeError: the model cannot be compiled.
     """
-    import uvicorn
-
-    from rmjax import startup
-    from rmjax.serving import app, stopping
-
     listening = _bind(args.host, args.port)  # before the model is loaded, which takes long
-    startup.keep_programs()
-    _log_to_terminal(app.log)
-    service = _service(args)
-    built = app.build(service, drain=args.drain_seconds, failed=lambda: setattr(server, "should_exit", True))
-    config = uvicorn.Config(
-        built,
-        log_level="warning",
-        access_log=False,
-        http=stopping.protocol(args.request_seconds),
-        limit_concurrency=args.connections,
-        timeout_graceful_shutdown=ANSWER_SECONDS,
-    )
-    server = stopping.Server(config, lambda: service.close(args.drain_seconds))
-    print(f"serving {args.model} on http://{args.host}:{listening.getsockname()[1]}", flush=True)
-    # uvicorn raises a signal again once it has stopped: SIGTERM is how a server ends well, Ctrl-C stays what it is.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    code = exits.DONE
+    with _ended_by_sigterm() as end_with:
+        import uvicorn  # seconds, with JAX, in which a signal ends it well, too
+
+        from rmjax import startup
+        from rmjax.serving import app, connections
+        from rmjax.serving.gate import Gate
+
+        startup.keep_programs()
+        _log_to_terminal(app.log)
+        service, gate = _service(args), Gate()
+
+        def stop_early() -> None:
+            server.should_exit = True
+
+        built = app.build(service, gate=gate, seconds=args.request_seconds, failed=stop_early)
+        protocol = connections.protocol(args.request_seconds, args.connections)
+        options: dict[str, Any] = {"log_level": "warning", "access_log": False, "http": protocol, "ws": "none"}
+        config = uvicorn.Config(built, **options, timeout_graceful_shutdown=connections.UVICORN_SECONDS)
+        server: connections.Server = connections.Server(config, gate, args.drain_seconds)
+        end_with(server.handle_exit)
+        print(f"serving {args.model} on http://{args.host}:{listening.getsockname()[1]}", flush=True)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # see _bind: for the next to serve here
+        try:
+            server.run(sockets=[listening])
+        except KeyboardInterrupt:  # uvicorn raises a signal again once it has stopped
+            _leave(service, exits.INTERRUPTED)
+            raise
+        if service.failure:
+            raise RuntimeError(f"{args.model} cannot be compiled: {service.failure}") from service.failure
+        _leave(service, exits.DONE)
+
+
+def _leave(service: "Service", code: int) -> None:
+    """Ends the process at once if a thread still computes: the interpreter's own end would abort in it, or wait."""
+    if service.busy:
+        print("\nstopped" if code == exits.INTERRUPTED else "", end="", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[Callable[[Any], Any]]:
+    """SIGTERM is how a server ends well, even while it loads; gives a function that sets another handler."""
+
+    def end(*_: Any) -> None:
+        raise SystemExit(exits.DONE)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        server.run(sockets=[listening])
-    except KeyboardInterrupt:
-        code = exits.INTERRUPTED
-        raise
+        yield lambda handler: signal.signal(signal.SIGTERM, handler)
     finally:
-        if service.batcher.working:  # all are answered; to end beside a thread that computes would abort the process
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    if service.failure:
-        raise RuntimeError(f"{args.model} cannot be compiled: {service.failure}") from service.failure
+        signal.signal(signal.SIGTERM, before)
 
 
 def _log_to_terminal(log: logging.Logger) -> None:
@@ -124,18 +145,28 @@ def _log_to_terminal(log: logging.Logger) -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket with this address, which nobody can connect to yet.
+    """A socket with this address, which no other server can have.
+
+    With SO_REUSEADDR two sockets may have one address until one of them listens, that is until its model is loaded.
+    Without it an address cannot be had for a minute after a server on it has ended: then this one listens at once.
 
     Raises:
         ValueError: it cannot be had.
     """
-    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        made.bind((host, port))
-    except OSError as error:
-        made.close()
-        raise ValueError(f"--host={host} --port={port} cannot be used: {error.strerror}; choose others") from None
+    for reuse in (0, 1):
+        made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+            made.bind((host, port))
+            if reuse:
+                made.listen()
+        except OSError as error:
+            made.close()
+            if reuse or error.errno != errno.EADDRINUSE:
+                what = f"--host={host} --port={port} cannot be used: {error.strerror}"
+                raise ValueError(f"{what}; choose others") from None
+        else:
+            break
     return made
 
 
@@ -169,7 +200,6 @@ def _service(args: argparse.Namespace) -> "Service":
         queue=args.queue,
         batch_tokens=args.batch_tokens,
         max_wait=args.max_wait_ms / 1000,
-        request_seconds=args.request_seconds,
         normalize=normalize,
     )
 

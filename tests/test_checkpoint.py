@@ -308,9 +308,12 @@ def test_the_later_of_two_starts_has_the_directory(tmp_path):
     second.save(2, make_state(3), {}, None)
     second.close()
     assert names(tmp_path) == ["2"]
+    marker = json.loads((tmp_path / MARKER).read_text())
+    (tmp_path / MARKER).write_text(json.dumps({**marker, "steps": [2, 4]}))
+    (tmp_path / "4").mkdir()  # which run a is writing
     with pytest.raises(CheckpointError, match="checkpoints of another run by now, whose workdir is /w"):
         Checkpointer(tmp_path, keep_latest=1, owner={"run": "b"}).save(3, make_state(), {}, None)
-    assert names(tmp_path) == ["2"]
+    assert names(tmp_path) == ["2", "4"]
 
 
 @pytest.mark.parametrize("name", ["lr=[1e-5]", "a\\b", "what? *.* {x,y}", "50% #1 & more"])

@@ -135,6 +135,38 @@ def test_a_new_export_keeps_what_is_not_ours(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
 
 
+def test_a_kill_while_the_marker_of_an_export_is_made_blocks_nothing(tmp_path):
+    (tmp_path / ".export.partial").mkdir()
+    export(tmp_path / "export")
+    (tmp_path / ".export.partial").mkdir()
+    (tmp_path / ".export.partial" / f".{MARKER}.rmjax-partial").write_text("{")
+    export(tmp_path / "export", "new")
+    assert (tmp_path / "export" / "model.safetensors").read_text() == "new"
+
+
+def test_an_old_export_is_emptied_with_its_marker_last(tmp_path, monkeypatch):
+    """Killed at any deletion, the next export brings it to its end."""
+    for kill in range(3):
+        directory = tmp_path / str(kill) / "export"
+        directory.parent.mkdir()
+        export(directory)
+        (directory / "notes.txt").write_text("mine")
+        deletions, unlink = iter(range(9)), Path.unlink
+
+        def dies(path, unlink=unlink, deletions=deletions, kill=kill, **kwargs):
+            if path.parent.name == ".export.old" and next(deletions) == kill:
+                raise KeyboardInterrupt
+            unlink(path, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", dies)
+            export(directory, "new")
+        export(directory, "newest")
+        assert (directory / "notes.txt").read_text() == "mine"
+        assert (directory / "model.safetensors").read_text() == "newest"
+        assert [path.name for path in directory.parent.iterdir()] == ["export"]
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 def test_an_export_that_was_killed_while_it_took_its_place(tmp_path, swapped):
     """Between the two renames, or after them with the old one not yet emptied."""
@@ -156,11 +188,15 @@ def test_an_export_replaces_no_link_and_nothing_of_others(tmp_path):
     os.symlink(tmp_path / "real", tmp_path / "link")
     export(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "model.safetensors").read_text() == "new"
-    (tmp_path / ".real.partial").mkdir()
-    (tmp_path / ".real.partial" / "thesis").write_text("precious")
-    with pytest.raises(ValueError, match=r"\.real\.partial is in the way and is not rmjax's own; move it away"):
-        export(tmp_path / "real")
-    assert (tmp_path / ".real.partial" / "thesis").read_text() == "precious"
+    for what in ("partial", "old"):
+        there = tmp_path / f".real.{what}"
+        there.mkdir()
+        (there / "README.md").write_text("precious")
+        for target in ("real", "gone"):  # an old export is also what a kill leaves without a new one
+            there = there.rename(tmp_path / f".{target}.{what}")
+            with pytest.raises(ValueError, match=rf"\.{target}\.{what} is in the way and is not rmjax's own; move it"):
+                export(tmp_path / target)
+            assert (there / "README.md").read_text() == "precious" and not (tmp_path / "gone").exists()
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="models is not empty"):

@@ -22,9 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from rmjax import inference, objectives
 from rmjax import serve as command
 from rmjax.reward_model import RewardModel
-from rmjax.serving import app, service
+from rmjax.serving import app, bodies, service
 from rmjax.serving.batching import Batcher, QueueFull
-from rmjax.serving.inputs import SHORT, Reader, Refused
 from rmjax.serving.service import Service
 
 ROOT = Path(__file__).parents[1]
@@ -237,7 +236,7 @@ def test_malformed_requests_are_told_what_was_expected(name, serve):
 
 
 def test_a_large_request_is_cut_off(serve, monkeypatch):
-    monkeypatch.setattr(app, "MOST_BYTES", 1000)
+    monkeypatch.setattr(bodies, "MOST_BYTES", 1000)
     (answer,) = ask(serve(), ("/classify", {"input": "x" * 2000}))
     assert answer.status_code == 413 and "1,000 bytes" in answer.json()["error"]["message"]
 
@@ -465,58 +464,6 @@ def test_a_real_server_answers_what_it_accepted_and_ends(model, how):
         assert process.wait(60) == (0 if how == signal.SIGTERM else 130), process.stdout.read()
     finally:
         process.kill()
-
-
-@pytest.mark.slow
-def test_a_stop_under_load_answers_everyone_and_slow_clients_hold_nothing(model):
-    """80 requests in flight, and a second for all of them: 200, or 503 that says when to come again; never 500."""
-    argv = [sys.executable, "-m", "rmjax.serve", f"--model={model.directory}", "--port=0", "--max_length=256"]
-    argv += ["--batch_tokens=256", "--drain_seconds=1", "--request_seconds=2"]
-    env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
-    process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        url = process.stdout.readline().split()[-1]
-        until(lambda: _reachable(url))
-        until(lambda: httpx.get(url + "/health", timeout=60).status_code == 200)
-        port = int(url.rpartition(":")[2])
-        head = b"POST /pooling HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"
-        for sent, answer in ((b"", b""), (b"POST /pool", b""), (head, b"408")):  # nothing, half a head, half a body
-            with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
-                slow.sendall(sent)
-                assert answer in slow.recv(100)
-        texts = [f"<|im_start|>user\n{i} {'What is a tree? ' * 10}" for i in range(200)]
-        with concurrent.futures.ThreadPoolExecutor(80) as pool:
-            post = lambda i: httpx.post(f"{url}/pooling", json={"input": texts[i : i + 8]}, timeout=60)
-            answers = [pool.submit(post, i) for i in range(80)]
-            until(lambda: any(answer.done() for answer in answers))
-            process.send_signal(signal.SIGTERM)
-            done = [answer.exception() or answer.result() for answer in answers]
-        done = [answer for answer in done if not isinstance(answer, httpx.ConnectError)]  # came when it had ended
-        assert len(done) > 60
-        codes = [getattr(answer, "status_code", repr(answer)) for answer in done]
-        late = [code for code in codes if code not in (200, 503)]
-        assert process.wait(60) == 0, process.stdout.read()
-        printed = process.stdout.read()
-        assert "Traceback" not in printed and not late, (late, printed)
-        assert all(answer.headers["Retry-After"] for answer in done if answer.status_code == 503)
-    finally:
-        process.kill()
-
-
-def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(model):
-    reader = Reader(model.chat, "m", vocabulary=model.config.vocab, max_length=16, most=8)
-    longest = max(map(len, model.chat.tokenizer.get_vocab()))
-    with pytest.raises(Refused, match=rf"characters, more than 16 tokens can have \({16 * longest}"):
-        reader.inputs({"input": "x" * (16 * longest + 1)})
-
-
-def test_short_requests_overtake_long_ones(model):
-    """While a long text is tokenized, its tokenizer is busy; a short one has another."""
-    reader = Reader(model.chat, "m", vocabulary=model.config.vocab, max_length=0, most=8)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, reader._lanes[1][1]:
-        long = pool.submit(reader.inputs, {"input": "x y " * SHORT})
-        assert reader.inputs({"input": "short"}).tokens
-        assert not long.done()
 
 
 def _reachable(url):

@@ -43,9 +43,10 @@ class Encoder:
         if not self._borders:
             return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         backend = self._tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = False
+        if backend.truncation or backend.padding or backend.encode_special_tokens:  # a change waits for other threads
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = False
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _after(self, tokens: list[int], borders: Sequence[re.Match[str]], n: int) -> int:

@@ -147,8 +147,7 @@ def require_replaceable(directory: Path, flag: str = "the export's directory") -
     Raises:
         ValueError: there is something else.
     """
-    contract = directory / "reward_contract.json"
-    ownership.require_ours(directory, "export", flag, older=contract.is_file)
+    ownership.require_ours(directory, "export", flag, older=(directory / ownership.OLDER_CONTRACT).is_file)
 
 
 class Tensor(NamedTuple):

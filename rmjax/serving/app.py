@@ -16,64 +16,64 @@ for a cross-encoder; a reward model reads a prompt and a response.
 
 import asyncio
 import contextlib
-import json
+import dataclasses
+import functools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import prometheus_client
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from rmjax.serving.inputs import Asked, Refused
-from rmjax.serving.service import STOPPED, Service
+from rmjax.serving.bodies import Bodies
+from rmjax.serving.gate import STOPPING, Gate
+from rmjax.serving.inputs import Asked, Body, Refused, responses, shown
+from rmjax.serving.service import Service
 
-MOST_BYTES = 16 * 2**20  # of a request
-SMALL = 2**16  # bytes of a request that is parsed at once
+T = TypeVar("T")
+
+CLOSE_SECONDS = 2.0  # for the threads to end once everybody is answered
 KINDS = {404: "NotFoundError", 500: "InternalServerError", 503: "ServiceUnavailableError"}  # vLLM's names of errors
 COMPILING = "the model is being compiled; /health says 200 when it is ready"
 
 log = logging.getLogger("rmjax.serve")
 
 
-async def read(service: Service, request: Request) -> Mapping[str, Any]:
-    """The JSON object of a request.
+@dataclasses.dataclass(frozen=True)
+class Desk:
+    """What every route needs: the model, the requests that are inside, and the bodies in memory."""
 
-    Raises:
-        Refused: too large, too slow, or no JSON object.
-    """
-    data = bytearray()
-    try:
-        async with asyncio.timeout(service.request_seconds):
-            async for part in request.stream():
-                data += part
-                if len(data) > MOST_BYTES:
-                    raise Refused(413, f"the request is larger than {MOST_BYTES:,} bytes; send fewer texts at a time")
-    except TimeoutError:
-        seconds = service.request_seconds
-        raise Refused(408, f"the request was not there within {seconds:g} seconds; send it faster") from None
-    try:  # large bodies in a thread: others are answered meanwhile
-        body = json.loads(data) if len(data) <= SMALL else await run_in_threadpool(json.loads, data)
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the request is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise Refused(400, f"the request is a {type(body).__name__}, expected an object")
-    return body
+    service: Service
+    gate: Gate
+    bodies: Bodies
+
+    async def read(
+        self, request: Request, read: Callable[[Body], T], repeats: Callable[[Body], int] = lambda _: 1
+    ) -> T:
+        """What a request asks for, by `read` of its JSON object; see `Service.prepared`.
+
+        Raises:
+            Refused: it cannot be received or read.
+        """
+        data = await self.bodies.receive(request)
+        try:
+            return await self.service.prepared(data, read, request.is_disconnected, repeats)
+        finally:
+            self.bodies.release(data)
 
 
-async def _outputs(service: Service, request: Request, body: Mapping[str, Any]) -> tuple[Asked, np.ndarray]:
-    """What `input` or `messages` asks for, and what is told of it, [n, A]."""
-    asked = await run_in_threadpool(service.reader.inputs, body)
+def _plain(service: Service, body: Body) -> tuple[Asked, bool | None]:
+    """What `input` or `messages` asks for, and `use_activation`."""
     activation = body.get("use_activation")
     if not isinstance(activation, bool | None):
-        raise Refused(400, f"`use_activation` is {str(activation)[:60]!r}, expected true or false")
-    return asked, service.told(await service.outputs(asked, request.is_disconnected), activation)
+        raise Refused(400, f"`use_activation` is {shown(activation)}, expected true or false")
+    return service.reader.inputs(body), activation
 
 
 def _answer(service: Service, kind: str, data: list[Any], asked: Asked) -> dict[str, Any]:
@@ -87,12 +87,22 @@ def _answer(service: Service, kind: str, data: list[Any], asked: Asked) -> dict[
     }
 
 
-async def classify(service: Service, request: Request) -> Any:
+async def classify(desk: Desk, request: Request) -> Any:
     """POST /classify."""
-    body = await read(service, request)
-    if ("text" in body or "input_ids" in body) and not ("input" in body or "messages" in body):
-        return await _as_sglang(service, request, body)
-    asked, outputs = await _outputs(service, request, body)
+    service = desk.service
+
+    def read(body: Body) -> tuple[Asked, bool | None, Callable[..., Any]]:
+        if ("text" in body or "input_ids" in body) and not ("input" in body or "messages" in body):
+            name = "text" if "text" in body else "input_ids"
+            several = isinstance(body[name], list) and bool(body[name]) and isinstance(body[name][0], str | list)
+            return service.reader.whole(name, body[name]), False, functools.partial(_as_sglang, several)
+        return *_plain(service, body), functools.partial(_as_vllm, service)
+
+    asked, activation, shaped = await desk.read(request, read)
+    return shaped(asked, service.told(await service.outputs(asked, request.is_disconnected), activation))
+
+
+def _as_vllm(service: Service, asked: Asked, outputs: np.ndarray) -> Any:
     labels = service.model.labels
     data = [
         {"index": i, "label": labels[int(row.argmax())], "probs": row.tolist(), "num_classes": len(row)}
@@ -101,51 +111,65 @@ async def classify(service: Service, request: Request) -> Any:
     return _answer(service, "classify", data, asked)
 
 
-async def _as_sglang(service: Service, request: Request, body: Mapping[str, Any]) -> Any:
+def _as_sglang(several: bool, asked: Asked, outputs: np.ndarray) -> Any:
     """SGLang's answer to `text` or `input_ids`: one object for one of them, a list for a list; outputs as they are."""
-    name = "text" if "text" in body else "input_ids"
-    asked = await run_in_threadpool(service.reader.whole, name, body[name])
-    outputs = service.told(await service.outputs(asked, request.is_disconnected), False)
     made = [
         {"embedding": row.tolist(), "meta_info": {"id": uuid.uuid4().hex, "prompt_tokens": len(sequence)}}
         for row, sequence in zip(outputs, asked.sequences)
     ]
-    return made if isinstance(body[name], list) and isinstance(body[name][0], str | list) else made[0]
+    return made if several else made[0]
 
 
-async def pooling(service: Service, request: Request) -> Any:
+async def pooling(desk: Desk, request: Request) -> Any:
     """POST /pooling."""
-    asked, outputs = await _outputs(service, request, await read(service, request))
+    service = desk.service
+    asked, activation = await desk.read(request, functools.partial(_plain, service))
+    outputs = service.told(await service.outputs(asked, request.is_disconnected), activation)
     data = [{"index": i, "object": "pooling", "data": row.tolist()} for i, row in enumerate(outputs)]
     return _answer(service, "pool", data, asked)
 
 
-async def score(service: Service, request: Request) -> Any:
+async def score(desk: Desk, request: Request) -> Any:
     """POST /score."""
-    body = await read(service, request)
-    asked = await run_in_threadpool(service.reader.pairs, body)
-    if body.get("use_activation"):
-        raise Refused(400, "`use_activation` is true, it must be false or left out: a reward is no probability")
+    service = desk.service
+
+    def read(body: Body) -> Asked:
+        if body.get("use_activation"):
+            raise Refused(400, "`use_activation` is true, it must be false or left out: a reward is no probability")
+        return service.reader.pairs(body)
+
+    asked = await desk.read(request, read, responses)
     rewards = service.rewards(await service.outputs(asked, request.is_disconnected))
     data = [{"index": i, "object": "score", "score": float(x)} for i, x in enumerate(rewards)]
     return _answer(service, "score", data, asked)
 
 
-def _error(code: int, detail: str) -> JSONResponse:
+def _error(code: int, detail: str, *, close: bool = False) -> JSONResponse:
     body = {"error": {"message": detail, "type": KINDS.get(code, "BadRequestError"), "param": None, "code": code}}
-    return JSONResponse(body, code, headers={"Retry-After": "1"} if code == 503 else None)
+    headers = {"Retry-After": "1"} if code == 503 else {}
+    return JSONResponse(body, code, headers=headers | ({"Connection": "close"} if close else {}))
 
 
-def _route(service: Service, path: str, answer: Callable[[Service, Request], Awaitable[Any]]) -> Route:
+def _route(desk: Desk, path: str, answer: Callable[[Desk, Request], Awaitable[Any]]) -> Route:
     """The route, counted, whose refusals and errors become answers."""
+    service = desk.service
+
+    async def inside(request: Request) -> Any:
+        if _excess(request):
+            raise Refused(503, "there are too many connections; try again later")
+        if not service.ready:
+            raise Refused(503, COMPILING)
+        return await answer(desk, request)
 
     async def respond(request: Request) -> Response:
         try:
-            if not service.ready:
-                raise Refused(503, COMPILING)
-            return JSONResponse(await answer(service, request))
+            return JSONResponse(await desk.gate.through(inside(request)))
         except Refused as refused:
-            return _error(refused.code, refused.detail)
+            if refused.code == 503:
+                await desk.bodies.discard(request)
+            return _error(
+                refused.code, refused.detail, close=refused.code == 408 or desk.gate.closed or _excess(request)
+            )
         except ClientDisconnect:
             return _error(499, "the client has gone")
         except Exception:
@@ -165,18 +189,31 @@ def _route(service: Service, path: str, answer: Callable[[Service, Request], Awa
     return Route(path, endpoint, methods=["POST"])
 
 
-def build(service: Service, *, drain: float = 30.0, failed: Callable[[], None] = lambda: None) -> Starlette:
+def _excess(request: Request) -> bool:
+    """Whether its connection is one too many; see connections.py."""
+    return bool(request.scope.get("state", {}).get("excess"))
+
+
+def build(
+    service: Service,
+    *,
+    gate: Gate | None = None,
+    seconds: float = 60.0,
+    failed: Callable[[], None] = lambda: None,
+) -> Starlette:
     """The application.
 
     Args:
         service: the model.
-        drain: seconds that queued requests are waited for when the server stops and has not been drained before.
+        gate: the requests inside, for a server that stops.
+        seconds: that the body of a request may take to arrive.
         failed: is called, in the event loop, if the model cannot be compiled; `service.failure` says why.
     """
+    desk = Desk(service, gate or Gate(), Bodies(seconds))
 
     async def health(_: Request) -> Response:
-        if service.stopping:
-            return _error(503, STOPPED)
+        if desk.gate.closed:
+            return _error(503, STOPPING, close=True)
         return Response(status_code=200) if service.ready else _error(503, COMPILING)
 
     async def metrics(_: Request) -> Response:
@@ -186,17 +223,11 @@ def build(service: Service, *, drain: float = 30.0, failed: Callable[[], None] =
         one = {"id": service.name, "object": "model", "owned_by": "rmjax", "max_model_len": service.max_length or None}
         return JSONResponse({"object": "list", "data": [one]})
 
-    async def warm_up() -> None:
-        await asyncio.get_running_loop().run_in_executor(None, service.warm_up)
-        if service.failure:
-            failed()
-
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        warming = asyncio.create_task(warm_up())
+        service.start(failed)
         yield
-        await run_in_threadpool(service.close, drain)
-        await warming
+        await asyncio.to_thread(service.close, CLOSE_SECONDS)
 
     async def unknown(request: Request, error: Exception) -> Response:
         code = getattr(error, "status_code", 404)
@@ -204,5 +235,5 @@ def build(service: Service, *, drain: float = 30.0, failed: Callable[[], None] =
 
     gets = [Route("/health", health), Route("/metrics", metrics), Route("/v1/models", models)]
     posts = {"/classify": classify, "/pooling": pooling, "/score": score, "/v1/score": score}
-    routes = [*gets, *(_route(service, path, answer) for path, answer in posts.items())]
+    routes = [*gets, *(_route(desk, path, answer) for path, answer in posts.items())]
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: unknown, 405: unknown})

@@ -77,6 +77,11 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
     def submit(self, sequences: list[Sequence[int]], prompts: list[Any]) -> Answer:
         """Queues the sequences of a request; cancelling the future takes them out again.
 
@@ -105,12 +110,7 @@ class Batcher:
             left = list(self._jobs)
         for job in left:
             job.answer.cancel()
-        return not self.working
-
-    @property
-    def working(self) -> bool:
-        """Whether the thread still runs: a batch is computed, or more may come."""
-        return self._thread.is_alive()
+        return not self._thread.is_alive()
 
     def _count(self, job: Job, sign: int) -> None:
         self.waiting += sign * len(job.sequences)

@@ -1,11 +1,14 @@
 """What a request asks for: its JSON as token sequences, or a refusal in words."""
 
-import copy
+import contextlib
+import itertools
 import json
-import math
+import reprlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from tokenizers import pre_tokenizers
 
 from rmjax.data.chat import Chat
 from rmjax.data.records import BadRow, check_conversation
@@ -21,9 +24,11 @@ FIXED: Body = {
     "continue_final_message": False,
     "encoding_format": "float",
 }
-SHORT = 65_536  # characters of a request that does not wait for longer ones to be tokenized
 # What vLLM calls the two sides of /score; the first names are the oldest, and ours in messages.
 SIDES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
+
+PIECE = 65_536  # characters that are tokenized at a time: others' texts come in between
+MOST_RENDERED = 2**27  # characters of a request's renderings, of which each response repeats the prompt
 
 
 class Refused(Exception):
@@ -73,9 +78,9 @@ class Reader:
             max_length,
             most,
         )
-        # A tokenizer is one thread's at a time, so short requests have one of their own: they overtake long ones.
-        self._lanes = [(chat, threading.Lock()), (copy.deepcopy(chat), threading.Lock())]
-        self._most_characters = _most_characters(chat, max_length)
+        self._encoding: Any = contextlib.nullcontext() if chat.tokenizer.is_fast else threading.Lock()
+        widest = characters_per_token(chat.tokenizer)
+        self._most_characters = max_length * widest if max_length and widest else 0
 
     def inputs(self, body: Body) -> Asked:
         """Of `input`, which is rendered text, a list of texts, token ids or lists of them; or of `messages`.
@@ -87,7 +92,7 @@ class Reader:
         if ("input" in body) == ("messages" in body):
             raise Refused(400, "expected one of `input` (rendered text, texts, or token ids) and `messages`")
         if "messages" in body:
-            return self._checked(self._encode([self._render(body["messages"])]), [object()])
+            return self._checked(self._encode([body["messages"]], self._render), [object()])
         return self.whole("input", body["input"])
 
     def whole(self, name: str, given: Any) -> Asked:
@@ -99,7 +104,7 @@ class Reader:
         is_ids = lambda x: isinstance(x, list) and bool(x) and all(type(i) is int for i in x)
         given = [given] if isinstance(given, str) or is_ids(given) else given
         if not isinstance(given, list) or not given:
-            raise Refused(400, f"`{name}` is {_shown(given)}, expected text, texts, token ids or lists of token ids")
+            raise Refused(400, f"`{name}` is {shown(given)}, expected text, texts, token ids or lists of token ids")
         self._check_count(len(given))
         if all(isinstance(x, str) for x in given):
             for index, text in enumerate(given):
@@ -107,7 +112,7 @@ class Reader:
                     raise Refused(400, f"input {index} is no Unicode: half of a surrogate pair")
             given = self._encode(given)
         elif not all(is_ids(x) or x == [] for x in given):
-            raise Refused(400, f"`{name}` is {_shown(given)}, expected text, texts, token ids or lists of token ids")
+            raise Refused(400, f"`{name}` is {shown(given)}, expected text, texts, token ids or lists of token ids")
         return self._checked(given, _alike(given))
 
     def pairs(self, body: Body) -> Asked:
@@ -127,15 +132,15 @@ class Reader:
         turns = [
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
             for prompt, response in zip(prompts, responses)
-        ]
-        return self._checked(self._encode([self._render(turn) for turn in turns]), prompts)
+        ]  # of references: a prompt is repeated only in the renderings
+        return self._checked(self._encode(turns, self._render), prompts)
 
     def _check_fields(self, body: Body) -> None:
         if body.get("model") not in (None, self._name):
-            raise Refused(404, f"the model {_shown(body['model'])} is not served here; `model` is {self._name}")
+            raise Refused(404, f"the model {shown(body['model'])} is not served here; `model` is {self._name}")
         for name, value in FIXED.items():
             if body.get(name) is not None and body[name] != value:
-                raise Refused(400, f"`{name}` is {_shown(body[name])}, it must be {json.dumps(value)} or left out")
+                raise Refused(400, f"`{name}` is {shown(body[name])}, it must be {json.dumps(value)} or left out")
 
     def _check_count(self, count: int) -> None:
         if count > self._most:
@@ -152,38 +157,31 @@ class Reader:
                 raise Refused(400, f"input {index} has the token id {wrong}, the vocabulary has {self._vocabulary}")
         return Asked(sequences, prompts)
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, given: Sequence[Any], render: Callable[[Any], str] = lambda text: text) -> list[list[int]]:
+        """Token ids of texts, made and tokenized a piece at a time."""
+        encoded: list[list[int]] = []
+        for texts in _pieces(self._fitting(map(render, given))):
+            with self._encoding:
+                encoded += self._chat.encode(texts)
+        return encoded
+
+    def _fitting(self, texts: Iterable[str]) -> Iterator[str]:
+        """The texts, as long as they can fit."""
+        total = 0
         for index, text in enumerate(texts):
-            if len(text) > self._most_characters:
-                raise Refused(
-                    400,
-                    f"input {index} has {len(text):,} characters, more than {self._max_length} tokens can have "
-                    f"({self._most_characters:,.0f})",
-                )
-        chat, lock = self._lanes[sum(map(len, texts)) > SHORT]
-        with lock:
-            return chat.encode(list(texts))
+            total += len(text)
+            if self._most_characters and len(text) > self._most_characters:
+                found = f"input {index} has {len(text):,} characters"
+                raise Refused(400, f"{found}, more than {self._max_length} tokens can have; send a shorter one")
+            if total > MOST_RENDERED:
+                raise Refused(413, f"the request renders to more than {MOST_RENDERED:,} characters; send fewer texts")
+            yield text
 
     def _render(self, conversation: Any) -> str:
         try:
             return self._chat.render(check_conversation(conversation))
         except BadRow as bad:
             raise Refused(400, bad.detail) from None
-
-
-def _most_characters(chat: Chat, max_length: int) -> float:
-    """Characters that no text of `max_length` tokens can exceed, so that a longer one need not be tokenized to tell.
-
-    No token stands for more characters than the longest entry of the vocabulary has, unless a normalizer takes
-    characters away before.
-    """
-    tokenizer = chat.tokenizer
-    if not max_length or not tokenizer.is_fast or tokenizer.backend_tokenizer.normalizer is not None:
-        return math.inf
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if not (token.lstrip or token.rstrip)]
-    if len(added) < len(tokenizer.added_tokens_decoder):  # they take any number of spaces with them
-        return math.inf
-    return max_length * max(map(len, [*tokenizer.get_vocab(), *added]))
 
 
 def _alike(sequences: Sequence[Sequence[int]]) -> list[Any]:
@@ -197,13 +195,62 @@ def _alike(sequences: Sequence[Sequence[int]]) -> list[Any]:
     return prompts
 
 
+def responses(body: Body) -> int:
+    """How many responses a body of /score has: so often its prompt is rendered."""
+    return max((len(body[second]) for _, second in SIDES if isinstance(body.get(second), list)), default=1)
+
+
 def _texts(name: str, given: Any) -> list[str]:
     given = [given] if isinstance(given, str) else given
     if not isinstance(given, list) or not given or not all(isinstance(text, str) for text in given):
-        raise Refused(400, f"`{name}` is {_shown(given)}, expected a text or a list of texts")
+        raise Refused(400, f"`{name}` is {shown(given)}, expected a text or a list of texts")
     return given
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in a message: what kind it is and how it begins."""
-    return "missing" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
+    if value is None:
+        return "missing"
+    # str() of a large list takes seconds in which no other thread runs
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    return f"{type(value).__name__} {text[:60]!r}"
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Neighbours together, as long as they have few characters."""
+    piece: list[str] = []
+    characters = 0
+    for text in texts:
+        if piece and characters + len(text) > PIECE:
+            yield piece
+            piece, characters = [], 0
+        piece.append(text)
+        characters += len(text)
+    if piece:
+        yield piece
+
+
+def characters_per_token(tokenizer: Any) -> int:
+    """The most characters of a text that can become one token; 0 where that is not sure to have a limit.
+
+    It has one where every byte is a token and nothing is left out: byte-level BPE, whose entries have a character for
+    each byte. Normalizers may shorten texts, splitters leave something out, and an unknown word be one token.
+    """
+    if not tokenizer.is_fast:
+        return 0
+    made = json.loads(tokenizer.backend_tokenizer.to_str())
+    normal, model = made["normalizer"], made["model"]
+    splitters = _flat(made["pre_tokenizer"] or {}, "pretokenizers")
+    kept = all(s.get("type") in ("ByteLevel", "Split", "Digits") and s.get("behavior") != "Removed" for s in splitters)
+    level = any(s.get("type") == "ByteLevel" for s in splitters)
+    swallows = any(token["lstrip"] or token["rstrip"] for token in made["added_tokens"])
+    known = (normal or {}).get("type") in (None, "NFC") and model.get("type") == "BPE" and kept and level
+    if not known or swallows or not model["vocab"].keys() >= set(pre_tokenizers.ByteLevel.alphabet()):
+        return 0
+    longest = max(map(len, itertools.chain(model["vocab"], (token["content"] for token in made["added_tokens"]))))
+    return longest * (4 if normal else 1)  # NFC makes one character of up to four
+
+
+def _flat(part: Mapping[str, Any], inner: str) -> list[Mapping[str, Any]]:
+    """The parts of a Sequence, or the part alone."""
+    return [leaf for one in part[inner] for leaf in _flat(one, inner)] if inner in part else [part]

@@ -1,11 +1,15 @@
 """A reward model behind a batcher, with its counters."""
 
 import asyncio
+import concurrent.futures
+import contextlib
 import itertools
 import logging
+import os
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,11 +18,15 @@ import prometheus_client
 from rmjax import inference
 from rmjax.reward_model import RewardModel
 from rmjax.serving.batching import Batcher, QueueFull
-from rmjax.serving.inputs import Asked, Reader, Refused
+from rmjax.serving.bodies import parse
+from rmjax.serving.inputs import Asked, Body, Reader, Refused
 
 WARM = 4_096  # tokens: rows up to here are compiled before the server is ready
-STOPPED = "the server stopped before this request was computed; try again later"
 ASK_SECONDS = 0.5  # between two looks whether a client is still there
+LARGE = 65_536  # bytes of requests that have threads of their own, so that small ones do not wait for them
+SMALL_THREADS = 4
+
+T = TypeVar("T")
 
 log = logging.getLogger("rmjax.serve")
 
@@ -32,9 +40,6 @@ class Service:
         max_length: most tokens of a sequence; 0 is no limit.
         reader: turns requests into sequences.
         ready: whether it is compiled for common shapes.
-        stopping: whether it takes no more requests.
-        drained: whether it has stopped; whoever still waits is told to try again.
-        request_seconds: in which all of a request must be there.
         failure: what ended the warming up, if something did.
         registry, requests, seconds: of Prometheus.
     """
@@ -49,7 +54,6 @@ class Service:
         batch_tokens: int,
         max_wait: float,
         normalize: tuple[float, float] | None = None,
-        request_seconds: float = 60.0,
     ):
         """Starts the batcher.
 
@@ -61,15 +65,12 @@ class Service:
             batch_tokens: of a batch.
             max_wait: seconds that a request waits for others.
             normalize: mean and standard deviation, for rewards.
-            request_seconds: in which all of a request must be there.
         """
         self.model, self.name, self.max_length = model, name, max_length
         self.ready = False
         self.failure: Exception | None = None
         self.reader = Reader(model.chat, name, vocabulary=model.config.vocab, max_length=max_length, most=queue)
-        self._normalize, self._batch_tokens = normalize, batch_tokens
-        self.stopping = self.drained = False
-        self.request_seconds = request_seconds
+        self._normalize, self._batch_tokens, self._stopping = normalize, batch_tokens, False
         self.registry = prometheus_client.CollectorRegistry()
         make: dict[str, Any] = {"registry": self.registry}
         self.requests = prometheus_client.Counter("rmjax_requests", "Requests.", ["route", "status"], **make)
@@ -80,6 +81,11 @@ class Service:
         self._tokens = prometheus_client.Counter("rmjax_tokens", "Tokens of all batches.", **make)
         self._busy = prometheus_client.Counter("rmjax_model_seconds", "Seconds in which the model computed.", **make)
         self.batcher = Batcher(model.outputs, most=queue, batch_tokens=batch_tokens, max_wait=max_wait, told=self._told)
+        threads = concurrent.futures.ThreadPoolExecutor
+        self._small = threads(SMALL_THREADS, "requests")
+        # The tokenizer has as many threads as there are cores; some stay free for small requests.
+        self._large = threads(max(1, (os.cpu_count() or 1) // 2), "large requests")
+        self._warming = threading.Thread(target=self.warm_up, name="warming up", daemon=True)
         waiting = prometheus_client.Gauge("rmjax_waiting", "Sequences in the queue.", **make)
         waiting.set_function(lambda: self.batcher.waiting)
 
@@ -95,7 +101,7 @@ class Service:
         shapes = list(warm_shapes(longest, self._batch_tokens, devices=mesh["data"] * mesh["fsdp"]))
         try:
             for rows, tokens in shapes:
-                if self.stopping:
+                if self._stopping:
                     return
                 self.model.outputs([[0] * tokens] * rows)
         except Exception as error:
@@ -104,12 +110,66 @@ class Service:
             self.ready = True
             log.info("ready: %d shapes compiled in %.0f seconds", len(shapes), time.monotonic() - begun)
 
+    def start(self, failed: Callable[[], None]) -> None:
+        """Warms up beside the event loop that runs, which calls `failed` if that fails."""
+        loop, work = asyncio.get_running_loop(), self.warm_up
+
+        def warm() -> None:
+            work()
+            if self.failure:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(failed)
+
+        self._warming = threading.Thread(target=warm, name="warming up", daemon=True)
+        self._warming.start()
+
     def close(self, seconds: float) -> None:
-        """Takes no more requests, and finishes what is queued if that takes no longer."""
-        self.stopping = True
-        if not self.batcher.close(max(seconds, 0.1)) and not self.drained:  # an idle thread needs a moment, too
-            log.warning("requests were still waiting %g seconds after the stop; they are answered with 503", seconds)
-        self.drained = True
+        """Takes no more requests, and finishes what is queued if that takes no longer; `busy` says what goes on."""
+        self._stopping = True
+        end = time.monotonic() + seconds
+        for pool in (self._small, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)
+        if not self.batcher.close(max(seconds, 0.1)):  # an idle thread needs a moment, too
+            log.warning("the model is still computing %g seconds after the stop; that is given up", seconds)
+        while self.busy and time.monotonic() < end:
+            time.sleep(0.01)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread still works: the interpreter's end would wait for it, or abort in the model's."""
+        pools = [thread for pool in (self._small, self._large) for thread in pool._threads]
+        return self.batcher.alive or any(thread.is_alive() for thread in (self._warming, *pools))
+
+    async def prepared(
+        self,
+        data: bytearray,
+        read: Callable[[Body], T],
+        gone: Callable[[], Awaitable[bool]],
+        repeats: Callable[[Body], int] = lambda body: 1,
+    ) -> T:
+        """What a request's body asks for, parsed and tokenized in threads.
+
+        Args:
+            data: the body.
+            read: makes it of the JSON object.
+            gone: says whether the client is no longer there.
+            repeats: how often, at most, what is in the body is tokenized.
+
+        Raises:
+            Refused: by `read`, it is not JSON, the client has gone, or the server stops.
+        """
+
+        def small() -> T | concurrent.futures.Future[T]:
+            body = parse(data)
+            return self._large.submit(read, body) if len(data) * repeats(body) > LARGE else read(body)
+
+        large = len(data) > LARGE
+        try:
+            first = self._large.submit(lambda: read(parse(data))) if large else self._small.submit(small)
+        except RuntimeError:  # it is shut down
+            raise Refused(503, "the server is stopping; try again later") from None
+        made: Any = await _unless_gone(first, gone)
+        return await _unless_gone(made, gone) if isinstance(made, concurrent.futures.Future) else made
 
     async def outputs(self, asked: Asked, gone: Callable[[], Awaitable[bool]]) -> np.ndarray:
         """Outputs [n, A] of sequences.
@@ -125,19 +185,7 @@ class Service:
             answer = self.batcher.submit(asked.sequences, asked.prompts)
         except QueueFull as full:
             raise Refused(503, f"{full}; try again later") from None
-        waiting = asyncio.wrap_future(answer)
-        try:
-            while not waiting.done():
-                await asyncio.wait([waiting], timeout=ASK_SECONDS)
-                if not waiting.done() and self.drained:  # the model has not come back from its last batch
-                    raise Refused(503, STOPPED)
-                if not waiting.done() and await gone():
-                    raise Refused(499, "the client has gone")
-            if waiting.cancelled():
-                raise Refused(503, STOPPED)
-            return waiting.result()
-        finally:
-            answer.cancel()  # takes it out of the queue; of one that is done or being computed nothing changes
+        return await _unless_gone(answer, gone)
 
     def told(self, outputs: np.ndarray, activation: bool | None) -> np.ndarray:
         """What is answered: rewards as they are, or normalized; of a judge the probabilities of its verdicts.
@@ -170,6 +218,22 @@ class Service:
             raise Refused(400, f"the model gives {', '.join(values)}, not one reward; ask /classify")
         mean, std = self._normalize or (0.0, 1.0)
         return (values["score"] - mean) / std
+
+
+async def _unless_gone(answer: "concurrent.futures.Future[T]", gone: Callable[[], Awaitable[bool]]) -> T:
+    """The result of a future, which is cancelled if nobody waits for it any more: a queued one is then never begun."""
+    waiting = asyncio.wrap_future(answer)
+    try:
+        while not waiting.done():
+            await asyncio.wait([waiting], timeout=ASK_SECONDS)
+            if not waiting.done() and await gone():
+                raise Refused(499, "the client has gone")
+        if waiting.cancelled():
+            raise Refused(503, "the server stopped before this request's turn; try again later")
+        return waiting.result()
+    finally:
+        answer.cancel()
+        waiting.cancel()
 
 
 def warm_shapes(longest: int, tokens: int, devices: int) -> Iterator[tuple[int, int]]:
