@@ -390,6 +390,7 @@ def test_which_keys_may_change(name, tmp_path, cache_dir):
     changed = small(cache_dir, **{key: value})
     assert resume.check_workdir(changed, tmp_path) == []  # nothing is saved yet
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "3" / "manifest.json").write_text("{}")
     if expected == resume.REFUSED:
         with pytest.raises(ValueError, match=rf"another config(.|\n)*  {name}: "):
             resume.check_workdir(changed, tmp_path)
@@ -417,6 +418,7 @@ def test_checkpoints_can_be_elsewhere(tmp_path, cache_dir):
     config = small(cache_dir, checkpoint__dir=str(tmp_path / "elsewhere"))
     resume.save_config(config, tmp_path)
     (tmp_path / "elsewhere" / "3").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "3" / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config.seed: 0 before, 1 now"):
         resume.check_workdir(small(cache_dir, checkpoint__dir=str(tmp_path / "elsewhere"), seed=1), tmp_path)
 
