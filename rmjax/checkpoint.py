@@ -189,10 +189,11 @@ class Checkpointer:
                 other arrays, shapes or dtypes; every difference is named.
         """
         self.close()
-        step = self._first_says("newest", self._newest_and_clear_up)
-        if step is None:
-            return None
-        return step, *self._read(step, abstract_state, partial=False)
+        step = self._first_says("newest", self._newest_whole)
+        restored = None if step is None else (step, *self._read(step, abstract_state, partial=False))
+        # Only now: a start that cannot go on from here takes nothing over from one that can.
+        self._first_says("taken", lambda: self._take_and_clear_up(step))
+        return restored
 
     def restore_step(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
         """Restores a part of one step, for example only {'params': ...} of the best. Changes nothing on disk.
@@ -385,12 +386,10 @@ class Checkpointer:
             )
         return None
 
-    def _newest_and_clear_up(self) -> int | None:
-        step = self._newest_whole()
+    def _take_and_clear_up(self, step: int | None) -> None:
         if step is not None or self._marker():
             self._take()
         self._clear_up(after=-1 if step is None else step)
-        return step
 
     def _clear_up(self, after: float = math.inf) -> None:
         """Deletes unfinished steps; sets broken ones aside: those later than `after`, or seen at a glance."""

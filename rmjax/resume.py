@@ -71,14 +71,14 @@ def check_workdir(config: ConfigDict, workdir: Path) -> list[str]:
     known = _older_config(path)
     mine = ownership.require_ours(workdir, "run", "--workdir", older=lambda: known is not None)
     hf_export.require_replaceable(workdir / "export", "the export in --workdir")  # now, not after the training
+    if path.exists() and known is None:
+        raise ValueError(f"{path} is no run's config; put it back, or choose another --workdir")
     marker = _checkpoint_marker(config, checkpoints, workdir, known)
     if marker is not None and marker["run"]:
         _require_same_run(marker, mine, checkpoints, workdir)
     if marker is not None and "config" in marker:
         before, saved = marker["config"], checkpoints
-    elif path.exists():
-        if known is None:
-            raise ValueError(f"{path} is no run's config; put it back, or choose another --workdir")
+    elif known is not None:
         before, saved = path.read_text(), epath.Path(known["checkpoint"].get("dir") or workdir / "checkpoints")
     else:
         return []
@@ -159,8 +159,10 @@ def claim(config: ConfigDict, workdir: Path) -> str:
     run = ""
     if processes.is_first():
         checkpoints = ownership.read_marker(directory(config, workdir), "checkpoints") or {}
-        run = run_id(workdir) or checkpoints.get("run") or ownership.new_id()
-        ownership.write_marker(workdir, "run", run)
+        mine = run_id(workdir)
+        run = mine or checkpoints.get("run") or ownership.new_id()
+        if not mine:
+            ownership.write_marker(workdir, "run", run)
     return processes.agree("run", run)
 
 

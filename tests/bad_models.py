@@ -306,6 +306,13 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def without_configs(at: Path) -> None:
+    """Forgets the run's config, in the workdir and beside the checkpoints."""
+    (at / "config.json").unlink()
+    marker = at / "checkpoints" / ".rmjax.json"
+    marker.write_text(json.dumps({name: x for name, x in json.loads(marker.read_text()).items() if name != "config"}))
+
+
 RUNS = [
     run(
         "every checkpoint in", in_all_steps(lambda step: flip(largest(step))), name="a flipped bit in every checkpoint"
@@ -322,9 +329,10 @@ RUNS = [
     run("run/config.json", lambda at: (at / "config.json").write_text("{"), name="config.json is no JSON"),
     run("run/config.json", lambda at: (at / "config.json").write_text("[]"), name="config.json is a list"),
     run("run/config.json", lambda at: (at / "config.json").write_bytes(b"\xff"), name="config.json is no text"),
+    run("config.optim.name: 'adamw' before", lambda at: (at / "config.json").unlink(), "--config.optim.name=adafactor"),
     run(
         "expected float32",
-        lambda at: (at / "config.json").unlink(),
+        without_configs,
         "--config.optim.name=adafactor",
         name="a checkpoint of other arrays",
     ),
