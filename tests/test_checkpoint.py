@@ -473,7 +473,9 @@ KILLED = """
     if where == "deletion":
         type(checkpointer._directory).rmtree = die
     checkpointer.save(step, state, {}, None)
-    if where == "files":
+    if where == "files":  # they are written by threads, which may not have begun
+        while not any(x.name.startswith(str(step)) for x in pathlib.Path(directory).iterdir()):
+            pass
         die()
     checkpointer.close()
 """

@@ -10,6 +10,7 @@ from small_runs import Started
 
 from rmjax import command_line, contract, exits, export, exporting, runs, verify
 from rmjax.models import hf
+from rmjax.ownership import MARKER
 from rmjax.reward_model import RewardModel, load_checked
 
 pytestmark = pytest.mark.slow
@@ -91,7 +92,8 @@ def test_an_upload_is_of_the_whole_export(run, tmp_path, monkeypatch):
         command(f"--run={run}", f"--output={tmp_path / 'up'}", "--push_to=me/rewards", "--private")
     )
     assert calls[0] == (("me/rewards",), {"private": True, "exist_ok": True})
-    assert calls[1] == {"repo_id": "me/rewards", "folder_path": str(tmp_path / "up")}
+    whole = {"repo_id": "me/rewards", "folder_path": str(tmp_path / "up")}
+    assert calls[1] == {**whole, "ignore_patterns": [MARKER]}  # which folder is ours is of no use there
     assert "https://huggingface.co/me/rewards" in said[1]
     assert (tmp_path / "up" / "README.md").read_text().startswith("---\n")
 
@@ -113,11 +115,13 @@ def test_a_hub_that_refuses_stops_it_before_anything_is_written(run, tmp_path, m
 
 
 def test_a_run_or_a_model_of_others_is_not_replaced(run, tmp_path):
-    """Both have a config.json, by which an older export is known otherwise."""
+    """All have a config.json or a marker; the model has none of ours."""
     other = tmp_path / "other"
     shutil.copytree(run / "export", other)
     (other / contract.FILE).unlink()
-    for output, what in ((run, "is a run"), (other, "is no export of rmjax"), (run / "checkpoints", "is a run")):
+    (other / MARKER).unlink()
+    checkpoints = "of the kind 'checkpoints', expected 'export'"
+    for output, what in ((run, "is a run"), (other, "is not empty"), (run / "checkpoints", checkpoints)):
         before = sorted(output.iterdir())
         with pytest.raises(ValueError, match=what):
             command(f"--run={run}", f"--output={output}")
