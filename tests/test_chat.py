@@ -1,5 +1,6 @@
 """Rendering, tokens, the length policy and the checks of templates; the reference is transformers."""
 
+import concurrent.futures
 import dataclasses
 import json
 import random
@@ -11,7 +12,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
-from rmjax.data import chat as chat_lib
+from rmjax.data import rendering
 from rmjax.data.chat import Chat, load_tokenizer, set_pad_token
 from rmjax.data.records import BadRow, pair
 from rmjax.data.tasks import Example
@@ -387,9 +388,29 @@ def test_tools_reach_the_template(tokenizer):
 
 def test_what_a_template_makes_has_a_bound(tokenizer, monkeypatch):
     chat = Chat(tokenizer)
-    monkeypatch.setattr(chat_lib, "MOST_TEXT", 20)
+    monkeypatch.setattr(rendering, "MOST_TEXT", 20)
     with pytest.raises(BadRow, match=r"it renders to .* characters, the most is 20"):
         chat.render([{"role": "user", "content": "x" * 100}, {"role": "assistant", "content": "y"}])
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_loops_is_stopped(tokenizer, monkeypatch):
+    """On a plain conversation it is refused at once; on a row that makes it loop, the row is bad, others are not."""
+    monkeypatch.setattr(rendering, "MOST_SECONDS", 0.5)
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = LOOPS + plain
+    with pytest.raises(ValueError, match=r"the chat template cannot be used: TooSlow: it is not done after 0.5 s"):
+        Chat(tokenizer)
+    tokenizer.chat_template = "{% if messages[0].content == 'loop' %}" + LOOPS + "{% endif %}" + plain
+    chat = Chat(tokenizer)
+    first, second = trees(chat, [pair(talk(text, "a"), talk(text, "b")) for text in ("loop", "q")])
+    assert isinstance(first, BadRow) and "TooSlow: it is not done after 0.5 s" in first.detail
+    assert isinstance(second, Tree)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # only the thread that loops is stopped
+        futures = [pool.submit(chat.render, talk(text, "a")) for text in ("loop", "q", "loop", "q")]
+        assert [future.exception() is None for future in futures] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("error", [MemoryError, RecursionError])

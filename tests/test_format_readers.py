@@ -199,6 +199,14 @@ def test_a_bad_response_of_a_ranking_leaves_the_others():
     assert texts(kept) == ["a", "b", " ", "b"] and len(defects) == 4
 
 
+@pytest.mark.parametrize("name", ["ranked", "reward_bench_2"])
+def test_a_row_of_more_responses_than_arrays_of_all_pairs_can_hold(name):
+    """Of 100,000 responses each of three arrays would take 40 GB."""
+    many = [str(i) for i in range(100_000)]
+    changes = {"ranked": {"responses": many, "ranks": list(range(len(many))), "scores": None}}
+    assert reason(name, changes.get(name, {"rejected": many})) == "too_many_responses"
+
+
 def test_a_pair_is_lost_with_either_response():
     assert reason("judged_pair", {"output": [{"content": "a"}, {"content": ""}]}, defects=[]) == "empty_response"
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import transformers
 
-from rmjax.data import judging
+from rmjax.data import judging, rendering
 from rmjax.data.chat import Chat
 from rmjax.data.judging import Judgements, Verdict, parse_verdict, verdict_span
 from rmjax.data.records import BadRow, Record, pair
@@ -112,6 +112,18 @@ def test_a_template_that_fails_on_a_row_makes_it_a_bad_row():
     history = [turn("a", "user"), turn("b"), turn("c", "user")]
     with pytest.raises(BadRow, match="template_error: the judging template: UndefinedError"):
         task.examples(pair([*history, turn("yes")], [*history, turn("no")]))
+
+
+def test_a_template_that_loops_or_calls_itself_is_refused(monkeypatch):
+    monkeypatch.setattr(rendering, "MOST_SECONDS", 0.5)
+    shows = "{{ response_a }}{{ response_b }}"
+    for text, why in (
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "TooSlow: it is not done"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ 'x' * 10**15 }}", "MemoryError"),
+    ):
+        with pytest.raises(ValueError, match=f"the judging template cannot be rendered: {why}"):
+            judging.check_template(shows + text, "pair")
 
 
 def test_what_a_template_is_told():

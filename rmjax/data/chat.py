@@ -15,11 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import transformers
 
-from rmjax.data import encoding, places
+from rmjax.data import encoding, places, rendering
 from rmjax.data.encoding import Encoder, Sequences
 from rmjax.data.records import BadRow, Conversation
 from rmjax.data.tasks import Example, Span
@@ -47,12 +46,6 @@ RESERVED = (
     r"<\|?unused_?\d+\|?>|\[unused\d+\]|\[control_\d+\]|<\|?(extra|dummy|buffer)_?\d+\|?>",
     r"<\|(fim|vision|image|video|audio)_pad\|>",
 )
-# How templates fail on a conversation: by refusing it, or by meeting what they did not expect.
-TEMPLATE_ERRORS = (
-    *(jinja2.TemplateError, ArithmeticError, LookupError, AttributeError),
-    *(RuntimeError, TypeError, ValueError, MemoryError),
-)
-MOST_TEXT = 2**28  # characters of a rendering
 # Files of which a directory with a tokenizer has at least one.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 KEY = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
@@ -166,19 +159,7 @@ class Chat:
         Raises:
             BadRow: `template_error`.
         """
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(conversation),
-                tools=list(tools) if tools else None,
-                tokenize=False,
-                add_generation_prompt=False,
-                **self.template_kwargs,
-            )
-        except TEMPLATE_ERRORS as error:
-            raise BadRow("template_error", f"{type(error).__name__}: {error}") from error
-        if len(text) > MOST_TEXT:
-            raise BadRow("template_error", f"it renders to {len(text):,} characters, the most is {MOST_TEXT:,}")
-        return text
+        return self._apply(conversation, tools, self.template_kwargs, add_generation_prompt=False)
 
     def encode(self, texts: Sequence[str]) -> Sequences:
         """Token ids of renderings; special tokens only where the text has them, so never a second BOS."""
@@ -236,6 +217,10 @@ class Chat:
         special = [self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.unk_token]
         special += [getattr(self.tokenizer, "split_special_tokens", False)]
         return special + [self.tokenizer.pad_token] * ("pad_token" in str(self.tokenizer.chat_template))
+
+    def _apply(self, conversation: Conversation, tools: Sequence[Any] | None, given: Any, **more: Any) -> str:
+        apply, tools = self.tokenizer.apply_chat_template, list(tools) if tools else None
+        return rendering.render(lambda: apply(list(conversation), tools=tools, tokenize=False, **more, **given))
 
     def _try_render(self, conversation: Conversation, tools: Sequence[Any] | None) -> str | BadRow:
         try:
@@ -370,16 +355,10 @@ class Chat:
                 clock = f"{{% macro strftime_now(format) %}}{now}{{% endmacro %}}"
                 template = clock + self.tokenizer.get_chat_template(tools=tools)
                 try:
-                    text = self.tokenizer.apply_chat_template(
-                        list(conversation),
-                        tools=tools,
-                        tokenize=False,
-                        chat_template=template,
-                        **template_kwargs,
-                    )
-                except TEMPLATE_ERRORS:
-                    continue  # it takes no tools or system messages; plain conversations are checked later
-                rendered.add(text)
+                    rendered.add(self._apply(conversation, tools, template_kwargs, chat_template=template))
+                except BadRow as bad:  # it takes no tools or system messages; plain conversations are checked later
+                    if isinstance(bad.__cause__, rendering.TooSlow):
+                        raise ValueError(f"the chat template cannot be used: {bad.detail}") from None
             if len(rendered) > 1:
                 return True
         return False

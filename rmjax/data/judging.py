@@ -34,6 +34,7 @@ import jinja2.meta
 import jinja2.sandbox
 import numpy as np
 
+from rmjax.data import rendering
 from rmjax.data.records import BadRow, Conversation, Message, Record
 from rmjax.data.tasks import Axes, Example, no_label
 
@@ -53,7 +54,6 @@ CASES: dict[str, list[dict[str, Any]]] = {  # of the other variables, each of wh
     "score": [{"attributes": names, "scale": ("0", "4")} for names in (["score"], ["fluency"], ["truth", "style"])],
 }
 DEFAULTS = {"pairwise": "pair", "judge_pair": "pair", "judge_score": "score"}  # packaged templates and their kinds
-TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, LookupError, AttributeError, TypeError, ValueError)
 SCORE, BETTER = "score", "better"  # the tags of written verdicts, where no attribute names one
 
 
@@ -107,10 +107,11 @@ def check_template(text: str, kind: str, name: str = "the judging template") -> 
     history: list[Message] = [{"role": "user", "content": "a question"}]
     responses = [f"\ue000{i}\ue001" for i in range(len(SHOWN[kind]))]
     for more in CASES[kind]:
+        variables = _variables(history, responses, kind, more)
         try:
-            rendered = template.render(_variables(history, responses, kind, more))
-        except TEMPLATE_ERRORS as error:
-            raise ValueError(f"{name} cannot be rendered: {type(error).__name__}: {error}") from None
+            rendered = rendering.render(functools.partial(template.render, variables))
+        except BadRow as bad:
+            raise ValueError(f"{name} cannot be rendered: {bad.detail}") from None
         missing = [shown for shown, mark in zip(SHOWN[kind], responses) if mark not in rendered]
         if missing:
             raise ValueError(f"{name} does not show {' and '.join(missing)}, which is to be judged; put it in")
@@ -152,10 +153,9 @@ def ask(template: str, kind: str, history: Conversation, responses: Sequence[str
     Raises:
         BadRow: `template_error`: the template refuses these values.
     """
-    try:
-        return {"role": "user", "content": _compiled(template).render(_variables(history, responses, kind, more))}
-    except TEMPLATE_ERRORS as error:
-        raise BadRow("template_error", f"the judging template: {type(error).__name__}: {error}") from error
+    variables = _variables(history, responses, kind, more)
+    text = rendering.render(lambda: _compiled(template).render(variables), "the judging template: ")
+    return {"role": "user", "content": text}
 
 
 def text_of(message: Message) -> str:

@@ -33,7 +33,9 @@ REASONS = {
     "labelled_bad": "a response that was judged bad, which is not imitated",
     "no_label": "it says nothing that the objective learns from",
     "template_error": "the chat template refuses the conversation",
+    "too_many_responses": "more responses than a group takes (records.MOST_RESPONSES)",
 }
+MOST_RESPONSES = 4_096  # of a group: what is said of pairs takes three arrays of that many times that many numbers
 
 
 # The defects of a row that still allow training on it (data.on_bad_row="keep").
@@ -202,7 +204,7 @@ def group(
     Raises:
         BadRow: the group cannot be used.
     """
-    k = len(conversations)
+    check_count(k := len(conversations))
     matrix = lambda x: np.zeros((k, k), np.float32) if x is None else np.array(x, np.float32)
     wins, ties, margin = matrix(wins), matrix(ties), matrix(margin)
     least = 2 if k > 1 and (wins.any() or ties.any()) else 1
@@ -225,6 +227,12 @@ def group(
         agreement=agreement,
     )
     return made.select([i for i in range(k) if keep or i not in bad]) if bad else made
+
+
+def check_count(responses: int) -> None:
+    """Raises BadRow (`too_many_responses`) where arrays of all pairs would become too large."""
+    if responses > MOST_RESPONSES:
+        raise BadRow("too_many_responses", f"it has {responses:,} responses, a group has at most {MOST_RESPONSES:,}")
 
 
 def _check_all(conversations: Sequence[Any], keep: bool) -> tuple[list[tuple[Message, ...]], dict[int, BadRow]]:
@@ -283,7 +291,11 @@ def compare(scores: Sequence[float]) -> dict[str, Any]:
 
     Returns:
         `wins`, `ties` and `margin`, float32 [K, K], as in Record.
+
+    Raises:
+        BadRow: `too_many_responses`.
     """
+    check_count(len(scores))
     s = np.array(scores, np.float64)
     difference = s[:, None] - s[None, :]
     wins, ties = difference > 0, (difference == 0) & ~np.eye(len(s), dtype=bool)

@@ -15,7 +15,7 @@ from rmjax.data.records import BadRow, check_conversation
 
 Row = dict[str, Any]
 # Responses of a row are scored together, each rendered with its prompt, so that a row's memory grows with them: of
-# 16,384 with 2,000 characters each and a prompt of as many it is about a gigabyte.
+# 16,384 with 2,000 characters each and a prompt of as many it is about a gigabyte (an estimate).
 MOST_RESPONSES = 16_384
 
 

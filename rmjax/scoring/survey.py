@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import decimal
-import glob
 import hashlib
 import itertools
 import json
@@ -16,7 +15,7 @@ import pyarrow as pa
 
 from rmjax import files
 from rmjax.command_line import check_writable
-from rmjax.data.sources import open_source, split_spec
+from rmjax.data.sources import matching, open_source, split_spec
 from rmjax.scoring import job, making, parts, rows
 from rmjax.scoring.making import Options
 from rmjax.scoring.rows import Row, Shape
@@ -152,10 +151,9 @@ def check_output(source: str, output: Path) -> None:
 
 def _reads(source: str, path: Path) -> bool:
     """Whether a file is among those of a source."""
-    names = [str(Path(item).expanduser()) for item in split_spec(source)]
-    inside = [str(f) for name in names if Path(name).is_dir() for f in Path(name).rglob("*")]
-    found = {*names, *inside, *(f for name in names for f in glob.glob(name, recursive=True))}
-    return path.exists() and any(Path(f).exists() and path.samefile(f) for f in found)
+    found = [file for item in split_spec(source) for file in matching(str(Path(item).expanduser()))]
+    inside = [file for folder in found if folder.is_dir() for file in folder.rglob("*")]
+    return path.exists() and any(file.exists() and path.samefile(file) for file in (*found, *inside))
 
 
 def merged(schema: pa.Schema, some: Sequence[Row]) -> pa.Schema:

@@ -34,7 +34,7 @@ from rmjax.data.formats.cells import (
     one_of,
     prompt_turns,
 )
-from rmjax.data.records import Message, Record, group
+from rmjax.data.records import Message, Record, check_count, group
 
 BETTER = {"A>B": (0, 1), "B>A": (1, 0)}
 CATEGORIES = {  # run_judge.py of ScalerLab/JudgeBench tells them by these prefixes; the names are the paper's
@@ -53,7 +53,7 @@ def _record(
     reading: Reading,
 ) -> Record:
     """Every right response is better than every wrong one; among themselves nothing is said."""
-    responses = [*right, *wrong]
+    check_count(len(responses := [*right, *wrong]))
     wins = np.zeros((len(responses), len(responses)), np.float32)
     wins[: len(right), len(right) :] = 1
     told = common(row, reading) | {"source": subset, "row": f"{reading.where} ({name})" if name else reading.where}
