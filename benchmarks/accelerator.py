@@ -38,7 +38,8 @@ MISSING = "not measured"
 FORBIDDEN = ("xla_gpu_enable_custom_fusions", "xla_gpu_enable_address_computation_fusion")
 
 COMMON = {"plan.row_tokens": "8192", "model.remat": "auto", "optim.mu_dtype": "bfloat16"}
-# 16,384 tokens a micro-batch (rmjax/memory.py); small models take four of them a step, so that the update costs little.
+# 16,384 tokens a micro-batch (rmjax/hardware/memory.py); small models take four of them a step, so that the update
+# costs little.
 SMALL = {**COMMON, "plan.rows_per_step": "8"}
 # 8 bytes a parameter, for one card of 141 GB: one micro-batch, whose gradient then is bfloat16 too.
 LARGE = {**COMMON, "plan.rows_per_step": "2", "model.param_dtype": "bfloat16", "optim.nu_dtype": "bfloat16"}
@@ -175,9 +176,10 @@ def measure_kernel(smoke: bool) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from rmjax import measured, sharding
-    from rmjax.data import loader, packing
-    from rmjax.data.random_groups import RandomGroups, read_lengths
+    from rmjax import sharding
+    from rmjax.batches import loader, packing
+    from rmjax.batches.random_groups import RandomGroups, read_lengths
+    from rmjax.benchmark import side
     from rmjax.kernels.tree_attention import choose
     from rmjax.models import config as model_config
 
@@ -197,7 +199,7 @@ def measure_kernel(smoke: bool) -> dict[str, Any]:
         shape = loader.plan_shape(plan, 2, micro_rows=rows, row_devices=1, labels=groups.fields)
         batch = next(loader.batches(groups, plan, shape, sharding.named(mesh, sharding.BATCH)))
         where = {field: x[0] for field, x in batch.items() if field in ("positions", "visible_from", "visible_until")}
-        forward, both = measured.time_attention(where, model, dtype, form, mesh)
+        forward, both = side.time_attention(where, model, dtype, form, mesh)
         pairs = float(groups.visible_pairs(None)[np.concatenate(plan.rows(0))].sum())
         product = 2 * heads * width * pairs  # FLOPs of one of the two products of the forward pass
         found[name] = {"forward_s": forward, "both_s": both, "visible_pairs": pairs, "form": form, "dtype": dtype}

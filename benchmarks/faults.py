@@ -10,7 +10,7 @@ Trains a tiny model for some hundred steps, with `python -m rmjax.main`, once un
 Three of four signals come when the metrics reach a random line, up to a second later; the others at a random moment
 of the start. After each the newest sealed checkpoint is compared with the last step that the metrics have: these are
 the steps lost. At the end metrics.jsonl and every file of the export must be equal, byte for byte. Then the slow tests
-of tests/test_survival.py and tests/test_checkpoint.py inject all other faults. Prints Markdown rows for
+of tests/train/test_survival.py and tests/test_checkpoint.py inject all other faults. Prints Markdown rows for
 benchmarks/RESULTS.md; exits with 1 if anything differs.
 """
 
@@ -46,7 +46,7 @@ RUN = {
     "log.every": "1 steps",
     "log.tensorboard": False,
 }
-TESTS = ("tests/test_survival.py", "tests/test_checkpoint.py")
+TESTS = ("tests/train/test_survival.py", "tests/test_checkpoint.py")
 
 
 class Blow(NamedTuple):

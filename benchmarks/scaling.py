@@ -15,11 +15,13 @@ import jax
 import numpy as np
 
 from rmjax import config as config_lib
-from rmjax import memory, objectives, prepare, sharding, topology
-from rmjax.collectives import collectives
-from rmjax.data.random_groups import RandomGroups
+from rmjax import objectives, sharding
+from rmjax.batches import prepare
+from rmjax.batches.random_groups import RandomGroups
+from rmjax.hardware import memory, topology
+from rmjax.hardware.collectives import collectives
 from rmjax.models import config as model_config
-from rmjax.step import abstract_model, compile_program
+from rmjax.train.step import abstract_model, compile_program
 
 KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 MODELS = {  # Qwen2.5-7B and Llama-3.3-70B
@@ -57,7 +59,7 @@ def measure(name: str, values: dict, hardware: str) -> list[str]:
 def main() -> None:
     """Prints the table, a line as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("hardware", nargs="+", help="see rmjax/topology.py")
+    parser.add_argument("hardware", nargs="+", help="see rmjax/hardware/topology.py")
     parser.add_argument("--models", default="7b,70b")
     parser.add_argument("--effort", type=float, default=0.0, help="of XLA, from -1 to 1")
     arguments = parser.parse_args()

@@ -33,7 +33,7 @@ HEADER = "| batching | clients | requests/s | p50 ms | p95 ms | p99 ms | request
 
 def bodies(model: str, count: int) -> list[bytes]:
     """Requests, at least `count`, for conversations of generated pairs that the demo was not trained on."""
-    from rmjax.data.chat import Chat, load_tokenizer
+    from rmjax.batches.chat import Chat, load_tokenizer
     from rmjax.data.records import BadRow, check_conversation
     from rmjax.data.sources import open_source
 

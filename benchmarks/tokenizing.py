@@ -78,15 +78,15 @@ def stage(name: str, workdir: Path) -> dict[str, float]:
 
     import jax
 
-    from rmjax import prepare  # noqa: F401  what a run imports
-    from rmjax.data import audit, cache, chat, groups, loader, packing, tasks
+    from rmjax.batches import chat, groups, loader, packing, tasks, token_cache
+    from rmjax.data import ledger
 
     lap("imports")
     tokenizer = chat.load_tokenizer(FLAGS.tokenizer)
     lap("tokenizer")
     speaker = chat.Chat(tokenizer, max_length=FLAGS.row_tokens)
     lap("template")
-    found = cache.build(
+    found = token_cache.build(
         str(workdir / "pairs.jsonl"),
         speaker,
         tasks.Preferences(),
@@ -97,7 +97,7 @@ def stage(name: str, workdir: Path) -> dict[str, float]:
     lap("cache")
     if name != "first":
         train, validation = groups.split(found, 0.05, 0)
-        audit.lines(train, validation)
+        ledger.lines(train, validation)
         lap("audit")
         plan = packing.make_plan(
             train.lengths, train.ends, row_tokens=FLAGS.row_tokens, groups_per_step=128, window=2048
@@ -180,7 +180,7 @@ def main(argv: list[str]) -> None:
         peak = {"main": memory.peak("self"), "worker": memory.worker}
         print(json.dumps({**values, "cpu": cpu, "peak_mib": peak}))
         return
-    from rmjax.data import chat
+    from rmjax.batches import chat
 
     workdir.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(workdir / "cache", ignore_errors=True)

@@ -84,9 +84,9 @@ def split_of(job: dict[str, Any]) -> Any:
     """Our pairs, their plan and the shape of its batches: the first pairs in one step an epoch, or all as in a run."""
     import numpy as np
 
-    from rmjax.data import loader, packing
-    from rmjax.data.random_groups import RandomGroups
-    from rmjax.prepare import Split
+    from rmjax.batches import loader, packing
+    from rmjax.batches.prepare import Split
+    from rmjax.batches.random_groups import RandomGroups
 
     groups = RandomGroups(np.array(job["triples"])[: job["first"] or None], job["vocabulary"])
     options = {"row_tokens": job["ours"]["row_tokens"], "epochs": job["epochs"]}
@@ -113,12 +113,14 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from rmjax import config as config_lib
-    from rmjax import memory, objectives, optim, sharding
-    from rmjax.data import loader
+    from rmjax import objectives, sharding
+    from rmjax.batches import loader
+    from rmjax.hardware import memory
     from rmjax.models import config as model_config
     from rmjax.models import hf
     from rmjax.objectives import sums as sums_lib
-    from rmjax.step import abstract_model, build_program
+    from rmjax.train import optim
+    from rmjax.train.step import abstract_model, build_program
 
     config, split = config_lib.defaults(), split_of(job)
     plan, shape = split.plan, split.shape
@@ -269,7 +271,7 @@ def write_pairs(path: Path, triples: list[list[int]], vocabulary: int) -> None:
     """The pairs that our side makes for itself, as [prompt, chosen, rejected] in token ids."""
     import numpy as np
 
-    from rmjax.data.random_groups import RandomGroups
+    from rmjax.batches.random_groups import RandomGroups
 
     groups = RandomGroups(np.array(triples), vocabulary)
     pairs = []
@@ -293,7 +295,7 @@ def run(command: list[str], job: dict[str, Any], scratch: Path) -> dict[str, Any
 
 def compare(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Makes model and pairs, checks that both sides train the same, and measures; prints as it goes."""
-    from rmjax.data.random_groups import read_lengths
+    from rmjax.batches.random_groups import read_lengths
 
     triples = read_lengths(given.lengths)[: given.pairs or None].tolist()
     job = job_of(given, scratch, triples)

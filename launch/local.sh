@@ -6,7 +6,7 @@
 #   launch/local.sh 2 rmjax.score --model=DIR --input=FILE --output=FILE    another command than rmjax.main
 #
 # GPUs are dealt out evenly. On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=2 gives each process two devices.
-# TERM and INT are passed on; they end the run, which saves first. The exit code is the run's (rmjax/exits.py).
+# TERM and INT are passed on; they end the run, which saves first. The exit code is the run's (rmjax/runtime/exits.py).
 #
 # To edit, or to set in the environment:
 PYTHON=${PYTHON:-python}     # of the environment that has rmjax

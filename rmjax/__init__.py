@@ -13,7 +13,7 @@ __all__ = ["RewardModel"]
 def __getattr__(name: str) -> Any:
     """`rmjax.RewardModel`, imported on first use so that `import rmjax` stays quick."""
     if name == "RewardModel":
-        from rmjax.reward_model import RewardModel
+        from rmjax.inference.reward_model import RewardModel
 
         return RewardModel
     raise AttributeError(f"module 'rmjax' has no attribute {name!r}")

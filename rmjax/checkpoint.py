@@ -42,7 +42,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from rmjax import exits, files, ownership, processes
+from rmjax.runtime import exits, files, ownership, processes
 from rmjax.sharding import path_name
 
 HOST, AMENDED, MANIFEST = "host.json", "host-amended.json", "manifest.json"

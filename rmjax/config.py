@@ -87,7 +87,7 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     model.param_dtype = "float32"  # float32, or bfloat16 (rounded stochastically); the score head is float32 always
     model.compute_dtype = "auto"  # float32, bfloat16, or auto: float32 on CPUs and bfloat16 elsewhere
     # What the backward pass recomputes: "none" (all is saved), "full", names to save ("q,k,v,attention,mid,gate,up"),
-    # or "auto": as little as fits the devices, by the compiler's account (rmjax/memory.py).
+    # or "auto": as little as fits the devices, by the compiler's account (rmjax/hardware/memory.py).
     model.remat = "auto"
     model.attention = "auto"  # its form: gpu, tpu (Pallas kernels), xla (any device), or auto: the device's own
 
@@ -153,7 +153,7 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     # is not at its usual place. Their metrics, "reward_bench/overall", may be checkpoint.metric.
     evaluation.benchmarks = ""
 
-    # What a run must reach for its model to be used (rmjax/evaluation/gate.py); 0, or False, asks nothing.
+    # What a run must reach for its model to be used (rmjax/evaluate/gate.py); 0, or False, asks nothing.
     config.gate = gate = ConfigDict()
     gate.accuracy = 0.70  # least validation accuracy
     gate.gap = 0.10  # accuracy in training is less than this above that in validation

@@ -23,8 +23,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from rmjax import command_line
 from rmjax import config as config_lib
+from rmjax.runtime import command_line
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/bt_tiny.py.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "", "Where metrics, checkpoints and the export go.")
@@ -36,7 +36,9 @@ def main(_: Sequence[str]) -> None:
     """Runs what `parse` took; see command_line.py for what becomes of errors."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; JAX itself takes three quarters
     # Here, so that --help and a mistyped flag answer at once.
-    from rmjax import checkpoint, processes, startup, survival, train
+    from rmjax import checkpoint
+    from rmjax.runtime import compile_cache, processes, signals
+    from rmjax.train import training
 
     logging.set_verbosity(logging.WARNING)
     workdir = Path(WORKDIR.value).expanduser().absolute()
@@ -52,10 +54,10 @@ def main(_: Sequence[str]) -> None:
     ):
         processes.start()
         if not TOPOLOGY.value:  # programs for other hardware are not kept
-            startup.keep_programs(dict(config_lib.flatten(CONFIG.value)).get("data.cache_dir", ""))
-        lock = contextlib.nullcontext() if DRY_RUN.value else survival.alone(workdir)
-        with survival.Stop().listening() as stop, lock:
-            train.run(CONFIG.value, workdir, DRY_RUN.value, TOPOLOGY.value, stop)
+            compile_cache.keep_programs(dict(config_lib.flatten(CONFIG.value)).get("data.cache_dir", ""))
+        lock = contextlib.nullcontext() if DRY_RUN.value else signals.alone(workdir)
+        with signals.Stop().listening() as stop, lock:
+            training.run(CONFIG.value, workdir, DRY_RUN.value, TOPOLOGY.value, stop)
             processes.finish()
 
 

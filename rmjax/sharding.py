@@ -15,7 +15,7 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rmjax import processes
+from rmjax.runtime import processes
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the mesh axes that the rows of a batch are split over

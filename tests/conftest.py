@@ -8,7 +8,7 @@ import pytest
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from rmjax import startup
+from rmjax.runtime import compile_cache
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -32,7 +32,7 @@ def user_cache(tmp_path_factory) -> Iterator[None]:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "user-cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        startup.keep_programs()  # as the commands do: what several tests compile is compiled once
+        compile_cache.keep_programs()  # as the commands do: what several tests compile is compiled once
         yield
 
 

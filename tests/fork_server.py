@@ -14,10 +14,16 @@ import sys
 import tempfile
 import traceback
 
-MODULES = ("rmjax.main", "rmjax.score", "rmjax.data", "rmjax.benchmark")
+COMMANDS = {
+    "rmjax.main": "rmjax.main",
+    "rmjax.score": "rmjax.score.__main__",
+    "rmjax.benchmark": "rmjax.benchmark.__main__",
+    "rmjax.data": "rmjax.data.command",
+}
 IMPORTS = (
-    *("rmjax.train", "rmjax.reward_model", "rmjax.data.command", "rmjax.data.auditing", "rmjax.data.audit_page"),
-    *("rmjax.measured", "rmjax.score", "rmjax.main", "rmjax.benchmark", "sqlalchemy", "pandas", "safetensors"),
+    *COMMANDS.values(),
+    *("rmjax.train.training", "rmjax.inference.reward_model", "rmjax.report.audit.command", "rmjax.report.audit.page"),
+    *("rmjax.benchmark.side", "sqlalchemy", "pandas", "safetensors"),
     *("pyarrow.compute", "transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers"),
     *("orbax.checkpoint", "huggingface_hub.hf_file_system"),
 )
@@ -35,10 +41,8 @@ def run(job: dict, out: int, err: int) -> None:
     sys.argv = [job["module"], *job["argv"]]
     code = 0
     try:
-        if job["module"] == "rmjax.data":
-            sys.modules["rmjax.data.command"].main()
-        else:
-            sys.modules[job["module"]].cli()
+        command = sys.modules[COMMANDS[job["module"]]]
+        (command.main if job["module"] == "rmjax.data" else command.cli)()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except BaseException:

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from rmjax.evaluation.scored import Scored
+from rmjax.evaluate.scored import Scored
 from rmjax.objectives import sums as sums_lib
 
 

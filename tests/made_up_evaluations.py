@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rmjax.data import measure
+from rmjax.batches import measure
 
 SCRIPT = "<script>alert(1)</script>"
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from rmjax import processes
+from rmjax.runtime import processes
 
 SEQUENCES = [np.arange(5, 30), np.arange(40, 80)]
 
@@ -46,11 +46,12 @@ def main(model: str, tokenizer: str, directory: str) -> None:
     processes.start()
     import jax
 
-    from rmjax import export, sharding
+    from rmjax import sharding
+    from rmjax.batches.chat import Chat, load_tokenizer
+    from rmjax.batches.trees import build_tree
     from rmjax.checkpoint import Checkpointer
     from rmjax.config import defaults
-    from rmjax.data.chat import Chat, load_tokenizer
-    from rmjax.data.trees import build_tree
+    from rmjax.export import write as export
     from rmjax.models import heads, hf
     from rmjax.models.config import from_hf
     from rmjax.objectives.bradley_terry import BradleyTerry

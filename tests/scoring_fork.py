@@ -17,7 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-IMPORTS = ("rmjax.score", "rmjax.reward_model", "rmjax.survival", "rmjax.processes", "rmjax.writers", "rmjax.contract")
+IMPORTS = (
+    "rmjax.score.__main__",
+    "rmjax.inference.reward_model",
+    "rmjax.runtime.signals",
+    "rmjax.runtime.processes",
+    "rmjax.train.writers",
+    "rmjax.inference.contract",
+)
 ROWS = 4  # of a part
 ASKED = "asked.txt"  # in the model's directory: every text that was scored
 
@@ -40,8 +47,8 @@ class Model:
 
 def use_numbers():
     """The command finds the model of numbers in any directory, and makes small parts."""
-    from rmjax import reward_model
-    from rmjax.scoring import job
+    from rmjax.inference import reward_model
+    from rmjax.score import job
 
     job.CHUNK = ROWS
     reward_model.load_checked = lambda path, **_: Model(Path(path) / ASKED)
@@ -49,8 +56,8 @@ def use_numbers():
 
 def spoil(at, when, call, signal):
     """Has a function send a signal to its process."""
-    from rmjax import reward_model
-    from rmjax.scoring import job
+    from rmjax.inference import reward_model
+    from rmjax.score import job
 
     owners = {"values": Model, "load_checked": reward_model, "write_rows": job, "join_parts": job, "unlink": Path}
     owner = owners.get(at, job.Job)
@@ -83,7 +90,7 @@ def become(job, out, err):
     sys.argv = ["score", *job["argv"]]
     code = 0
     try:
-        sys.modules["rmjax.score"].cli()
+        sys.modules["rmjax.score.__main__"].cli()
     except SystemExit as stop:
         code = stop.code or 0
     sys.stdout.flush()

@@ -34,7 +34,7 @@ SMALL = {  # the demo made small: 20 steps, seconds
 }
 TIMEOUT = 180  # seconds; a run takes a few on an idle machine
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["rmjax.train", "rmjax.main", "orbax.checkpoint", "rmjax.data.synthetic"])
+_context.set_forkserver_preload(["rmjax.train.training", "rmjax.main", "orbax.checkpoint", "rmjax.data.synthetic"])
 
 
 def flat(values: dict) -> dict:
@@ -100,10 +100,11 @@ def _command(argv, output, env, spoil) -> None:
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
     import jax
 
-    from rmjax import main, startup
+    from rmjax import main
+    from rmjax.runtime import compile_cache
 
     jax.config.update("jax_platforms", "cpu")  # jax was imported before
-    startup.keep_programs()  # with those of the session, so that each is compiled once
+    compile_cache.keep_programs()  # with those of the session, so that each is compiled once
     if spoil is not None:
         spoil()
     sys.argv = ["rmjax.main", *argv]

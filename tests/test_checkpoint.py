@@ -20,7 +20,7 @@ import pytest
 
 from rmjax import checkpoint
 from rmjax.checkpoint import Checkpointer, CheckpointError
-from rmjax.ownership import MARKER
+from rmjax.runtime.ownership import MARKER
 
 
 def make_state(seed=0, size=8):

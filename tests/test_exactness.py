@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rmjax.data import loader
-from rmjax.data.groups import Group
-from rmjax.data.trees import build_tree
+from rmjax.batches import loader
+from rmjax.batches.groups import Group
+from rmjax.batches.trees import build_tree
 from rmjax.models import config as model_config
 from rmjax.models import heads
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rmjax.data import loader, packing
-from rmjax.data.groups import Group
+from rmjax.batches import loader, packing
+from rmjax.batches.groups import Group
+from rmjax.batches.tasks import Preferences
+from rmjax.batches.trees import build_tree
 from rmjax.data.records import ROLES, BadRow, Record, check_conversation, group
-from rmjax.data.tasks import Preferences
-from rmjax.data.trees import build_tree
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 

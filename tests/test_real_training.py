@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from rmjax import reward_model, train
 from rmjax.config import defaults
+from rmjax.inference import reward_model
+from rmjax.train import training
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +57,7 @@ def test_a_few_steps_on_real_rows(name, shared_data, tmp_path):
     objective, keys, file, more = RUNS[name]
     config = config_of(objective, keys, shared_data / file, more, tmp_path)
     config.model.tokenizer = str(shared_data / "tokenizers" / "minimind")
-    train.run(config, tmp_path / "run")
+    training.run(config, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(losses) == 4 and np.isfinite(losses).all()

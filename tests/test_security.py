@@ -12,11 +12,14 @@ import pytest
 import sqlalchemy
 from absl import flags
 
-from rmjax import command_line, ownership, passwords, train
 from rmjax import config as config_lib
-from rmjax.data import database, judging, sources
-from rmjax.data.chat import Chat, load_tokenizer
+from rmjax.batches.chat import Chat, load_tokenizer
+from rmjax.data import sources
+from rmjax.data.sources import database
+from rmjax.judging import verdicts
 from rmjax.models import hf, weight_files
+from rmjax.runtime import command_line, ownership, passwords
+from rmjax.train import training
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "rmjax").rglob("*.py"))
@@ -125,7 +128,7 @@ def test_a_chat_template_stays_in_its_sandbox(escape, tokenizer):
 def test_a_judging_template_stays_in_its_sandbox(escape, tmp_path):
     (tmp_path / "judge.jinja").write_text(f"{escape}{{{{ response_a }}}}{{{{ response_b }}}}")
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "judge.jinja"))):
-        judging.load_template(str(tmp_path / "judge.jinja"), "pairwise")
+        verdicts.load_template(str(tmp_path / "judge.jinja"), "pairwise")
 
 
 def test_every_template_environment_is_a_sandbox():
@@ -260,7 +263,7 @@ def test_a_run_writes_and_prints_no_password(tmp_path, monkeypatch, capfd):
     config = config_lib.demo()
     config.data.train = f"vault://me:{SECRET}@host/pairs"
     config.duration = "2 steps"
-    train.run(config, tmp_path / "run")
+    training.run(config, tmp_path / "run")
     said = "".join(capfd.readouterr())
     assert asked and all(asked) and "vault://me:***@host/pairs" in said and SECRET not in said
     written = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from tiny_models import tree_rows
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-from rmjax.data.trees import build_tree
+from rmjax.batches.trees import build_tree
 from rmjax.models import config as model_config
 from rmjax.models import heads, hf
 

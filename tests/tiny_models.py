@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from rmjax.data.trees import build_tree
+from rmjax.batches.trees import build_tree
 
 PAD = 0  # in no sequence here
 SIZES = {

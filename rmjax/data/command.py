@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rmjax import command_line, exits, files, passwords
-from rmjax.command_line import Parser
-from rmjax.data import agreement, converting, formats, label_studio, reading, showing, sources, splitting
-from rmjax.data.audit import Audit, rows_lines
+from rmjax.data import agreement, converting, formats, labelling, reading, showing, sources, splitting
+from rmjax.data.ledger import Audit, rows_lines
 from rmjax.data.records import BadRow
+from rmjax.runtime import command_line, exits, files, passwords
+from rmjax.runtime.command_line import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,7 +120,7 @@ def _label_studio_arguments(convert: Parser) -> None:
     made = convert.add_argument_group("for people to label, with Label Studio")
     made.add_argument("--to", choices=("parquet", "label_studio"), default="parquet",
                       help="label_studio writes tasks.json and config.xml into --output")  # fmt: skip
-    made.add_argument("--ask", choices=label_studio.KINDS, default=label_studio.KINDS[0],
+    made.add_argument("--ask", choices=labelling.KINDS, default=labelling.KINDS[0],
                       help="for a preference between two responses (default), or a rating of each")  # fmt: skip
     made.add_argument("--attributes", default="quality", metavar="NAME,...", help="what is rated; default: quality")
     made.add_argument("--scale", default="1,5", metavar="LOW,HIGH", help="of a rating; default: 1,5")
@@ -183,7 +183,7 @@ def _columns(rows: Sequence[tuple[str, sources.Row]]) -> list[str]:
 
 
 def _open_chat(tokenizer: str) -> Any:
-    from rmjax.data.chat import Chat, load_tokenizer
+    from rmjax.batches.chat import Chat, load_tokenizer
 
     chat = Chat(load_tokenizer(tokenizer))
     for note in chat.notes:
@@ -207,7 +207,7 @@ def _to_label_studio(args: argparse.Namespace) -> None:
         raise ValueError(f"--scale={args.scale} is not two whole numbers, as in 1,5") from None
     attributes = [name.strip() for name in args.attributes.split(",") if name.strip()]
     output = args.output.expanduser()
-    count = label_studio.write(output, records, args.ask, attributes=attributes, scale=(low, high), seed=args.seed)
+    count = labelling.write(output, records, args.ask, attributes=attributes, scale=(low, high), seed=args.seed)
     print("\n".join(rows_lines(audit)))
     print(f"{count:,} tasks in {output / 'tasks.json'}, their page in {output / 'config.xml'}")
 
@@ -240,14 +240,14 @@ _split = _convert
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from rmjax.data import auditing
+    from rmjax.report.audit import command as auditing
 
     if args.html:
         command_line.check_writable(args.html, f"--html={args.html}")
     with tempfile.TemporaryDirectory() as scratch:
         found = auditing.audit(args, Path(scratch))
     if args.html:
-        from rmjax.data import audit_page
+        from rmjax.report.audit import page as audit_page
 
         page = audit_page.page(found.report, found.title, notes=found.notes, problems=found.problems)
         args.html.parent.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rmjax import files as durable
-from rmjax.command_line import check_writable, leaving_nothing
 from rmjax.data import reading, sources, splitting, store
-from rmjax.data.audit import Audit
+from rmjax.data.ledger import Audit
 from rmjax.data.records import Record
+from rmjax.runtime import files as durable
+from rmjax.runtime.command_line import check_writable, leaving_nothing
 
 WHOLE = "records"  # the file in a directory when nothing is split
 

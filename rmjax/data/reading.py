@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from rmjax.data import formats, sources
-from rmjax.data.audit import Audit
+from rmjax.data.ledger import Audit
 from rmjax.data.records import BadRow, Record
 
 REPORT_SECONDS = 5.0

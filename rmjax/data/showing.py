@@ -134,7 +134,7 @@ def rendering(chat: Any, shown: Record) -> list[str]:
     Raises:
         BadRow: the template or the task refuses the record.
     """
-    from rmjax.data.tasks import Example, Steps
+    from rmjax.batches.tasks import Example, Steps
 
     example = Steps().examples(shown)[0] if shown.steps else Example(shown.conversations, tools=shown.tools)
     (made,) = chat.groups([example], keep=True)

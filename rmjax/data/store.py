@@ -28,8 +28,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rmjax import files
 from rmjax.data.records import Message, Record
+from rmjax.runtime import files
 
 ROW_GROUP = 512  # records; a group is in memory at once when written and when read
 

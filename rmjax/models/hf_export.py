@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from rmjax import ownership, processes
 from rmjax.models.config import ModelConfig
 from rmjax.models.hf_tables import CLASSES, INDEX, SCORE, SCORE_BIAS, WEIGHTS, Row, convert, expected_rows
+from rmjax.runtime import ownership, processes
 
 PIECE = 32 * 2**20  # bytes of a tensor that are on the host, and whole on a device, at a time
 CODES = {np.dtype(jnp.float32): "F32", np.dtype(jnp.bfloat16): "BF16", np.dtype(jnp.float16): "F16"}

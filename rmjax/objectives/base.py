@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rmjax.data.tasks import Task
+from rmjax.batches.tasks import Task
 from rmjax.objectives.sums import Sums, ratios
 
 Batch = Mapping[str, jax.Array]  # see data/loader.py: Shape.fields

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmjax.data.tasks import Preferences
+from rmjax.batches.tasks import Preferences
 from rmjax.objectives import likelihoods
 from rmjax.objectives.base import Batch, Objective, Params
 from rmjax.objectives.gather import gather_groups

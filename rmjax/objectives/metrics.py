@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from rmjax.evaluation.calibration import BINS, bins_of, ece
+from rmjax.evaluate.calibration import BINS, bins_of, ece
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmjax.data.judging import SWAPPED, VERDICTS, Judgements, load_template
+from rmjax.judging.verdicts import SWAPPED, VERDICTS, Judgements, load_template
 from rmjax.objectives.base import Batch, Objective, Params
 from rmjax.objectives.gather import gather_groups
 from rmjax.objectives.metrics import calibration_error
@@ -52,7 +52,7 @@ class Pairwise(Objective):
 
     Attributes:
         classes: 3 (A, B, tie) or 2 (A, B).
-        template: Jinja2 file that states the judging question (see data/judging.py), or its text; "" is the packaged.
+        template: Jinja2 file that states the judging question (judging/verdicts.py), or its text; "" is the packaged.
         ties: with 2 classes, "skip" pairs judged equal (counted), or train them as "half" a verdict each way.
         strength: what the strength of a preference does: "none"; "weight" multiplies the pair's weight in the loss;
             "soft" makes the label soft: a strength s is the log-odds of the label, which keeps sigmoid(s), and the

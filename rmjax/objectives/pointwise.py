@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmjax.data.tasks import Attributes
+from rmjax.batches.tasks import Attributes
 from rmjax.objectives.base import Batch, Objective, Params
 from rmjax.objectives.bradley_terry import reward_sums
 from rmjax.objectives.gather import at_ends

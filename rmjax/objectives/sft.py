@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmjax.data.judging import load_template
-from rmjax.data.writing import TEMPLATES, Writing
+from rmjax.judging.verdicts import load_template
+from rmjax.judging.writing import TEMPLATES, Writing
 from rmjax.objectives.base import Batch, Objective, Params
 from rmjax.objectives.sums import Sums, fraction, ratios
 
@@ -28,8 +28,8 @@ class SFT(Objective):
         turns: learn "all" assistant turns, or the "last".
         target: "messages": the conversations as they are (of a preference group the preferred one); "score" or "pair":
             records turned into a judge's conversations, which answer `<score>3</score>` or `<better>A</better>`. See
-            data/writing.py.
-        template: Jinja2 file that states the judging question (see data/judging.py), or its text; "" is the packaged.
+            judging/writing.py.
+        template: Jinja2 file that states the judging question (judging/verdicts.py), or its text; "" is the packaged.
         attributes: names of the attributes that are rated, for "score"; () is all that a record has.
         scale: lowest and highest rating, for "score".
         ties: whether a verdict may be "tie", for "pair"; if not, pairs judged equal are skipped (counted).
@@ -45,7 +45,7 @@ class SFT(Objective):
     both_orders: bool = False
 
     architecture = "CausalLM"
-    decoding = "the verdict is what it writes; rmjax.data.judging.parse_verdict reads it"
+    decoding = "the verdict is what it writes; rmjax.judging.verdicts.parse_verdict reads it"
     shown = ("loss", "accuracy", "verdict_accuracy")
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class SFT(Objective):
 
         Args:
             outputs: `nll`, `correct` float32 [B, T] of the next token; read where `loss_weight` is not 0.
-            batch: `loss_weight`, `verdict` [B, T] (see data/writing.py), `visible_from` [B, T].
+            batch: `loss_weight`, `verdict` [B, T] (see judging/writing.py), `visible_from` [B, T].
             params: none.
 
         Returns:

@@ -1,0 +1,280 @@
+"""Groups of token trees in a file: numbers of all of them in memory, trees and labels as views of a memory map.
+
+`token_cache.py` writes these files. This module imports neither tokenizers nor jax.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rmjax.batches.augment import EVALUATION, TRAINING
+from rmjax.batches.tasks import Task
+from rmjax.batches.trees import Tree
+from rmjax.data.ledger import Audit
+
+INTS, FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
+NUMBERS = {  # one number per group, see Groups
+    **{name: pa.int32() for name in ("lengths", "responses", "ends", "unshared", "longest", "prompt_characters")},
+    **{name: pa.float32() for name in ("weights", "comparisons", "longer_wins", "margins", "agreements")},
+    **{name: pa.uint64() for name in ("prompt_ids", "response_sets", "label_ids")},
+    "uses": pa.int8(),
+}
+# Positions and visible_until are runs: (start, position, visible_until) of each. scored: (end, end_slot) of each.
+# characters: of the text of each response of the record.
+LISTS = ("tokens", "runs", "scored", "characters")
+
+
+def schema(task: Task) -> pa.Schema:
+    """The columns of a cache file; the task's label fields are lists of float32 in C order."""
+    lists = dict.fromkeys(LISTS, INTS) | {f"label/{name}": FLOATS for name in task.fields}
+    return pa.schema({"id": pa.string(), "source": pa.string(), **lists, **NUMBERS})
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One group: tree, float32 labels by the fields of its task (without G), weight, row id."""
+
+    tree: Tree
+    labels: dict[str, np.ndarray]
+    weight: float
+    id: str
+
+
+class Groups:
+    """Random access to groups in a cache file, or to a selection of them. n groups.
+
+    Attributes:
+        fingerprint: of the data, the chat and the options it was built with.
+        origin: fingerprint of the data alone, `sources.fingerprint`.
+        fields: the label fields of the task and their axes.
+        sources: names of the sources.
+        source: int32 [n] which of them each group is from.
+        audit: what became of the rows; shared by selections.
+        lengths: int32 [n] tokens of each tree.
+        responses: int32 [n] responses of each group, K.
+        ends: int32 [n] scored tokens.
+        unshared: int32 [n] tokens of the responses' conversations, each counted whole.
+        longest: int32 [n] tokens of the longest conversation.
+        prompt_characters: int32 [n] characters of the prompt's text: all messages but the last of response 0.
+        weights: float32 [n].
+        comparisons: float32 [n] pairs of responses of which one is preferred.
+        longer_wins: float32 [n] those in which it is the longer one, in tokens (characters where a sequence holds more
+            than one response); equally long counts one half.
+        margins: float32 [n] the largest margin in the group; 0 without any.
+        agreements: float32 [n] share of the annotators who gave the label; NaN where it is not known.
+        prompt_ids: uint64 [n] hash of the prompt (reading.prompt_id) of the record as it was read.
+        response_sets: uint64 [n] hash of the set of conversations, whatever their order.
+        label_ids: uint64 [n] hash of who is preferred to whom; equal sets with other labels contradict each
+            other.
+        uses: int8 [n] what each serves for: augment.ANY, TRAINING or EVALUATION.
+    """
+
+    lengths: np.ndarray
+    responses: np.ndarray
+    ends: np.ndarray
+    unshared: np.ndarray
+    longest: np.ndarray
+    prompt_characters: np.ndarray
+    weights: np.ndarray
+    comparisons: np.ndarray
+    longer_wins: np.ndarray
+    margins: np.ndarray
+    agreements: np.ndarray
+    prompt_ids: np.ndarray
+    response_sets: np.ndarray
+    label_ids: np.ndarray
+    uses: np.ndarray
+
+    def __init__(self, store: "Store", indices: np.ndarray, fingerprint: str, origin: str, audit: Audit):
+        self._store, self._indices = store, indices
+        self.fingerprint, self.origin, self.audit = fingerprint, origin, audit
+        self.fields, self.sources, self.source = store.fields, store.sources, store.source[indices]
+        for name in NUMBERS:
+            setattr(self, name, store.numbers[name][indices])
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def group(self, index: int) -> Group:
+        """One group; its arrays are read-only views of the file where they can be."""
+        return self._store.group(int(self._indices[index]))
+
+    def id(self, index: int) -> str:
+        """The row a group came from, "file.jsonl:17"."""
+        return self._store.id(int(self._indices[index]))
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "Groups":
+        """A view of these groups, in this order."""
+        chosen = self._indices[np.asarray(indices, np.int64)]
+        return Groups(self._store, chosen, self.fingerprint, self.origin, self.audit)
+
+    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A list of every group at once: `scored`, `runs`, `characters` (see the file's columns) or `label/FIELD`.
+
+        Returns:
+            All values end to end, and int64 [n + 1] where each group's begin.
+        """
+        values, starts, sizes = self._store.column(name)
+        starts, sizes = starts[self._indices], sizes[self._indices]
+        begin = np.concatenate([[0], np.cumsum(sizes)])
+        return values[np.repeat(starts - begin[:-1], sizes) + np.arange(begin[-1])], begin
+
+    def sample(self, count: int, seed: int) -> "Groups":
+        """A fixed random choice of at most `count` groups, in their order."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self.select(np.sort(order[:count]))
+
+    def fitting(self, row_tokens: int) -> "Groups":
+        """The groups whose tree fits a row; the others are counted as `tree_too_long`.
+
+        Raises:
+            ValueError: none fits.
+        """
+        too_long = self.lengths > row_tokens
+        if too_long.all():
+            raise ValueError(
+                f"no tree fits a row of {row_tokens} tokens (config.plan.row_tokens); the shortest has "
+                f"{self.lengths.min()}, the longest {self.lengths.max()}"
+            )
+        first, longest = int(self.lengths[too_long.argmax()]), int(self.lengths.max())
+        detail = f"{first} tokens, plan.row_tokens is {row_tokens}"
+        return self.without(too_long, "tree_too_long", detail, longest)
+
+    def without(self, left_out: np.ndarray, reason: str, detail: str, tokens: int = 0) -> "Groups":
+        """The groups that are not `left_out`, bool [n]; the others are counted.
+
+        Args:
+            left_out: which.
+            reason: a name in records.REASONS.
+            detail: what is said of the first of them.
+            tokens: the length that would take all of them, where length is the reason.
+        """
+        if not left_out.any():
+            return self
+        audit = self.audit.copy()
+        audit.add_all(reason, self._store.ids(self._indices[left_out]), detail, tokens)
+        return Groups(self._store, self._indices[~left_out], self.fingerprint, self.origin, audit)
+
+    def audited(self, audit: Audit) -> "Groups":
+        """The same groups under another audit."""
+        return Groups(self._store, self._indices, self.fingerprint, self.origin, audit)
+
+
+class Store:
+    """A cache file, memory-mapped: the numbers of all groups in memory, the rest as views of the map."""
+
+    def __init__(self, path: Path, task: Task):
+        self.fields = dict(task.fields)
+        self._path, self._file = path, open(path, "rb")  # noqa: SIM115  (as long as the map)
+        self._bytes = os.fstat(self._file.fileno()).st_size
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self.batches = [batch for batch in batches if batch.num_rows]
+        self.starts = np.cumsum([0] + [batch.num_rows for batch in self.batches])
+        self.numbers = {
+            name: np.concatenate([batch.column(name).to_numpy() for batch in self.batches]) for name in NUMBERS
+        }
+        names = [*LISTS, *(f"label/{name}" for name in self.fields)]
+        self.lists = [{name: _views(batch.column(name)) for name in names} for batch in self.batches]
+        source = pa.chunked_array([batch.column("source") for batch in self.batches]).combine_chunks()
+        encoded = source.dictionary_encode()
+        self.sources, self.source = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The batch of a group, and its row there."""
+        batch = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return batch, index - int(self.starts[batch])
+
+    def id(self, index: int) -> str:
+        """The row a group came from."""
+        batch, row = self.place(index)
+        return self.batches[batch].column("id")[row].as_py()
+
+    def ids(self, indices: np.ndarray) -> list[str]:
+        """The rows that these groups came from."""
+        return pa.chunked_array([batch.column("id") for batch in self.batches]).take(indices).to_pylist()
+
+    def column(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All values of a list column, and for each group where its own begin and how many they are."""
+        views = [batch[name] for batch in self.lists]
+        before = np.cumsum([0] + [len(values) for _, values in views])
+        starts = np.concatenate([offsets[:-1].astype(np.int64) + n for (offsets, _), n in zip(views, before)])
+        sizes = np.concatenate([np.diff(offsets).astype(np.int64) for offsets, _ in views])
+        return np.concatenate([values for _, values in views]), starts, sizes
+
+    def group(self, index: int) -> Group:
+        """One group.
+
+        Raises:
+            RuntimeError: the file was cut off meanwhile; to touch the map there would kill the process (SIGBUS).
+        """
+        if os.fstat(self._file.fileno()).st_size < self._bytes:
+            raise RuntimeError(
+                f"{self._path} was cut off while a run read it; the same command builds it again and goes on from the "
+                "last checkpoint"
+            )
+        batch, row = self.place(index)
+        # Copied at once: a view is touched later, when the file may be cut off after all.
+        cells = {name: x[offsets[row] : offsets[row + 1]].copy() for name, (offsets, x) in self.lists[batch].items()}
+        starts, positions, until = cells["runs"].reshape(-1, 3).T
+        sizes = np.diff(starts, append=np.int32(len(cells["tokens"])))
+        index_in_tree = np.arange(len(cells["tokens"]), dtype=np.int32)
+        end, slot = cells["scored"].reshape(-1, 2).T
+        tree = Tree(
+            tokens=cells["tokens"],
+            positions=index_in_tree + np.repeat(positions - starts, sizes),
+            visible_until=np.repeat(until, sizes),
+            end=end,
+            end_slot=slot,
+        )
+        axis_size: dict[Any, Any] = {"K": int(self.numbers["responses"][index]), "E": len(end), "T": len(tree)}
+        labels: dict[str, np.ndarray] = {
+            name: cells[f"label/{name}"].reshape([axis_size.get(axis, axis) for axis in axes if axis != "G"])
+            for name, axes in self.fields.items()
+        }
+        return Group(tree, labels, float(self.numbers["weights"][index]), self.id(index))
+
+
+def _views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    return column.offsets.to_numpy(), column.values.to_numpy()
+
+
+def for_training(groups: Groups) -> Groups:
+    """All but those that augmentation replaced."""
+    return groups.select(np.flatnonzero(groups.uses != EVALUATION))
+
+
+def split(groups: Groups, fraction: float, seed: int) -> tuple[Groups, Groups]:
+    """Splits off about `fraction` of the groups for validation; all groups of a prompt are on one side.
+
+    What augmentation made is in training alone and does not change the split; what it replaced is in validation alone.
+
+    Returns:
+        (training, validation), each in the order of the data.
+
+    Raises:
+        ValueError: one side would be empty.
+    """
+    prompts, inverse = np.unique(groups.prompt_ids, return_inverse=True)
+    counts = np.bincount(inverse, groups.uses != TRAINING)
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    before = np.concatenate([[0], np.cumsum(counts[order])[:-1]])  # groups of the prompts drawn before each
+    in_validation = np.zeros(len(prompts), bool)
+    in_validation[order[before < fraction * counts.sum()]] = True
+    chosen = in_validation[inverse]
+    train = np.flatnonzero(~chosen & (groups.uses != EVALUATION))
+    validation = np.flatnonzero(chosen & (groups.uses != TRAINING))
+    if not len(train) or not len(validation):
+        raise ValueError(
+            f"data.validation_fraction={fraction} of {len(groups)} groups with {len(prompts)} different prompts "
+            "leaves training or validation without any; give data.validation, or another fraction"
+        )
+    return groups.select(train), groups.select(validation)

@@ -1,0 +1,197 @@
+"""Batches: the plan's rows as arrays of static shape, read ahead by threads, one sharded array per field."""
+
+import bisect
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+
+from rmjax.batches.groups import Group
+from rmjax.batches.packing import Plan
+from rmjax.batches.tasks import Axes
+from rmjax.sharding import assemble
+
+Batch = dict[str, np.ndarray]
+
+
+class GroupSource(Protocol):
+    """Random access to groups by number."""
+
+    def group(self, index: int) -> Group:
+        """Returns one group."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static shape of every batch of a plan.
+
+    Attributes:
+        micro: micro-batches of a step, M.
+        rows: rows of a micro-batch over all devices, B; a multiple of the devices that split rows.
+        tokens: T. groups: G. ends: E. responses: K.
+        labels: the label fields of the task and their axes (`tasks.py`).
+    """
+
+    micro: int
+    rows: int
+    tokens: int
+    groups: int
+    ends: int
+    responses: int
+    labels: tuple[tuple[str, Axes], ...] = ()
+
+    def fields(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape (without M) and dtype of every field."""
+        b, t, g, e, k = self.rows, self.tokens, self.groups, self.ends, self.responses
+        ints = dict.fromkeys(("tokens", "positions", "visible_from", "visible_until"), ((b, t), np.int32))
+        ends = dict.fromkeys(("end", "end_group", "end_slot"), ((b, e), np.int32))
+        sizes = {"G": g, "K": k, "E": e, "T": t}
+        labels = {
+            name: ((b, *(sizes[a] if isinstance(a, str) else a for a in axes)), np.float32)
+            for name, axes in self.labels
+        }
+        return {**ints, **ends, "weight": ((b, g), np.float32), **labels}
+
+
+def plan_shape(
+    plan: Plan, responses: int, *, micro_rows: int, row_devices: int, labels: Mapping[str, Axes] | None = None
+) -> Shape:
+    """The shape of a plan's batches: its rows in equal micro-batches that `row_devices` devices can split.
+
+    Args:
+        plan: the plan.
+        responses: most responses of any group, K.
+        micro_rows: rows per device in one micro-batch, at most.
+        row_devices: devices that the rows are split over (data x fsdp).
+        labels: the label fields and their axes.
+    """
+    fields = tuple((labels or {}).items())
+    per_device = -(-int(np.diff(plan.step_start).max()) // row_devices)
+    micro = -(-per_device // micro_rows)
+    rows = -(-per_device // micro) * row_devices
+    return Shape(micro, rows, plan.row_tokens, plan.max_groups, plan.max_ends, responses, fields)
+
+
+def rounded(shape: Shape) -> Shape:
+    """The shape with groups, ends and responses rounded up to powers of two, so that few shapes are compiled."""
+    up = lambda n: 1 << (n - 1).bit_length()
+    return dataclasses.replace(shape, groups=up(shape.groups), ends=up(shape.ends), responses=up(shape.responses))
+
+
+def empty_rows(shape: Shape, rows: int) -> Batch:
+    """`rows` rows of padding: every token sees only itself, no scored tokens, no weight."""
+    batch = {name: np.zeros((rows, *s[1:]), dtype) for name, (s, dtype) in shape.fields().items()}
+    batch["visible_from"][:] = np.arange(shape.tokens)
+    batch["visible_until"][:] = np.arange(shape.tokens) + 1
+    for name in ("end", "end_group", "end_slot"):
+        batch[name][:] = -1
+    return batch
+
+
+def fill_row(batch: Batch, b: int, groups: Sequence[Group], labels: Sequence[tuple[str, Axes]] = ()) -> None:
+    """Lays groups and their labels end to end into row `b` of a batch of padding.
+
+    Raises:
+        ValueError: the groups do not fit the row; the plan and the data disagree.
+    """
+    at = e = 0
+    for g, group in enumerate(groups):
+        tree = group.tree
+        stop, e_stop = at + len(tree), e + len(tree.end)
+        if stop > batch["tokens"].shape[1] or e_stop > batch["end"].shape[1] or g >= batch["weight"].shape[1]:
+            raise ValueError(f"row {b} cannot hold its {len(groups)} groups: the plan was made from other data")
+        batch["tokens"][b, at:stop] = tree.tokens
+        batch["positions"][b, at:stop] = tree.positions
+        batch["visible_from"][b, at:stop] = at
+        batch["visible_until"][b, at:stop] = tree.visible_until + at
+        batch["end"][b, e:e_stop] = tree.end + at
+        batch["end_group"][b, e:e_stop] = g
+        batch["end_slot"][b, e:e_stop] = tree.end_slot
+        batch["weight"][b, g] = group.weight
+        for name, axes in labels:
+            first, *rest = axes
+            start: Any = {"G": g, "E": slice(e, e_stop), "T": slice(at, stop)}[str(first)]
+            inner = group.labels[name].shape[-len(rest) :] if rest else ()
+            batch[name][(b, start, *map(slice, inner))] = group.labels[name]
+        at, e = stop, e_stop
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSource:
+    """The plan as a random-access source of Grain: step number in, this process's rows out.
+
+    Attributes:
+        groups: the data.
+        plan: the plan.
+        shape: shape of a step's batch.
+        local: the rows of each micro-batch that this process holds, ascending.
+    """
+
+    groups: GroupSource
+    plan: Plan
+    shape: Shape
+    local: Sequence[int]
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        """Arrays [M, local rows, ...] of one step."""
+        rows = self.plan.rows(int(step))
+        micro_batches = []
+        for m in range(self.shape.micro):
+            batch = empty_rows(self.shape, len(self.local))
+            for b, r in enumerate(m * self.shape.rows + local for local in self.local):
+                if r < len(rows):
+                    fill_row(batch, b, [self.groups.group(int(i)) for i in rows[r]], self.shape.labels)
+            micro_batches.append(batch)
+        return {name: np.stack([batch[name] for batch in micro_batches]) for name in micro_batches[0]}
+
+
+def abstract_batch(shape: Shape, sharding: jax.sharding.NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of the arrays that `batches` yields."""
+    placed = _stacked(sharding)
+    return {n: jax.ShapeDtypeStruct((shape.micro, *s), d, sharding=placed) for n, (s, d) in shape.fields().items()}
+
+
+def _stacked(sharding: jax.sharding.NamedSharding) -> jax.sharding.NamedSharding:
+    """The sharding of [M, B, ...] where that of [B, ...] is given."""
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec))
+
+
+def local_rows(sharding: jax.sharding.NamedSharding, rows: int) -> list[int]:
+    """The rows of a batch that this process's devices hold, ascending; there may be gaps, and several may hold one."""
+    slices = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values() if index]
+    return sorted({row for part in slices for row in range(rows)[part]})
+
+
+def _placed(x: np.ndarray, local: Sequence[int], rows: int, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    """[M, B, ...] on the devices from this process's rows of it [M, len(local), ...]."""
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        wanted = range(rows)[index[1]]  # those of one device have no gaps
+        first = bisect.bisect_left(local, wanted.start)
+        return x[:, first : first + len(wanted)]
+
+    return assemble((x.shape[0], rows, *x.shape[2:]), sharding, part)
+
+
+def batches(
+    groups: GroupSource, plan: Plan, shape: Shape, sharding: jax.sharding.NamedSharding, start: int = 0
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields the batch of each step from `start`, as arrays [M, B, ...] with B split by `sharding` ([B]).
+
+    Four steps are read ahead by two threads. (Grain's reader processes need parsed absl flags, so they fail in
+    notebooks; filling rows is memory copies, which threads do as well.)
+    """
+    local = local_rows(sharding, shape.rows)
+    source = StepSource(groups, plan, shape, local)
+    dataset = grain.MapDataset.source(source)[start:]
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    placed = _stacked(sharding)
+    for batch in dataset.to_iter_dataset(options):
+        yield {name: _placed(x, local, shape.rows, placed) for name, x in batch.items()}

@@ -1,0 +1,281 @@
+"""What a run is made of, before its first step: groups, plans and batch shapes, and the model's first parameters."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from rmjax import config as config_lib
+from rmjax import sharding
+from rmjax.batches import augment, loader, measure, packing, select, token_cache
+from rmjax.batches import groups as groups_lib
+from rmjax.batches.chat import Chat, load_tokenizer
+from rmjax.batches.groups import Groups
+from rmjax.batches.loader import Shape
+from rmjax.batches.packing import Plan
+from rmjax.batches.tasks import Task
+from rmjax.data import sources, synthetic
+from rmjax.evaluate import benchmarks
+from rmjax.models import heads, hf
+from rmjax.models.config import ModelConfig
+from rmjax.objectives.base import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One set of groups, its plan and the shape of its batches."""
+
+    groups: Groups
+    plan: Plan
+    shape: Shape
+
+
+def check_sources(config: ConfigDict) -> None:
+    """Finds out whether the data is there and what is chosen of it can be read, before a model is downloaded for it.
+
+    Raises:
+        FileNotFoundError: a source that is not there.
+        ValueError: one that is of no known kind, or a filter, a sample, weights or augmentations that say nothing.
+    """
+    augment.parse(config.data.augment)
+    select.parse_sample(config.data.sample)
+    select.parse_weights(config.data.weights)
+    if config.data.filter:
+        select.check_filter(config.data.filter)
+    if config.data.weights or config.data.sample:
+        sources.refuse_equal_names(config.data.train, "config.data.weights and sample")
+    for spec in filter(None, (config.data.train, config.data.validation)):
+        for item in sources.split_spec(spec):
+            sources.parts(item)
+    if config.eval.benchmarks:
+        for _, source in benchmarks.parse(config.eval.benchmarks):
+            for item in sources.split_spec(source):
+                sources.parts(item)
+
+
+def open_chat(config: ConfigDict, workdir: Path) -> Chat:
+    """Loads the tokenizer and its template; "synthetic" makes the demo's own in the workdir."""
+    source = config.model.tokenizer or hf.resolve(config.model.init_from)
+    if source == "synthetic":
+        source = workdir / "tokenizer"
+        synthetic.make_tokenizer(source)
+    chat = Chat(
+        load_tokenizer(source),
+        template_kwargs=config_lib.template_kwargs(config),
+        max_length=config.data.max_length or config.plan.row_tokens,
+        over_long=config.data.over_long,
+    )
+    for note in chat.notes:
+        logging.warning("chat template: %s", note)
+    return chat
+
+
+def build_groups(
+    config: ConfigDict, chat: Chat, task: Task, source: str, *, augmentations: Sequence[str] = (), file: Any = None
+) -> Groups:
+    """Reads and tokenizes a source; progress is printed to `file`, standard output by default."""
+    return token_cache.build(
+        source,
+        chat,
+        task,
+        format=config.data.format,
+        on_bad_row=config.data.on_bad_row,
+        max_bad_fraction=config.data.max_bad_fraction,
+        workers=config.data.workers,
+        cache_dir=config.data.cache_dir,
+        augmentations=augmentations,
+        progress=lambda text: print(text, flush=True, file=file),
+    )
+
+
+def read_groups(config: ConfigDict, chat: Chat, task: Task) -> tuple[Groups, Groups]:
+    """Reads, tokenizes, filters and splits the data; groups that no row can hold are counted and left out.
+
+    What is split off for validation is neither augmented nor sampled, so it is the same whatever training takes.
+    """
+
+    def read(source: str, augmentations: Sequence[str] = ()) -> Groups:
+        groups = build_groups(config, chat, task, source, augmentations=augmentations)
+        return select.filtered(groups.fitting(config.plan.row_tokens), config.data.filter)
+
+    groups = read(config.data.train, augment.parse(config.data.augment))
+    if config.data.validation:
+        train, validation = groups_lib.for_training(groups), read(config.data.validation)
+    else:
+        train, validation = groups_lib.split(groups, config.data.validation_fraction, config.seed)
+    train = select.sampled(train, config.data.sample, config.seed)
+    refuse_unlabelled(train, getattr(task, "names", ()))
+    return train, validation if config.data.validation else validation.audited(train.audit)
+
+
+def refuse_unlabelled(groups: Groups, names: Sequence[str]) -> None:
+    """Makes sure that every attribute is learnt from something: its output would stay random, and count in the reward.
+
+    Raises:
+        ValueError: attributes that no training group has.
+    """
+    if not names:
+        return
+    mask = groups.column("label/mask")[0].reshape(-1, len(names))
+    if missing := [name for a, name in enumerate(names) if not mask[:, a].any()]:
+        raise ValueError(
+            f"config.objective.attributes: no training group has {', '.join(missing)}; leave it out, or look at the "
+            "attributes with `python -m rmjax.data inspect`"
+        )
+
+
+def plan_training(config: ConfigDict, groups: Groups) -> Plan:
+    """Plans as many epochs as the run's duration needs; an epoch shows each source as often as its weight says."""
+    weights = select.weights(groups.sources, config.data.weights) if config.data.weights else None
+    make = lambda epochs: packing.make_plan(
+        groups.lengths,
+        groups.ends,
+        row_tokens=config.plan.row_tokens,
+        rows_per_step=config.plan.rows_per_step,
+        groups_per_step=config.plan.groups_per_step,
+        window=config.plan.window,
+        epochs=epochs,
+        seed=config.seed,
+        source=groups.source,
+        weights=weights,
+    )
+    amount, unit = config_lib.parse_duration(config.duration)
+    if unit == "epoch" and amount == int(amount):
+        plan = make(int(amount))  # epochs differ by a step or two, so whole ones are not counted in steps
+    else:
+        plan = make(1)
+        steps = steps_in(config.duration, plan)
+        while plan.steps < steps:
+            plan = make(max(len(plan.epoch_steps) + 1, round(steps / plan.steps_per_epoch)))
+        plan = plan.first(steps)
+    return plan
+
+
+def batch_shape(groups: Groups, plan: Plan, row_devices: int, micro_rows: int) -> Shape:
+    """The shape of the batches of a plan; see `loader.plan_shape`."""
+    most = int(groups.responses.max())
+    return loader.plan_shape(plan, most, micro_rows=micro_rows, row_devices=row_devices, labels=groups.fields)
+
+
+def plan_evaluations(
+    config: ConfigDict, sets: Mapping[str, Groups], row_devices: int, micro_rows: int
+) -> dict[str, Split]:
+    """Plans one pass over each set in which every group stands exactly once; all have batches of one shape."""
+    make = lambda groups: packing.make_plan(
+        groups.lengths,
+        groups.ends,
+        row_tokens=config.plan.row_tokens,
+        rows_per_step=micro_rows * row_devices,
+        window=config.plan.window,
+        seed=None,
+    )
+    plans = {name: make(groups) for name, groups in sets.items()}
+    shapes = [batch_shape(groups, plans[name], row_devices, micro_rows) for name, groups in sets.items()]
+    most = {field: max(getattr(s, field) for s in shapes) for field in ("micro", "rows", "groups", "ends", "responses")}
+    shape = dataclasses.replace(shapes[0], **most)
+    return {name: Split(sets[name], plan, shape) for name, plan in plans.items()}
+
+
+def steps_in(duration: str, plan: Plan, least: int = 1) -> int:
+    """A duration in steps of this plan; "%" is of all its steps."""
+    per_epoch, per_step = plan.steps_per_epoch, plan.groups_per_step
+    steps = config_lib.steps_of(duration, steps_per_epoch=per_epoch, groups_per_step=per_step, total=plan.steps)
+    return max(least, steps)
+
+
+def describe_plan(groups: Groups, plan: Plan) -> list[str]:
+    """The plan in a line, and one of what an epoch shows of each source if there are several."""
+    tokens, unshared = groups.lengths.sum(), groups.unshared.sum()
+    line = (
+        f"plan: {plan.steps} steps of {plan.rows_per_step} rows x {plan.row_tokens} tokens, "
+        f"{plan.groups_per_step:.1f} groups a step, {plan.fill:.1%} full, "
+        f"{1 - tokens / unshared:.1%} of the tokens saved by sharing prompts"
+    )
+    return [line, _mixture(groups, plan)] if len(groups.sources) > 1 else [line]
+
+
+def describe_shape(shape: Shape) -> str:
+    """The batch of a step in a line."""
+    return (
+        f"batch: {shape.micro} micro-batches of {shape.rows} rows; at most {shape.groups} groups and {shape.ends} "
+        f"scored tokens in a row, {shape.responses} responses in a group"
+    )
+
+
+def _mixture(groups: Groups, plan: Plan) -> str:
+    """What the first epoch shows, or as much of it as is planned."""
+    shown = plan.first(plan.epoch_steps[0]).groups
+    have, drawn = (np.bincount(x, minlength=len(groups.sources)) for x in (groups.source, groups.source[shown]))
+    largest = np.argsort(-drawn, kind="stable")[:12].tolist()
+    parts = [f"{groups.sources[k]} {drawn[k]:,} of {have[k]:,} ({drawn[k] / len(shown):.1%})" for k in largest]
+    others = len(groups.sources) - len(parts)
+    return "an epoch shows: " + ", ".join(parts) + (f" and {others} more sources" if others else "")
+
+
+def save_audit(path: Path, train: Groups, plan: Plan, validation: Groups, task: Task) -> None:
+    """Writes what the data is like as JSON; `python -m rmjax.data audit --config=FILE --html=FILE` draws it."""
+    report = measure.report(
+        {"training": train, "validation": validation},
+        plans={"training": measure.filling(train, plan)},
+        names=getattr(task, "names", ()),
+    )
+    measure.save(path, report)
+
+
+def model_values(config: ConfigDict, vocabulary: int) -> dict[str, Any]:
+    """The Hugging Face config values of the model: init_from's, or those of `model.scratch`.
+
+    Raises:
+        ValueError: the tokenizer has ids that the model's embedding lacks.
+    """
+    if config.model.init_from:
+        values = hf.read_config(hf.resolve(config.model.init_from))
+    else:
+        values = {"vocab_size": vocabulary, **config.model.scratch.to_dict()}
+    longest, positions = config.data.max_length or config.plan.row_tokens, values.get("max_position_embeddings")
+    if positions and longest > positions:
+        logging.warning(
+            "conversations of up to %d tokens are let in (config.data.max_length), the model knows %d positions; "
+            "servers will refuse longer ones",
+            longest,
+            positions,
+        )
+    if values.get("vocab_size", vocabulary) < vocabulary:
+        raise ValueError(f"the tokenizer has {vocabulary} ids but the model's embedding {values['vocab_size']}")
+    return values
+
+
+def init_params(config: ConfigDict, model: ModelConfig, objective: Objective, shapes: Any) -> tuple[Any, str]:
+    """Loads or initialises the parameters, sharded from the start; the second says where the head came from.
+
+    Args:
+        config: the config.
+        model: the model's shapes.
+        objective: its own parameters are under "objective", if it has any.
+        shapes: shapes with shardings of all parameters.
+    """
+    own = {name: sharding.place(x, shapes["objective"][name].sharding) for name, x in objective.params().items()}
+    shapes = model_params(shapes)
+    if config.model.init_from:
+        params, head = hf.load(hf.resolve(config.model.init_from), shapes, model, seed=config.seed)
+    else:
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+        kind = {"seed": config.seed, "architecture": objective.architecture}
+        init = lambda: heads.init(model, len(objective.labels), config.model.param_dtype, **kind)
+        params, head = jax.jit(init, out_shardings=shardings)(), "new"
+    return with_own(params, own), head
+
+
+def with_own(params: Any, own: Mapping[str, Any]) -> Any:
+    """The model's parameters and, if there are any, the objective's under "objective"."""
+    return {**params, "objective": dict(own)} if own else params
+
+
+def model_params(params: Any) -> Any:
+    """The model's parameters without the objective's."""
+    return {name: x for name, x in params.items() if name != "objective"}

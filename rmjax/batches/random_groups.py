@@ -1,0 +1,102 @@
+"""Pairs of random tokens whose lengths follow a file, for measurements that need no data.
+
+A file of lengths is a JSON list of [prompt, chosen, rejected] in tokens. Two come with the package (lengths/):
+
+    hh      2,307 short pairs: prompts of 125 tokens, responses of 41 and 51 on average
+    long    4,000 pairs shaped like today's preference sets: 324, 463 and 418
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from rmjax.batches.groups import Group
+from rmjax.batches.tasks import Axes, Preferences
+from rmjax.batches.trees import build_tree
+
+FILES = Path(__file__).parent / "lengths"
+
+
+def read_lengths(name: str) -> np.ndarray:
+    """The lengths of a file, or of the packaged `hh` or `long`: int64 [n, 3].
+
+    Raises:
+        ValueError: the file is not there, or it is not a JSON list of three whole numbers above 0 each.
+    """
+    packaged = sorted(path.stem for path in FILES.glob("*.json"))
+    path = FILES / f"{name}.json" if name in packaged else Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--lengths={name}: there is no such file; give one, or {' or '.join(packaged)}")
+    expected = "expected a JSON list of [prompt, chosen, rejected] in tokens"
+    try:
+        rows = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--lengths={name} is not JSON ({error}); {expected}") from None
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"--lengths={name} holds {type(rows).__name__} without rows; {expected}")
+    for i, row in enumerate(rows):
+        good = isinstance(row, list) and len(row) == 3 and all(type(n) is int and n > 0 for n in row)
+        if not good:
+            raise ValueError(f"--lengths={name}: row {i} is {json.dumps(row)[:80]}; {expected}, each above 0")
+    return np.array(rows, np.int64)
+
+
+def visible_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
+    """Pairs of a query and a key that it sees in sequences of these lengths: 1 + 2 + ... + n, each at most `window`."""
+    band = lengths if window is None else np.minimum(lengths, window)
+    return band * (band + 1) // 2 + (lengths - band) * band
+
+
+class RandomGroups:
+    """Pairs of which the first response is preferred; a source of groups as `data/groups.py` has. n pairs.
+
+    A pair is drawn when it is asked for, the same whenever it is. Its responses differ from their first token on.
+
+    Attributes:
+        triples: int64 [n, 3] tokens of prompt, chosen and rejected.
+        fields: the label fields and their axes.
+        sources: names of the sources.
+        source: int32 [n] which of them each pair is from.
+        lengths: int64 [n] tokens of each tree: one more than the triple's, since the last token of the prompt is in
+            both branches (data/trees.py).
+        conversations: int64 [n, 2] tokens of each conversation.
+        unshared: int64 [n] tokens of both.
+        ends: int64 [n] scored tokens.
+        responses: int64 [n] responses, K.
+    """
+
+    fields: Mapping[str, Axes] = Preferences().fields
+    sources = ("random",)
+
+    def __init__(self, triples: np.ndarray, vocabulary: int, seed: int = 0):
+        self.triples, self._vocabulary, self._seed = triples, vocabulary, seed
+        self.lengths = triples.sum(1) + 1
+        self.conversations = triples[:, :1] + triples[:, 1:]
+        self.unshared = self.conversations.sum(1)
+        self.source = np.zeros(len(triples), np.int32)
+        self.ends = self.responses = np.full(len(triples), 2)
+
+    def __len__(self) -> int:
+        return len(self.triples)
+
+    def visible_pairs(self, window: int | None) -> np.ndarray:
+        """int64 [n] pairs of a query and a key that it sees: those of both conversations, the shared ones once."""
+        both = visible_pairs(self.conversations, window).sum(1)
+        return both - visible_pairs(self.triples[:, 0] - 1, window)
+
+    def group(self, index: int) -> Group:
+        """One pair."""
+        prompt, chosen, rejected = self.triples[index].tolist()
+        rng = np.random.default_rng((self._seed, index))
+        tokens = rng.integers(0, self._vocabulary, prompt + chosen + rejected, np.int32)
+        first, second, third = np.split(tokens, [prompt, prompt + chosen])
+        third[0] = (second[0] + 1) % self._vocabulary
+        wins = np.array([[0, 1], [0, 0]], np.float32)
+        labels = {"wins": wins, "ties": np.zeros_like(wins), "margin": np.zeros_like(wins)}
+        return Group(build_tree([np.concatenate([first, x]) for x in (second, third)]), labels, 1.0, self.id(index))
+
+    def id(self, index: int) -> str:
+        """The name of a pair."""
+        return f"random:{index}"

@@ -1,0 +1,155 @@
+"""Label Studio: tasks and a labelling configuration from records, for people to label again or for the first time.
+
+The answers come back by Label Studio's JSON export, which is a format like any other (`formats/label_studio.py`).
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from rmjax.data.records import Message, Record
+from rmjax.runtime import files
+from rmjax.runtime.command_line import check_writable, leaving_nothing
+
+KINDS = ("preference", "rating")
+MOST_STARS = 10
+
+
+def tasks(records: Iterable[Record], *, lowest: int = 1, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Yields the tasks of records, for Label Studio's JSON import; labels that the records have are not in them.
+
+    Responses are shown in random order, because that of the source often gives the label away ("chosen" comes
+    first). The turns that all conversations of a record begin with are its prompt.
+
+        {"data": {"prompt": [{"role": "user", "content": "hi"}],
+                  "response_1": [{"role": "assistant", "content": "hello"}], "response_2": [...],
+                  "source": "mine", "rmjax": {"row": "a.jsonl:17", "order": [1, 0], "lowest": 1}}}
+
+    Args:
+        records: what is to be labelled.
+        lowest: the score that one star stands for.
+        seed: of the order.
+    """
+    for i, record in enumerate(records):
+        conversations = record.conversations
+        order = random.Random(f"{seed}/{i}").sample(range(len(conversations)), len(conversations))
+        shared = _shared_turns(conversations)
+        responses = {f"response_{n}": list(conversations[of][shared:]) for n, of in enumerate(order, 1)}
+        said = {"source": record.source, "weight": record.weight, "tools": list(record.tools or ())}
+        rest = {name: value for name, value in said.items() if value not in ("", 1.0, [])}
+        notes = {"row": record.row, "order": order, "lowest": lowest}
+        yield {"data": {"prompt": list(conversations[0][:shared]), **responses, **rest, "rmjax": notes}}
+
+
+def labelling_config(
+    kind: str, responses: int = 2, attributes: Sequence[str] = ("quality",), scale: tuple[int, int] = (1, 5)
+) -> str:
+    """The labelling configuration (XML) that goes with `tasks`.
+
+    Verdicts are radio buttons, because Label Studio's own control for pairs (`Pairwise`) has no tie: what is neither
+    left nor right leaves no trace in its export.
+
+    Args:
+        kind: "preference": which of two responses is better, or a tie; "rating": stars for every attribute of every
+            response.
+        responses: of each task.
+        attributes: what is rated.
+        scale: the scores that one star and all stars stand for.
+
+    Raises:
+        ValueError: another kind, a preference between other than two, or a scale without 2 to 10 whole numbers.
+    """
+    low, high = scale
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of labelling {kind!r}; known: {', '.join(KINDS)}")
+    if kind == "preference" and responses != 2:
+        raise ValueError(f"a preference is between 2 responses, the tasks have {responses}; rate them, or make pairs")
+    if kind == "rating" and not (1 <= high - low < MOST_STARS and attributes):
+        found = f"got {list(attributes)} and {scale}"
+        raise ValueError(f"a rating needs attributes and a scale of 2 to {MOST_STARS} whole numbers; {found}")
+    view = ElementTree.Element("View", style="white-space: pre-wrap")  # else line breaks are not shown
+    _turns(view, "prompt", "Conversation")
+    side_by_side = _add(view, "View", style="display: flex; gap: 1em")
+    for n in range(1, responses + 1):
+        column = _add(side_by_side, "View", style="flex: 1")
+        title = ("Left", "Right")[n - 1] if kind == "preference" else f"Response {n}"
+        _turns(column, f"response_{n}", title)
+        for name in attributes if kind == "rating" else ():
+            _add(column, "Header", value=f"{name} (one star: {low}, all stars: {high})", size="5")
+            stars = {"maxRating": str(high - low + 1), "required": "true"}
+            _add(column, "Rating", name=f"{name}_{n}", toName=f"response_{n}", **stars)
+    if kind == "preference":
+        _add(view, "Header", value="Which response is better?")
+        options = {"choice": "single-radio", "showInline": "true", "required": "true"}
+        choices = _add(view, "Choices", name="preference", toName="prompt", **options)
+        for word in ("left", "right", "tie"):
+            _add(choices, "Choice", value=word)
+    ElementTree.indent(view)
+    return ElementTree.tostring(view, encoding="unicode") + "\n"
+
+
+def write(
+    directory: str | Path,
+    records: Iterable[Record],
+    kind: str = "preference",
+    *,
+    attributes: Sequence[str] = ("quality",),
+    scale: tuple[int, int] = (1, 5),
+    seed: int = 0,
+) -> int:
+    """Writes DIRECTORY/tasks.json, to be imported into a project, and DIRECTORY/config.xml, its configuration.
+
+    Returns:
+        The number of tasks.
+
+    Raises:
+        ValueError: records with other numbers of responses than the first, or what `labelling_config` raises.
+    """
+    records = iter(records)
+    first = next(records, None)
+    if first is None:
+        raise ValueError("there are no records to label")
+    responses = len(first.conversations)
+    config = labelling_config(kind, responses, attributes, scale)
+    directory = Path(directory).expanduser()
+    check_writable(directory / "tasks.json", f"--output={directory}")
+    written = 0
+    with leaving_nothing(directory):
+        with files.whole(directory / "tasks.json") as scratch, open(scratch, "w", encoding="utf-8") as file:
+            same = _same_size(itertools.chain([first], records), responses)
+            for written, task in enumerate(tasks(same, lowest=scale[0], seed=seed), 1):
+                file.write("[\n" if written == 1 else ",\n")
+                json.dump(task, file, ensure_ascii=False)
+            file.write("\n]\n")
+        files.write_whole(directory / "config.xml", config)
+    return written
+
+
+def _same_size(records: Iterable[Record], responses: int) -> Iterator[Record]:
+    for record in records:
+        if len(record.conversations) != responses:
+            raise ValueError(
+                f"{record.row} has {len(record.conversations)} responses, those before it {responses}; a project of "
+                "Label Studio shows one number of them, so write them apart"
+            )
+        yield record
+
+
+def _shared_turns(conversations: Sequence[Sequence[Message]]) -> int:
+    """How many turns all conversations begin with; the last turn of each is its own."""
+    together = zip(*(conversation[:-1] for conversation in conversations))
+    return sum(1 for _ in itertools.takewhile(lambda turns: all(turn == turns[0] for turn in turns), together))
+
+
+def _add(parent: ElementTree.Element, tag: str, **attributes: str) -> ElementTree.Element:
+    return ElementTree.SubElement(parent, tag, attributes)
+
+
+def _turns(parent: ElementTree.Element, name: str, title: str) -> None:
+    _add(parent, "Header", value=title)
+    keys = {"layout": "dialogue", "nameKey": "role", "textKey": "content"}
+    _add(parent, "Paragraphs", name=name, value=f"${name}", **keys)

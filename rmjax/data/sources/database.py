@@ -1,0 +1,167 @@
+"""Rows of a database: a table, or what a query gives, through SQLAlchemy (`pip install 'rmjax[sql]'`).
+
+A database is read, never written: SQL must be one query by its text (queries.py), SQLite opens the file to read alone
+and asks here whether it may do what a statement says, and PostgreSQL runs it in a read-only transaction. What functions
+of a PostgreSQL server do outside its tables (write a file, send a message), they do, if the user may call them.
+"""
+
+import contextlib
+import dataclasses
+import re
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote_plus
+
+from rmjax.data.sources import queries
+from rmjax.runtime import passwords
+
+FETCH = 1024  # rows in memory at a time
+# What SQLite lets a connection do (https://sqlite.org/c3ref/c_alter_table.html), the pragmas by which SQLAlchemy finds
+# tables and their columns, and functions that read or write other files where a build of SQLite has them.
+READING = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_TRANSACTION)
+PRAGMAS = ("table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo", "foreign_key_list")
+FUNCTIONS = ("load_extension", "readfile", "writefile", "edit", "fts3_tokenizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """What a database source names.
+
+    Attributes:
+        url: an sqlalchemy.URL.
+        table: name of a table or view, "" with a query.
+        query: SQL, "" with a table.
+    """
+
+    url: Any
+    table: str
+    query: str
+
+    @property
+    def name(self) -> str:
+        """The table, or "query"."""
+        return self.table or "query"
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yields the rows, FETCH at a time; those of a table in the order of its primary key, where it has one."""
+        with _connect(self.url) as connection:
+            result = connection.execution_options(yield_per=FETCH).execute(self._statement(connection))
+            for row in result.mappings():
+                yield dict(row)
+
+    def count(self) -> int:
+        """Number of rows, as the database says."""
+        import sqlalchemy
+
+        with _connect(self.url) as connection:
+            inner = self._statement(connection)
+            inner = inner.order_by(None) if self.table else inner.columns()
+            return connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(inner.subquery())).scalar()
+
+    def _statement(self, connection: Any) -> Any:
+        import sqlalchemy
+
+        if self.query:
+            # SQLAlchemy would take ":name" for a parameter.
+            return sqlalchemy.text(queries.checked(self.query).replace(":", r"\:"))
+        inspector = sqlalchemy.inspect(connection)
+        names = sorted([*inspector.get_table_names(), *inspector.get_view_names()])
+        if self.table not in names:
+            raise ValueError(f"{_shown(self.url)} has no table {self.table!r}; it has: {', '.join(names) or 'none'}")
+        key = inspector.get_pk_constraint(self.table)["constrained_columns"]
+        everything = sqlalchemy.select(sqlalchemy.text("*")).select_from(sqlalchemy.table(self.table))
+        return everything.order_by(*map(sqlalchemy.column, key))
+
+
+def locate(item: str) -> Location:
+    """Reads `sqlite:///relative.db?table=NAME`, `sqlite:////absolute.db?query=SELECT ...`, and finds out what is there.
+
+    Everything after `query=` is SQL as it stands, commas and percent signs too; other options go to the driver. A
+    password is better left to the driver (for PostgreSQL, PGPASSWORD or ~/.pgpass), because sources are printed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: SQLAlchemy or the database's driver is not installed, neither or both of `table` and `query`, SQL
+            that is not one query, no such table, or a database that does not answer.
+    """
+    try:
+        import sqlalchemy
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{item} needs SQLAlchemy: pip install 'rmjax[sql]'") from error
+    base, _, options = passwords.reveal(item).partition("?")
+    before, *query = re.split(r"(?:^|&)query=", options, maxsplit=1)
+    named = dict(parse_qsl(before))
+    table = named.pop("table", "")
+    url = sqlalchemy.make_url(base).update_query_dict(named)
+    if bool(table) == bool(query):
+        raise ValueError(f"{_shown(url)}: name a table with ?table=NAME, or give SQL with ?query=SELECT ...")
+    if query:
+        try:
+            queries.checked(query[0])
+        except ValueError as error:
+            raise ValueError(f"{_shown(url)}: {error}") from None
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():  # SQLite would make the file
+        raise FileNotFoundError(f"{_shown(url)}: no file {url.database!r}; looked from {Path.cwd()}")
+    location = Location(url, table, query[0] if query else "")
+    with _connect(url) as connection:
+        location._statement(connection)
+    return location
+
+
+def name(item: str) -> str:
+    """The table that a source names, or "query"."""
+    found = re.search(r"[?&]table=([^&]+)", item)
+    return unquote_plus(found[1]) if found else "query"
+
+
+@contextlib.contextmanager
+def _connect(url: Any) -> Iterator[Any]:
+    """A connection that can only read."""
+    import sqlalchemy
+
+    try:
+        engine = sqlalchemy.create_engine(_read_only(url), poolclass=sqlalchemy.pool.NullPool)
+        if url.get_backend_name() == "sqlite":
+            sqlalchemy.event.listen(engine, "connect", _restrict_sqlite)
+        else:
+            engine = engine.execution_options(postgresql_readonly=True)  # BEGIN READ ONLY, by each of its drivers
+        with engine.connect() as connection:
+            yield connection
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{_shown(url)} needs the package {error.name}, a driver of its database; install it"
+        ) from error
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        raise ValueError(f"{_shown(url)}: {str(getattr(error, 'orig', error)).strip()}") from error
+
+
+def _read_only(url: Any) -> Any:
+    """The URL that opens a SQLite file to read alone; any other URL as it is."""
+    if url.get_backend_name() != "sqlite":
+        return url
+    path = quote(str(Path(url.database).absolute()))  # SQLite reads its file names as URIs then
+    return url.set(database=f"file:{path}").update_query_dict({"mode": "ro", "uri": "true"})
+
+
+def _restrict_sqlite(connection: Any, _: Any) -> None:
+    """Takes from a SQLite connection all that is not reading; attaching and VACUUM INTO would write other files."""
+    connection.execute("PRAGMA query_only = ON")
+    connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+    connection.set_authorizer(_authorize)
+
+
+def _authorize(action: int, first: str | None, second: str | None, *_: Any) -> int:
+    if action == sqlite3.SQLITE_PRAGMA:
+        allowed = first in PRAGMAS
+    elif action == sqlite3.SQLITE_FUNCTION:
+        allowed = second not in FUNCTIONS
+    else:
+        allowed = action in READING
+    return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
+
+
+def _shown(url: Any) -> str:
+    """The URL without its password."""
+    return url.render_as_string(hide_password=True)

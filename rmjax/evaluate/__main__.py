@@ -1,0 +1,245 @@
+"""Measures reward models: benchmarks by their official rules, data of ours with intervals, and against a gold model.
+
+    python -m rmjax.evaluate --model=runs/tiny/export --data=heldout.jsonl
+    python -m rmjax.evaluate --model=runs/7b/export --benchmark=reward_bench,rm_bench
+    python -m rmjax.evaluate --model=runs/7b/checkpoints/1200,Skywork/Skywork-Reward-V2-Qwen3-8B --benchmark=judge_bench
+    python -m rmjax.evaluate --model=runs/proxy/export --gold=gold_scores.jsonl --train_data=pairs.jsonl
+
+A model is an export, any Hugging Face sequence classifier of a supported family (a hub id, too), a run, or one of its
+checkpoints. Several, with commas between, stand side by side in one table. The responses of a prompt are computed as
+one tree. Judges, pairwise or written, see each pair in both orders.
+
+--benchmark names rows of the README's table, at their usual place on the hub, or NAME=SOURCE for a local copy.
+--data is any source that training reads; several with commas between are measured each on its own.
+--gold has rows of `prompt`, `responses` and the gold model's `scores`, as `rmjax.score` writes them.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rmjax.runtime import command_line, files, passwords
+from rmjax.runtime.command_line import Parser
+
+if TYPE_CHECKING:
+    from rmjax.inference.reward_model import RewardModel
+
+CHUNK = 512  # records of --gold in memory
+
+
+def parser() -> Parser:
+    """The command's arguments."""
+    made = command_line.parser("rmjax.evaluate", __doc__)
+    add = made.add_argument
+    add("--model", default="", metavar="PATH[,PATH]", help="exports, hub ids, runs or checkpoints")
+    add("--benchmark", default="", metavar="NAME[,NAME]", help="names, or NAME=SOURCE")
+    add("--data", default="", metavar="SOURCE[,SOURCE]", help="held-out data of any format")
+    add("--format", default="auto", metavar="NAME", help="of --data; default: told by the columns")
+    add("--gold", default="", metavar="SOURCE", help="responses with a gold model's scores")
+    add("--train_data", default="", metavar="SOURCE", help="what it was trained on, measured first: is that fitted?")
+    add("--train_rows", type=int, default=1000, metavar="N", help="groups of --train_data; default 1000")
+    add("--output", default="", metavar="FILE", help="writes everything that was measured as JSON")
+    add("--mesh", default="", metavar="AXES", help="data=1,fsdp=-1,tensor=1; default: all devices here on fsdp")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation")
+    add("--template_kwargs", default="", metavar="JSON", help="of a foreign model's chat template")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; see command_line.py for what becomes of errors."""
+    argv = sys.argv[1:] if argv is None else argv
+    with command_line.outcome(debug="--debug" in argv, stopped="stopped; nothing was written"):
+        args = checked(parser().parse_args(argv))
+        from rmjax.runtime import compile_cache, processes
+
+        processes.start()
+        compile_cache.keep_programs()
+        reports = {name: evaluate(name, args) for name in args.models}
+        if processes.is_first():
+            print("\n".join(lines(reports)), flush=True)
+            if args.output:
+                write(Path(args.output), list(reports.values()))
+        processes.finish()
+
+
+def checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, when all sources are there; before a model is loaded.
+
+    Raises:
+        ValueError, FileNotFoundError: something is missing or wrong.
+    """
+    from rmjax.data import reading, sources
+    from rmjax.evaluate import benchmarks
+
+    args.models = [name for name in args.model.split(",") if name]
+    if not args.models:
+        raise ValueError("--model is required; --help shows commands that run")
+    if not (args.benchmark or args.data or args.gold):
+        raise ValueError("nothing to measure: name --benchmark, --data or --gold; --help shows commands that run")
+    if args.train_rows < 1:
+        raise ValueError(f"--train_rows={args.train_rows} must be at least 1")
+    if args.output:
+        files.check_target(args.output, f"--output={args.output}")
+        command_line.check_writable(Path(args.output), f"--output={args.output}")
+    args.mesh = mesh_axes(args.mesh)
+    args.template_kwargs = command_line.json_object(args.template_kwargs, "--template_kwargs")
+    args.tests = benchmarks.parse(args.benchmark) if args.benchmark else []
+    for _, source in args.tests:
+        for item in sources.split_spec(source):
+            sources.parts(item)
+    for name in ("data", "gold", "train_data"):
+        setattr(args, name, passwords.hide(getattr(args, name)))
+        for item in sources.split_spec(getattr(args, name)) if getattr(args, name) else ():
+            reading.opened(item, args.format if name == "data" else "auto")
+    return args
+
+
+def mesh_axes(text: str) -> dict[str, int]:
+    """What --mesh says: "fsdp=8,tensor=2" is {"data": 1, "fsdp": 8, "tensor": 2}; {} of nothing.
+
+    Raises:
+        ValueError: an axis that is none, or a size that is no number.
+    """
+    axes = {"data": 1, "fsdp": -1, "tensor": 1}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in axes or not size.removeprefix("-").isdecimal():
+            raise ValueError(f"--mesh={text}: {part!r} is not one of data=N, fsdp=N and tensor=N")
+        axes[name] = int(size)
+    return axes if text else {}
+
+
+def load(path: str, args: argparse.Namespace) -> "tuple[RewardModel, int | None]":
+    """A run's checkpoint and its step, or an export or foreign model whose contract holds."""
+    import jax
+
+    from rmjax import sharding
+    from rmjax.inference import runs
+    from rmjax.inference.reward_model import load_checked
+
+    mesh = sharding.make_mesh(args.mesh, jax.devices()) if args.mesh else None
+    if (place := runs.find(path)) is not None:
+        opened = runs.open_checkpoint(place, mesh)
+        return runs.reward_model(opened, args.dtype), opened.step
+    return load_checked(path, dtype=args.dtype, template_kwargs=args.template_kwargs, mesh=mesh), None
+
+
+def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that was asked for of one model, as evaluation.json has it; with --gold also "gold"."""
+    from rmjax.data import sources
+    from rmjax.evaluate import evaluating
+
+    model, step = load(path, args)
+    learnt = model.objective.task if model.objective else None
+    asked = [name for name in ("train_data", "data") if getattr(args, name)]
+    named = [(name, item) for name in asked for item in sources.split_spec(getattr(args, name))]
+    sets: dict[str, Any] = {}
+    for name, item in named:
+        format = args.format if name == "data" else "auto"
+        tasks = evaluating.kinds(item, format, learnt)
+        for kind, task in tasks.items():
+            groups = evaluating.read(item, model.chat, task, format=format)
+            groups = groups.sample(args.train_rows, 0) if name == "train_data" else groups
+            label = "train" if name == "train_data" else sources.source_name(item)
+            label = f"{label} ({kind})" if len(tasks) > 1 else label
+            sets[label] = evaluating.measured(model, groups, task, progress=progress(label, len(groups)))
+    tests = {}
+    for test, source in args.tests:
+        groups = evaluating.read_benchmark(test, source, model.chat, learnt)
+        tests[test.name] = evaluating.run_benchmark(model, test, groups, progress=progress(test.name, len(groups)))
+    found = {"version": 1, "model": path, "step": step, "sets": sets, "benchmarks": tests}
+    return found | ({"gold": against_gold(model, args.gold, sets)} if args.gold else {})
+
+
+def progress(what: str, total: int) -> Any:
+    """Shows how many groups are done, and the time left; on the terminal's error stream, as results go to the other."""
+    from rmjax.train.writers import Progress
+
+    line = Progress(total, unit="groups", stream=sys.stderr)
+    line.note(f"{what}: {total:,} groups")
+    before = [0]
+
+    def tell(done: int) -> None:
+        line.step(done, {}, done - before[0])
+        before[0] = done
+        if done == total:
+            line.close()
+
+    return tell
+
+
+def against_gold(model: "RewardModel", source: str, sets: dict[str, Any]) -> dict[str, Any]:
+    """The model as a proxy of the gold model whose scores are in `source`; see evaluation/gold.py.
+
+    Raises:
+        ValueError: no row has gold scores, or a model that scores no responses.
+    """
+    from rmjax.data import reading
+    from rmjax.evaluate import gold
+    from rmjax.evaluate.scored import Scored
+
+    groups: list[Scored] = []
+    scores: list[np.ndarray] = []
+    rows = reading.records(source)
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        with_gold = [record for record in chunk if "score" in record.attributes]
+        values = model.score([c for record in with_gold for c in record.conversations])
+        for record in with_gold:
+            own, values = values[: len(record.conversations)], values[len(record.conversations) :]
+            groups.append(
+                Scored(
+                    id=record.row,
+                    prompt=reading.prompt_id(record),
+                    source=record.source,
+                    wins=record.wins,
+                    ties=record.ties,
+                    margin=record.margin,
+                    tokens=np.array([len(c[-1].get("content") or "") for c in record.conversations]),
+                    scores=np.array(own, np.float64),
+                )
+            )
+            scores.append(np.array(record.attributes["score"], np.float64))
+    if not groups:
+        raise ValueError(f"--gold={source}: no row has scores; expected `prompt`, `responses` and `scores`")
+    accuracy = lambda measured: measured["metrics"]["accuracy"]["value"] if "accuracy" in measured["metrics"] else None
+    trained = (model.contract or {}).get("metrics", {})
+    train = accuracy(sets["train"]) if "train" in sets else trained.get("train_slice/accuracy")
+    tested = [accuracy(x) for name, x in sets.items() if name != "train" and accuracy(x) is not None]
+    test = tested[0] if tested else trained.get("validation/accuracy")
+    return gold.compare(groups, scores, train_accuracy=train, test_accuracy=test)
+
+
+def lines(reports: dict[str, dict[str, Any]]) -> list[str]:
+    """What a person reads: each model on its own, or several side by side."""
+    from rmjax.evaluate import gold, tables
+
+    found: list[str] = []
+    for name, report in reports.items():
+        parts = {**report["sets"], **report["benchmarks"]}
+        for part, measured in parts.items() if len(reports) == 1 else ():
+            found += ["", f"{part}, by {name}", *tables.lines(measured)]
+        if "gold" in report:
+            found += ["", f"against gold, {name}", *gold.lines(report["gold"])]
+    if len(reports) > 1:
+        found += ["", *tables.side_by_side({name: {**r["sets"], **r["benchmarks"]} for name, r in reports.items()})]
+    return found
+
+
+def write(path: Path, reports: list[dict[str, Any]]) -> None:
+    """Writes what was measured: of one model its evaluation, of several a list of them.
+
+    A file that is there is replaced by a whole one.
+    """
+    files.check_target(path, "--output")  # again: measuring took its time
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, reports[0] if len(reports) == 1 else {"models": reports})
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Between groups of tokens and what a model said of them: how each kind of model is asked about preferences.
+
+    records -> task -> groups -> model -> outputs -> `scored` -> benchmarks and measures
+
+A reward model scores every response. A judge that classifies sees each labelled pair in both orders
+(judging/verdicts.py). A judge that writes is asked how likely each verdict is (judging/questions.py).
+
+Shape letters: K responses, E scored tokens of a group, A outputs, C verdicts, R ratings.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from rmjax.batches import measure
+from rmjax.batches.groups import Groups
+from rmjax.batches.tasks import Attributes, Preferences, Task
+from rmjax.evaluate.scored import Scored
+from rmjax.judging.questions import Ratings, Verdicts
+from rmjax.judging.verdicts import Judgements
+from rmjax.judging.writing import Writing
+
+Decode = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # outputs [n, A] to what they mean, by name
+PAIR = re.compile(r"(.*)#(\d+)-(\d+)")  # the row of a pair of its responses
+
+
+def task_for(learnt: Task | None) -> Task:
+    """How a model is asked about preferences.
+
+    Args:
+        learnt: the task of its objective; None of a foreign model, which gives one reward.
+
+    Raises:
+        ValueError: it cannot be asked.
+    """
+    if learnt is None or isinstance(learnt, Preferences | Attributes):
+        return Preferences("keep")
+    if isinstance(learnt, Judgements):
+        return learnt
+    if isinstance(learnt, Writing) and learnt.target == "pair":
+        return Verdicts(learnt.template, learnt.ties)
+    if isinstance(learnt, Writing) and learnt.target == "score":
+        if len(learnt.attributes) > 1:
+            raise ValueError(
+                f"a judge that writes ratings of {', '.join(learnt.attributes)} gives no single score; generate with "
+                "it, and read what it wrote with rmjax.judging.verdicts.parse_verdict"
+            )
+        return Ratings(learnt.template, learnt.scale, *learnt.attributes)
+    what = "writes conversations, not verdicts" if isinstance(learnt, Writing) else "scores steps, not whole responses"
+    raise ValueError(f"the model {what}: it prefers no response to another, and cannot run a benchmark of preferences")
+
+
+def scored(
+    groups: Groups, outputs: Sequence[np.ndarray], task: Task, decode: Decode, log_odds: float = 1.0
+) -> list[Scored]:
+    """What a model said of groups that were asked by `task_for`.
+
+    Args:
+        groups: n groups of the task.
+        outputs: float [E, A] of each, in the order of its scored tokens; of a language model [E, 1]: the mean negative
+            log-likelihood of the tokens after the first.
+        task: how they were asked.
+        decode: what the outputs mean.
+        log_odds: of a reward model, see Scored.
+
+    Returns:
+        One for each record: a judge's pairs of one record are put together.
+    """
+    if isinstance(task, Preferences):
+        scores = _split(decode(np.concatenate(outputs))["score"], outputs)
+        return _with_scores(groups, scores, measure.response_tokens(groups), log_odds)
+    if isinstance(task, Ratings):  # the texts' lengths are characters, as a question holds more than the response
+        ratings = [_mean_rating(x, task) for x in _log_likelihoods(groups, outputs)]
+        return _with_scores(groups, ratings, groups.column("characters"))
+    if isinstance(task, Verdicts):
+        c = task.classes
+        orders = [np.stack([_softmax(x[:c]), _softmax(x[c:])]) for x in _log_likelihoods(groups, outputs)]
+    else:
+        named = list(decode(np.concatenate(outputs)).values())
+        orders = _split(np.stack(named, -1), outputs)
+    return list(_from_orders(groups, orders))
+
+
+def _split(values: np.ndarray, like: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return np.split(values, np.cumsum([len(x) for x in like])[:-1])
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def _log_likelihoods(groups: Groups, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """[E] of each sequence, up to what those of one question share."""
+    tokens, _ = measure.response_tokens(groups)
+    return [-x[:, 0].astype(np.float64) * (n - 1) for x, n in zip(outputs, _split(tokens, outputs))]
+
+
+def _with_scores(
+    groups: Groups, scores: Sequence[np.ndarray], lengths: tuple[np.ndarray, np.ndarray], log_odds: float = 1.0
+) -> list[Scored]:
+    """Scores [K] of each group beside its labels; `lengths` of all responses, and where each group's begin."""
+    sizes, begin = lengths
+    columns = {name: groups.column(f"label/{name}") for name in ("wins", "ties", "margin")}
+
+    def label(name: str, n: int, k: int) -> np.ndarray:
+        flat, at = columns[name]
+        size = int(groups.responses[n])  # K, or K R of which the first K are labelled
+        return flat[at[n] : at[n + 1]].reshape(size, size)[:k, :k]
+
+    return [
+        Scored(
+            id=groups.id(n),
+            prompt=int(groups.prompt_ids[n]),
+            source=groups.sources[groups.source[n]],
+            wins=label("wins", n, len(s)),
+            ties=label("ties", n, len(s)),
+            margin=label("margin", n, len(s)),
+            tokens=sizes[begin[n] : begin[n] + len(s)],
+            scores=np.asarray(s, np.float64),
+            weight=float(groups.weights[n]),
+            log_odds=log_odds,
+        )
+        for n, s in enumerate(scores)
+    ]
+
+
+def _mean_rating(likely: np.ndarray, task: Ratings) -> np.ndarray:
+    """[K]: the mean of the ratings [K R] by how likely each is."""
+    levels = np.array(task.ratings, np.float64)
+    return np.array([_softmax(x) @ levels for x in likely.reshape(-1, len(levels))])
+
+
+def _from_orders(groups: Groups, orders: Sequence[np.ndarray]) -> Iterator[Scored]:
+    """Puts the pairs of a record together; lengths are the texts' characters.
+
+    Args:
+        groups: one for each pair.
+        orders: [2, C] of each: the verdicts when the first of the pair is shown as A, and when the second is.
+    """
+    characters, begin = groups.column("characters")
+    verdicts, at = groups.column("label/verdict")
+    strengths = groups.column("label/strength")[0]
+    records: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
+    for n in range(len(groups)):
+        found = PAIR.fullmatch(groups.id(n))
+        row, i, j = (found[1], int(found[2]), int(found[3])) if found else (groups.id(n), 0, 1)
+        records.setdefault((int(groups.source[n]), row), []).append((n, i, j))
+    for (_, row), pairs in records.items():
+        first = pairs[0][0]
+        k, c = begin[first + 1] - begin[first], orders[first].shape[-1]
+        wins, ties, margin = np.zeros((3, k, k), np.float32)
+        asked = np.full((k, k, c), np.nan)
+        for n, i, j in pairs:
+            said = verdicts[at[n] : at[n + 1]]  # of i as A first; a classifying judge's has the other order behind it
+            said = said if len(said) in (2, 3) else said[: len(said) // 2]
+            wins[i, j], wins[j, i] = said[0], said[1]
+            ties[i, j] = ties[j, i] = said[2] if len(said) == 3 else 0.0
+            better = (i, j) if said[0] > said[1] else (j, i)
+            margin[better] = strengths[n]
+            asked[i, j], asked[j, i] = orders[n]
+        yield Scored(
+            id=row,
+            prompt=int(groups.prompt_ids[first]),
+            source=groups.sources[groups.source[first]],
+            wins=wins,
+            ties=ties,
+            margin=margin,
+            tokens=characters[begin[first] : begin[first + 1]],
+            orders=asked,
+            weight=float(groups.weights[first]),
+        )

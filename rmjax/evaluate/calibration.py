@@ -1,0 +1,56 @@
+"""Calibration: whether what is said with probability p is so in a share p of the cases.
+
+Source: Guo et al. 2017, arXiv:1706.04599: bins of equal width, and eq. 3 for the expected calibration error. With few
+cases in a bin the error is biased upwards, as chance alone moves shares away from probabilities. Its resamples are
+biased once more, so that the value of a well calibrated model may be the lower end of its interval.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from rmjax.evaluate.estimates import Estimates
+
+BINS = 10
+
+
+def bins_of(confidence: np.ndarray, least: float) -> np.ndarray:
+    """int64 [n]: the bin of each probability from `least` to 1; the last one has its upper edge, too."""
+    return np.clip(((confidence - least) / (1 - least) * BINS).astype(np.int64), 0, BINS - 1)
+
+
+def ece(totals: np.ndarray) -> np.ndarray:
+    """The error [...] from totals [..., 2 BINS]: weight times (confidence - right) of each bin, then its weight."""
+    return np.abs(totals[..., :BINS]).sum(-1) / totals[..., BINS:].sum(-1)
+
+
+def add_ece(
+    found: Estimates, at: np.ndarray, confidence: np.ndarray, right: np.ndarray, weight: np.ndarray, least: float
+) -> None:
+    """Adds "ece" of cases [n] of the rows `at` [n]."""
+    bin = bins_of(confidence, least)
+    apart = found.per_prompt(at, weight * (confidence - right), bin, BINS)
+    found.add("ece", ece, apart, found.per_prompt(at, weight, bin, BINS))
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray, weight: np.ndarray, least: float) -> dict[str, list[Any]]:
+    """The reliability diagram.
+
+    Args:
+        confidence: float [n], from `least` to 1.
+        right: float [n], 1 where what it is confident of is so, 0 where not, a half where neither.
+        weight: float [n], above 0.
+        least: lower edge of the first bin.
+
+    Returns:
+        {"edges": [11], "counts": [10], "predicted": [10], "observed": [10]}; the means are None in empty bins.
+    """
+    bin = bins_of(confidence, least)
+    counts, total = np.bincount(bin, minlength=BINS), np.bincount(bin, weight, BINS)
+    mean = lambda x: [float(s / t) if n else None for s, t, n in zip(np.bincount(bin, weight * x, BINS), total, counts)]
+    return {
+        "edges": np.linspace(least, 1, BINS + 1).tolist(),
+        "counts": counts.tolist(),
+        "predicted": mean(confidence),
+        "observed": mean(right),
+    }

@@ -1,0 +1,315 @@
+"""A proxy's rewards against a gold model's scores of the same responses: does it order them alike, and tell them apart?
+
+The setting is that of Gao et al. 2022, arXiv:2210.10760: a gold model labels, a proxy learns from its labels, and is
+then asked about responses that gold has scored. Scales of rewards mean nothing; what is compared is free of them.
+
+Separation is the mean |difference| of two responses of a prompt over the standard deviation of all responses. It is
+2 / sqrt(pi) = 1.13 for normal rewards that do not depend on the prompt, and falls as rewards depend on it more, or as
+few responses stand far apart from a crowd. A proxy whose separation is under COMPRESSED of gold's is called compressed:
+within a prompt it uses too little of its range, so that a policy that learns from it hears of the prompt alone.
+Factors and offsets of rewards change nothing, and noise compresses nothing, which the match rate tells.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from rmjax.evaluate import moments
+from rmjax.evaluate.estimates import Estimate, Estimates
+from rmjax.evaluate.naming import interval, number
+from rmjax.evaluate.scored import Scored
+
+COMPRESSED = 1 / 3  # of gold's separation
+FITTED = 0.75  # accuracy in training that shows a fitted training set: what the gate asks of validation, and 0.05 more
+GAP = 0.1  # between the accuracies of a fitted and a carried over one, as the gate has it
+
+
+@dataclasses.dataclass(frozen=True)
+class _Both:
+    """Scores of the responses that gold has scored, of each group."""
+
+    proxies: Sequence[np.ndarray]
+    golds: Sequence[np.ndarray]
+
+    @functools.cached_property
+    def at(self) -> np.ndarray:
+        """int64 [n]: the group of each response."""
+        return np.repeat(np.arange(len(self.proxies)), [len(x) for x in self.proxies])
+
+    @functools.cached_property
+    def proxy(self) -> np.ndarray:
+        """float64 [n]: of all responses."""
+        return np.concatenate(self.proxies)
+
+    @functools.cached_property
+    def gold(self) -> np.ndarray:
+        """float64 [n]: of all responses."""
+        return np.concatenate(self.golds)
+
+    def stacks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of groups with the same number of responses: int64 [N], where they are, and float64 [N, K] of each side."""
+        sizes = np.array([len(x) for x in self.proxies])
+        for k in np.unique(sizes[sizes > 1]).tolist():
+            at = np.flatnonzero(sizes == k)
+            proxy, gold = (np.stack([side[n] for n in at.tolist()]) for side in (self.proxies, self.golds))
+            yield at, proxy, gold
+
+
+def compare(
+    groups: Sequence[Scored],
+    gold: Sequence[np.ndarray],
+    train_accuracy: float | None = None,
+    test_accuracy: float | None = None,
+) -> dict[str, Any]:
+    """Compares a proxy with a gold model.
+
+    Metrics: match_rate, the share of pairs of a prompt that both order alike, where gold ties are left out and proxy
+    ties count half; tie_rate of the proxy among them; spearman_within and kendall_within (tau-b), the means over the
+    groups in which gold varies, 0 where the proxy does not; spearman and kendall (tau-b) of all responses, the first
+    with an interval from ranks that are computed once, the second without; separation_proxy and separation_gold (see
+    the module), and cohens_d, the proxy's mean of preferred minus others over their pooled standard deviation.
+
+    Args:
+        groups: with the proxy's scores, K of each.
+        gold: float [K] of each group; NaN where gold has no score.
+        train_accuracy: of the proxy on what it was trained on; None where it is not known.
+        test_accuracy: of the proxy on held-out data.
+
+    Returns:
+        {"groups", "responses", "without_gold", "pairs", "gold_ties", "metrics", "proxy" and "gold": {"min", "max",
+        "range", "mean", "std"}, "compressed": bool or None, "compression": in words, "fitted": {"train_accuracy",
+        "test_accuracy", "fitted": bool or None, "text"}}.
+
+    Raises:
+        ValueError: a judge's groups, other numbers of scores, scores that are not finite, or nothing to compare.
+    """
+    both = _checked(groups, gold)
+    found = Estimates(np.array([g.prompt for g in groups]))
+    pairs, ties = _add_pairs(found, both)
+    _add_ranks(found, both)
+    made: dict[Any, Estimate] = {**found.all(), "kendall": _kendall(both.proxy, both.gold)}
+    compressed, why = _compression(made["separation_proxy"]["value"], made["separation_gold"]["value"])
+    return {
+        "groups": len(groups),
+        "responses": len(both.at),
+        "without_gold": sum(len(g.tokens) for g in groups) - len(both.at),
+        "pairs": pairs,
+        "gold_ties": ties,
+        "metrics": made,
+        "proxy": _spread(both.proxy),
+        "gold": _spread(both.gold),
+        "compressed": compressed,
+        "compression": why,
+        "fitted": fitted(train_accuracy, test_accuracy),
+    }
+
+
+def _checked(groups: Sequence[Scored], gold: Sequence[np.ndarray]) -> _Both:
+    """The proxy's and gold's scores of the responses of each group that gold has scored."""
+    if len(groups) != len(gold):
+        raise ValueError(f"{len(groups)} groups, but gold scores of {len(gold)}")
+    proxies, golds = [], []
+    for group, true in zip(groups, gold):
+        if group.scores is None:
+            raise ValueError(f"{group.id}: a judge has no scores to compare with gold's; its accuracy says how it does")
+        mine, true = np.asarray(group.scores, np.float64), np.asarray(true, np.float64)
+        if mine.shape != true.shape:
+            raise ValueError(f"{group.id}: {len(mine)} responses, but gold scores {true.shape}")
+        if not np.isfinite(mine).all() or np.isinf(true).any():
+            raise ValueError(f"{group.id}: scores {mine.tolist()} or gold scores {true.tolist()} are not finite")
+        proxies.append(mine[~np.isnan(true)])
+        golds.append(true[~np.isnan(true)])
+    if not any(len(x) > 1 for x in proxies):
+        raise ValueError(f"none of {len(groups)} prompts has two responses with gold scores: nothing can be compared")
+    return _Both(proxies, golds)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pairs of a prompt
+# ----------------------------------------------------------------------------------------------------
+
+
+def _add_pairs(found: Estimates, both: _Both) -> tuple[int, int]:
+    """Adds match_rate, tie_rate, both separations and cohens_d; returns how many pairs gold orders and how many not."""
+    where, mine, other, gold_one, gold_other = (np.concatenate(x) for x in zip(*_pairs(both)))
+    said, labelled = np.sign(mine - other), np.sign(gold_one - gold_other)
+    ordered = labelled != 0
+    ones = np.ones(int(ordered.sum()))
+    found.share("match_rate", where[ordered], 0.5 + 0.5 * (said * labelled)[ordered], ones)
+    found.share("tie_rate", where[ordered], said[ordered] == 0, ones)
+    for name, apart, values in (("proxy", mine - other, both.proxy), ("gold", gold_one - gold_other, both.gold)):
+        _add_separation(found, f"separation_{name}", where, np.abs(apart), both.at, values)
+    better = np.where(labelled > 0, mine, other)[ordered]
+    _add_cohens_d(found, where[ordered], better, np.where(labelled > 0, other, mine)[ordered])
+    return int(ordered.sum()), int((~ordered).sum())
+
+
+def _pairs(both: _Both) -> Iterator[tuple[np.ndarray, ...]]:
+    """Flat: the group of each pair of responses, the proxy's scores of both, and gold's."""
+    for at, mine, true in both.stacks():
+        i, j = np.triu_indices(mine.shape[1], 1)
+        yield np.repeat(at, len(i)), *(side[:, pick].ravel() for side in (mine, true) for pick in (i, j))
+
+
+def _add_separation(
+    found: Estimates, key: str, where: np.ndarray, apart: np.ndarray, at: np.ndarray, values: np.ndarray
+) -> None:
+    x = moments.standardized(values)
+    scale = values.std() if np.ptp(values) > 0 else 1.0
+
+    def of(t: np.ndarray) -> np.ndarray:
+        variance = t[..., 4] / t[..., 2] - (t[..., 3] / t[..., 2]) ** 2
+        return np.where(variance > moments.NOTHING, t[..., 0] / t[..., 1] / np.sqrt(np.maximum(variance, 0)), np.nan)
+
+    pairs = [found.per_prompt(where, v) for v in (apart / scale, np.ones(len(apart)))]
+    found.add(key, of, *pairs, *(found.per_prompt(at, x**power) for power in range(3)))
+
+
+def _add_cohens_d(found: Estimates, where: np.ndarray, better: np.ndarray, other: np.ndarray) -> None:
+    """Adds Cohen's d (1988) of two equally large samples: both variances weigh the same."""
+    every = np.concatenate([better, other])
+    middle, scale = (every.mean(), every.std() or 1.0) if len(every) else (0.0, 1.0)
+
+    def of(t: np.ndarray) -> np.ndarray:
+        n, a, b, aa, bb = (t[..., i] for i in range(5))
+        variance = (aa + bb) / (2 * n) - ((a / n) ** 2 + (b / n) ** 2) / 2
+        return np.where(variance > moments.NOTHING, (a - b) / n / np.sqrt(np.maximum(variance, 0)), np.nan)
+
+    a, b = ((side - middle) / scale for side in (better, other))
+    found.add("cohens_d", of, *(found.per_prompt(where, v) for v in (np.ones(len(a)), a, b, a * a, b * b)))
+
+
+def _compression(proxy: float | None, gold: float | None) -> tuple[bool | None, str]:
+    """The rule of the module, and how it came out."""
+    if gold is None:
+        return None, "gold does not tell the responses apart, so compression cannot be judged"
+    share = (proxy or 0.0) / gold if gold else None
+    if share is None:
+        return None, "gold finds all responses of a prompt equal, so compression cannot be judged"
+    rule = f"{share:.0%} of gold's; under {COMPRESSED:.0%} counts as compressed"
+    if share < COMPRESSED:
+        return True, f"compressed: two responses of a prompt stand {number(proxy or 0.0)} deviations apart, {rule}"
+    return False, f"not compressed: two responses of a prompt stand {number(proxy)} deviations apart, {rule}"
+
+
+# ----------------------------------------------------------------------------------------------------
+# Ranks and spread
+# ----------------------------------------------------------------------------------------------------
+
+
+def _add_ranks(found: Estimates, both: _Both) -> None:
+    """Adds spearman_within, kendall_within and spearman."""
+    parts = [(where, *rank_correlations(x, y)) for where, x, y in both.stacks()]
+    where, spearman, kendall = (np.concatenate(x) for x in zip(*parts))
+    for name, values in (("spearman_within", spearman), ("kendall_within", kendall)):
+        known = ~np.isnan(values)
+        found.mean(name, where[known], values[known], np.ones(int(known.sum())))
+    moments.add_correlation(found, "spearman", both.at, moments.ranks(both.proxy), moments.ranks(both.gold))
+
+
+def rank_correlations(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Spearman's rho and Kendall's tau-b (1945) of each row.
+
+    Both come from the signs of differences: the sum of a row of signs is twice the rank, up to a constant.
+
+    Args:
+        x: float [N, K].
+        y: float [N, K].
+
+    Returns:
+        float64 [N] twice: NaN where y does not vary; 0 where only x does not, which tells nothing about y.
+    """
+    of_x, of_y = (np.sign(side[:, :, None] - side[:, None, :]) for side in (x, y))
+    made = []
+    for a, b, axes in ((of_x.sum(-1), of_y.sum(-1), -1), (of_x, of_y, (-1, -2))):
+        both, square, known = (a * b).sum(axes), (a * a).sum(axes) * (b * b).sum(axes), (b * b).sum(axes) > 0
+        made.append(np.where(known, both / np.sqrt(np.where(square > 0, square, 1.0)), np.nan))
+    return made[0], made[1]
+
+
+def _kendall(x: np.ndarray, y: np.ndarray) -> Estimate:
+    from scipy.stats import kendalltau  # takes a second to import
+
+    value = float(kendalltau(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else None
+    return {"value": value, "low": None, "high": None}
+
+
+def _spread(x: np.ndarray) -> dict[str, float]:
+    low, high = float(x.min()), float(x.max())
+    return {"min": low, "max": high, "range": high - low, "mean": float(x.mean()), "std": float(x.std())}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Words
+# ----------------------------------------------------------------------------------------------------
+
+
+def fitted(train: float | None, test: float | None) -> dict[str, Any]:
+    """Whether the training set itself is fitted; first that, then whether it carries over to held-out data.
+
+    Args:
+        train: accuracy in training; None where it is not known.
+        test: accuracy on held-out data.
+
+    Returns:
+        {"train_accuracy", "test_accuracy", "fitted": bool or None, "text"}.
+    """
+    text = _fitted_text(train, test)
+    is_fitted = None if train is None else train >= FITTED
+    return {"train_accuracy": train, "test_accuracy": test, "fitted": is_fitted, "text": text}
+
+
+def _fitted_text(train: float | None, test: float | None) -> str:
+    held_out = "" if test is None else f"; on held-out data it is {test:.1%}"
+    if train is None:
+        return f"whether the training set is fitted is not known: its accuracy was not measured{held_out}"
+    said = f"accuracy in training is {train:.1%}"
+    if train < FITTED:
+        return (
+            f"the training set itself is not fitted: {said}, under {FITTED:.0%}{held_out}. Train longer, with a higher "
+            "learning rate or a stronger base, or look for contradicting labels, before blaming the amount of data"
+        )
+    if test is None:
+        return f"the training set is fitted: {said}; whether that carries over was not measured"
+    if train - test >= GAP:
+        return (
+            f"the training set is fitted but does not carry over: {said}{held_out}. More data, or fewer passes over it"
+        )
+    return f"the training set is fitted, and it carries over: {said}{held_out}"
+
+
+METRICS = {  # how they are shown: title, whether a share
+    "match_rate": ("Ordered as gold does", True),
+    "tie_rate": ("Ties of the proxy", True),
+    "spearman_within": ("Spearman within prompts", False),
+    "kendall_within": ("Kendall within prompts", False),
+    "spearman": ("Spearman, all responses", False),
+    "kendall": ("Kendall, all responses", False),
+    "separation_proxy": ("Separation, proxy", False),
+    "separation_gold": ("Separation, gold", False),
+    "cohens_d": ("Cohen's d", False),
+}
+
+
+def lines(compared: dict[str, Any]) -> list[str]:
+    """What a terminal shows of a comparison."""
+    ties, missing = compared["gold_ties"], compared["without_gold"]
+    head = f"{compared['pairs']:,} pairs of {compared['responses']:,} responses to {compared['groups']:,} prompts"
+    head += f"; {ties:,} pairs that gold finds equal left out" if ties else ""
+    head += f"; {missing:,} responses without a gold score left out" if missing else ""
+    found = [head]
+    for name, (title, share) in METRICS.items():
+        ends = interval(compared["metrics"][name], share)
+        found.append(f"  {title:<26}{number(compared['metrics'][name]['value'], share):>9}  {ends}".rstrip())
+    for name in ("proxy", "gold"):
+        of = compared[name]
+        said = f"{number(of['min'])} to {number(of['max'])}, standard deviation {number(of['std'])}"
+        found.append(f"  {'Range, ' + name:<26}{number(of['range']):>9}  {said}")
+    return [*found, _sentence(compared["compression"]), _sentence(compared["fitted"]["text"])]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."

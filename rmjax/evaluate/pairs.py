@@ -1,0 +1,188 @@
+"""The pairs of which one side is labelled better, flat, with what the model said: accuracy, slices, the worst of them.
+
+Shape letter: P pairs.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from rmjax.evaluate.estimates import Estimate, Estimates
+from rmjax.evaluate.scored import Scored
+from rmjax.evaluate.stacks import Stack
+
+FEW = 5  # different gold margins that are slices of their own
+SOURCES = 20  # sources that are slices of their own, the largest ones
+LEAST = 20  # pairs of a slice that may be said to fail
+
+Slices = dict[str, list[tuple[str, np.ndarray]]]  # by table: names, with bool [P] of the pairs in each
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """P pairs; every field is [P], those of rewards are NaN of a judge.
+
+    Attributes:
+        group: int64, where the pair's group is in all groups.
+        preferred: int64, the response that is labelled better.
+        rejected: int64, the other one.
+        weight: float64, of the group.
+        right: float64, 1 where the model prefers the same, 0 the other one, 0.5 where it finds them equal.
+        probability: float64, the model's that the preferred one is better.
+        chosen: float64, reward of the preferred response.
+        beaten: float64, reward of the other one.
+        margin: float64, the label's, in the source's units; 0 where it is not known.
+        longer: int64, tokens of the preferred response minus those of the other.
+    """
+
+    group: np.ndarray
+    preferred: np.ndarray
+    rejected: np.ndarray
+    weight: np.ndarray
+    right: np.ndarray
+    probability: np.ndarray
+    chosen: np.ndarray
+    beaten: np.ndarray
+    margin: np.ndarray
+    longer: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @property
+    def longer_right(self) -> np.ndarray:
+        """float64 [P]: 1 where the longer response is the preferred one, 0.5 where both are as long."""
+        return 0.5 + 0.5 * np.sign(self.longer)
+
+
+def of_stack(stack: Stack) -> Pairs:
+    """The labelled pairs of a stack; those that a judge was not asked are left out."""
+    n, i, j = np.nonzero(stack.decided & ~np.isnan(stack.verdicts))
+    scores = np.full(stack.tokens.shape, np.nan) if stack.scores is None else stack.scores
+    return Pairs(
+        group=stack.at[n],
+        preferred=i,
+        rejected=j,
+        weight=stack.weight[n],
+        right=stack.verdicts[n, i, j],
+        probability=stack.preference[n, i, j],
+        chosen=scores[n, i],
+        beaten=scores[n, j],
+        margin=stack.margin[n, i, j],
+        longer=stack.tokens[n, i] - stack.tokens[n, j],
+    )
+
+
+def joined(parts: Sequence[Pairs]) -> Pairs:
+    """All pairs, in the order of their groups."""
+    names = [field.name for field in dataclasses.fields(Pairs)]
+    whole = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    order = np.lexsort((whole["rejected"], whole["preferred"], whole["group"]))
+    return Pairs(**{name: values[order] for name, values in whole.items()})
+
+
+# ----------------------------------------------------------------------------------------------------
+# Slices
+# ----------------------------------------------------------------------------------------------------
+
+
+def slices(pairs: Pairs, groups: Sequence[Scored]) -> Slices:
+    """Divides pairs by gold margin, by how much longer the preferred one is, and by source.
+
+    A table with one slice only is left out.
+    """
+    tables = {
+        "gold margin": _by_margin(pairs.margin),
+        "length difference": _by_length(pairs.longer),
+        "source": _by_source(np.array([g.source for g in groups])[pairs.group] if len(pairs) else np.array([])),
+    }
+    found = {name: [(label, here) for label, here in rows if here.any()] for name, rows in tables.items()}
+    return {name: rows for name, rows in found.items() if len(rows) > 1}
+
+
+def _by_margin(margin: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Each of a few margins, or four parts with about equally many; pairs of unknown margin are in none."""
+    known = margin[margin > 0]
+    distinct = np.unique(known)
+    if len(distinct) <= FEW:
+        yield from ((f"{value:g}", margin == value) for value in distinct)
+        return
+    edges = np.unique([0.0, *np.quantile(known, [0.25, 0.5, 0.75]), np.inf])
+    for low, high in itertools.pairwise(edges):
+        name = f"over {low:.3g}" if np.isinf(high) else f"up to {high:.3g}" if not low else f"{low:.3g} to {high:.3g}"
+        yield name, (margin > low) & (margin <= high)
+
+
+def _by_length(longer: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Whether the preferred one is shorter or longer, by up to or over the median of the differences."""
+    apart = np.abs(longer[longer != 0])
+    middle = int(np.median(apart)) if len(apart) else 0
+    yield f"preferred over {middle} shorter", longer < -middle
+    yield f"preferred up to {middle} shorter", (longer < 0) & (longer >= -middle)
+    yield "as long", longer == 0
+    yield f"preferred up to {middle} longer", (longer > 0) & (longer <= middle)
+    yield f"preferred over {middle} longer", longer > middle
+
+
+def _by_source(source: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The largest sources first, then all others together."""
+    names, of, counts = np.unique(source, return_inverse=True, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    own = order if len(names) <= SOURCES else order[: SOURCES - 1]
+    yield from ((str(names[n]), of == n) for n in own)
+    if len(own) < len(names):
+        yield f"{len(names) - len(own)} others", ~np.isin(of, own)
+
+
+def failing(tables: dict[str, list[dict[str, Any]]], overall: Estimate) -> list[dict[str, Any]]:
+    """Slices that are surely worse than all pairs: their interval ends below. With under LEAST pairs one is not judged.
+
+    Of 40 slices no worse than the others one is expected here, since the intervals are 95 %.
+    """
+    rows = [{"table": table, **row} for table, of in tables.items() for row in of if row["pairs"] >= LEAST]
+    least = overall["value"]
+    return [row for row in rows if least is not None and row["high"] is not None and row["high"] < least]
+
+
+def add_slices(found: Estimates, pairs: Pairs, tables: Slices) -> None:
+    """Adds the accuracy of each slice under the key (table, name)."""
+    for table, rows in tables.items():
+        for name, here in rows:
+            found.share((table, name), pairs.group[here], pairs.right[here], pairs.weight[here])
+
+
+def with_estimates(tables: Slices, made: dict[Any, Estimate]) -> dict[str, list[dict[str, Any]]]:
+    """Slices as values for JSON: {"name", "pairs"} and the estimate of their accuracy."""
+    return {
+        table: [{"name": name, "pairs": int(here.sum()), **made[table, name]} for name, here in rows]
+        for table, rows in tables.items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------------
+# Single pairs
+# ----------------------------------------------------------------------------------------------------
+
+
+def worst(pairs: Pairs, groups: Sequence[Scored], most: int) -> list[dict[str, Any]]:
+    """The pairs that the model is most confidently wrong about, at most `most`, the worst first."""
+    wrong = np.flatnonzero(pairs.probability < 0.5)
+    difference = pairs.chosen - pairs.beaten  # tells more where probabilities are 0 for all digits
+    order = wrong[np.lexsort((difference[wrong], pairs.probability[wrong]))][:most]
+    return [_entry(pairs, groups, int(p)) for p in order]
+
+
+def _entry(pairs: Pairs, groups: Sequence[Scored], p: int) -> dict[str, Any]:
+    group, difference, margin = groups[int(pairs.group[p])], pairs.chosen[p] - pairs.beaten[p], pairs.margin[p]
+    return {
+        "id": group.id,
+        "source": group.source,
+        "preferred": int(pairs.preferred[p]),
+        "rejected": int(pairs.rejected[p]),
+        "probability": float(pairs.probability[p]),
+        "difference": None if np.isnan(difference) else float(difference),
+        "margin": float(margin) if margin > 0 else None,
+    }

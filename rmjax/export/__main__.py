@@ -1,0 +1,5 @@
+"""python -m rmjax.export."""
+
+from rmjax.export.write import main
+
+main()

@@ -1,0 +1,150 @@
+"""Exports any checkpoint of a run; what `python -m rmjax.export --run` does."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from rmjax.batches import prepare
+from rmjax.export import write as export
+from rmjax.inference import contract, runs
+from rmjax.models import hf, hf_export
+from rmjax.report import card
+from rmjax.runtime import command_line, exits, ownership
+from rmjax.train import finish, resume
+
+
+class NotUploaded(RuntimeError):
+    """The Hub refused, or could not be reached."""
+
+    exit_code = exits.FAILED
+
+
+def checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, with the run that they name as `place`; before anything is read.
+
+    Raises:
+        ValueError: something is missing or wrong.
+    """
+    if not args.run or not args.output:
+        raise ValueError("--run and --output are required, or --verify; --help shows commands that run")
+    place = runs.find(args.run)
+    if place is None:
+        raise ValueError(
+            f"--run={args.run} is no run of rmjax, nor a checkpoint of one (there is no config.json of a run)"
+        )
+    if args.step:
+        if place.step != "best":
+            raise ValueError(f"--run={args.run} is a checkpoint already; leave out --step={args.step}")
+        place = dataclasses.replace(place, step=args.step)
+    if not args.max_shard_gb > 0:
+        raise ValueError(f"--max_shard_gb={args.max_shard_gb} must be above 0")
+    if args.push_to and not hf.is_hub_id(args.push_to):
+        raise ValueError(f"--push_to={args.push_to} must be of the form OWNER/NAME")
+    command_line.check_writable(Path(args.output), f"--output={args.output}")
+    if (at := runs.find(args.output)) is not None and Path(args.output).resolve() == at.workdir.resolve():
+        raise ValueError(f"--output={args.output} is a run, which an export would replace; name another directory")
+    hf_export.require_replaceable(Path(args.output), "--output")
+    args.place = place
+    return args
+
+
+def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
+    """Writes the export; golden rows are those of the run's own export where there is one, else of its data."""
+    opened = runs.open_checkpoint(args.place)
+    workdir, config = opened.workdir, opened.config
+    config.export.dtype = args.dtype if args.dtype != "auto" else config.export.dtype
+    lines = finish.read_lines(workdir / "metrics.jsonl")
+    of_step = [x for x in lines if x["step"] == opened.step and "validation/loss" in x]
+    before = None
+    with contextlib.suppress(ValueError):  # that of another version
+        before = contract.read(workdir / "export")
+    if before is not None:
+        data = before["data_fingerprint"]
+        golden: Any = [(row["token_ids"], row["at"]) for row in before["golden"][1:]]  # the first is made up
+    else:
+        train, validation = prepare.read_groups(config, opened.chat, opened.objective.task)
+        data, golden = train.fingerprint, export.golden_sequences(validation)
+    evaluation, quality = _measured(workdir, opened.step)
+    described = lambda terms, values: card.text(
+        Path(args.push_to or args.output).name,
+        config=finish.public(config),
+        contract=terms,
+        model=values,
+        evaluation=_in_unit(evaluation, terms.get("reward_scale")),
+        quality=quality,
+        base_model=finish.base_model(config),
+    )
+    export.write(
+        Path(args.output),
+        opened.params,
+        objective=opened.objective,
+        config=config,
+        values=opened.values,
+        model=opened.model,
+        chat=opened.chat,
+        metrics=of_step[-1] if of_step else {"step": float(opened.step)},
+        data=data,
+        golden=golden,
+        estimates=finish.estimates(evaluation) if evaluation else {},
+        card=described,
+        unit_std=args.unit_std,
+        max_shard_bytes=args.max_shard_gb * 1e9,
+        run=resume.run_id(workdir),
+    )
+    return opened
+
+
+def _measured(workdir: Path, step: int) -> tuple[Any, Any]:
+    """The run's evaluation and verdict, if they are of this step."""
+    with contextlib.suppress(OSError, ValueError):
+        evaluation = json.loads((workdir / "evaluation.json").read_text())
+        if evaluation["step"] == step:
+            return evaluation, json.loads((workdir / "quality.json").read_text())
+    return None, None
+
+
+def _in_unit(evaluation: Any, scale: float | None) -> Any:
+    """The evaluation with metrics of the scaled rewards; as it is without a scale."""
+    if not evaluation or not scale:
+        return evaluation
+    scaled = lambda part: {**part, "metrics": export.in_unit(part["metrics"], scale)}
+    return {**evaluation, "sets": {name: scaled(part) for name, part in evaluation["sets"].items()}}
+
+
+def export_and_push(args: argparse.Namespace) -> list[str]:
+    """Exports, uploads if that is asked for, and says what there is now.
+
+    Raises:
+        ValueError: see `checked`, runs.open_checkpoint and export.write.
+        NotUploaded: the repository cannot be made, before anything is written; or the upload failed, after it.
+    """
+    if args.push_to:
+        with _reached(args, "nothing was exported"):
+            huggingface_hub.create_repo(args.push_to, private=args.private, exist_ok=True)
+    opened = export_checkpoint(args)
+    said = [f"step {opened.step} of {opened.workdir}: {args.output}"]
+    if contract.read(args.output)["metrics"].keys() <= {"step"}:  # type: ignore[index]
+        said.append(f"step {opened.step} was not evaluated: its contract has no metrics, nor what --normalize needs")
+    if args.push_to:
+        again = f"the export is {args.output}; `hf upload {args.push_to} {args.output}` uploads it"
+        with _reached(args, again):
+            huggingface_hub.upload_folder(
+                repo_id=args.push_to, folder_path=args.output, ignore_patterns=[ownership.MARKER]
+            )
+        said.append(f"uploaded to https://huggingface.co/{args.push_to}")
+    return [*said, f"check it with: python -m rmjax.export --verify {args.output}"]
+
+
+@contextlib.contextmanager
+def _reached(args: argparse.Namespace, otherwise: str) -> Iterator[None]:
+    """Says in a sentence that the Hub refused or cannot be reached; its client has errors of many classes."""
+    try:
+        yield
+    except Exception as error:
+        raise NotUploaded(f"--push_to={args.push_to}: {error}; {otherwise}") from error

@@ -1,0 +1,276 @@
+"""Writes a Hugging Face directory that transformers, vLLM and SGLang load, with its score contract.
+
+    python -m rmjax.export --run=runs/tiny --output=exports/tiny
+    python -m rmjax.export --run=runs/tiny/checkpoints/120 --output=exports/tiny-120 --dtype=bfloat16 --max_shard_gb=2
+    python -m rmjax.export --run=runs/7b --output=exports/7b --unit_std --push_to=OWNER/NAME
+    python -m rmjax.export --verify exports/tiny
+
+A run is its directory (the best checkpoint, or --step), or one of its checkpoints. --verify replays the golden rows of
+an export's score contract: by our loader, by transformers (`pip install 'rmjax[verify]'`) and by vLLM where that is
+installed; all in float32, to 1e-4. The contract then says by what it was verified.
+"""
+
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from rmjax.batches.chat import PROBE, Chat, load_tokenizer
+from rmjax.batches.groups import Groups
+from rmjax.inference import contract
+from rmjax.inference.reward_model import RewardModel
+from rmjax.models import hf
+from rmjax.models.config import ModelConfig
+from rmjax.objectives.base import Objective
+from rmjax.runtime import command_line, processes
+from rmjax.runtime.command_line import Parser
+
+GOLDEN = 4  # responses whose scores the contract keeps
+# Metrics in the rewards' unit.
+IN_REWARDS = r"(.*/)?(reward_(mean|std|min|max|drift)|margin|(chosen|rejected)(_p\d\d)?)"
+SAMPLES = (  # where normalizers and splitting rules differ
+    "It's 12345 + 6,789.50 and they'LL don't stop!!!  Two spaces, a\ttab.\r\n\n\n  if a_b == {c: [1]}:\n        d()\n",
+    " résumé re\u0301sume\u0301 ﬁne Ａ½ 日本語のテキスト、한국어 Привет مرحبا 🙂👩‍👩‍👧\u00a0\u200b ",
+)
+
+
+def write(
+    directory: Path,
+    params: Any,
+    *,
+    objective: Objective,
+    config: ConfigDict,
+    values: dict[str, Any],
+    model: ModelConfig,
+    chat: Chat,
+    metrics: Mapping[str, float],
+    data: str,
+    golden: Sequence[tuple[Any, Sequence[int]]],
+    estimates: Mapping[str, Any] | None = None,
+    card: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None,
+    unit_std: bool = False,
+    max_shard_bytes: float = 5e9,
+    run: str = "",
+) -> None:
+    """Exports parameters with tokenizer and contract; the directory appears whole or not at all.
+
+    The golden scores are computed from what was written, loaded back. Every process of a run must call it; the first
+    one writes.
+
+    Args:
+        directory: where to; an older export there is replaced, and files in it that are not ours are kept.
+        params: the parameters, sharded or not. Arrays on devices are deleted once they are written, so that the golden
+            scores need no room beside them.
+        objective: what was trained.
+        config: the run's config.
+        values: Hugging Face config values of the model.
+        model: its shapes.
+        chat: tokenizer and template.
+        metrics: of the exported step, for the contract.
+        data: fingerprint of the training data.
+        golden: token sequences and the places in them that are scored, for golden rows; see `golden_sequences`.
+        estimates: metrics with their intervals, for the contract.
+        card: makes README.md of the contract and of config.json.
+        unit_std: the head is divided by the rewards' standard deviation on the validation set.
+        max_shard_bytes: size of the largest weight file.
+        run: id of the run, for the export's marker.
+
+    Raises:
+        ValueError: with `unit_std`, rewards that are not linear in the head, or whose deviation is not known.
+    """
+    dtype = config.export.dtype
+    if dtype == "auto":
+        dtype = values.get("dtype") or values.get("torch_dtype") or config.model.param_dtype
+    terms = contract.make(
+        chat,
+        objective={"name": config.objective.name, **objective.terms()},
+        architecture=objective.architecture,
+        decoding=objective.decoding,
+        own=jax.device_get(params.get("objective", {})),
+        labels=objective.labels,
+        metrics=metrics,
+        data=data,
+        max_length=chat.max_length,
+        over_long=config.data.over_long,
+        estimates=estimates or {},
+    )
+    if unit_std:
+        params, terms = scaled(params, terms)
+
+    def complete(partial: Path) -> None:
+        rows = contract.golden_rows(chat, golden)
+        if processes.is_first():
+            chat.tokenizer.save_pretrained(partial)
+            contract.write(partial, {**terms, "golden": rows})  # so that loading replays the tokens
+        processes.barrier("tokenizer written")
+        mesh = next((x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)), None)
+        for array in arrays:
+            array.delete()
+        written = RewardModel.load(partial, dtype="float32", mesh=mesh)
+        outputs, norms = written.replay(rows), written.norms()
+        scored = [{**row, "outputs": values.tolist()} for row, values in zip(rows, outputs)]
+        processes.barrier("golden rows replayed")  # nobody reads the contract that is replaced
+        if processes.is_first():
+            contract.write(partial, {**terms, "golden": scored, "weight_norms": norms})
+            if card is not None:
+                (partial / "README.md").write_text(card(terms, hf.read_config(partial)))
+
+    arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    params = {name: x for name, x in params.items() if name != "objective"}
+    pad = chat.tokenizer.pad_token_id
+    hf.save(
+        directory,
+        params,
+        values,
+        model,
+        dtype=dtype,
+        pad_token_id=pad,
+        architecture=objective.architecture,
+        labels=objective.labels,
+        problem_type=objective.problem_type,
+        also=complete,
+        max_shard_bytes=max_shard_bytes,
+        run=run,
+    )
+
+
+def scaled(params: Mapping[str, Any], terms: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and contract of rewards that are divided by their standard deviation on the validation set.
+
+    The contract says by what they were divided ("reward_scale"): that times a difference of scores is the log-odds
+    that loss and calibration were measured with, which stay as they were.
+
+    Raises:
+        ValueError: see `write`.
+    """
+    objective = terms["objective"]
+    if objective["name"] != "bradley_terry" or terms["objective_params"]:
+        raise ValueError(
+            "--unit_std is for rewards of `bradley_terry` without a learnt tie parameter; the outputs of this "
+            f"{objective['name']} model have a scale that decoding knows"
+        )
+    if not terms["reward_std"]:
+        found = "none: it was not evaluated" if terms["reward_std"] is None else "one of 0"
+        raise ValueError(
+            f"--unit_std divides by the rewards' standard deviation on the validation set, and this step has {found}; "
+            "take another, as --step=best"
+        )
+    mean, std = contract.normalization(terms)
+    head = {**params["score"], "kernel": params["score"]["kernel"] / std}
+    told = {
+        "decoding": f"the output is the reward divided by {std:.9g}; the log-odds that one response is preferred to "
+        "another are the difference of their outputs times that",
+        "reward_mean": mean / std,
+        "reward_std": 1.0,
+        "reward_scale": std,
+        "metrics": in_unit(terms["metrics"], std),
+        "estimates": in_unit(terms["estimates"], std),
+    }
+    return {**params, "score": head}, {**terms, **told}
+
+
+def in_unit(metrics: Mapping[str, Any], unit: float) -> dict[str, Any]:
+    """Metrics by name ("margin", "validation/margin"), numbers or estimates, those that are rewards over `unit`."""
+
+    def divided(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: divided(x) for name, x in value.items()}
+        return None if value is None else value / unit
+
+    return {name: divided(value) if re.fullmatch(IN_REWARDS, name) else value for name, value in metrics.items()}
+
+
+def check_tokenizer(chat: Chat, values: Mapping[str, Any]) -> None:
+    """Refuses what could not be exported, before any training.
+
+    transformers picks the tokenizer's class by config.json's model_type as well, and some classes put their own
+    normalization and splitting around any vocabulary: beside a Qwen2 model, every tokenizer becomes Qwen2's. Such an
+    export would not see the tokens that were trained on.
+
+    Args:
+        chat: tokenizer and template that will be trained with.
+        values: Hugging Face config values of the model.
+
+    Raises:
+        ValueError: the tokenizer, saved beside such a config.json and loaded back, gives other tokens; or padding is
+            not to be told from text, since the pad token is missing, is EOS or is one that the template ends with.
+    """
+    tokenizer = chat.tokenizer
+    if tokenizer.pad_token_id in {None, tokenizer.eos_token_id, *chat.closing}:
+        raise ValueError(
+            f"pad token {tokenizer.pad_token!r} is missing, is EOS or ends the chat template, so that transformers "
+            "would score another token than the last; set an unused reserved token as pad_token"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "config.json").write_text(json.dumps(dict(values)))
+        tokenizer.save_pretrained(scratch)
+        again = Chat(load_tokenizer(scratch), template_kwargs=chat.template_kwargs)
+    texts = [chat.render(PROBE), *SAMPLES, "".join(tokenizer.get_added_vocab())]
+    same = again.render(PROBE) == texts[0] and again.tokenizer.pad_token_id == tokenizer.pad_token_id
+    if not same or again.encode(texts) != chat.encode(texts):
+        here, there = type(tokenizer).__name__, type(again.tokenizer).__name__
+        raise ValueError(
+            f"this tokenizer cannot be exported with a {values['model_type']} model: transformers loads it as {there} "
+            f"there and as {here} here, and these give other tokens. Take the tokenizer that belongs to the model "
+            "(leave config.model.tokenizer empty), or a model of another family"
+        )
+
+
+def golden_sequences(groups: Groups) -> list[tuple[np.ndarray, list[int]]]:
+    """Token sequences of the shortest groups, each up to its last scored token, and where in it tokens are scored."""
+    sequences: list[tuple[np.ndarray, list[int]]] = []
+    for i in np.argsort(groups.lengths, kind="stable")[:GOLDEN].tolist():
+        tree = groups.group(i).tree
+        for slot in np.unique(tree.end_slot):
+            ends = np.sort(tree.end[tree.end_slot == slot])
+            sequences.append((tree.tokens[tree.path(int(ends[-1]))], tree.positions[ends].tolist()))
+    return sequences[:GOLDEN]
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------
+
+
+def parser() -> Parser:
+    """The command's arguments."""
+    made = command_line.parser("rmjax.export.write", __doc__)
+    add = made.add_argument
+    add("--run", default="", metavar="DIR", help="a run, or one of its checkpoints")
+    add("--step", default="", metavar="STEP", help="of a run: best (default), last, or a number")
+    add(
+        "--output",
+        default="",
+        metavar="DIR",
+        help="where the export goes; replaces an older one, keeps other files",
+    )
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the weights")
+    add("--max_shard_gb", type=float, default=5.0, metavar="GB", help="largest weight file; default 5")
+    add("--unit_std", action="store_true", help="divides the head by the rewards' deviation on the validation set")
+    add("--push_to", default="", metavar="OWNER/NAME", help="uploads the export to the Hugging Face Hub")
+    add("--private", action="store_true", help="with --push_to: a new repository is private")
+    add("--verify", default="", metavar="DIR", help="replays the score contract of an export instead")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; see command_line.py for what becomes of errors."""
+    argv = sys.argv[1:] if argv is None else argv
+    with command_line.outcome(debug="--debug" in argv, stopped="stopped; nothing was written"):
+        args = parser().parse_args(argv)
+        from rmjax.export import from_run, verify
+        from rmjax.runtime import compile_cache
+
+        compile_cache.keep_programs()
+        if args.verify:
+            print("\n".join(verify.verify(Path(args.verify))))
+        else:
+            print("\n".join(from_run.export_and_push(from_run.checked(args))))

@@ -1,0 +1,206 @@
+"""Trees in, outputs out: a model on a mesh, with rows of few shapes, so that little is ever compiled.
+
+Shape letters: B rows, T tokens, E scored tokens in a row, A outputs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rmjax import sharding
+from rmjax.batches import loader, packing
+from rmjax.batches.groups import Group, Groups
+from rmjax.batches.tasks import Axes
+from rmjax.batches.trees import Tree
+from rmjax.kernels.tree_attention import choose
+from rmjax.models import heads
+from rmjax.models.config import ModelConfig
+from rmjax.objectives.base import Objective
+
+LEAST_ROW = 256  # rows are a power of two of tokens from here on, so that few shapes are ever compiled
+BATCH_TOKENS = {"cpu": 8_192}  # per device and call
+DEFAULT_BATCH_TOKENS = 32_768
+
+
+class Unlabelled:
+    """Groups of trees without labels, as the loader reads them."""
+
+    def __init__(self, trees: Sequence[Tree]):
+        self.trees = trees
+
+    def group(self, index: int) -> Any:
+        """The group of one tree, with empty labels."""
+        return Group(self.trees[index], {}, 0.0, "")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inference:
+    """A model that is asked, not trained.
+
+    Attributes:
+        config: shapes of the decoder.
+        params: its parameters, sharded over `mesh`.
+        mesh: of the devices.
+        dtype: of the computation, float32 or bfloat16.
+        architecture: see heads.make.
+        labels: outputs of the head, A.
+    """
+
+    config: ModelConfig
+    params: Any
+    mesh: jax.sharding.Mesh
+    dtype: str
+    architecture: str
+    labels: int
+
+    def trees(self, trees: Sequence[Tree], progress: Callable[[int], None] = lambda done: None) -> list[np.ndarray]:
+        """Outputs [scored tokens, A] of each tree, in the order of its scored tokens.
+
+        Those of a language model are [scored tokens, 1]: the mean negative log-likelihood of what each sees after the
+        first token, itself last; float64, so that verdicts on one long question can be compared.
+
+        Args:
+            trees: of token ids that the model knows.
+            progress: is told after each batch how many trees are done.
+
+        Raises:
+            ValueError: a token that the embedding has no row for.
+        """
+        largest = max((int(tree.tokens.max()) for tree in trees), default=0)
+        if largest >= self.config.vocab:
+            raise ValueError(
+                f"token {largest} has no row in the model's embedding of {self.config.vocab}; the tokenizer is another "
+                "model's, or has tokens that were added after training"
+            )
+        found: dict[int, np.ndarray] = {}
+        for plan, batch, raw in self._batches(trees, row_tokens(max(map(len, trees), default=0))) if trees else ():
+            for b, groups in enumerate(plan):
+                start = 0
+                for g, index in enumerate(groups):
+                    if self.architecture == "CausalLM":
+                        found[index] = _mean_nll(trees[index], raw[b, start:])
+                    else:
+                        found[index] = raw[b][batch["end_group"][b] == g]
+                    start += len(trees[index])
+            progress(len(found))
+        return [found[i] for i in range(len(trees))]
+
+    def _batches(self, trees: Sequence[Tree], row: int) -> Any:
+        """Yields (groups of each row, the batch on the host, what `heads.read` makes of it)."""
+        lengths, ends = np.array([len(t) for t in trees]), np.array([len(t.end) for t in trees])
+        return self._run(_forward, Unlabelled(trees), lengths, ends, row)
+
+    def outcomes(self, groups: Groups, objective: Objective, own: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The objective's outcomes (objectives/base.py) of labelled groups, end to end and without what is absent.
+
+        Args:
+            groups: of the objective's own task.
+            objective: is asked.
+            own: its own parameters.
+        """
+        found = []
+        row, most = row_tokens(int(groups.lengths.max())), int(groups.responses.max())
+        run = functools.partial(_outcomes, own=own, objective=objective)
+        sizes = (groups.lengths, groups.ends, row)
+        for _, _, seen in self._run(run, groups, *sizes, labels=groups.fields, responses=most):
+            found.append({name: x[~np.isnan(next(iter(seen.values())))] for name, x in seen.items()})
+        return {name: np.concatenate([x[name] for x in found]) for name in found[0]}
+
+    def _run(
+        self,
+        run: Any,
+        source: Any,
+        lengths: np.ndarray,
+        ends: np.ndarray,
+        row: int,
+        *,
+        labels: Mapping[str, Axes] | None = None,
+        responses: int = 0,
+    ) -> Iterator[tuple[list[np.ndarray], dict[str, np.ndarray], Any]]:
+        """Yields (groups of each row, the batch on the host, what `run` makes of it) until all groups are computed."""
+        devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        budget = BATCH_TOKENS.get(jax.default_backend(), DEFAULT_BATCH_TOKENS)
+        needed = -(-int(lengths.sum()) // (row * devices))  # rows per device if they were full
+        per_device = min(max(1, budget // row), 1 << (needed - 1).bit_length())
+        plan = packing.make_plan(lengths, ends, row_tokens=row, rows_per_step=per_device * devices, seed=None)
+        most = responses or int(ends.max())
+        shape = loader.plan_shape(plan, most, micro_rows=per_device, row_devices=devices, labels=labels)
+        shape = loader.rounded(shape) if labels else _few_shapes(loader.rounded(shape), devices)
+        batches = loader.StepSource(source, plan, shape, range(shape.rows))
+        placed = sharding.named(self.mesh, sharding.BATCH)
+        form, _ = choose("auto", self.mesh.devices.flat[0].platform, self.config.head_dim, self.dtype)
+        static = {"config": self.config, "dtype": self.dtype, "labels": self.labels, "attention": form}
+        static |= {"architecture": self.architecture, "out": sharding.named(self.mesh)}
+        with jax.set_mesh(self.mesh):
+            for step in range(plan.steps):
+                batch = {name: x[0] for name, x in batches[step].items()}
+                arrays = {name: sharding.place(x, placed) for name, x in batch.items()}
+                yield plan.rows(step), batch, jax.device_get(run(self.params, arrays, **static))
+
+
+def _few_shapes(shape: loader.Shape, devices: int) -> loader.Shape:
+    """The shape with rows rounded up as well, and room for one sequence in eight tokens: few others are compiled."""
+    rows = devices * (1 << (shape.rows // devices - 1).bit_length())
+    least = shape.tokens // 8
+    return dataclasses.replace(shape, rows=rows, groups=max(shape.groups, least), ends=max(shape.ends, least))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "labels", "architecture", "attention", "out"))
+def _forward(
+    params: Any,
+    batch: Any,
+    *,
+    config: ModelConfig,
+    dtype: str,
+    labels: int,
+    architecture: str,
+    attention: str,
+    out: jax.sharding.Sharding,
+) -> jax.Array:
+    """What `heads.read` makes of a batch; models of one config share what is compiled."""
+    graph, _ = heads.abstract(config, labels, dtype, dtype, architecture=architecture, attention=attention)
+    # Accelerators round float32 products to TF32 or bfloat16 unless told otherwise.
+    with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+        outputs = heads.read(heads.merge(graph, params), batch)
+    return jax.lax.with_sharding_constraint(outputs, out)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("objective", "config", "dtype", "labels", "architecture", "attention", "out")
+)
+def _outcomes(
+    params: Any,
+    batch: Any,
+    *,
+    own: Any,
+    objective: Objective,
+    config: ModelConfig,
+    dtype: str,
+    labels: int,
+    architecture: str,
+    attention: str,
+    out: jax.sharding.Sharding,
+) -> dict[str, jax.Array]:
+    """The objective's outcomes of a labelled batch."""
+    graph, _ = heads.abstract(config, labels, dtype, dtype, architecture=architecture, attention=attention)
+    with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+        outputs = heads.merge(graph, params)(batch, remat="none")
+    return jax.lax.with_sharding_constraint(objective.outcomes(outputs, batch, own), out)
+
+
+def _mean_nll(tree: Tree, nll: np.ndarray) -> np.ndarray:
+    """[E, 1]: see Inference.trees; `nll` [>= n] begins where the tree does."""
+    paths = [tree.path(int(end))[:-1] for end in tree.end]
+    return np.array([[nll[path].astype(np.float64).mean() if len(path) else 0.0] for path in paths])
+
+
+def row_tokens(longest: int) -> int:
+    """Length of a row that holds `longest` tokens."""
+    row = LEAST_ROW
+    while row < longest:
+        row *= 2
+    return row

@@ -1,0 +1,405 @@
+"""RewardModel: load a Hugging Face directory and score conversations, pairs or steps."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rmjax import objectives, sharding
+from rmjax.batches.chat import Chat, Labelled, load_tokenizer
+from rmjax.batches.groups import Groups
+from rmjax.batches.tasks import Example
+from rmjax.batches.trees import Tokens, build_tree, parts
+from rmjax.data.records import BadRow, Conversation, check_conversation
+from rmjax.inference import contract, engine
+from rmjax.inference.engine import Inference
+from rmjax.judging.verdicts import Judgements
+from rmjax.models import heads, hf
+from rmjax.models.config import ModelConfig, from_hf
+from rmjax.objectives.base import Objective
+from rmjax.objectives.pairwise import average_orders
+
+GROUPS = 2048  # packed together
+LONGEST_ROW = 8_192  # tokens of a row, unless one conversation alone is longer
+ARCHITECTURES = ("SequenceClassification", "TokenClassification", "CausalLM")
+
+
+class BadConversation(ValueError):
+    """A conversation that cannot be scored.
+
+    Attributes:
+        index: its place in the list.
+        detail: what is wrong with it.
+    """
+
+    def __init__(self, index: int, detail: str):
+        super().__init__(f"conversation {index}: {detail}")
+        self.index, self.detail = index, detail
+
+
+class RewardModel:
+    """A reward model that scores conversations.
+
+    Attributes:
+        chat: tokenizer and chat template.
+        config: shapes of the model.
+        params: its parameters, sharded over `mesh`.
+        contract: the export's score contract; None for a directory that is not ours.
+        dtype: of the computation.
+        architecture: "SequenceClassification", "TokenClassification" or "CausalLM".
+        labels: names of the head's outputs, A of them.
+        objective: what it was trained for; plain rewards for a directory that is not ours.
+        own: what the objective itself learnt.
+    """
+
+    def __init__(self, chat: Chat, config: ModelConfig, params: Any, mesh: Any, dtype: str, kind: "Kind"):
+        self.chat, self.config, self.params, self.mesh, self.dtype = chat, config, params, mesh, dtype
+        self.contract, self.architecture, self.labels = kind.contract, kind.architecture, kind.labels
+        self.objective, self.own = kind.objective, kind.own
+        self.inference = Inference(config, params, mesh, dtype, kind.architecture, len(kind.labels))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str = "auto",
+        mesh: Any = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> "RewardModel":
+        """Loads a Hugging Face directory (or hub id) of a supported family, ours or not.
+
+        Args:
+            path: directory or hub id with weights, config.json and tokenizer.
+            dtype: of the computation: float32, bfloat16, or auto: float32 on CPUs and bfloat16 elsewhere. Parameters
+                keep float32 with float32, else the computation's dtype.
+            mesh: mesh to put it on; default is all devices of this process on `fsdp`.
+            template_kwargs: arguments of the chat template, where no score contract says them.
+
+        Raises:
+            ValueError: no score head, an unsupported family, weights that do not match the config, a tokenizer
+                without a usable template, or tokenizer, template or arguments other than the score contract's.
+        """
+        directory = hf.resolve(path)
+        values = hf.read_config(directory)
+        config = from_hf(values)
+        kind = Kind.of(directory, values)
+        if kind.contract:
+            template_kwargs = contract.template_kwargs(kind.contract, template_kwargs)
+        chat = Chat(load_tokenizer(directory), template_kwargs=template_kwargs)
+        if kind.contract:
+            contract.check(kind.contract, chat, values)
+        mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
+        dtype = heads.compute_dtype(dtype)
+        _, shapes = heads.abstract(config, len(kind.labels), dtype, dtype, architecture=kind.architecture)
+        shardings = sharding.param_shardings(mesh, shapes)
+        shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+        params, _ = hf.load(directory, shapes, config, seed=0, require_head=True)
+        return cls(chat, config, params, mesh, dtype, kind)
+
+    def score(self, conversations: Sequence[Conversation]) -> list[float]:
+        """Scalar rewards; conversations that follow each other and share their prompt share its computation.
+
+        Args:
+            conversations: each a list of {"role", "content"} that ends with an assistant turn.
+
+        Returns:
+            One float per conversation, in order.
+
+        Raises:
+            BadConversation: one that cannot be scored.
+            ValueError: a model whose outputs are no reward of a conversation: a judge, a model of steps or of text.
+        """
+        values = self.values(conversations)
+        if "score" not in values:
+            raise ValueError(f"this model gives {', '.join(values)}, not one reward; call `values`")
+        return values["score"].tolist()
+
+    def values(self, conversations: Sequence[Conversation]) -> dict[str, np.ndarray]:
+        """Everything the model says of each conversation: `score`, and attributes by name on their scales.
+
+        Args:
+            conversations: as for `score`.
+
+        Returns:
+            float arrays [n] by name.
+
+        Raises:
+            BadConversation, ValueError: as `score`.
+        """
+        self._expect("SequenceClassification")
+        if self.objective is not None and isinstance(self.objective.task, Judgements):
+            raise ValueError("this model compares two responses; call `judge`")
+        texts, prompts = [], []
+        for index, conversation in enumerate(conversations):
+            try:
+                checked = check_conversation(conversation)
+                texts.append(self.chat.render(checked))
+                texts[-1].encode()
+            except BadRow as bad:
+                raise BadConversation(index, bad.detail) from None
+            except UnicodeEncodeError as error:  # half of a surrogate pair; tokenizers would stop at it
+                raise BadConversation(index, f"the text is no Unicode: {error.reason}") from None
+            prompts.append(checked[:-1])
+        return self.decode(self.outputs(self.chat.encode(texts), prompts))
+
+    def steps(
+        self, conversations: Sequence[Conversation], steps: Sequence[Sequence[str]], *, separator: str = "\n"
+    ) -> list[list[float]]:
+        """Probabilities that the steps of responses are right, of a model that was trained on steps (`prm`).
+
+        Args:
+            conversations: the prompts: each a list of {"role", "content"} without the response.
+            steps: the response of each, step by step.
+            separator: what stands between two steps, as in the data that it was trained on.
+
+        Returns:
+            For each conversation one float per step.
+
+        Raises:
+            BadConversation: one that cannot be scored.
+            ValueError: a model of another kind.
+        """
+        self._expect("TokenClassification")
+        if self.objective is None and len(self.labels) != 1:
+            raise ValueError(
+                f"which of the outputs {', '.join(self.labels)} is a step's score is not known; see `replay`"
+            )
+        examples = []
+        for prompt, pieces in zip(conversations, steps, strict=True):
+            texts = [separator * bool(i) + piece for i, piece in enumerate(pieces)]
+            stops = tuple(np.cumsum([len(text) for text in texts]).tolist())
+            whole = (*prompt, {"role": "assistant", "content": "".join(texts)})
+            examples.append(Example((whole,), scored=(stops,)))
+        outputs = self.inference.trees([made.tree for made in self._groups(examples)])
+        return [self.decode(values)["score"].tolist() for values in outputs]
+
+    def judge(self, first: Sequence[Conversation], second: Sequence[Conversation]) -> list[dict[str, float]]:
+        """Which of two responses is better, of a model that was trained to compare (`pairwise`).
+
+        Both orders are computed, as one tree, and their probabilities averaged.
+
+        Args:
+            first: conversations that end with response A.
+            second: the same with response B.
+
+        Returns:
+            For each pair the probabilities of its labels: {"A": ..., "B": ..., "tie": ...}.
+
+        Raises:
+            BadConversation: one that cannot be judged.
+            ValueError: a model of another kind.
+        """
+        task = self.objective.task if self.objective else None
+        if not isinstance(task, Judgements):
+            raise ValueError("this model does not compare responses; call `score`")
+        examples = []
+        for index, both in enumerate(zip(first, second, strict=True)):
+            try:
+                examples.append(Example(task.questions(*map(check_conversation, both))))
+            except BadRow as bad:
+                raise BadConversation(index, bad.detail) from None
+        outputs = self.inference.trees([made.tree for made in self._groups(examples)])
+        decoded = [self.decode(both) for both in outputs]  # of each pair both orders
+        orders = np.array([[values[label] for label in self.labels] for values in decoded])  # [n, C, 2]
+        averaged = average_orders(orders[..., 0], orders[..., 1])
+        return [dict(zip(self.labels, map(float, row))) for row in averaged]
+
+    def decode(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
+        """What raw outputs [n, A] mean, by name; see the objective's `decode`."""
+        if self.objective is not None:
+            return self.objective.decode(outputs, self.own)
+        named = {label: outputs[:, i] for i, label in enumerate(self.labels)}
+        return {"score": outputs[:, 0]} if len(named) == 1 else named
+
+    def outputs(self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None) -> np.ndarray:
+        """Raw outputs of token sequences at their last token.
+
+        Args:
+            sequences: token ids of whole renderings.
+            prompts: for each, a value that is equal for neighbours worth putting into one tree; default shares nothing.
+
+        Returns:
+            float32 [n, A].
+
+        Raises:
+            ValueError: a token that the embedding has no row for, or a sequence without tokens.
+        """
+        outputs = np.zeros((len(sequences), max(1, len(self.labels))), np.float32)
+        if not sequences:
+            return outputs
+        row = engine.row_tokens(max(len(s) for s in sequences))
+        runs = _runs(sequences, prompts, row)
+        for members, values in zip(
+            runs, self.inference.trees([build_tree([sequences[m] for m in run]) for run in runs])
+        ):
+            outputs[members] = values
+        return outputs
+
+    def score_tokens(self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None) -> list[float]:
+        """The first output of each token sequence; see `outputs`."""
+        return self.outputs(sequences, prompts)[:, 0].tolist()
+
+    def replay(self, golden: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+        """Outputs [scored tokens, A] of a contract's golden rows.
+
+        Those of a language model are [1, 1]: the mean negative log-likelihood of the tokens after the first.
+        """
+        return self.inference.trees([build_tree([row["token_ids"]]).scored([row["at"]]) for row in golden])
+
+    def norms(self) -> dict[str, list[float]]:
+        """The Euclidean norm of every parameter, by its path; of those of the layers one number for each layer."""
+        names = [(sharding.path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(self.params)]
+        with jax.set_mesh(self.mesh):
+            found = jax.device_get(_norms(dict(names), sharding.named(self.mesh)))
+        return {name: list(map(float, np.atleast_1d(x))) for name, x in found.items()}
+
+    def answers(self, groups: Groups, progress: Callable[[int], None] = lambda done: None) -> list[np.ndarray]:
+        """Outputs [scored tokens, A] of each group, in the order of its scored tokens; see also `replay`.
+
+        A tree that is longer than a row needs to be is computed in parts, which changes no output.
+
+        Args:
+            groups: read with this model's tokenizer and template.
+            progress: is told now and then how many groups are done.
+        """
+        outputs: list[np.ndarray] = []
+        for start in range(0, len(groups), GROUPS):
+            whole = [groups.group(i).tree for i in range(start, min(start + GROUPS, len(groups)))]
+            split = [parts(tree, LONGEST_ROW) for tree in whole]
+            sizes = np.cumsum([len(pieces) for pieces in split])
+            tell = lambda done: progress(start + int(np.searchsorted(sizes, done, side="right")))  # noqa: B023
+            found = iter(self.inference.trees([part for pieces in split for part in pieces], tell))
+            outputs += [np.concatenate([next(found) for _ in pieces]) for pieces in split]
+        return outputs
+
+    def outcomes(self, groups: Groups) -> dict[str, np.ndarray]:
+        """The objective's outcomes (objectives/base.py) of groups of its own task, without what is absent."""
+        assert self.objective is not None
+        return self.inference.outcomes(groups, self.objective, self.own)
+
+    def _expect(self, architecture: str) -> None:
+        if self.architecture == architecture:
+            return
+        calls = {
+            "SequenceClassification": "it scores whole conversations; call `score`",
+            "TokenClassification": "it scores the steps of a response; call `steps`",
+            "CausalLM": "it writes its verdicts; generate with transformers or a server, and read them with "
+            "rmjax.judging.verdicts.parse_verdict",
+        }
+        raise ValueError(f"this model is a {self.architecture}: {calls[self.architecture]}")
+
+    def _groups(self, examples: Sequence[Example]) -> list[Labelled]:
+        made = self.chat.groups(examples, keep=True)
+        for index, group in enumerate(made):
+            if isinstance(group, BadRow):
+                raise BadConversation(index, group.detail)
+        return made  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a model is, from config.json and its contract, or from its run; see RewardModel."""
+
+    architecture: str
+    labels: tuple[str, ...]
+    contract: dict[str, Any] | None
+    objective: Objective | None
+    own: dict[str, np.ndarray]
+
+    @classmethod
+    def trained(cls, objective: Objective, own: Mapping[str, Any]) -> "Kind":
+        """Of a run: its objective, and the parameters of the objective itself."""
+        return cls(objective.architecture, objective.labels, None, objective, dict(own))
+
+    @classmethod
+    def of(cls, directory: Path, values: Mapping[str, Any]) -> "Kind":
+        """Reads it.
+
+        Raises:
+            ValueError: a contract that cannot be read.
+        """
+        terms = contract.read(directory)
+        named = str(next(iter(values.get("architectures") or ()), "ForSequenceClassification")).rpartition("For")[2]
+        architecture = named if named in ARCHITECTURES else "SequenceClassification"
+        names = _labels(values) or {str(i): f"LABEL_{i}" for i in range(_outputs(directory, values))}
+        labels = () if architecture == "CausalLM" else tuple(names[i] for i in sorted(names, key=int))
+        if terms is None:
+            if architecture == "CausalLM":  # most likely a base model, which has no head to score with
+                architecture, labels = "SequenceClassification", ("LABEL_0",)
+            return cls(architecture, labels, None, None, {})
+        own = {name: np.array(value, np.float32) for name, value in terms["objective_params"].items()}
+        return cls(architecture, labels, terms, objectives.make(terms["objective"]), own)
+
+
+def _labels(values: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the head's outputs in config.json, by their numbers; {} if it has none.
+
+    Raises:
+        ValueError: they are no names by number.
+    """
+    names = values.get("id2label") or {}
+    if not isinstance(names, dict) or not all(str(number).isdecimal() for number in names):
+        raise ValueError(f'config.json has id2label {json.dumps(names)[:80]}, expected names by number: {{"0": ...}}')
+    return {str(number): str(name) for number, name in names.items()}
+
+
+def _outputs(directory: Path, values: Mapping[str, Any]) -> int:
+    """Outputs of the head of a directory whose config.json names none: transformers leaves out its default of two."""
+    return int(values.get("num_labels") or hf.head_outputs(directory) or 1)
+
+
+@functools.partial(jax.jit, static_argnames="out")
+def _norms(params: dict[str, jax.Array], out: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    def norm(name: str, x: jax.Array) -> jax.Array:
+        axes = tuple(range(1 if "/layers/" in f"/{name}" else 0, x.ndim))
+        return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes))
+
+    return jax.lax.with_sharding_constraint({name: norm(name, x) for name, x in params.items()}, out)
+
+
+def _runs(sequences: Sequence[Tokens], prompts: Sequence[Any] | None, row: int) -> list[list[int]]:
+    """Neighbours with equal prompts, as long as their unshared tokens surely fit a row and are at most 64."""
+    runs: list[list[int]] = []
+    used = 0
+    for i, sequence in enumerate(sequences):
+        joins = bool(runs) and prompts is not None and prompts[runs[-1][0]] == prompts[i]
+        if joins and used + len(sequence) <= row and len(runs[-1]) < 64:
+            runs[-1].append(i)
+            used += len(sequence)
+        else:
+            runs.append([i])
+            used = len(sequence)
+    return runs
+
+
+def load_checked(
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> RewardModel:
+    """Like RewardModel.load, but first replays the score contract, if there is one, in float32: norms and golden rows.
+
+    Raises:
+        ValueError: as RewardModel.load; or a weight or the score of a golden row is not that of the contract.
+    """
+    directory = hf.resolve(path)
+    load = functools.partial(RewardModel.load, directory, template_kwargs=template_kwargs, mesh=mesh)
+    terms = contract.read(directory)
+    if terms is None:
+        return load(dtype=dtype)
+    model = load(dtype="float32")
+    contract.check_weights(terms, model.norms())
+    contract.check_outputs(terms, model.replay(terms["golden"]))
+    if heads.compute_dtype(dtype) != "float32":
+        del model  # makes room
+        model = load(dtype=dtype)
+    return model

@@ -1,0 +1,154 @@
+"""Opens what a run has trained: any of its checkpoints, without its data."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from rmjax import config as config_lib
+from rmjax import objectives, sharding
+from rmjax.batches import prepare
+from rmjax.batches.chat import Chat, set_pad_token
+from rmjax.checkpoint import Checkpointer
+from rmjax.inference.reward_model import Kind, RewardModel
+from rmjax.models import config as model_config
+from rmjax.models import heads
+from rmjax.models.config import ModelConfig
+from rmjax.objectives.base import Objective
+from rmjax.train import resume
+from rmjax.train.step import abstract_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A run, and which of its checkpoints: a number, "best" or "last"."""
+
+    workdir: Path
+    step: str = "best"
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint of a run and what it is one of.
+
+    Attributes:
+        workdir: of the run.
+        config: its config.
+        step: of the checkpoint.
+        chat: tokenizer and template, as they were trained with.
+        values: Hugging Face config values of the model.
+        model: its shapes.
+        objective: what was trained.
+        params: the parameters, with the objective's own.
+        mesh: that they are on.
+    """
+
+    workdir: Path
+    config: ConfigDict
+    step: int
+    chat: Chat
+    values: dict[str, Any]
+    model: ModelConfig
+    objective: Objective
+    params: Any
+    mesh: jax.sharding.Mesh
+
+
+def find(path: str | Path) -> Place | None:
+    """The run that a path names: its directory, that of its checkpoints, or one of these; None where it is no run's."""
+    path = Path(path)
+    candidates = [(path, "best")]
+    if path.name == "checkpoints":
+        candidates.append((path.parent, "best"))
+    if path.name.isdecimal() and path.parent.name == "checkpoints":
+        candidates.append((path.parent.parent, path.name))
+    for workdir, step in candidates:
+        try:
+            values = json.loads((workdir / "config.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(values, dict) and {"checkpoint", "objective", "optim"} <= values.keys():
+            return Place(workdir, step)
+    return None
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The resolved config of a run.
+
+    Raises:
+        ValueError: it is that of another version.
+    """
+    values = json.loads((workdir / "config.json").read_text())
+    name = values["objective"]["name"]
+    config = config_lib.defaults(name)
+    with config.unlocked():
+        config.model.scratch = ConfigDict(values["model"].pop("scratch", {}))
+    try:
+        config.update(values)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{workdir / 'config.json'} is of another version of rmjax: {error}") from None
+    return config
+
+
+def open_checkpoint(place: Place, mesh: jax.sharding.Mesh | None = None) -> Opened:
+    """Restores the parameters of a checkpoint.
+
+    Args:
+        place: of it.
+        mesh: to put them on; None is the run's own where it fits the devices here, else all of them on `fsdp`.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is not whole; says which there are.
+    """
+    config = read_config(place.workdir)
+    objective = objectives.make(config.objective)
+    mesh = mesh or _mesh(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        chat = prepare.open_chat(config, Path(scratch))
+    values = prepare.model_values(config, len(chat.tokenizer))
+    set_pad_token(chat, values["vocab_size"])
+    model = model_config.from_hf(values)
+    _, shapes = abstract_model(config, model, objective, mesh)
+    keep = config.checkpoint
+    directory = resume.directory(config, place.workdir)
+    checkpointer = Checkpointer(
+        directory, keep_latest=keep.keep_latest, keep_best=keep.keep_best, metric=keep.metric, mode=keep.mode
+    )
+    step = _step(checkpointer, place.step, directory)
+    try:
+        state, _ = checkpointer.restore_step(step, {"params": shapes})
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    return Opened(place.workdir, config, step, chat, values, model, objective, state["params"], mesh)
+
+
+def _step(checkpointer: Checkpointer, wanted: str, directory: epath.Path) -> int:
+    """The number of a checkpoint; where none has been evaluated, the best is the last."""
+    steps = checkpointer.steps()
+    if not steps:
+        raise ValueError(f"{directory} has no finished checkpoint; let the run go on until it has saved one")
+    best = checkpointer.best_step()
+    named = {"best": steps[-1] if best is None else best, "last": steps[-1]}
+    step = named.get(wanted, int(wanted) if wanted.isdecimal() else -1)
+    if step not in steps and not (directory / str(step)).exists():  # of one that is broken, restoring it says what is
+        raise ValueError(f"there is no checkpoint {wanted} in {directory}; there is best, last, {steps}")
+    return step
+
+
+def _mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    try:
+        return sharding.make_mesh(config.mesh, jax.devices())
+    except ValueError:
+        return sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
+
+
+def reward_model(opened: Opened, dtype: str = "auto") -> RewardModel:
+    """The model of a checkpoint, as RewardModel.load gives that of an export; `dtype` is of the computation."""
+    kind = Kind.trained(opened.objective, jax.device_get(opened.params.get("objective", {})))
+    dtype = heads.compute_dtype(dtype, opened.mesh.devices.flat[0].platform)
+    return RewardModel(opened.chat, opened.model, prepare.model_params(opened.params), opened.mesh, dtype, kind)

@@ -1,0 +1,194 @@
+"""What `python -m rmjax.data audit` does: reads data as a training run would, and measures it."""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import transformers
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from rmjax import config as config_lib
+from rmjax import main as train_command
+from rmjax import objectives
+from rmjax.batches import augment, measure, prepare, select
+from rmjax.batches import groups as groups_lib
+from rmjax.batches.chat import Chat
+from rmjax.batches.groups import Groups
+from rmjax.batches.tasks import Attributes, Preferences, Steps, Task
+from rmjax.data import formats, reading
+from rmjax.data import ledger as audit_lib
+from rmjax.report.audit import text as audit_text
+from rmjax.runtime import passwords
+
+UNLIMITED = 2**30  # tokens of a conversation
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """An audit: the values of measure.report, what it is of, how it was read, what is wrong, and text for people."""
+
+    report: dict[str, Any]
+    title: str
+    notes: list[str]
+    problems: list[str]
+    lines: list[str]
+
+
+def audit(args: argparse.Namespace, scratch: Path) -> Found:
+    """Audits what the command line asks for.
+
+    Args:
+        args: of `command.main`.
+        scratch: an empty directory.
+
+    Raises:
+        FileNotFoundError: a source, a tokenizer or a config file is not there.
+        ValueError: a config or data that cannot be read.
+    """
+    config = read_config(args)
+    asked = (config.data.on_bad_row, config.data.max_bad_fraction)
+    config.data.max_bad_fraction = 1.0  # an audit is for data that a run would refuse
+    config.data.on_bad_row = "skip" if asked[0] == "error" else asked[0]
+    named = bool(args.config or args.objective)
+    task = objectives.make(config.objective).task if named else guess_task(config.data.train, config.data.format)
+    with_tokens = bool(config.model.tokenizer or config.model.init_from)
+    if not args.config and not config.data.max_length:
+        config.data.max_length = UNLIMITED
+    chat = prepare.open_chat(config, scratch) if with_tokens else bytes_chat()
+    groups = read_sets(config, chat, task, as_run=bool(args.config))
+    plans = {name: plan for name, x in groups.items() if with_tokens and (plan := _filling(config, x))}
+    if with_tokens:
+        groups = {name: count_unfitting(x, config.plan.row_tokens) for name, x in groups.items()}
+    unit = "tokens" if with_tokens else "bytes"
+    report = measure.report(groups, plans=plans, names=getattr(task, "names", ()), unit=unit)
+    report["shared"] |= leaks(config.data.train, config.data.format, args.benchmark)
+    problems = audit_text.problems(report) + _refusals(groups, asked) + [f"chat template: {x}" for x in chat.notes]
+    learnt = " ".join([next(iter(report["sets"].values()))["labels"]["kind"], ", ".join(getattr(task, "names", ()))])
+    notes = [
+        f"tokenizer: {config.model.tokenizer or config.model.init_from or 'none, so lengths are in bytes of ChatML'}",
+        f"learnt: {learnt.strip()}",
+    ]
+    text = [*notes, *audit_lib.lines(*groups.values()), *audit_text.lines(report)]
+    text += [f"look at: {problem}" for problem in problems]
+    return Found(report, config.data.train, notes, problems, text)
+
+
+def read_config(args: argparse.Namespace) -> ConfigDict:
+    """The config of a run, with what the command line says instead.
+
+    Raises:
+        ValueError: a config or a key of it that is wrong, or no source.
+    """
+    if args.config and args.objective:
+        raise ValueError("--objective is a part of --config; give one of them, or --config.objective.KEY=VALUE")
+    if args.config:
+        config = train_command.load_config(args.config)
+    else:
+        config = config_lib.defaults(args.objective or "bradley_terry")
+    values, argv = flags.FlagValues(), ["audit", *args.overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, "", flag_values=values, lock_config=True, sys_argv=argv)
+        values(argv)
+    except Exception as error:
+        raise ValueError(train_command.explain(error, argv)) from error
+    config = passwords.hide_in(values.config)
+    config.data.train = args.source or config.data.train
+    config.data.validation = args.validation or config.data.validation
+    config.model.tokenizer = args.tokenizer or config.model.tokenizer
+    config.data.format = args.format if args.format != "auto" else config.data.format
+    if not config.data.train:
+        raise ValueError("no source was named; give one, or a --config that does")
+    return config
+
+
+def guess_task(source: str, format: str) -> Task:
+    """What can be learnt from the first records; of those without labels, to write as they do."""
+    first = list(itertools.islice(reading.records(source, format=format), formats.LOOK))
+    if any(record.wins.any() or record.ties.any() for record in first):
+        return Preferences("keep")
+    if names := list(dict.fromkeys(name for record in first for name in record.attributes)):
+        return Attributes(tuple(names))
+    if any(record.steps for record in first):
+        return Steps()
+    return objectives.make(config_lib.defaults("sft").objective).task
+
+
+def bytes_chat() -> Chat:
+    """A chat whose tokens are the bytes of ChatML."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, [])
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}<|im_end|>\n{% endfor %}"
+    )
+    return Chat(tokenizer)
+
+
+def read_sets(config: ConfigDict, chat: Chat, task: Task, *, as_run: bool) -> dict[str, Groups]:
+    """The sets that a run trains on and validates with; without `as_run` none is split off, and no tree is too long."""
+    with contextlib.redirect_stdout(sys.stderr):  # progress
+        if as_run:
+            train, validation = prepare.read_groups(config, chat, task)
+            return {"training": train, "validation": validation}
+        read = lambda source, augmentations=(): select.filtered(
+            prepare.build_groups(config, chat, task, source, augmentations=augmentations), config.data.filter
+        )
+        train = groups_lib.for_training(read(config.data.train, augment.parse(config.data.augment)))
+        train = select.sampled(train, config.data.sample, config.seed)
+        if config.data.validation:
+            return {"training": train, "validation": read(config.data.validation)}
+        return {"data": train}
+
+
+def count_unfitting(groups: Groups, row_tokens: int) -> Groups:
+    """The same groups; those that a run would leave out because no row holds them are counted."""
+    if groups.lengths.min() > row_tokens:
+        return groups
+    return groups.audited(groups.fitting(row_tokens).audit)
+
+
+def _filling(config: ConfigDict, groups: Groups) -> dict[str, Any] | None:
+    """Plans one epoch of the groups that fit a row, if any does."""
+    if groups.lengths.min() > config.plan.row_tokens:
+        return None
+    config.duration = "1 epoch"
+    groups = groups.fitting(config.plan.row_tokens)
+    return measure.filling(groups, prepare.plan_training(config, groups))
+
+
+def leaks(source: str, format: str, benchmarks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The prompts of each benchmark that are in the training data, system messages, case and spacing aside."""
+    if not benchmarks:
+        return {}
+    wanted = {name: reading.prompts(name) for name in benchmarks}
+    found: dict[str, dict[str, list[str]]] = {name: {} for name in benchmarks}
+    for record in reading.records(source, format=format):
+        text = reading.prompt_text(record)
+        for name, prompts in wanted.items():
+            if text in prompts:
+                found[name].setdefault(text, [record.row, prompts[text]])
+    return {
+        name: {"prompts": len(x), "of": len(wanted[name]), "examples": list(x.values())[: measure.EXAMPLES]}
+        for name, x in found.items()
+    }
+
+
+def _refusals(groups: dict[str, Groups], asked: tuple[str, float]) -> list[str]:
+    """Why a run with this config would refuse the data."""
+    found = []
+    for name, x in groups.items():
+        try:
+            x.audit.check(*asked)
+        except ValueError as error:
+            found.append(f"training would refuse {name}: {error}")
+    return found

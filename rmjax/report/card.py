@@ -1,0 +1,302 @@
+"""The model card of an export: README.md with the metadata block that the Hugging Face Hub reads.
+
+Made from plain data: config, evaluation, score contract and Hugging Face config values. What is not known is left out.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from rmjax.evaluate.naming import metric, with_interval
+from rmjax.report import card_usage
+
+Values = Mapping[str, Any]
+HUB_DATA = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What an export is, by its objective.
+
+    Attributes:
+        what: a noun phrase.
+        task: the Hub's pipeline tag.
+        tags: for finding it.
+        says: what its outputs mean.
+    """
+
+    what: str
+    task: str
+    tags: tuple[str, ...]
+    says: str
+
+
+KINDS = {
+    "bradley_terry": Kind(
+        *("Bradley-Terry reward model", "text-classification", ("reward-model", "bradley-terry")),
+        "It gives a conversation that ends with a response one number, its reward: higher is better. The probability "
+        "that people prefer one response to another is the sigmoid of the difference of their rewards.",
+    ),
+    "pointwise": Kind(
+        *("reward model of rated attributes", "text-classification", ("reward-model", "pointwise")),
+        "It rates a conversation that ends with a response by each of its attributes, on the scales it was trained "
+        "with; the reward is their weighted mean.",
+    ),
+    "pairwise": Kind(
+        *("pairwise judge", "text-classification", ("reward-model", "pairwise", "judge")),
+        "It reads a prompt with two responses and says how likely it is that A is better, that B is, or that they are "
+        "equally good. Both orders have to be asked and averaged, since it may favour a place.",
+    ),
+    "prm": Kind(
+        *("process reward model", "token-classification", ("reward-model", "process-reward-model")),
+        "It gives each step of a solution the probability that the step is right.",
+    ),
+    "sft": Kind(
+        *("language model that writes verdicts", "text-generation", ("judge", "generative-reward-model")),
+        "It writes its verdict, which has to be read from its text; an unreadable one is no score.",
+    ),
+}
+BASELINES = ("coin", "longer_is_better")  # which are no results of the model
+SHAPE = {  # keys of a Hugging Face config.json that say what a model is made of
+    **{"model_type": "family", "num_hidden_layers": "layers", "hidden_size": "width"},
+    **{"intermediate_size": "width of the MLP", "num_attention_heads": "attention heads"},
+    **{"num_key_value_heads": "key and value heads", "vocab_size": "vocabulary", "dtype": "type of the weights"},
+}
+SHOWN = (  # keys of the run's config that are hyper-parameters
+    *("duration", "seed", "optim.name", "optim.learning_rate", "optim.schedule", "optim.warmup", "optim.weight_decay"),
+    *("optim.clip_norm", "optim.b1", "optim.b2", "plan.groups_per_step", "plan.rows_per_step", "plan.row_tokens"),
+    *("model.param_dtype", "model.compute_dtype"),
+)
+
+
+def text(
+    name: str,
+    *,
+    config: Values,
+    contract: Values,
+    model: Values,
+    evaluation: Values | None = None,
+    quality: Values | None = None,
+    audit: Values | None = None,
+    parameters: int | None = None,
+    base_model: str = "",
+    license: str = "",
+) -> str:
+    """Writes the card.
+
+    Args:
+        name: of the model, "owner/name" or that of a directory.
+        config: the run's resolved config.
+        contract: the score contract.
+        model: values of the export's config.json.
+        evaluation: of the exported step.
+        quality: verdict of the gate.
+        audit: of measure.report.
+        parameters: how many the model has.
+        base_model: hub id of what it was trained from; "" where it has none.
+        license: identifier of the base model's licence, as the Hub writes it; "" where it is not known.
+
+    Returns:
+        Markdown after a block of YAML.
+
+    Raises:
+        ValueError: an objective of no known name.
+    """
+    objective = contract["objective"]["name"]
+    if objective not in KINDS:
+        raise ValueError(f"there is no card for the objective {objective!r}, only for {', '.join(KINDS)}")
+    kind, evaluation = KINDS[objective], evaluation or {}
+    says, scale = kind.says, contract.get("reward_scale")
+    if scale:  # rewards that were divided by it
+        says = says.replace("the difference", f"{scale:.6g} times the difference")
+    parts = [
+        f"---\n{metadata(name, kind, config, evaluation, base_model, license)}\n---",
+        f"# {name}",
+        f"A {kind.what}, {_origin(base_model, model)}, trained with rmjax. {says}",
+        *_verdict(quality),
+        "## How to use it",
+        *card_usage.sections(objective, name),
+        "## Metrics",
+        *_metrics(evaluation),
+        "## Architecture",
+        _table(("", ""), _architecture(model, contract, parameters)),
+        "## Data",
+        *_data(config, contract, audit),
+        "## Hyper-parameters",
+        _table(("key", "value"), _hyper_parameters(config)),
+        "## Limits",
+        "\n".join(f"- {limit}" for limit in _limits(objective, contract, evaluation)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def metadata(name: str, kind: Kind, config: Values, evaluation: Values, base_model: str, license: str) -> str:
+    """The YAML of the block, made by huggingface_hub."""
+    data = config.get("data") or {}
+    sources = ",".join(str(data.get(key) or "") for key in ("train", "validation"))
+    results = _results(kind, evaluation)
+    card = ModelCardData(
+        model_name=name if results else None,
+        library_name="transformers",
+        pipeline_tag=kind.task,
+        base_model=base_model or None,
+        license=license or None,
+        datasets=sorted(set(HUB_DATA.findall(sources))) or None,
+        tags=["rmjax", *kind.tags],
+        eval_results=results or None,
+    )
+    return card.to_yaml().strip()
+
+
+def _results(kind: Kind, evaluation: Values) -> list[EvalResult]:
+    """What was measured, for the Hub's model-index; the slice of the training set is no result."""
+    found = []
+    for name, measured in (evaluation.get("sets") or {}).items():
+        if name != "train_slice":
+            found += _results_of(kind, name, measured["metrics"], measured["kind"])
+    for name, measured in (evaluation.get("benchmarks") or {}).items():
+        found += _results_of(kind, name, measured["metrics"], "")
+    return found
+
+
+def _results_of(kind: Kind, name: str, metrics: Values, measured: str) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=kind.task,
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=key,
+            metric_name=metric(key, measured).title,
+            metric_value=round(float(estimate["value"]), 6),
+        )
+        for key, estimate in metrics.items()
+        if estimate["value"] is not None and key not in BASELINES
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Sections
+# ----------------------------------------------------------------------------------------------------
+
+
+def _origin(base_model: str, model: Values) -> str:
+    if base_model:
+        return f"fine-tuned from [{base_model}](https://huggingface.co/{base_model})"
+    return f"of the {model.get('model_type', 'decoder')} family"
+
+
+def _verdict(quality: Values | None) -> list[str]:
+    if quality is None:
+        return []
+    failed = [check for check in quality["checks"] if check["passed"] is False]
+    if failed:
+        reasons = "\n".join(f"> - {check['reason']}" for check in failed)
+        return [f"> It **fails** its quality gate:\n>\n{reasons}"]
+    known = sum(check["passed"] is True for check in quality["checks"])
+    return [f"It passes its quality gate ({known} checks)."] if known else []
+
+
+def _metrics(evaluation: Values) -> list[str]:
+    parts = ["In brackets 95 % intervals, by the bootstrap over prompts."]
+    for name, measured in (evaluation.get("sets") or {}).items():
+        title = "training set, a slice" if name == "train_slice" else name
+        rows = [
+            (shown.title, with_interval(estimate, shown.percent), shown.meaning)
+            for key, estimate in measured["metrics"].items()
+            if estimate["value"] is not None
+            for shown in [metric(key, measured["kind"])]
+        ]
+        heading = f"### {_plain(title)}: {measured['groups']:,} groups with {measured['prompts']:,} prompts"
+        parts += [heading, _table(("", "", ""), rows)]
+    for name, measured in (evaluation.get("benchmarks") or {}).items():
+        known = [(key, e) for key, e in measured["metrics"].items() if e["value"] is not None]
+        scores = [(key, with_interval(e, 0 <= e["value"] <= 1)) for key, e in known]
+        missing = [f"The data lacked {', '.join(map(_plain, measured['missing']))}."] if measured.get("missing") else []
+        parts += [f"### {_plain(name)}: {measured['groups']:,} groups", _table(("", "score"), scores), *missing]
+    return parts if len(parts) > 1 else ["Nothing was measured."]
+
+
+def _architecture(model: Values, contract: Values, parameters: int | None) -> list[tuple[str, str]]:
+    rows = [("class", ", ".join(model.get("architectures") or ()))]
+    rows += [("parameters", f"{parameters:,}")] if parameters else []
+    rows += [(title, _value(model[key])) for key, title in SHAPE.items() if model.get(key) is not None]
+    rows += [("outputs", ", ".join(contract.get("labels") or ())), ("decoding", contract.get("decoding") or "")]
+    return [(title, value) for title, value in rows if value]
+
+
+def _data(config: Values, contract: Values, audit: Values | None) -> list[str]:
+    data = config.get("data") or {}
+    keys = ("train", "validation", "weights", "filter", "sample", "augment")
+    rows = [(key, _code(data[key])) for key in keys if data.get(key)]
+    rows += [(f"{name} set", f"{x['groups']:,} groups, {x['prompts']:,} prompts") for name, x in
+             ((audit or {}).get("sets") or {}).items()]  # fmt: skip
+    rows += [("fingerprint", f"`{contract['data_fingerprint']}`")] if contract.get("data_fingerprint") else []
+    return [_table(("", ""), rows)]
+
+
+def _hyper_parameters(config: Values) -> list[tuple[str, str]]:
+    rows = []
+    for key in SHOWN:
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value not in (None, ""):
+            rows.append((f"`{key}`", _value(value)))
+    chosen = config.get("objective") or {}
+    return rows + [(f"`objective.{key}`", _value(x)) for key, x in chosen.items() if x not in (None, "", (), [])]
+
+
+def _limits(objective: str, contract: Values, evaluation: Values) -> list[str]:
+    found = [
+        f"A score is of this rendering only: {contract['scored_token']}. `reward_contract.json` has the hash of the "
+        "template, its arguments and golden rows to check a server against.",
+    ]
+    if contract.get("template_kwargs"):
+        found.append(f"The template's arguments are {_code(json.dumps(contract['template_kwargs']))}.")
+    if contract.get("max_length"):
+        found.append(
+            f"Conversations of at most {contract['max_length']:,} tokens were learnt from; what is longer was "
+            f"{ {'drop': 'left out'}.get(contract['over_long'], 'truncated') }."
+        )
+    if objective == "bradley_terry":
+        found.append(
+            "Rewards are comparable between responses to one prompt. Between prompts they are not: the loss leaves an "
+            "offset of each prompt free."
+        )
+    if contract.get("reward_std"):
+        found.append(
+            f"On the validation set rewards have mean {contract['reward_mean']:.4g} and standard deviation "
+            f"{contract['reward_std']:.4g}; subtract the one and divide by the other to normalize them."
+        )
+    for name, measured in (evaluation.get("sets") or {}).items():
+        for row in measured.get("failing") or () if name != "train_slice" else ():
+            pairs = f"{_plain(row['table'])} {_plain(row['name'])}"
+            found.append(f"It is worse than elsewhere on pairs of {pairs}: accuracy {with_interval(row, True)}.")
+    return [*found, "It has learnt what the people who labelled the data preferred, with their errors and habits."]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Markdown
+# ----------------------------------------------------------------------------------------------------
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([_plain(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _plain(text: str) -> str:
+    """Text of data on one line, which is no markup: names of sources are written by others."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
+
+
+def _value(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else _code(value)
+
+
+def _code(value: Any) -> str:
+    return f"`{str(value).replace('`', chr(39))}`"

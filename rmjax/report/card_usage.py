@@ -1,0 +1,74 @@
+"""How to load an export and score with it, for its model card."""
+
+TEXTS = """texts = [tokenizer.apply_chat_template(c, tokenize=False) for c in conversations]
+batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)"""
+CONVERSATIONS = """question = {"role": "user", "content": "Why is the sky blue?"}
+conversations = [
+    [question, {"role": "assistant", "content": "Air scatters blue light more than red."}],
+    [question, {"role": "assistant", "content": "Because of the sea."}],
+]"""
+RMJAX = {  # what follows `model = rmjax.RewardModel.load(NAME)`
+    "bradley_terry": f"{CONVERSATIONS}\nmodel.score(conversations)  # a reward each; higher is better",
+    "pointwise": f"{CONVERSATIONS}\nmodel.values(conversations)  # the reward, as `score`, and each attribute",
+    "pairwise": f"{CONVERSATIONS}\nmodel.judge(conversations[:1], conversations[1:])  # probabilities, of both orders",
+    "prm": (
+        'prompt = [{"role": "user", "content": "What is 2 + 3 * 4?"}]\n'
+        'model.steps([prompt], [["3 * 4 is 12.", "2 + 12 is 14."]])  # a score for each step'
+    ),
+}
+
+
+def sections(objective: str, name: str) -> list[str]:
+    """Code for rmjax, transformers and, where it pools the scored token, vLLM; parts of Markdown."""
+    if objective == "sft":
+        return [_transformers("AutoModelForCausalLM", name, GENERATE), VERDICT, _fenced("bash", f"vllm serve {name}")]
+    parts = [_fenced("python", f'import rmjax\n\nmodel = rmjax.RewardModel.load("{name}")\n{RMJAX[objective]}')]
+    if objective == "prm":
+        return [*parts, STEP_OUTPUTS, _transformers("AutoModelForTokenClassification", name, STEPS)]
+    if objective == "pairwise":
+        return [*parts, JUDGE]
+    return [
+        *parts,
+        "With transformers:",
+        _transformers("AutoModelForSequenceClassification", name, f"{CONVERSATIONS}\n{SCORES}"),
+        f"With vLLM, from whole renderings of the chat template, without adding special tokens. {RAW[objective]}: no "
+        "sigmoid, no softmax.",
+        _fenced("bash", VLLM.format(name=name)),
+    ]
+
+
+STEP_OUTPUTS = (
+    "With transformers, the outputs at the last token of each step are logits; a sigmoid makes them probabilities:"
+)
+RAW = {
+    "bradley_terry": "The outputs are raw rewards",
+    "pointwise": "The outputs are the head's, which are decoded as said under Architecture",
+}
+SCORES = f"{TEXTS}\nwith torch.no_grad():\n    outputs = model(**batch).logits  # [conversations, labels]"
+STEPS = """text = tokenizer.apply_chat_template(conversation, tokenize=False)
+batch = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+with torch.no_grad():
+    logits = model(**batch).logits[0, :, 0]  # read it at the token with the last character of each step"""
+GENERATE = """text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+batch = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+answer = tokenizer.decode(model.generate(**batch, max_new_tokens=512)[0, batch["input_ids"].shape[1] :])"""
+VERDICT = "`rmjax.judging.verdicts.parse_verdict` reads the verdict from the answer."
+JUDGE = (
+    "The judging question is rendered by the template that `reward_contract.json` holds under `objective`; rmjax asks "
+    "it in both orders."
+)
+VLLM = """vllm serve {name} --runner pooling --pooler-config '{{"pooling_type": "LAST", "use_activation": false}}'
+curl localhost:8000/classify -H 'Content-Type: application/json' \\
+  -d '{{"model": "{name}", "input": "TEXT OF THE RENDERING", "add_special_tokens": false}}'"""
+
+
+def _transformers(auto: str, name: str, code: str) -> str:
+    return _fenced(
+        "python",
+        f"import torch\nfrom transformers import {auto}, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\nmodel = {auto}.from_pretrained("{name}")\n{code}',
+    )
+
+
+def _fenced(language: str, code: str) -> str:
+    return f"```{language}\n{code}\n```"

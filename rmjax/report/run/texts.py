@@ -1,0 +1,63 @@
+"""The pairs that a model gets wrong, as they are read: cut where they are long, with the words that differ."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rmjax.evaluate.naming import number
+
+LONGEST = 4000  # characters of a text that are shown
+COMPARED = 600  # words; finding what differs takes time with the square of them
+ALIKE = 0.5  # texts less alike than this have no words marked: most would be
+
+Run = tuple[bool, str]  # whether it stands in both texts, and the text
+
+
+def pair(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """One of "worst" of an evaluation as the page shows it; None where the texts are not known.
+
+    Returns:
+        "heading", "place", "prompt", and "preferred" and "rejected" as runs of text.
+    """
+    preferred, rejected = entry.get("preferred_text"), entry.get("rejected_text")
+    if preferred is None or rejected is None:
+        return None
+    said = f"The model gives the label a probability of {number(entry['probability'], True)}"
+    if entry.get("difference") is not None:
+        said += f"; the preferred response gets {number(abs(entry['difference']))} less reward"
+    source = entry.get("source")
+    first, second = differing(shorten(preferred), shorten(rejected))
+    return {
+        "heading": said,
+        "place": " · ".join(str(x) for x in (entry["id"], source) if x),
+        "prompt": shorten(entry.get("prompt") or ""),
+        "preferred": first,
+        "rejected": second,
+    }
+
+
+def shorten(text: str) -> str:
+    """The text, or its beginning with how much is left out."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more characters)"
+
+
+def differing(first: str, second: str) -> tuple[list[Run], list[Run]]:
+    """Splits two texts where they differ, by words.
+
+    >>> differing("every old river", "every old garden")
+    ([(True, 'every old '), (False, 'river')], [(True, 'every old '), (False, 'garden')])
+    """
+    a, b = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (first, second))
+    whole = [(True, first)], [(True, second)]
+    if max(len(a), len(b)) > COMPARED:
+        return whole
+    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
+    if matcher.ratio() < ALIKE:
+        return whole
+    runs: tuple[list[Run], list[Run]] = [], []
+    for kind, i, j, k, l in matcher.get_opcodes():
+        for of, words in zip(runs, (a[i:j], b[k:l])):
+            if words:
+                of.append((kind == "equal", "".join(words)))
+    return runs

@@ -1,0 +1,239 @@
+"""Scores a file of any size: conversations, the responses of prompts, pairs, comparisons, or solutions step by step.
+
+    python -m rmjax.score --model=runs/tiny/export --input=conversations.jsonl --output=scores.jsonl
+    python -m rmjax.score --model=... --input=responses.jsonl --output=best.jsonl --best_of_n
+    python -m rmjax.score --model=... --input=responses.jsonl --output=pairs.jsonl --pairs=best_worst
+    python -m rmjax.score --model=... --input=pairs.parquet --output=clean.parquet --relabel --min_margin=0.5
+
+What a row must have depends on what the model was trained for; the first row decides. `prompt` is a text or a list of
+{role, content}.
+
+    rewards, attributes   `messages`, or `prompt` and `response`      adds `score` and each attribute
+                          `prompt` and `responses` (a list)           adds `scores`, a list, and one of each attribute
+                          `chosen` and `rejected`, `prompt`           adds `chosen_score` and `rejected_score`
+    comparisons           `prompt`, `response_a`, `response_b`        adds `A`, `B` and `tie`: probabilities
+    steps                 `prompt`, `completions` (a list of texts)   adds `scores`, one for each step
+
+The responses of a prompt share its computation. The output has the rows in the order of the input, and their other
+columns; its ending says JSONL or Parquet. (JSONL holds dates, decimals and bytes as text.) A score that is not finite
+is null. What can be made of the scores:
+
+    --best_of_n           `responses` become `response`, the best one, with its `score` and attributes
+    --pairs=best_worst    `responses` become a pair, `chosen` and `rejected`, with both scores and `margin`;
+    --pairs=all           or every pair that is no tie: a file to train on. Turns if `prompt` is a list
+    --relabel             `chosen` and `rejected` (and columns named so) change places where the scores say so
+    --min_margin, --max_margin, --tie_threshold    drop pairs by chosen_score - rejected_score, which becomes `margin`
+    --normalize           rewards minus their mean, divided by their deviation, both from the export's contract
+
+What is dropped or turned is counted at the end. All of the input is checked before the model is loaded, and an input
+that is changed while it is scored is an error. What is scored is kept in OUTPUT.parts until all is, so that the same
+command goes on after a kill, Ctrl-C (exit code 130), SIGTERM (75) or a power cut; a part that was damaged is scored
+again. A file that is there as OUTPUT is replaced when the new one is whole; a link or a directory is refused, and so
+is a directory OUTPUT.parts that this command did not make. Several processes (launch/local.sh N rmjax.score ...) share
+the rows; each has the whole model on its devices.
+"""
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from rmjax.data import sources
+from rmjax.runtime import command_line, compile_cache, passwords
+from rmjax.score import job as jobs
+from rmjax.score import making, rows, survey
+from rmjax.score.making import Options
+from rmjax.score.survey import Survey
+
+MODEL = flags.DEFINE_string("model", "", "Hugging Face directory or hub id of a reward model.")
+INPUT = flags.DEFINE_string("input", "", "JSONL, JSON, Parquet or Arrow file, glob or hf:// source.")
+OUTPUT = flags.DEFINE_string("output", "", "JSONL or Parquet file to write.")
+DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Computation; auto: float32 on CPUs only.")
+TEMPLATE_KWARGS = flags.DEFINE_string("template_kwargs", "", "JSON object: arguments of a foreign model's template.")
+NORMALIZE = flags.DEFINE_bool("normalize", False, "Scores minus the contract's mean, divided by its deviation.")
+BEST_OF_N = flags.DEFINE_bool("best_of_n", False, "Of `responses`: the best as `response`, with its score.")
+PAIRS = flags.DEFINE_enum("pairs", "", ["", "best_worst", "all"], "Of `responses`: pairs `chosen`, `rejected`.")
+RELABEL = flags.DEFINE_bool("relabel", False, "Of pairs: the response of the higher score becomes `chosen`.")
+TIES = flags.DEFINE_float("tie_threshold", 0.0, "With --pairs, --relabel: scores no further apart are ties, dropped.")
+LEAST = flags.DEFINE_float("min_margin", -math.inf, "Drops pairs of a smaller margin, chosen minus rejected.")
+MOST = flags.DEFINE_float("max_margin", math.inf, "Drops pairs of a larger margin.")
+
+
+def run(
+    model_path: str,
+    source: str,
+    output: Path,
+    dtype: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+    normalize: bool = False,
+) -> tuple[int, dict[str, int]]:
+    """Scores every row of `source` into `output`, or goes on with it.
+
+    Returns:
+        The number of rows of the input; and "rows", those written, with what was dropped or turned, by its reason. Of
+        several processes the first alone knows the latter.
+
+    Raises:
+        ValueError: a row, a model or options that cannot be used; nothing is written then.
+        RuntimeError: the input was changed meanwhile; no output is written, and what is scored is kept.
+        OSError: a file that cannot be read or written.
+    """
+    from rmjax.inference import contract, reward_model
+    from rmjax.models import heads, hf
+
+    options = options or Options()
+    if normalize:
+        mean, std = contract.normalization(contract.find(model_path))
+        options = dataclasses.replace(options, mean=mean, std=std)
+    found = survey.take(model_path, source, output, options)
+    directory = hf.resolve(model_path)
+    what = {
+        "model": jobs.model_identity(directory),
+        "input": found.digest,
+        "dtype": heads.compute_dtype(dtype),
+        "template_kwargs": dict(template_kwargs or {}),
+        "options": {name: str(value) for name, value in dataclasses.asdict(options).items()},
+    }
+    # Opened before the model is loaded, so that a bad place is found at once.
+    with jobs.opened(output, found.schema, what, len(found.parts)) as job:
+        if missing := job.missing():
+            model = reward_model.load_checked(model_path, dtype=dtype, template_kwargs=template_kwargs)
+            _score_missing(job, missing, found, source, lambda part: _scored(model, part, found, options, model_path))
+        counts = dict(job.join(found.rows))
+    counts.pop("read", None)
+    return found.rows, counts
+
+
+def _score_missing(
+    job: jobs.Job, missing: Sequence[int], found: Survey, source: str, score: Callable[[list[Any]], jobs.Scored]
+) -> None:
+    """Scores the parts of this process that are not there yet, and says how it goes.
+
+    Raises:
+        RuntimeError: other rows than those that were looked at.
+    """
+    from rmjax.runtime import processes
+    from rmjax.train.writers import Progress
+
+    wanted, done, number = set(missing), 0, -1
+    if processes.is_first() and (before := job.read_before(wanted)):
+        print(f"{before:,} of {found.rows:,} rows are scored already, by an earlier start", flush=True)
+    progress = Progress(len(missing), unit="rows", stream=sys.stderr) if processes.is_first() else None
+    for number, part in _read_again(job, found, source):
+        if number in wanted:
+            if survey.digest(part) != found.parts[number]:
+                raise _changed(job, source, f"from {part[0][0]} on it has other rows than before")
+            job.write(number, len(part), score(part))
+            done += 1
+            if progress is not None:  # the other processes are taken to be as fast as this one
+                progress.step(done, {}, groups=len(part) * job.turns)
+    if progress is not None:
+        progress.close()
+    if number + 1 != len(found.parts):
+        raise _changed(job, source, "it has not as many rows as before")
+
+
+def _read_again(job: jobs.Job, found: Survey, source: str) -> Iterator[tuple[int, list[tuple[str, rows.Row]]]]:
+    """The parts of the input. What can no more be read could be when all rows were looked at."""
+    try:
+        yield from enumerate(found.chunks(sources.open_source(source)))
+    except ValueError as error:
+        raise _changed(job, source, str(error)) from error
+
+
+def _changed(job: jobs.Job, source: str, how: str) -> RuntimeError:
+    return RuntimeError(
+        f"{source} was changed while it was scored: {how}. No output is written. Put it back and start the same "
+        f"command again, which goes on, or delete {job.directory} and score it as it is now"
+    )
+
+
+def _scored(model: Any, part: list[Any], found: Survey, options: Options, model_path: str) -> jobs.Scored:
+    """The rows that a part becomes.
+
+    Raises:
+        ValueError: a row that the model's template refuses, by name; or a model that gives no rewards.
+    """
+    from rmjax.inference.reward_model import BadConversation
+
+    some = [row for _, row in part]
+    try:
+        scores = found.shape.score(model, some, [found.shape.read(row) or [] for row in some])
+    except BadConversation as bad:
+        raise ValueError(f"{_row_of(part, found.shape, bad.index)}: {bad.detail}") from None
+    if scores[0].keys() != found.added.keys():
+        raise ValueError(
+            f"{model_path} gives {', '.join(scores[0])}, expected {', '.join(found.added)}: it is no model of ours, "
+            "and its outputs are no reward; see RewardModel.values"
+        )
+    counts = making.Counts()
+    return [new for row, x in zip(some, scores) for new in making.make(row, x, options, counts)], counts
+
+
+def _row_of(part: Sequence[tuple[str, rows.Row]], shape: rows.Shape, conversation: int) -> str:
+    """The row that a conversation of a part is from."""
+    for where, row in part:
+        conversation -= len(shape.read(row) or ()) if shape.name in ("responses", "pair") else 1
+        if conversation < 0:
+            return where
+    return part[-1][0]
+
+
+def main(_: Sequence[str]) -> None:
+    """Runs the command; see command_line.py for what becomes of errors."""
+    debug = command_line.DEBUG.value
+    with command_line.outcome(debug=debug):
+        for flag in (MODEL, INPUT, OUTPUT):
+            if not flag.value:
+                raise flags.Error(f"--{flag.name} is required; --help shows what a row must have")
+        arguments = command_line.json_object(TEMPLATE_KWARGS.value, "--template_kwargs")
+    options = Options(BEST_OF_N.value, PAIRS.value, RELABEL.value, TIES.value, LEAST.value, MOST.value)
+    from rmjax.runtime import processes, signals
+
+    stopped = "stopped; the same command goes on with what is scored"
+    with command_line.outcome(debug=debug, stopped=stopped, tell=processes.fail):
+        processes.start()
+        compile_cache.keep_programs()
+        source, output = passwords.hide(INPUT.value), Path(OUTPUT.value).expanduser()
+        stop = signals.Stop("with what is scored")  # parts stand a kill, so a signal ends the process at once
+        with stop.listening(), _memory_explained():
+            done, counts = run(MODEL.value, source, output, DTYPE.value, arguments, options, NORMALIZE.value)
+            if processes.is_first():
+                print(_summary(done, counts, OUTPUT.value), flush=True)
+            processes.finish()
+
+
+@contextlib.contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Says in one paragraph that the memory was not enough."""
+    try:
+        yield
+    except MemoryError as error:
+        raise RuntimeError(
+            f"the machine's memory is not enough ({error or 'MemoryError'}). What is scored is kept: the same command "
+            "goes on with it where more memory is free; rows of very long texts or very many responses take the most"
+        ) from error
+
+
+def _summary(read: int, counts: Mapping[str, int], output: str) -> str:
+    """One line: 4 rows scored, 2 written to out.jsonl; relabelled 1; dropped: tie 2."""
+    written = counts["rows"]
+    more = "".join(f"; {reason} {n:,}" for reason, n in sorted(counts.items()) if reason != "rows")
+    if written == read and not more:
+        return f"{read} scores in {output}"
+    return f"{read} rows scored, {written} written to {output}{more}"
+
+
+def cli() -> None:
+    """Parses flags and runs `main`."""
+    app.run(main, flags_parser=command_line.parse_strictly)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,196 @@
+"""What is made of scored rows: the best of N, pairs, labels by scores, and what margins leave.
+
+A pair's margin is the score of `chosen` minus that of `rejected`. What is dropped is counted by its reason.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from rmjax.score.rows import NUMBER, Row
+
+Counts = collections.Counter[str]
+TEXT = pa.string()
+TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+SIDES = ("chosen", "rejected")
+MOST_PAIRED = 512  # responses of which all pairs are made: 130,816, and four times as many of twice the responses
+REWARDS = ("score", "scores", "chosen_score", "rejected_score")  # what is normalized; attributes have scales
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to make.
+
+    Attributes:
+        best_of_n: of rows with `responses`: the best one as `response`, with its score.
+        pairs: of rows with `responses`: "best_worst" or "all" pairs of which one has the higher score; "" is none.
+        relabel: of pairs: the response of the higher score becomes `chosen`.
+        tie_threshold: pairs whose scores differ by no more are ties, and dropped where pairs are made or relabelled.
+        min_margin: pairs of a smaller margin are dropped. max_margin: of a larger one.
+        mean: is subtracted from rewards. std: they are divided by it.
+    """
+
+    best_of_n: bool = False
+    pairs: str = ""
+    relabel: bool = False
+    tie_threshold: float = 0.0
+    min_margin: float = -math.inf
+    max_margin: float = math.inf
+    mean: float = 0.0
+    std: float = 1.0
+
+    def check(self, shape: str) -> None:
+        """Makes sure that rows of this shape can be made so.
+
+        Raises:
+            ValueError: a flag that means nothing for them, or a value that cannot be.
+        """
+        of_responses, of_pairs = "rows with `responses`", "rows with `chosen` and `rejected`"
+        ends_as_pairs = bool(self.pairs) or shape == "pair"
+        refused = {
+            ("--best_of_n", of_responses): self.best_of_n and shape != "responses",
+            (f"--pairs={self.pairs}", of_responses): bool(self.pairs) and shape != "responses",
+            ("--relabel", of_pairs): self.relabel and shape != "pair",
+            ("--tie_threshold", "--pairs or --relabel"): self.tie_threshold != 0 and not (self.pairs or self.relabel),
+            ("--min_margin", f"--pairs, or {of_pairs}"): self.min_margin > -math.inf and not ends_as_pairs,
+            ("--max_margin", f"--pairs, or {of_pairs}"): self.max_margin < math.inf and not ends_as_pairs,
+        }
+        for (flag, goes_with), found in refused.items():
+            if found:
+                raise ValueError(f"{flag} goes with {goes_with}; the first row has the shape {shape!r}")
+        if self.best_of_n and self.pairs:
+            raise ValueError("--best_of_n and --pairs make different rows of a prompt; give one of them")
+        if self.pairs not in ("", "best_worst", "all"):
+            raise ValueError(f"--pairs={self.pairs} is none of best_worst, all")
+        if not 0 <= self.tie_threshold < math.inf:
+            raise ValueError(f"--tie_threshold={self.tie_threshold} must be a number that is not negative")
+        if not self.min_margin <= self.max_margin:
+            raise ValueError(f"--min_margin={self.min_margin} is above --max_margin={self.max_margin}")
+
+    def check_row(self, where: str, row: Row) -> None:
+        """Makes sure that what is made of a row fits in memory.
+
+        Raises:
+            ValueError: all pairs of too many responses; names the row.
+        """
+        count = len(row["responses"]) if self.pairs == "all" else 0
+        if count > MOST_PAIRED:
+            raise ValueError(
+                f"{where} has {count:,} responses, of which --pairs=all makes {count * (count - 1) // 2:,} pairs; "
+                f"at most {MOST_PAIRED} responses can be paired so, --pairs=best_worst takes more"
+            )
+
+    @property
+    def makes_margins(self) -> bool:
+        """Whether the rows that come out are pairs with a margin."""
+        return bool(self.pairs or self.relabel or self.min_margin > -math.inf or self.max_margin < math.inf)
+
+    @property
+    def takes_responses(self) -> bool:
+        """Whether the column `responses` becomes others."""
+        return self.best_of_n or bool(self.pairs)
+
+
+def columns(added: Mapping[str, pa.DataType], options: Options, prompt: pa.DataType = TEXT) -> dict[str, pa.DataType]:
+    """The columns that the output has and the input has not.
+
+    Args:
+        added: the columns of scores that a row gets.
+        options: what is made of it.
+        prompt: the type of the column of prompts.
+    """
+    if options.best_of_n:
+        return {"response": TEXT, **{_of_one(name): NUMBER for name in added}}
+    if options.pairs:
+        side = TEXT if pa.types.is_string(prompt) or pa.types.is_large_string(prompt) else TURNS
+        scores = {f"{name}_{_of_one(score)}": NUMBER for score in added for name in SIDES}
+        return {**dict.fromkeys(SIDES, side), **scores, "margin": NUMBER}
+    return {**added, "margin": NUMBER} if options.makes_margins else dict(added)
+
+
+def _of_one(name: str) -> str:
+    return "score" if name == "scores" else name
+
+
+def make(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
+    """What becomes of a row and the columns of its scores; counts what is dropped, and what is turned around.
+
+    A score that is not finite (of weights that overflow, say) is null, and nothing is chosen by it.
+    """
+    scores = {name: _value(name, x, options) for name, x in scores.items()}
+    known = not any(x is None or (isinstance(x, list) and None in x) for x in scores.values())
+    if not known:
+        counts["without a finite score"] += 1
+    if not (options.takes_responses or options.makes_margins):
+        yield {**row, **scores}
+    elif known and options.takes_responses:
+        yield from (_pairs if options.pairs else _best)(row, scores, options, counts)
+    elif known:
+        yield from _judged({**row, **scores}, options, counts)
+
+
+def _value(name: str, x: Any, options: Options) -> Any:
+    if isinstance(x, list):
+        return [_value(name, value, options) for value in x]
+    if not math.isfinite(x):
+        return None
+    return (x - options.mean) / options.std if name in REWARDS else x
+
+
+def _best(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
+    """The first of those with the highest score."""
+    best = max(range(len(scores["scores"])), key=scores["scores"].__getitem__)
+    yield {**_rest(row), "response": row["responses"][best], **{_of_one(name): x[best] for name, x in scores.items()}}
+
+
+def _rest(row: Row) -> Row:
+    return {name: x for name, x in row.items() if name != "responses"}
+
+
+def _pairs(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
+    values = scores["scores"]
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    which = [(order[0], order[-1])] if len(order) > 1 else []
+    if options.pairs == "all":
+        which = [(i, j) for a, i in enumerate(order) for j in order[a + 1 :]]
+    if not which:
+        counts["dropped: single response"] += 1
+    as_text = isinstance(row["prompt"], str)  # else turns, so that the rows are in a format that training reads
+    side = lambda text: text if as_text else [{"role": "assistant", "content": text}]
+    for both in which:
+        texts = {name: side(row["responses"][i]) for name, i in zip(SIDES, both)}
+        told = {f"{name}_{_of_one(score)}": x[i] for score, x in scores.items() for name, i in zip(SIDES, both)}
+        margin = values[both[0]] - values[both[1]]
+        if _kept(margin, options, counts):
+            yield {**_rest(row), **texts, **told, "margin": margin}
+
+
+def _judged(row: Row, options: Options, counts: Counts) -> Iterator[Row]:
+    margin = row["chosen_score"] - row["rejected_score"]
+    if options.relabel and margin < -options.tie_threshold:
+        counts["relabelled"] += 1
+        row, margin = _turned(row), -margin
+    if _kept(margin, options, counts):
+        yield {**row, "margin": margin}
+
+
+def _turned(row: Row) -> Row:
+    """Chosen and rejected change places, in all columns that are of the one and of the other."""
+    endings = [name[len("chosen") :] for name in row if name.startswith("chosen")]
+    both = [end for end in endings if f"rejected{end}" in row]
+    swapped = {f"{to}{end}": row[f"{of}{end}"] for end in both for to, of in (SIDES, SIDES[::-1])}
+    return {**row, **swapped}
+
+
+def _kept(margin: float, options: Options, counts: Counts) -> bool:
+    if (options.pairs or options.relabel) and abs(margin) <= options.tie_threshold:
+        counts["dropped: tie"] += 1
+        return False
+    if not options.min_margin <= margin <= options.max_margin:
+        counts["dropped: margin"] += 1
+        return False
+    return True

@@ -1,0 +1,171 @@
+"""What a job writes down of its files, so that no file is taken for its own, or for whole, by its name.
+
+job.json        who wrote it, into how many parts the input is cut, and what the job is
+00000012.json   of a part: its job, the rows that were read and made, what was dropped, and the size and digest of
+                the rows' file. It is there before that file has its name.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rmjax.runtime import files
+
+MADE_BY = "rmjax.score"
+SEAL, LOCK = "job.json", "lock"
+SCRATCH = re.compile(
+    r"\.(\d{8}\.(json|jsonl|parquet)|job\.json)" + re.escape(files.SCRATCH)
+)  # on its way, see files.py
+AGAIN = "start the same command again, which goes on with what is whole"
+ADVICE = "move it away if it is to be kept, else delete it, or name another --output"
+
+
+class Damaged(ValueError):
+    """A note that is not what was written: a machine that went down, or a disk that was full, or a hand."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Seal:
+    """What a directory of parts belongs to.
+
+    Attributes:
+        parts: into how many the input is cut.
+        what: everything that decides the rows, as JSON.
+    """
+
+    parts: int
+    what: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        """Tells jobs apart."""
+        return hashlib.sha256(json.dumps(self.what, sort_keys=True).encode()).hexdigest()[:32]
+
+    def difference(self, before: "Seal") -> str:
+        """What has changed since, in words."""
+        return difference(before.what, self.what)
+
+    def write(self, directory: Path) -> None:
+        """Makes a directory that of this job."""
+        files.write_json(directory / SEAL, {"made_by": MADE_BY, "parts": self.parts, "what": self.what})
+
+
+def read_seal(directory: Path) -> Seal | None:
+    """What a directory of parts belongs to; None of one that is not there, or has nothing but a lock in it.
+
+    Raises:
+        ValueError: job.json is damaged, or was not written by this command; or there is none, but other files.
+    """
+    path = directory / SEAL
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file, and the parts of the output need a directory of that name; {ADVICE}")
+    names = os.listdir(directory) if directory.is_dir() else []
+    if SEAL not in names:
+        if others := sorted(name for name in names if name != LOCK and not SCRATCH.fullmatch(name)):
+            raise ValueError(
+                f"{directory} holds {others[0]} and no {SEAL}, so what is in it was not made by this command, which "
+                f"keeps its parts there; {ADVICE}"
+            )
+        return None
+    try:
+        found = _object(path)
+    except Damaged as damaged:
+        raise ValueError(f"{damaged}, so nobody can tell whose parts are in {directory}; {ADVICE}") from None
+    if (
+        found.get("made_by") != MADE_BY
+        or type(found.get("parts")) is not int
+        or not isinstance(found.get("what"), dict)
+    ):
+        raise ValueError(f"{path} was not written by this version of {MADE_BY}; {directory}: {ADVICE}")
+    return Seal(found["parts"], found["what"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """What is known of a part.
+
+    Attributes:
+        job: Seal.id of the job that made it. part: its number.
+        bytes: size of the rows' file. sha256: its digest.
+        read: rows of the input. rows: those that they became.
+        counts: what was dropped or turned, by its reason.
+    """
+
+    job: str
+    part: int
+    bytes: int
+    sha256: str
+    read: int
+    rows: int
+    counts: Mapping[str, int]
+
+    def write(self, path: Path) -> None:
+        """Writes it whole."""
+        files.write_json(path, dataclasses.asdict(self), indent=None)
+
+    def fits(self, path: Path) -> bool:
+        """Whether a file is the one that was written; reads it, if the size is right."""
+        return path.stat().st_size == self.bytes and digest(path) == self.sha256
+
+
+def read_note(path: Path) -> Note | None:
+    """The note of a part; None where there is none.
+
+    Raises:
+        Damaged: it is not JSON; what a machine that went down leaves is empty, cut off or ends with zeros.
+        ValueError: it is JSON, but no note.
+    """
+    try:
+        found = _object(path)
+    except FileNotFoundError:
+        return None
+    kinds: dict[str, type] = {
+        "job": str,
+        "part": int,
+        "bytes": int,
+        "sha256": str,
+        "read": int,
+        "rows": int,
+        "counts": dict,
+    }
+    if found.keys() != kinds.keys() or not all(type(found[name]) is kind for name, kind in kinds.items()):
+        raise ValueError(f"{path} was not written by {MADE_BY}; {ADVICE}")
+    return Note(**found)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Damaged(f"{path} is {'no JSON' if data else 'empty'}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def difference(before: Any, now: Any) -> str:
+    """What of a job changed, in words."""
+    flat = [dict(_flat("", x)) for x in (before, now)]
+    names = [name for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
+    short = lambda x: json.dumps(x) if len(json.dumps(x)) <= 24 else ""
+    both = lambda name: [short(x.get(name)) for x in flat]
+    told = lambda was, new: f" is {new}, was {was}" if was and new else " is another"
+    return ", ".join(name + told(*both(name)) for name in names)
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for name, x in value.items():
+        yield from _flat(f"{prefix} {name}".strip(), x)

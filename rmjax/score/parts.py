@@ -1,0 +1,106 @@
+"""Rows of parts: written, and joined into one file; a part is compared with its note while it is copied."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rmjax.score.notes import AGAIN, Note
+from rmjax.score.rows import Row
+
+ROW_GROUP = 65_536, 16 * 2**20  # rows and bytes of a row group of Parquet: whichever is reached first
+BLOCK = 2**20  # bytes that are copied at once
+
+
+def check_schema(schema: pa.Schema) -> None:
+    """Makes sure that Parquet has all these types, and that what it makes of them can be read.
+
+    Raises:
+        ValueError: it has not, or cannot.
+    """
+    try:
+        written = io.BytesIO()
+        pq.ParquetWriter(written, schema).close()
+        pq.read_schema(pa.BufferReader(written.getvalue()))  # lists within lists within lists are written, not read
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"Parquet cannot hold these rows ({error}); write .jsonl instead") from None
+
+
+def write_rows(path: Path, rows: Sequence[Row], schema: pa.Schema | None) -> None:
+    """Writes a part: JSONL, or Parquet if there is a schema."""
+    if schema is not None:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path)
+        return
+    with path.open("wb") as file:
+        file.writelines(map(_line, rows))
+
+
+def _line(row: Row) -> bytes:
+    try:
+        return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair in some other column; JSON can escape it
+        return (json.dumps(row, default=str) + "\n").encode()
+
+
+def join_parts(parts: Sequence[tuple[Path, Note]], output: Path, schema: pa.Schema | None) -> None:
+    """Writes the rows of the parts into one file, in this order.
+
+    Raises:
+        RuntimeError: a part is not what was written there, or the file has not all of them.
+    """
+    if schema is None:
+        with output.open("wb") as file:
+            for part, note in parts:
+                _copy(part, note, file)
+    else:
+        with pq.ParquetWriter(output, schema) as writer:
+            for table in _row_groups(_table(part, note, schema) for part, note in parts):
+                writer.write_table(table)
+                pa.default_memory_pool().release_unused()  # else the pool keeps ever more of what it was given back
+    found = output.stat().st_size if schema is None else pq.read_metadata(output).num_rows
+    if found != (expected := sum(note.bytes if schema is None else note.rows for _, note in parts)):
+        unit = "bytes" if schema is None else "rows"
+        raise RuntimeError(f"{output} has {found} {unit} after {expected} were written to it; {AGAIN}")
+
+
+def _copy(part: Path, note: Note, file: BinaryIO) -> None:
+    digest, lines = hashlib.sha256(), 0
+    with part.open("rb") as source:
+        while block := source.read(BLOCK):
+            digest.update(block)
+            lines += block.count(b"\n")
+            file.write(block)
+    _require_same(part, note, digest.hexdigest(), lines)
+
+
+def _table(part: Path, note: Note, schema: pa.Schema) -> pa.Table:
+    data = part.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    _require_same(part, note, digest, note.rows)  # before Arrow reads it, which trusts what it reads
+    table = pq.read_table(pa.BufferReader(data), schema=schema)
+    _require_same(part, note, digest, table.num_rows)
+    return table
+
+
+def _require_same(part: Path, note: Note, digest: str, rows: int) -> None:
+    if (digest, rows) != (note.sha256, note.rows):
+        raise RuntimeError(f"{part} is not what was written there; {AGAIN}")
+
+
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Neighbours put together: the footer has an entry for every row group, and would grow with the rows."""
+    some: list[pa.Table] = []
+    rows = size = 0
+    for table in tables:
+        some.append(table)
+        rows, size = rows + table.num_rows, size + table.nbytes
+        if rows >= ROW_GROUP[0] or size >= ROW_GROUP[1]:
+            yield pa.concat_tables(some)
+            some, rows, size = [], 0, 0
+    if rows:
+        yield pa.concat_tables(some)

@@ -1,0 +1,239 @@
+"""What rows a model can score, told by its contract and by their columns; see `SHAPES`.
+
+Shape letter: K responses of a row.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rmjax.data.records import BadRow, check_conversation
+from rmjax.inference import contract
+
+Row = dict[str, Any]
+# Responses of a row are scored together, each rendered with its prompt, so that a row's memory grows with them: of
+# 16,384 with 2,000 characters each and a prompt of as many it is about a gigabyte (an estimate).
+MOST_RESPONSES = 16_384
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """How rows of one shape are read and scored.
+
+    Attributes:
+        name: of the shape.
+        columns: what a row needs, in words.
+        read: its conversations, the prompt with each response; None where the columns are not there.
+        score: (model, rows, what `read` gave for each) to the columns that each row gets.
+        added: the types of these columns, from the names of what the model says of a response.
+    """
+
+    name: str
+    columns: str
+    read: Callable[[Row], list[Any] | None]
+    score: Callable[[Any, list[Row], list[list[Any]]], list[Row]]
+    added: Callable[[Sequence[str]], dict[str, pa.DataType]]
+
+
+def turns_of(prompt: Any) -> list[Any] | None:
+    """The messages of a prompt, a text or a list of messages; None of anything else."""
+    if not isinstance(prompt, str | list):
+        return None
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _answered(row: Row, *texts: Any) -> list[Any] | None:
+    turns = turns_of(row.get("prompt"))
+    if turns is None or not texts or not all(isinstance(text, str) for text in texts):
+        return None
+    return [[*turns, {"role": "assistant", "content": text}] for text in texts]
+
+
+def _conversation(row: Row) -> list[Any] | None:
+    return [row["messages"]] if isinstance(row.get("messages"), list) else _answered(row, row.get("response"))
+
+
+def _responses(row: Row) -> list[Any] | None:
+    texts = row.get("responses")
+    return _answered(row, *texts) if isinstance(texts, list) else None
+
+
+def _pair(row: Row) -> list[Any] | None:
+    """Texts after a prompt, or whole conversations, or the turns that follow the prompt; as training reads them."""
+    sides: list[Any] = [row.get("chosen"), row.get("rejected")]
+    if all(isinstance(side, list) for side in sides):
+        turns = turns_of(row["prompt"]) if row.get("prompt") is not None else []
+        return None if turns is None else [_joined(turns, side) for side in sides]
+    return _answered(row, *sides)
+
+
+def _joined(prompt: list[Any], side: list[Any]) -> list[Any]:
+    """Whole conversations have the prompt already, or begin with a turn that cannot follow it."""
+    role = lambda message: message.get("role") if isinstance(message, dict) else None
+    asks_again = bool(prompt and side) and role(prompt[-1]) == "user" and role(side[0]) in ("system", "user")
+    return side if side[: len(prompt)] == prompt or asks_again else [*prompt, *side]
+
+
+def _separated(row: Row) -> list[str] | None:
+    """The steps of a row as training reads them: each but the first begins with the separator."""
+    texts = row.get("completions")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        return None
+    separator = "\n" if row.get("separator") is None else str(row["separator"])
+    return [separator * bool(i) + text for i, text in enumerate(texts)]
+
+
+def _steps(row: Row) -> list[Any] | None:
+    texts = _separated(row)
+    return None if texts is None else _answered(row, "".join(texts))
+
+
+def _values(model: Any, conversations: Sequence[Sequence[Any]]) -> list[dict[str, list[float]]]:
+    """What the model says of the responses of each row, by name; those of a row share their prompt."""
+    values = model.values([one for those in conversations for one in those])
+    cuts = np.cumsum([len(those) for those in conversations])[:-1]
+    parts = {name: np.split(x, cuts) for name, x in values.items()}
+    return [{name: list(map(float, x[i])) for name, x in parts.items()} for i in range(len(conversations))]
+
+
+def _scores(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
+    return [{name: x[0] for name, x in found.items()} for found in _values(model, conversations)]
+
+
+def _listed(name: str) -> str:
+    return "scores" if name == "score" else name
+
+
+def _lists(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
+    return [{_listed(name): x for name, x in found.items()} for found in _values(model, conversations)]
+
+
+def _sides(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
+    named = ("chosen", "rejected")
+    return [
+        {f"{side}_{name}": x[k] for name, x in found.items() for k, side in enumerate(named)}
+        for found in _values(model, conversations)
+    ]
+
+
+def _verdicts(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
+    return model.judge([a for a, _ in conversations], [b for _, b in conversations])
+
+
+def _step_scores(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
+    prompts, texts = [whole[:-1] for (whole,) in conversations], [_separated(row) for row in rows]
+    return [{"scores": values} for values in model.steps(prompts, texts, separator="")]
+
+
+NUMBER, NUMBERS = pa.float64(), pa.list_(pa.float64())
+CONVERSATION = Shape(
+    "conversation",
+    "`messages` (a list of {role, content}), or `prompt` and `response`",
+    _conversation,
+    _scores,
+    lambda names: dict.fromkeys(names, NUMBER),
+)
+RESPONSES = Shape(
+    "responses",
+    "`prompt` and `responses` (a list of texts)",
+    _responses,
+    _lists,
+    lambda names: {_listed(name): NUMBERS for name in names},
+)
+PAIR = Shape(
+    "pair",
+    "`chosen` and `rejected`: texts with a `prompt`, or lists of {role, content}",
+    _pair,
+    _sides,
+    lambda names: {f"{side}_{name}": NUMBER for name in names for side in ("chosen", "rejected")},
+)
+VERDICTS = Shape(
+    "verdicts",
+    "`prompt`, `response_a` and `response_b`",
+    lambda row: _answered(row, row.get("response_a"), row.get("response_b")),
+    _verdicts,
+    lambda names: dict.fromkeys(names, NUMBER),
+)
+STEPS = Shape(
+    "steps", "`prompt` and `completions` (a list of texts)", _steps, _step_scores, lambda names: {"scores": NUMBERS}
+)
+SHAPES = (RESPONSES, PAIR, CONVERSATION)  # of a model that scores; the first row decides
+
+
+def shape_of(model: str, first: Row) -> tuple[Shape, dict[str, pa.DataType]]:
+    """How rows are scored by a model, and the columns they get, from its contract alone and the first row.
+
+    Raises:
+        ValueError: a contract that cannot be read, or a model that scores nothing.
+    """
+    from rmjax import objectives  # JAX takes seconds, which a mistake on the command line need not wait for
+
+    terms = contract.find(model)
+    names: Sequence[str] = ["score"]
+    kinds: tuple[Shape, ...] = SHAPES
+    if terms is not None:
+        objective = objectives.make(terms["objective"])
+        if objective.architecture == "CausalLM":
+            raise ValueError(
+                f"{model} is a judge that writes its verdicts: generate with transformers or a server, and read them "
+                "with rmjax.judging.verdicts.parse_verdict; or ask it for verdicts with rmjax.evaluate"
+            )
+        if objective.architecture == "TokenClassification":
+            kinds = (STEPS,)
+        elif terms["objective"]["name"] == "pairwise":
+            kinds = (VERDICTS,)
+        if objective.labels:
+            own = {name: np.array(value, np.float32) for name, value in terms["objective_params"].items()}
+            names = list(objective.decode(np.zeros((1, len(objective.labels)), np.float32), own))
+    shape = next((kind for kind in kinds if kind.read(first) is not None), kinds[-1])
+    return shape, shape.added(names)
+
+
+def characters(row: Row, shape: Shape) -> int:
+    """About how long the conversations of a row are, all together."""
+    total = 0
+    for conversation in shape.read(row) or ():
+        for message in conversation:
+            content = message.get("content") if isinstance(message, dict) else None
+            total += len(content) if isinstance(content, str) else 0
+    return total
+
+
+def check(where: str, row: Row, shape: Shape, made: Collection[str]) -> None:
+    """Makes sure that a row can be scored, and that no column of it would be changed.
+
+    Args:
+        where: the row is, for people.
+        row: as it was read.
+        shape: of the file's rows.
+        made: the columns that are made of it.
+
+    Raises:
+        ValueError: it cannot; names it.
+    """
+    try:
+        for conversation in _conversations(row, shape, made):
+            check_conversation(conversation)
+    except BadRow as bad:
+        raise ValueError(f"{where}: {bad.detail}") from None
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from None
+
+
+def _conversations(row: Row, shape: Shape, made: Collection[str]) -> list[Any]:
+    if taken := [name for name in made if name in row]:
+        raise ValueError(f"has a column `{taken[0]}` already; rename it, the output has its scores there")
+    for name in ("system", "tools"):
+        if row.get(name):
+            raise ValueError(f"has a column `{name}`, which is not read; write it into `messages`, or drop the column")
+    if shape is RESPONSES and isinstance(row.get("responses"), list) and len(row["responses"]) > MOST_RESPONSES:
+        raise ValueError(
+            f"has {len(row['responses']):,} responses, more than {MOST_RESPONSES:,}, which are scored together; write "
+            "several rows of the same prompt"
+        )
+    if (found := shape.read(row)) is None:
+        raise ValueError(f"has columns {', '.join(sorted(row)) or 'none'}; expected {shape.columns}")
+    return found

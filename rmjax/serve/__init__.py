@@ -1,0 +1,1 @@
+"""`python -m rmjax.serve`: a model behind HTTP, in the shapes of vLLM."""

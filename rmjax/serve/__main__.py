@@ -1,0 +1,208 @@
+"""Serves a reward model over HTTP, in the shapes of vLLM's pooling servers: raw rewards, no sigmoid.
+
+    python -m rmjax.serve --model=runs/tiny/export --port=8000
+    curl localhost:8000/score -d '{"text_1": "Tell me about the river.", "text_2": ["A river is deep.", "A garden."]}'
+    curl localhost:8000/classify -d '{"input": "<|im_start|>user..."}'
+
+Needs `pip install 'rmjax[serve]'`. The golden rows of the score contract are replayed before it answers, and /health is
+503 until the common shapes are compiled. Requests that come together are computed together; rmjax/serve/app.py says
+what they may hold. SIGTERM answers what was accepted and ends with 0, Ctrl-C with 130; later requests get 503, as do
+those that cannot be computed within --drain_seconds. There is no password and no TLS: what listens beyond this machine
+belongs behind a proxy that has them.
+"""
+
+import argparse
+import contextlib
+import errno
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rmjax.runtime import command_line, exits
+from rmjax.runtime.command_line import Parser
+
+if TYPE_CHECKING:
+    from rmjax.serve.service import Service
+
+LIMITS = {
+    **{"port": (0, 65_535), "max_length": (0, 2**31), "queue": (1, 2**31), "batch_tokens": (1, 2**31)},
+    **{"max_wait_ms": (0, 60_000), "drain_seconds": (0, 86_400)},
+    **{"request_seconds": (0.1, 86_400), "connections": (1, 100_000)},
+}
+
+
+def parser() -> Parser:
+    """The command's arguments."""
+    made = command_line.parser("rmjax.serve", __doc__)
+    add = made.add_argument
+    add("--model", default="", metavar="PATH", help="an export, or a hub id of a sequence classifier")
+    add("--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, 0.0.0.0 is all")
+    add("--port", type=int, default=8000, help="default 8000")
+    add("--name", default="", help="of the model in answers; default: its path")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation")
+    add("--template_kwargs", default="", metavar="JSON", help="of a foreign model's chat template")
+    add("--max_length", type=int, default=0, metavar="N", help="tokens of a sequence; default: the contract's")
+    add("--queue", type=int, default=1024, metavar="N", help="sequences that may wait; more are answered with 503")
+    add("--batch_tokens", type=int, default=16_384, metavar="N", help="tokens of a batch; default 16,384")
+    add("--max_wait_ms", type=float, default=2.0, metavar="MS", help="that a request waits for others; default 2")
+    add("--drain_seconds", type=float, default=30.0, metavar="S", help="for queued requests when it stops; default 30")
+    add("--request_seconds", type=float, default=60.0, metavar="S", help="for a request to arrive; default 60")
+    add("--connections", type=int, default=512, metavar="N", help="at once; more are answered with 503; default 512")
+    add("--normalize", action="store_true", help="rewards minus the contract's mean, divided by its deviation")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; see command_line.py for what becomes of errors."""
+    argv = sys.argv[1:] if argv is None else argv
+    with command_line.outcome(debug="--debug" in argv):
+        args = parser().parse_args(argv)
+        if not args.model:
+            raise ValueError("--model is required; --help shows commands that run")
+        for name, (least, most) in LIMITS.items():
+            if not least <= getattr(args, name) <= most:
+                raise ValueError(f"--{name}={getattr(args, name)} must be from {least} to {most}")
+        if not all(map(importlib.util.find_spec, ("starlette", "uvicorn", "prometheus_client"))):
+            raise ValueError("serving needs packages that are not here: pip install 'rmjax[serve]'")
+        serve(args)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Loads the model and answers until a signal comes.
+
+    Raises:
+        ValueError: an address that cannot be had, or a model that cannot be served.
+        RuntimeError: the model cannot be compiled.
+    """
+    listening = _bind(args.host, args.port)  # before the model is loaded, which takes long
+    with _ended_by_sigterm() as end_with:
+        import uvicorn  # seconds, with JAX, in which a signal ends it well, too
+
+        from rmjax.runtime import compile_cache
+        from rmjax.serve import app, connections
+        from rmjax.serve.gate import Gate
+
+        compile_cache.keep_programs()
+        _log_to_terminal(app.log)
+        service, gate = _service(args), Gate()
+
+        def stop_early() -> None:
+            server.should_exit = True
+
+        built = app.build(service, gate=gate, seconds=args.request_seconds, failed=stop_early)
+        protocol = connections.protocol(args.request_seconds, args.connections)
+        options: dict[str, Any] = {"log_level": "warning", "access_log": False, "http": protocol, "ws": "none"}
+        config = uvicorn.Config(built, **options, timeout_graceful_shutdown=connections.UVICORN_SECONDS)
+        server: connections.Server = connections.Server(config, gate, args.drain_seconds)
+        end_with(server.handle_exit)
+        print(f"serving {args.model} on http://{args.host}:{listening.getsockname()[1]}", flush=True)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # see _bind: for the next to serve here
+        try:
+            server.run(sockets=[listening])
+        except KeyboardInterrupt:  # uvicorn raises a signal again once it has stopped
+            _leave(service, exits.INTERRUPTED)
+            raise
+        if service.failure:
+            raise RuntimeError(f"{args.model} cannot be compiled: {service.failure}") from service.failure
+        _leave(service, exits.DONE)
+
+
+def _leave(service: "Service", code: int) -> None:
+    """Ends the process at once if a thread still computes: the interpreter's own end would abort in it, or wait."""
+    if service.busy:
+        print("\nstopped" if code == exits.INTERRUPTED else "", end="", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[Callable[[Any], Any]]:
+    """SIGTERM is how a server ends well, even while it loads; gives a function that sets another handler."""
+
+    def end(*_: Any) -> None:
+        raise SystemExit(exits.DONE)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield lambda handler: signal.signal(signal.SIGTERM, handler)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _log_to_terminal(log: logging.Logger) -> None:
+    """Shows a logger's lines once, whatever the libraries have set up for theirs."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket with this address, which no other server can have.
+
+    With SO_REUSEADDR two sockets may have one address until one of them listens, that is until its model is loaded.
+    Without it an address cannot be had for a minute after a server on it has ended: then this one listens at once.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    for reuse in (0, 1):
+        made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+            made.bind((host, port))
+            if reuse:
+                made.listen()
+        except OSError as error:
+            made.close()
+            if reuse or error.errno != errno.EADDRINUSE:
+                what = f"--host={host} --port={port} cannot be used: {error.strerror}"
+                raise ValueError(f"{what}; choose others") from None
+        else:
+            break
+    return made
+
+
+def _service(args: argparse.Namespace) -> "Service":
+    """Loads and checks the model.
+
+    Raises:
+        ValueError: it cannot be served.
+    """
+    from rmjax.inference import contract
+    from rmjax.inference.reward_model import load_checked
+    from rmjax.models import hf
+    from rmjax.serve.service import Service
+
+    arguments = command_line.json_object(args.template_kwargs, "--template_kwargs")
+    normalize = contract.normalization(contract.find(args.model)) if args.normalize else None
+    model = load_checked(args.model, dtype=args.dtype, template_kwargs=arguments)
+    if model.architecture != "SequenceClassification":
+        raise ValueError(
+            f"{args.model} is a {model.architecture}; only sequence classifiers are served, see rmjax.score"
+        )
+    if normalize and len(model.labels) > 1:
+        raise ValueError(f"--normalize is for one reward; {args.model} has the outputs {', '.join(model.labels)}")
+    known = (model.contract or {}).get("max_length") or hf.read_config(hf.resolve(args.model)).get(
+        "max_position_embeddings"
+    )
+    return Service(
+        model,
+        args.name or args.model,
+        max_length=args.max_length or known or 0,
+        queue=args.queue,
+        batch_tokens=args.batch_tokens,
+        max_wait=args.max_wait_ms / 1000,
+        normalize=normalize,
+    )
+
+
+if __name__ == "__main__":
+    main()

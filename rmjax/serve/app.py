@@ -1,0 +1,239 @@
+"""The HTTP application: the shapes of vLLM's pooling servers, and raw rewards in them.
+
+    POST /classify   {"input": TEXT, [TEXT, ...], [ID, ...] or [[ID, ...], ...]} or {"messages": [...]}: all outputs
+    POST /pooling    the same, as "data"
+    POST /score      {"text_1": PROMPT, "text_2": RESPONSE or [RESPONSE, ...]}: the reward of each response
+    GET /health, /metrics (Prometheus), /v1/models
+
+`input` is a whole rendering of the chat template, its BOS included, tokenized without adding special tokens (vLLM adds
+them unless told not to); `messages` and `text_1` go through the model's own template. /classify also takes SGLang's
+{"text": TEXT or [TEXT, ...]} (or "input_ids") and answers as SGLang does: [{"embedding": [REWARD], "meta_info": ...}].
+
+Sources of the shapes: vLLM's documentation of pooling models, and its request and response classes in
+vllm/entrypoints/pooling; SGLang's native API, "Classify". vLLM reads the two texts of /score as a query and a document
+for a cross-encoder; a reward model reads a prompt and a response.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import prometheus_client
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from rmjax.serve.bodies import Bodies
+from rmjax.serve.gate import STOPPING, Gate
+from rmjax.serve.inputs import Asked, Body, Refused, responses, shown
+from rmjax.serve.service import Service
+
+T = TypeVar("T")
+
+CLOSE_SECONDS = 2.0  # for the threads to end once everybody is answered
+KINDS = {404: "NotFoundError", 500: "InternalServerError", 503: "ServiceUnavailableError"}  # vLLM's names of errors
+COMPILING = "the model is being compiled; /health says 200 when it is ready"
+
+log = logging.getLogger("rmjax.serve")
+
+
+@dataclasses.dataclass(frozen=True)
+class Desk:
+    """What every route needs: the model, the requests that are inside, and the bodies in memory."""
+
+    service: Service
+    gate: Gate
+    bodies: Bodies
+
+    async def read(
+        self, request: Request, read: Callable[[Body], T], repeats: Callable[[Body], int] = lambda _: 1
+    ) -> T:
+        """What a request asks for, by `read` of its JSON object; see `Service.prepared`.
+
+        Raises:
+            Refused: it cannot be received or read.
+        """
+        data = await self.bodies.receive(request)
+        try:
+            return await self.service.prepared(data, read, request.is_disconnected, repeats)
+        finally:
+            self.bodies.release(data)
+
+
+def _plain(service: Service, body: Body) -> tuple[Asked, bool | None]:
+    """What `input` or `messages` asks for, and `use_activation`."""
+    activation = body.get("use_activation")
+    if not isinstance(activation, bool | None):
+        raise Refused(400, f"`use_activation` is {shown(activation)}, expected true or false")
+    return service.reader.inputs(body), activation
+
+
+def _answer(service: Service, kind: str, data: list[Any], asked: Asked) -> dict[str, Any]:
+    return {
+        "id": f"{kind}-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": service.name,
+        "data": data,
+        "usage": {"prompt_tokens": asked.tokens, "total_tokens": asked.tokens, "completion_tokens": 0},
+    }
+
+
+async def classify(desk: Desk, request: Request) -> Any:
+    """POST /classify."""
+    service = desk.service
+
+    def read(body: Body) -> tuple[Asked, bool | None, Callable[..., Any]]:
+        if ("text" in body or "input_ids" in body) and not ("input" in body or "messages" in body):
+            name = "text" if "text" in body else "input_ids"
+            several = isinstance(body[name], list) and bool(body[name]) and isinstance(body[name][0], str | list)
+            return service.reader.whole(name, body[name]), False, functools.partial(_as_sglang, several)
+        return *_plain(service, body), functools.partial(_as_vllm, service)
+
+    asked, activation, shaped = await desk.read(request, read)
+    return shaped(asked, service.told(await service.outputs(asked, request.is_disconnected), activation))
+
+
+def _as_vllm(service: Service, asked: Asked, outputs: np.ndarray) -> Any:
+    labels = service.model.labels
+    data = [
+        {"index": i, "label": labels[int(row.argmax())], "probs": row.tolist(), "num_classes": len(row)}
+        for i, row in enumerate(outputs)
+    ]
+    return _answer(service, "classify", data, asked)
+
+
+def _as_sglang(several: bool, asked: Asked, outputs: np.ndarray) -> Any:
+    """SGLang's answer to `text` or `input_ids`: one object for one of them, a list for a list; outputs as they are."""
+    made = [
+        {"embedding": row.tolist(), "meta_info": {"id": uuid.uuid4().hex, "prompt_tokens": len(sequence)}}
+        for row, sequence in zip(outputs, asked.sequences)
+    ]
+    return made if several else made[0]
+
+
+async def pooling(desk: Desk, request: Request) -> Any:
+    """POST /pooling."""
+    service = desk.service
+    asked, activation = await desk.read(request, functools.partial(_plain, service))
+    outputs = service.told(await service.outputs(asked, request.is_disconnected), activation)
+    data = [{"index": i, "object": "pooling", "data": row.tolist()} for i, row in enumerate(outputs)]
+    return _answer(service, "pool", data, asked)
+
+
+async def score(desk: Desk, request: Request) -> Any:
+    """POST /score."""
+    service = desk.service
+
+    def read(body: Body) -> Asked:
+        if body.get("use_activation"):
+            raise Refused(400, "`use_activation` is true, it must be false or left out: a reward is no probability")
+        return service.reader.pairs(body)
+
+    asked = await desk.read(request, read, responses)
+    rewards = service.rewards(await service.outputs(asked, request.is_disconnected))
+    data = [{"index": i, "object": "score", "score": float(x)} for i, x in enumerate(rewards)]
+    return _answer(service, "score", data, asked)
+
+
+def _error(code: int, detail: str, *, close: bool = False) -> JSONResponse:
+    body = {"error": {"message": detail, "type": KINDS.get(code, "BadRequestError"), "param": None, "code": code}}
+    headers = {"Retry-After": "1"} if code == 503 else {}
+    return JSONResponse(body, code, headers=headers | ({"Connection": "close"} if close else {}))
+
+
+def _route(desk: Desk, path: str, answer: Callable[[Desk, Request], Awaitable[Any]]) -> Route:
+    """The route, counted, whose refusals and errors become answers."""
+    service = desk.service
+
+    async def inside(request: Request) -> Any:
+        if _excess(request):
+            raise Refused(503, "there are too many connections; try again later")
+        if not service.ready:
+            raise Refused(503, COMPILING)
+        return await answer(desk, request)
+
+    async def respond(request: Request) -> Response:
+        try:
+            return JSONResponse(await desk.gate.through(inside(request)))
+        except Refused as refused:
+            if refused.code == 503:
+                await desk.bodies.discard(request)
+            return _error(
+                refused.code, refused.detail, close=refused.code == 408 or desk.gate.closed or _excess(request)
+            )
+        except ClientDisconnect:
+            return _error(499, "the client has gone")
+        except Exception:
+            log.exception("a request to %s failed", path)
+            return _error(500, "an error of the server; its log says more")
+
+    async def endpoint(request: Request) -> Response:
+        begun, code = time.monotonic(), 499  # stays if the server gives the request up
+        try:
+            response = await respond(request)
+            code = response.status_code
+            return response
+        finally:
+            service.requests.labels(path, code).inc()
+            service.seconds.labels(path).observe(time.monotonic() - begun)
+
+    return Route(path, endpoint, methods=["POST"])
+
+
+def _excess(request: Request) -> bool:
+    """Whether its connection is one too many; see connections.py."""
+    return bool(request.scope.get("state", {}).get("excess"))
+
+
+def build(
+    service: Service,
+    *,
+    gate: Gate | None = None,
+    seconds: float = 60.0,
+    failed: Callable[[], None] = lambda: None,
+) -> Starlette:
+    """The application.
+
+    Args:
+        service: the model.
+        gate: the requests inside, for a server that stops.
+        seconds: that the body of a request may take to arrive.
+        failed: is called, in the event loop, if the model cannot be compiled; `service.failure` says why.
+    """
+    desk = Desk(service, gate or Gate(), Bodies(seconds))
+
+    async def health(_: Request) -> Response:
+        if desk.gate.closed:
+            return _error(503, STOPPING, close=True)
+        return Response(status_code=200) if service.ready else _error(503, COMPILING)
+
+    async def metrics(_: Request) -> Response:
+        return PlainTextResponse(prometheus_client.generate_latest(service.registry))
+
+    async def models(_: Request) -> Response:
+        one = {"id": service.name, "object": "model", "owned_by": "rmjax", "max_model_len": service.max_length or None}
+        return JSONResponse({"object": "list", "data": [one]})
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        service.start(failed)
+        yield
+        await asyncio.to_thread(service.close, CLOSE_SECONDS)
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        code = getattr(error, "status_code", 404)
+        return _error(code, f"{request.method} {request.url.path}: there is POST /classify, /pooling and /score")
+
+    gets = [Route("/health", health), Route("/metrics", metrics), Route("/v1/models", models)]
+    posts = {"/classify": classify, "/pooling": pooling, "/score": score, "/v1/score": score}
+    routes = [*gets, *(_route(desk, path, answer) for path, answer in posts.items())]
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: unknown, 405: unknown})

@@ -1,0 +1,258 @@
+"""A reward model behind a batcher, with its counters."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import prometheus_client
+
+from rmjax.inference import engine
+from rmjax.inference.reward_model import RewardModel
+from rmjax.serve.batching import Batcher, QueueFull
+from rmjax.serve.bodies import parse
+from rmjax.serve.inputs import Asked, Body, Reader, Refused
+
+WARM = 4_096  # tokens: rows up to here are compiled before the server is ready
+ASK_SECONDS = 0.5  # between two looks whether a client is still there
+LARGE = 65_536  # bytes of requests that have threads of their own, so that small ones do not wait for them
+SMALL_THREADS = 4
+
+T = TypeVar("T")
+
+log = logging.getLogger("rmjax.serve")
+
+
+class Service:
+    """A model behind a batcher, with its counters.
+
+    Attributes:
+        model: the model; the batcher's thread is the only one that computes with it once it is ready.
+        name: of it, as clients see it.
+        max_length: most tokens of a sequence; 0 is no limit.
+        reader: turns requests into sequences.
+        ready: whether it is compiled for common shapes.
+        failure: what ended the warming up, if something did.
+        registry, requests, seconds: of Prometheus.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        name: str,
+        *,
+        max_length: int,
+        queue: int,
+        batch_tokens: int,
+        max_wait: float,
+        normalize: tuple[float, float] | None = None,
+    ):
+        """Starts the batcher.
+
+        Args:
+            model: of sequence classification.
+            name: of it.
+            max_length: most tokens of a sequence; 0 is no limit.
+            queue: sequences that may wait.
+            batch_tokens: of a batch.
+            max_wait: seconds that a request waits for others.
+            normalize: mean and standard deviation, for rewards.
+        """
+        self.model, self.name, self.max_length = model, name, max_length
+        self.ready = False
+        self.failure: Exception | None = None
+        self.reader = Reader(model.chat, name, vocabulary=model.config.vocab, max_length=max_length, most=queue)
+        self._normalize, self._batch_tokens, self._stopping = normalize, batch_tokens, False
+        self.registry = prometheus_client.CollectorRegistry()
+        make: dict[str, Any] = {"registry": self.registry}
+        self.requests = prometheus_client.Counter("rmjax_requests", "Requests.", ["route", "status"], **make)
+        self.seconds = prometheus_client.Histogram("rmjax_request_seconds", "Seconds of a request.", ["route"], **make)
+        self._sizes = prometheus_client.Histogram(
+            "rmjax_batch_requests", "Requests of a batch.", buckets=[2**i for i in range(11)], **make
+        )
+        self._tokens = prometheus_client.Counter("rmjax_tokens", "Tokens of all batches.", **make)
+        self._busy = prometheus_client.Counter("rmjax_model_seconds", "Seconds in which the model computed.", **make)
+        self.batcher = Batcher(model.outputs, most=queue, batch_tokens=batch_tokens, max_wait=max_wait, told=self._told)
+        threads = concurrent.futures.ThreadPoolExecutor
+        self._small = threads(SMALL_THREADS, "requests")
+        # The tokenizer has as many threads as there are cores; some stay free for small requests.
+        self._large = threads(max(1, (os.cpu_count() or 1) // 2), "large requests")
+        self._warming = threading.Thread(target=self.warm_up, name="warming up", daemon=True)
+        waiting = prometheus_client.Gauge("rmjax_waiting", "Sequences in the queue.", **make)
+        waiting.set_function(lambda: self.batcher.waiting)
+
+    def _told(self, requests: int, tokens: int, seconds: float) -> None:
+        self._sizes.observe(requests)
+        self._tokens.inc(tokens)
+        self._busy.inc(seconds)
+
+    def warm_up(self) -> None:
+        """Compiles the common shapes, then is ready; keeps the error if there is one. Ends early when it stops."""
+        mesh, begun = self.model.mesh.shape, time.monotonic()
+        longest = min(self.max_length or WARM, WARM)
+        shapes = list(warm_shapes(longest, self._batch_tokens, devices=mesh["data"] * mesh["fsdp"]))
+        try:
+            for rows, tokens in shapes:
+                if self._stopping:
+                    return
+                self.model.outputs([[0] * tokens] * rows)
+        except Exception as error:
+            self.failure = error
+        else:
+            self.ready = True
+            log.info("ready: %d shapes compiled in %.0f seconds", len(shapes), time.monotonic() - begun)
+
+    def start(self, failed: Callable[[], None]) -> None:
+        """Warms up beside the event loop that runs, which calls `failed` if that fails."""
+        loop, work = asyncio.get_running_loop(), self.warm_up
+
+        def warm() -> None:
+            work()
+            if self.failure:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(failed)
+
+        self._warming = threading.Thread(target=warm, name="warming up", daemon=True)
+        self._warming.start()
+
+    def close(self, seconds: float) -> None:
+        """Takes no more requests, and finishes what is queued if that takes no longer; `busy` says what goes on."""
+        self._stopping = True
+        end = time.monotonic() + seconds
+        for pool in (self._small, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)
+        if not self.batcher.close(max(seconds, 0.1)):  # an idle thread needs a moment, too
+            log.warning("the model is still computing %g seconds after the stop; that is given up", seconds)
+        while self.busy and time.monotonic() < end:
+            time.sleep(0.01)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread still works: the interpreter's end would wait for it, or abort in the model's."""
+        pools = [thread for pool in (self._small, self._large) for thread in pool._threads]
+        return self.batcher.alive or any(thread.is_alive() for thread in (self._warming, *pools))
+
+    async def prepared(
+        self,
+        data: bytearray,
+        read: Callable[[Body], T],
+        gone: Callable[[], Awaitable[bool]],
+        repeats: Callable[[Body], int] = lambda body: 1,
+    ) -> T:
+        """What a request's body asks for, parsed and tokenized in threads.
+
+        Args:
+            data: the body.
+            read: makes it of the JSON object.
+            gone: says whether the client is no longer there.
+            repeats: how often, at most, what is in the body is tokenized.
+
+        Raises:
+            Refused: by `read`, it is not JSON, the client has gone, or the server stops.
+        """
+
+        def small() -> T | concurrent.futures.Future[T]:
+            body = parse(data)
+            return self._large.submit(read, body) if len(data) * repeats(body) > LARGE else read(body)
+
+        large = len(data) > LARGE
+        try:
+            first = self._large.submit(lambda: read(parse(data))) if large else self._small.submit(small)
+        except RuntimeError:  # it is shut down
+            raise Refused(503, "the server is stopping; try again later") from None
+        made: Any = await _unless_gone(first, gone)
+        return await _unless_gone(made, gone) if isinstance(made, concurrent.futures.Future) else made
+
+    async def outputs(self, asked: Asked, gone: Callable[[], Awaitable[bool]]) -> np.ndarray:
+        """Outputs [n, A] of sequences.
+
+        Args:
+            asked: the sequences.
+            gone: says whether the client is no longer there.
+
+        Raises:
+            Refused: the queue is full, the server stops, or the client has gone.
+        """
+        try:
+            answer = self.batcher.submit(asked.sequences, asked.prompts)
+        except QueueFull as full:
+            raise Refused(503, f"{full}; try again later") from None
+        return await _unless_gone(answer, gone)
+
+    def told(self, outputs: np.ndarray, activation: bool | None) -> np.ndarray:
+        """What is answered: rewards as they are, or normalized; of a judge the probabilities of its verdicts.
+
+        Args:
+            outputs: float32 [n, A], of the head.
+            activation: vLLM's `use_activation`; False gives a judge's outputs as they are.
+
+        Raises:
+            Refused: an activation is asked of rewards.
+        """
+        objective = self.model.objective
+        judges = objective is not None and objective.problem_type == "single_label_classification"
+        if activation and not judges:
+            raise Refused(400, "`use_activation` is true, it must be false or left out: a reward is no probability")
+        if self._normalize is not None:
+            outputs = (outputs - self._normalize[0]) / self._normalize[1]
+        if judges and activation is not False:
+            return np.stack(list(self.model.decode(outputs).values()), -1)
+        return outputs
+
+    def rewards(self, outputs: np.ndarray) -> np.ndarray:
+        """[n]: what /score answers.
+
+        Raises:
+            Refused: the model has no single reward.
+        """
+        values = self.model.decode(outputs)
+        if "score" not in values:
+            raise Refused(400, f"the model gives {', '.join(values)}, not one reward; ask /classify")
+        mean, std = self._normalize or (0.0, 1.0)
+        return (values["score"] - mean) / std
+
+
+async def _unless_gone(answer: "concurrent.futures.Future[T]", gone: Callable[[], Awaitable[bool]]) -> T:
+    """The result of a future, which is cancelled if nobody waits for it any more: a queued one is then never begun."""
+    waiting = asyncio.wrap_future(answer)
+    try:
+        while not waiting.done():
+            await asyncio.wait([waiting], timeout=ASK_SECONDS)
+            if not waiting.done() and await gone():
+                raise Refused(499, "the client has gone")
+        if waiting.cancelled():
+            raise Refused(503, "the server stopped before this request's turn; try again later")
+        return waiting.result()
+    finally:
+        answer.cancel()
+        waiting.cancel()
+
+
+def warm_shapes(longest: int, tokens: int, devices: int) -> Iterator[tuple[int, int]]:
+    """Numbers of full rows, and their tokens, that between them need every shape that a batch comes in.
+
+    Rows and their tokens are powers of two; see inference.py.
+
+    Args:
+        longest: tokens of the longest sequence.
+        tokens: of a batch.
+        devices: that rows are split over.
+    """
+    most = min(tokens, devices * engine.BATCH_TOKENS.get(jax.default_backend(), engine.DEFAULT_BATCH_TOKENS))
+    for row in itertools.takewhile(lambda n: n <= engine.row_tokens(longest), _doubled(engine.LEAST_ROW)):
+        for rows in _doubled(devices):
+            yield rows, row
+            if rows * row >= most:
+                break
+
+
+def _doubled(first: int) -> Iterator[int]:
+    return (first << i for i in itertools.count())

@@ -1,0 +1,206 @@
+"""What a run leaves: its model measured, judged, exported and described; once, of the step that is exported."""
+
+import dataclasses
+import functools
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from rmjax.batches import prepare
+from rmjax.batches.chat import Chat
+from rmjax.batches.groups import Groups
+from rmjax.data import sources
+from rmjax.evaluate import evaluating, gate
+from rmjax.evaluate.benchmarks import Benchmark
+from rmjax.export import write as export
+from rmjax.inference.reward_model import Kind, RewardModel
+from rmjax.models import heads, hf
+from rmjax.models.config import ModelConfig
+from rmjax.objectives.base import Objective
+from rmjax.report import card
+from rmjax.report.run import report
+from rmjax.runtime import exits, files, processes
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
+
+
+class NotGoodEnough(RuntimeError):
+    """The model fails the quality gate, and config.gate.exit_code asks to say so."""
+
+    exit_code = exits.NOT_GOOD_ENOUGH
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a run's parameters are the parameters of."""
+
+    chat: Chat
+    values: dict[str, Any]  # of a Hugging Face config.json
+    config: ModelConfig
+    objective: Objective
+
+    def reward_model(self, params: Any, mesh: jax.sharding.Mesh, dtype: str) -> RewardModel:
+        """The model that these parameters make; it shares them.
+
+        Args:
+            params: of a run's state, with the objective's own.
+            mesh: that they are on.
+            dtype: of the computation, as config.model.compute_dtype.
+        """
+        kind = Kind.trained(self.objective, jax.device_get(params.get("objective", {})))
+        dtype = heads.compute_dtype(dtype, mesh.devices.flat[0].platform)
+        return RewardModel(self.chat, self.config, prepare.model_params(params), mesh, dtype, kind)
+
+
+def measure(
+    model: RewardModel, sets: Mapping[str, Groups], tests: Sequence[tuple[Benchmark, Groups]], where: Path, step: int
+) -> dict[str, Any]:
+    """The evaluation of a run's model: every set and benchmark, with intervals.
+
+    Args:
+        model: of the exported step.
+        sets: by name, of the objective's own task.
+        tests: the benchmarks.
+        where: the export.
+        step: the exported one.
+
+    Returns:
+        evaluation.json; under "errors" why a set or a benchmark could not be measured.
+    """
+    assert model.objective is not None
+    task = model.objective.task
+    found: dict[str, Any] = {"version": 1, "model": str(where), "step": step, "sets": {}, "benchmarks": {}}
+    of_set = lambda groups: evaluating.measured(model, groups, task)
+    asked: list[tuple[str, str, Any]] = [
+        ("sets", name, functools.partial(of_set, groups)) for name, groups in sets.items()
+    ]
+    asked += [
+        ("benchmarks", test.name, functools.partial(evaluating.run_benchmark, model, test, groups))
+        for test, groups in tests
+    ]
+    for part, name, ask in asked:
+        try:
+            found[part][name] = ask()
+        except ValueError as error:  # rewards that are not finite, or nothing to compare: it is exported all the same
+            logging.warning("%s cannot be measured: %s", name, error)
+            found.setdefault("errors", {})[name] = str(error)
+    return found
+
+
+def write(
+    config: ConfigDict,
+    workdir: Path,
+    model: Model,
+    params: Any,
+    mesh: jax.sharding.Mesh,
+    step: int,
+    sets: Mapping[str, Groups],
+    tests: Sequence[tuple[Benchmark, Groups]],
+    data: str,
+    saved: Mapping[str, float],
+    run: str,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Measures, judges, exports and describes a run's model; every process of a run must call it.
+
+    Args:
+        config: of the run.
+        workdir: gets evaluation.json, quality.json, environment.json, export/, report.html and report/.
+        model: what was trained.
+        params: of the exported step; deleted once they are written.
+        mesh: that they are on.
+        step: the exported one.
+        sets: "validation", and "train_slice" if there is one.
+        tests: the benchmarks of config.eval.benchmarks.
+        data: fingerprint of the training data.
+        saved: metrics that the exported step was saved with; they count where metrics.jsonl has lost its line.
+        run: id of the run.
+
+    Returns:
+        The verdict of the quality gate, and the metrics of the exported step.
+    """
+    lines = read_lines(workdir / "metrics.jsonl") if processes.is_first() else []
+    found = (x for x in reversed(lines) if x["step"] == step and "validation/loss" in x)
+    metrics = next(found, {"step": step, **saved})
+    metrics = processes.agree("metrics", metrics)
+    judged = model.reward_model(params, mesh, config.model.compute_dtype)
+    evaluation = measure(judged, sets, tests, workdir / "export", step)
+    verdict = processes.agree("quality", gate.judge(config.gate.to_dict(), evaluation, lines))  # lines are the first's
+    if processes.is_first():
+        save(workdir / "evaluation.json", evaluation)
+        save(workdir / "quality.json", verdict)
+        save(workdir / "environment.json", environment(mesh))
+    told = {"evaluation": evaluation, "quality": verdict, "parameters": sum(x.size for x in jax.tree.leaves(params))}
+    told["base_model"] = base_model(config)
+    name = f"{Path(config.model.init_from).name or model.values['model_type']}-{config.objective.name}".replace(
+        "_", "-"
+    )
+    describe = lambda terms, values: card.text(name, config=public(config), contract=terms, model=values, **told)
+    export.write(
+        workdir / "export",
+        params,
+        objective=model.objective,
+        config=config,
+        values=model.values,
+        model=model.config,
+        chat=model.chat,
+        metrics=metrics,
+        data=data,
+        golden=export.golden_sequences(sets["validation"]),
+        estimates=estimates(evaluation),
+        card=describe,
+        run=run,
+    )
+    if processes.is_first() and config.log.report:
+        report.write(workdir, **report.of_run(workdir))
+    return verdict, metrics
+
+
+def estimates(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics with intervals, by "validation/accuracy", as the contract keeps them."""
+    parts = {**evaluation["sets"], **evaluation["benchmarks"]}
+    return {f"{name}/{metric}": x for name, part in parts.items() for metric, x in part["metrics"].items()}
+
+
+def base_model(config: ConfigDict) -> str:
+    """The hub id that the run started from; "" where it was a directory, or from scratch."""
+    base = str(config.model.init_from)
+    return base if hf.is_hub_id(base) and not Path(base).is_dir() else ""
+
+
+def public(config: ConfigDict) -> dict[str, Any]:
+    """The config as an export may tell it: local data by its name, not by its place."""
+    values = config.to_dict()
+    for key in ("train", "validation"):
+        items = sources.split_spec(values["data"][key]) if values["data"][key] else []
+        values["data"][key] = ", ".join(item if "://" in item else Path(item).name for item in items)
+    return values
+
+
+def environment(mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """What it ran on and with."""
+    device = mesh.devices.flat[0]
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return {
+        "devices": f"{mesh.size} x {device.device_kind} ({axes}), {jax.process_count()} processes",
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; [] where there is none."""
+    kept = files.whole_lines(path.read_bytes())[0] if path.exists() else b""
+    return [json.loads(line) for line in kept.splitlines()]
+
+
+def save(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes JSON, whole and synced."""
+    files.write_json(path, values)

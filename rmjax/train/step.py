@@ -1,0 +1,302 @@
+"""The step: what is differentiated, accumulated over micro-batches, and done to the parameters; and its compilation."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from ml_collections import ConfigDict
+
+from rmjax import sharding
+from rmjax.batches import loader, prepare
+from rmjax.batches.groups import Groups
+from rmjax.batches.loader import Shape
+from rmjax.batches.packing import Plan
+from rmjax.batches.prepare import Split
+from rmjax.hardware import memory
+from rmjax.kernels import tree_attention
+from rmjax.models import heads
+from rmjax.models.config import ModelConfig
+from rmjax.objectives import sums as sums_lib
+from rmjax.objectives.base import Objective
+from rmjax.objectives.sums import Sums
+from rmjax.runtime import processes
+from rmjax.train import host_state, optim
+
+
+def abstract_model(
+    config: ConfigDict, model: ModelConfig, objective: Objective, mesh: jax.sharding.Mesh
+) -> tuple[Any, Any]:
+    """The model's structure, and shapes with shardings of all parameters; nothing is allocated.
+
+    Raises:
+        ValueError: a form of attention that does not serve.
+    """
+    platform = mesh.devices.flat[0].platform
+    dtype = heads.compute_dtype(config.model.compute_dtype, platform)
+    form, why = tree_attention.choose(config.model.attention, platform, model.head_dim, dtype)
+    if why:
+        logging.warning("attention falls back to the form for any device (xla): %s", why)
+    if why := tree_attention.whole_heads(model.heads, model.kv_heads, mesh.shape["tensor"]):
+        logging.warning("%s", why)
+    graph, shapes = heads.abstract(
+        model,
+        len(objective.labels),
+        config.model.param_dtype,
+        dtype,
+        architecture=objective.architecture,
+        attention=form,
+    )
+    own = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in objective.params().items()}
+    shapes = prepare.with_own(shapes, own)
+    return graph, sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
+
+
+def forward(params: Any, batch: dict[str, jax.Array], graph: Any, config: ConfigDict) -> Any:
+    """The model's outputs for one micro-batch [B, ...]."""
+    model = heads.merge(graph, prepare.model_params(params))
+    return model(batch, remat=config.model.remat, scan=not config.debug)
+
+
+def loss_sums(params: Any, batch: dict[str, jax.Array], graph: Any, objective: Objective, config: ConfigDict) -> Sums:
+    """Losses and metrics of one micro-batch [B, ...] as sums."""
+    return objective.sums(forward(params, batch, graph, config), batch, params.get("objective", {}))
+
+
+def evaluation(
+    params: Any, batch: dict[str, jax.Array], graph: Any, objective: Objective, config: ConfigDict
+) -> tuple[Sums, dict[str, jax.Array]]:
+    """Losses and metrics of one micro-batch [B, ...] as sums, and its outcomes."""
+    outputs, own = forward(params, batch, graph, config), params.get("objective", {})
+    return objective.sums(outputs, batch, own), objective.outcomes(outputs, batch, own)
+
+
+def accumulate(loss: Callable[[Any, Any], Sums], params: Any, batch: Any) -> tuple[Any, Sums]:
+    """Sums the gradients of the loss's numerator, and all sums, over the micro-batches of a step [M, B, ...].
+
+    Several are added in float32; that of one has the parameters' dtypes.
+    """
+
+    def one(micro: Any) -> tuple[Any, Sums]:
+        numerator = lambda p: (lambda sums: (sums["loss"][0], sums))(loss(p, micro))
+        grads, sums = jax.grad(numerator, has_aux=True)(params)
+        return grads, sums
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    if jax.tree.leaves(batch)[0].shape[0] == 1:
+        return one(first)
+    grads, sums = jax.eval_shape(one, first)
+    start = jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), grads), sums_lib.nothing(sums)
+
+    def body(carry: tuple[Any, Sums], micro: Any) -> tuple[tuple[Any, Sums], None]:
+        grads, sums = one(micro)
+        return (jax.tree.map(jnp.add, carry[0], grads), sums_lib.add(carry[1], sums)), None
+
+    return jax.lax.scan(body, start, batch)[0]
+
+
+class Move(NamedTuple):
+    """What an update needs to know beside the gradients; all scalars.
+
+    Attributes:
+        weight: what the sums of gradients are divided by.
+        norm: of the divided gradients, all together.
+        rate: the learning rate.
+        step: the step's number.
+        goes_on: whether anything is to move.
+    """
+
+    weight: jax.Array
+    norm: jax.Array
+    rate: jax.Array
+    step: jax.Array
+    goes_on: jax.Array
+
+
+def gradients(
+    params: Any, batch: Any, step: jax.Array, halted: jax.Array, *, loss: Any, rate: optim.Schedule, config: ConfigDict
+) -> tuple[Any, Sums, jax.Array, Move]:
+    """The first half of a step. A loss or gradient that is not finite is counted.
+
+    Args:
+        params: the parameters.
+        batch: arrays [M, B, ...].
+        step: int32 scalar, the step's number from 0.
+        halted: bool scalar, whether an earlier step asked to stop: then the state stays as it was. The loop reads a
+            step's sums only after it has started the next one.
+        loss: (params, micro-batch) -> sums.
+        rate: learning rate of a step.
+        config: the config.
+
+    Returns:
+        Summed gradients, as `accumulate` gives them; the step's sums with `grad_norm`, `learning_rate` and
+        `nonfinite_count`; `halted` for the next step; and what `update` needs to know.
+    """
+    grads, sums = accumulate(loss, params, batch)
+    grads = optim.trainable(config.optim, grads)
+    weight = jnp.maximum(sums["loss"][1], jnp.finfo(jnp.float32).tiny)
+    norm, lr = optax.tree.norm(mean(grads, weight)), rate(step)
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"][0])
+    move = Move(weight, norm, lr, step, finite & ~halted)
+    extra = {"grad_norm": (norm, 1), "learning_rate": (lr, 1), "nonfinite_count": (~finite, 0)}
+    halted = halted | (~finite & (config.on_nonfinite == "stop"))
+    sums |= {name: sums_lib.fraction(*value) for name, value in extra.items()}
+    return grads, sums, halted, move
+
+
+def mean(grads: Any, weight: jax.Array) -> Any:
+    """Sums of gradients, divided, in float32."""
+    return jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
+
+
+def update(params: Any, opt: Any, grads: Any, move: Move, *, tx: Any, config: ConfigDict) -> tuple[Any, Any]:
+    """The second half of a step: moves parameters and optimizer state, or leaves both as they were.
+
+    All three may be parts, see `optim.make`; `grads` and `move` are what `gradients` gives.
+    """
+    grads = optim.clipped(config.optim, mean(grads, move.weight), move.norm)
+    updates, moved_opt = tx.update(grads, opt, params)
+    moved = optim.apply(params, updates, move.rate, config.seed, move.step)
+    return jax.tree.map(lambda a, b: jnp.where(move.goes_on, a, b), (moved, moved_opt), (params, opt))
+
+
+def train_step(
+    state: dict[str, Any], batch: Any, step: jax.Array, halted: jax.Array, *, first: Any, second: Any
+) -> tuple[dict[str, Any], Sums, jax.Array]:
+    """One optimizer step.
+
+    Args:
+        state: {"params", "opt"}.
+        batch: see `gradients`.
+        step: see `gradients`.
+        halted: see `gradients`.
+        first: `gradients` of this run.
+        second: `update` of this run.
+
+    Returns:
+        The new state, and the step's sums and `halted` as `gradients` gives them.
+    """
+    grads, sums, halted, move = first(state["params"], batch, step, halted)
+    params, opt = second(state["params"], state["opt"], grads, move)
+    return {"params": params, "opt": opt}, sums, halted
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is compiled, and the shapes it is compiled for.
+
+    Attributes:
+        step: (state, batch, step number, halted) -> (state, sums, halted); the state is donated.
+        evaluate: (params, batch) -> (sums, outcomes).
+        state: shapes and shardings of {"params", "opt"}.
+        shardings: those of `state`.
+        remat: what the backward pass recomputes, as `config.model.remat`.
+    """
+
+    step: Any
+    evaluate: Any
+    state: Any
+    shardings: Any
+    remat: str = "full"
+
+    def lower(self, shape: Shape, mesh: jax.sharding.Mesh) -> Any:
+        """The step for batches of this shape, ready to be compiled; call it where the mesh is set."""
+        rows, one = sharding.named(mesh, sharding.BATCH), sharding.named(mesh)
+        scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=one)
+        return self.step.lower(self.state, loader.abstract_batch(shape, rows), scalar(jnp.int32), scalar(jnp.bool_))
+
+    def with_evaluation(self, shape: Shape, mesh: jax.sharding.Mesh) -> "Program":
+        """The program with its evaluation compiled for batches of this shape."""
+        if not hasattr(self.evaluate, "lower"):  # config.debug
+            return self
+        batch = loader.abstract_batch(shape, sharding.named(mesh, sharding.BATCH))
+        with jax.set_mesh(mesh):
+            return dataclasses.replace(self, evaluate=self.evaluate.lower(self.state["params"], batch).compile())
+
+
+def build_program(
+    config: ConfigDict, graph: Any, objective: Objective, params: Any, mesh: jax.sharding.Mesh, plan: Plan
+) -> Program:
+    """Builds the jitted step and evaluation; `params` are shapes with shardings, `config.model.remat` is not "auto"."""
+    tx = optim.make(config.optim, config.seed)
+    warmup, decay = (prepare.steps_in(d, plan, least=0) for d in (config.optim.warmup, config.optim.decay))
+    rate = optim.schedule(config.optim, plan.steps, warmup, decay)
+    loss = lambda p, b: loss_sums(p, b, graph, objective, config)
+    replicated = sharding.named(mesh)
+    opt = jax.eval_shape(tx.init, params)
+    of_params = jax.tree.map(lambda x: x.sharding, params)
+    shardings = {"params": of_params, "opt": optim.state_shardings(opt, params, replicated)}
+    first: Any = functools.partial(gradients, loss=loss, rate=rate, config=config)
+    second = functools.partial(update, tx=tx, config=config)
+    step: Any = functools.partial(train_step, first=first, second=second)
+    evaluate = lambda p, batch: evaluation(p, jax.tree.map(lambda x: x[0], batch), graph, objective, config)
+    if not config.debug:
+        if config.optim.state_on == "host":
+            first = jax.jit(first, out_shardings=(of_params, replicated, replicated, replicated))
+            on_device, home = shardings["opt"], host_state.on_host(shardings["opt"], params)
+            step = host_state.HostStep.make(first, second, params, on_device, home)
+            shardings["opt"] = home
+        else:
+            step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated, replicated))
+        evaluate = jax.jit(evaluate, out_shardings=replicated)
+    state = sharding.with_shardings({"params": params, "opt": opt}, shardings)
+    return Program(step, evaluate, state, shardings, config.model.remat)
+
+
+def compile_program(
+    config: ConfigDict,
+    model: ModelConfig,
+    graph: Any,
+    objective: Objective,
+    params: Any,
+    mesh: jax.sharding.Mesh,
+    groups: Groups,
+    plan: Plan,
+    limit: int = 0,
+) -> tuple[Program, Split, str]:
+    """Compiles the step for the plan's batches with the cheapest settings that fit the devices (memory.py).
+
+    Args:
+        config, model, graph, objective, params, mesh, groups, plan: of the run; see `abstract_model` for the shapes.
+        limit: bytes of a device; 0 is what it reports, which devices that are not here cannot.
+
+    Returns:
+        The program, its step compiled; the plan with the shape of its batches; a line that says what was chosen.
+
+    Raises:
+        ValueError: no settings fit.
+    """
+    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    most_rows = -(-int(np.diff(plan.step_start).max()) // row_devices)
+    choices = memory.candidates(config.model.remat, config.plan.micro_rows, plan.row_tokens, most_rows)
+
+    @functools.cache
+    def of(remat: str) -> Program:
+        settled = config.copy_and_resolve_references()
+        settled.model.remat = remat
+        return build_program(settled, graph, objective, params, mesh, plan)
+
+    split = lambda rows: Split(groups, plan, prepare.batch_shape(groups, plan, row_devices, rows))
+    if config.debug:
+        remat, rows = next(choices)
+        return of(remat), split(rows), "step: not compiled (config.debug)"
+
+    def compile_step(remat: str, rows: int) -> Any:
+        with jax.set_mesh(mesh):
+            return of(remat).lower(split(rows).shape, mesh).compile()
+
+    item = jnp.dtype(heads.compute_dtype(config.model.compute_dtype, mesh.devices.flat[0].platform)).itemsize
+
+    def least(remat: str, rows: int) -> int:
+        kept = memory.kept(model, remat) * (model.layers - 1) * rows * plan.row_tokens // mesh.shape["tensor"]
+        return sharding.bytes_per_device(of(remat).state) + kept * item
+
+    if not limit:  # all processes must settle on the same, so the smallest device decides
+        limit = min(processes.gather("memory", memory.limit(mesh.local_devices[0])))
+    fit = memory.settle(choices, compile_step, least, limit)
+    return dataclasses.replace(of(fit.remat), step=fit.compiled), split(fit.micro_rows), fit.line

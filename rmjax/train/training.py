@@ -1,0 +1,517 @@
+"""The training run, top to bottom: config, model, loop, export. `prepare.py` makes its data, `step.py` its step."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from rmjax import config as config_lib
+from rmjax import objectives, sharding
+from rmjax.batches import loader, prepare
+from rmjax.batches.chat import set_pad_token
+from rmjax.batches.groups import Groups
+from rmjax.batches.prepare import Split
+from rmjax.checkpoint import Checkpointer
+from rmjax.data import ledger
+from rmjax.evaluate import evaluating, gate
+from rmjax.evaluate.benchmarks import Benchmark
+from rmjax.export import write as export
+from rmjax.models import config as model_config
+from rmjax.models import decoder, hf
+from rmjax.objectives import sums as sums_lib
+from rmjax.objectives.base import Objective
+from rmjax.objectives.sums import Sums
+from rmjax.runtime import command_line, ownership, passwords, processes, signals
+from rmjax.runtime.exits import InputError
+from rmjax.runtime.signals import Stop, Stopped
+from rmjax.train import dry_run as dry_runs
+from rmjax.train import finish, optim, resume
+from rmjax.train.finish import Model
+from rmjax.train.resume import Host
+from rmjax.train.step import Program, abstract_model, build_program, compile_program
+from rmjax.train.watch import Watch, reward_drift, work_of_steps
+from rmjax.train.writers import Writers
+
+NEW_FILES = ("config.json", "audit.json", "metrics.jsonl", "timings.jsonl", "tensorboard")  # of a run that begins
+MOST_ROLLBACKS = 3  # to one checkpoint; if no new one could be saved by then, the rows are not to blame
+
+
+class NonFiniteError(RuntimeError):
+    """A NaN or an infinity in a step's loss or gradients."""
+
+
+class GoBack(Exception):
+    """The step `bad` is not finite, and config.on_nonfinite is "rollback"."""
+
+    def __init__(self, bad: int):
+        self.bad = bad
+
+
+# ----------------------------------------------------------------------------------------------------
+# Loop
+# ----------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    program: Program,
+    params: Any,
+    split: Split,
+    objective: Objective,
+    mesh: jax.sharding.Mesh,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Metrics over every group of the split, each exactly once; None if `stop` is true before all are computed."""
+    total: Sums = {}
+    outcomes: list[dict[str, np.ndarray]] = []
+    for batch in loader.batches(split.groups, split.plan, split.shape, sharding.named(mesh, sharding.BATCH)):
+        if stop():
+            return None
+        sums, seen = jax.device_get(program.evaluate(params, batch))
+        sums = sums_lib.to_host(sums)
+        total = sums_lib.add(total, sums) if total else sums
+        outcomes.append(seen)
+    return objective.summary(total, {n: np.concatenate([seen[n] for seen in outcomes]) for n in outcomes[0]})
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything the loop needs, made once."""
+
+    config: ConfigDict
+    mesh: jax.sharding.Mesh
+    objective: Objective
+    program: Program
+    train: Split
+    evaluations: dict[str, Split]  # by the name that their metrics carry
+    tests: list[tuple[Benchmark, Groups]]  # the benchmarks of config.eval.benchmarks
+    model: Model
+    checkpointer: Checkpointer
+    writers: Writers
+    watch: Watch
+    stop: Stop
+    id: str
+
+    @property
+    def steps_block(self) -> bool:
+        """Whether a step must end before the next one starts: several CPU devices of one process can deadlock."""
+        return self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
+
+    def every(self, duration: str) -> int:
+        """A duration of the config in steps."""
+        return prepare.steps_in(duration, self.train.plan)
+
+    def evaluate(self, state: dict[str, Any], host: Host, step: int) -> dict[str, float] | None:
+        """Evaluates every split and writes one line; None if the run is to stop before that is done."""
+        values: dict[str, float] = {}
+        for name, split in self.evaluations.items():
+            parts = (split, self.objective, self.mesh, self.stop.agreed)
+            if (found := evaluate(self.program, state["params"], *parts)) is None:
+                return None
+            values |= {f"{name}/{key}": value for key, value in found.items()}
+        model = self.model.reward_model(state["params"], self.mesh, self.config.model.compute_dtype)
+        for test, groups in self.tests:
+            if self.stop.agreed():
+                return None
+            values |= evaluating.flat(test, evaluating.run_benchmark(model, test, groups))
+        if step == 0:
+            host.rewards = {name: value for name, value in values.items() if name.endswith("/reward_mean")}
+        values |= reward_drift(values, host.rewards)
+        self.writers.write(step, values)
+        return values
+
+    def write_window(self, host: Host, step: int) -> None:
+        """Writes the training line of the steps since the last one."""
+        values = self.objective.summary(host.window) if host.window else {}
+        values.pop("nonfinite_count", None)
+        values["skipped_steps"] = float(host.skipped)
+        host.window = {}
+        self.writers.write(step, {f"train/{key}": value for key, value in values.items()})
+
+    def settle(self, state: dict[str, Any], host: Host, done: int, evaluates: bool, saved: bool = False) -> None:
+        """Evaluates if that is due and saves; if the run is to stop meanwhile, the next start evaluates.
+
+        Args:
+            state: after `done` steps.
+            host: changes.
+            done: the number of steps.
+            evaluates: whether an evaluation is due.
+            saved: whether the state is saved already, and only the evaluation is not.
+        """
+        values = self.evaluate(state, host, done) if evaluates else None
+        host.unevaluated = evaluates and values is None
+        if values is not None:
+            self.watch.progress.note(f"step {done}: {in_words(values, self)}")
+            rule = self.config.checkpoint
+            host.judge(values.get(rule.metric), rule.mode, rule.patience)
+            if host.stopped and host.window:
+                self.write_window(host, done)
+        if not saved:
+            self.save(state, host, done, values)
+        elif values is not None:
+            self.checkpointer.amend(done, host.to_json(), values)
+        self.watch.resume()
+
+    def save(self, state: dict[str, Any], host: Host, done: int, values: dict[str, float] | None = None) -> None:
+        """Starts saving the state after `done` steps, and the values of its evaluation if there was one."""
+        host.rows = self.train.plan.digest(done)
+        self.writers.sync()  # the next start goes on with the lines up to here
+        self.checkpointer.save(done, state, host.to_json(), values)
+
+    def not_finite(self, state: dict[str, Any], host: Host, step: int) -> None:
+        """Does with a step that is not finite what config.on_nonfinite says."""
+        split = self.train
+        rows = [split.groups.id(int(i)) for row in split.plan.rows(step) for i in row]
+        shown = ", ".join(rows[:20]) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
+        what = f"step {step}: the loss or a gradient is NaN or infinite. Its groups: {shown}"
+        if self.config.on_nonfinite == "skip":
+            host.skipped += 1
+            logging.warning("%s. It was skipped; %d so far", what, host.skipped)
+        elif self.config.on_nonfinite == "rollback":
+            logging.warning("%s", what)
+            raise GoBack(step)
+        else:
+            if step not in self.checkpointer.steps():
+                self.save(state, host, step)
+            self.checkpointer.wait()
+            raise NonFiniteError(
+                f"{what}. The state from before it is saved as checkpoint {step}. Look at these rows, lower "
+                "config.optim.learning_rate, or set config.on_nonfinite=skip, or rollback to leave out the rows since "
+                "the last checkpoint as well; the same workdir goes on from there."
+            )
+
+
+def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
+    """Trains from step `start` to the end of the plan or an early stop; returns the number of steps done.
+
+    While the devices compute a step, the host reads the sums of the one before and sends the next batch.
+    """
+    config, plan = run.config, run.train.plan
+    log_every, eval_every = run.every(config.log.every), run.every(config.eval.every)
+    save_every = run.every(config.checkpoint.every or config.eval.every)
+    watch, progress = run.watch, run.watch.progress
+    if start == 0:
+        before = run.evaluate(state, host, 0)
+        if before is None:
+            raise Stopped(0)
+        if config.checkpoint.metric not in before:
+            names = ", ".join(sorted(before))
+            raise InputError(f"config.checkpoint.metric={config.checkpoint.metric!r} is not measured; there is {names}")
+        progress.note(f"before training: {in_words(before, run)}")
+    done, saved = host.next_step(start), start
+    if host.unevaluated:
+        run.settle(state, host, done, evaluates=True, saved=done == saved)
+        saved = done
+    elif host.stopped or done == plan.steps:
+        progress.note("the run is done: nothing is trained, only exported")
+    rows, everywhere = sharding.named(run.mesh, sharding.BATCH), sharding.named(run.mesh)
+    ahead = watch.batches(loader.batches(run.train.groups, plan, run.train.shape, rows, done), done)
+    batch, halted = next(ahead, None), sharding.place(np.bool_(False), everywhere)
+    unread: list[tuple[int, Any]] = []
+
+    def read(step: int, sums: Any) -> None:
+        sums = sums_lib.to_host(jax.device_get(sums))
+        if sums["nonfinite_count"][0]:
+            run.not_finite(state, host, step)
+        else:
+            host.count(sums)
+        watch.done(step + 1, run.objective.summary(sums))
+        if (step + 1) % log_every == 0 or step + 1 == plan.steps:
+            run.write_window(host, step + 1)
+            run.writers.timing(step + 1, watch.scalars())
+
+    stops = False
+    for step in range(done, plan.steps):
+        if host.stopped or host.unevaluated or (stops := run.stop.agreed(step + 1)):
+            break
+        with watch.step(step + 1):
+            state, sums, halted = run.program.step(state, batch, sharding.place(np.int32(step), everywhere), halted)
+        watch.follow(step + 1, sums)
+        unread.append((step, sums))
+        batch = next(ahead, None)
+        done = step + 1
+        evaluates, saves = done % eval_every == 0 or done == plan.steps, done % save_every == 0
+        while len(unread) > (0 if evaluates or saves or run.steps_block else 1):
+            read(*unread.pop(0))
+        if evaluates or saves:
+            run.settle(state, host, done, evaluates)
+            saved = done
+    while unread:
+        read(*unread.pop(0))
+    if stops and done > saved:
+        run.save(state, host, done)
+    run.checkpointer.wait()
+    if stops or host.unevaluated:
+        raise Stopped(done)
+    if host.stopped:
+        progress.note(
+            f"stopped early: {config.checkpoint.metric} has not improved on {host.best} for {host.waits} evaluations"
+        )
+    return done
+
+
+def through(
+    opened: Callable[[int], contextlib.AbstractContextManager[Run]],
+    begin: Callable[[int], tuple[dict[str, Any], Host, int]],
+    state: dict[str, Any],
+    host: Host,
+    start: int,
+) -> tuple[Run, int]:
+    """Trains to the end, from the newest checkpoint again wherever the loop asks to go back; returns the steps done.
+
+    Args:
+        opened: the run with its writers, for a step to start from.
+        begin: what to start with instead, given the bad step.
+        state: what to start with, as are `host` and `start`.
+        host: see `state`.
+        start: see `state`.
+    """
+    tries: collections.Counter[int] = collections.Counter()
+    while True:
+        with opened(start) as job:
+            try:
+                # Nothing goes to or from the devices unless it is asked for.
+                with command_line.under_way(), job.stop.left_to_loop(), jax.transfer_guard("disallow"):
+                    return job, loop(job, state, host, start)
+            except GoBack as found:
+                bad = found.bad
+        with command_line.under_way():  # the loop's arrays are gone with its frame, so there is room for others
+            state, host, start = begin(bad)
+        tries[start] += 1
+        if tries[start] > MOST_ROLLBACKS:
+            raise NonFiniteError(
+                f"step {bad} is not finite, and {MOST_ROLLBACKS} times before a step after checkpoint {start} was not: "
+                "leaving out rows does not help. Lower config.optim.learning_rate; the same workdir goes on from there."
+            )
+
+
+def in_words(values: dict[str, float], run: Run) -> str:
+    """The metrics a person looks at after an evaluation, in one line."""
+    metric = run.config.checkpoint.metric.rpartition("/")[2]
+    names = dict.fromkeys((*run.objective.shown, metric))
+    found = {name: values.get(f"validation/{name}") for name in names}
+    parts = {name: value for name, value in found.items() if value is not None}  # NaN is null in metrics.jsonl
+    text = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
+    seen, new = values.get(f"train_slice/{metric}"), parts.get(metric)
+    return f"validation {text}" + ("" if seen is None or new is None else f"; {metric} in training {seen - new:+.3g}")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Run
+# ----------------------------------------------------------------------------------------------------
+
+
+def run(config: ConfigDict, workdir: Path, dry_run: bool = False, topology: str = "", stop: Stop | None = None) -> None:
+    """Trains what the config says and exports it; continues where a run in the same workdir stopped.
+
+    Args:
+        config: a config made from `config.defaults()`.
+        workdir: where config, data cache, metrics, checkpoints and export go.
+        dry_run: print the audit, the plan, the parameters, their sharding and the compiled step's memory; no training.
+        topology: of a dry run, hardware that need not be here ("v5p:2x2x4"; topology.py): the step is compiled for it.
+        stop: is asked after each step whether to stop.
+
+    Raises:
+        ValueError: a config, data or checkpoint that cannot be used; says what to change.
+        NonFiniteError: a loss or gradient that is not finite, with config.on_nonfinite="stop", or time and again.
+        Stopped: the run was asked to stop, and has saved.
+    """
+    stop = stop or Stop()
+    config_lib.check(passwords.hide_in(config))
+    changes = resume.check_workdir(config, workdir)
+    if dry_run:
+        _run(config, workdir, topology, stop, dry_run=True)
+        return
+    with _claimed(config, workdir) as (run_id, note):
+        _run(config, workdir, topology, stop, run_id=run_id, note=note, changes=changes)
+
+
+@contextlib.contextmanager
+def _claimed(config: ConfigDict, workdir: Path) -> Iterator[tuple[str, Callable[..., Path]]]:
+    """Marks workdir and checkpoints as this run's and keeps others out; gives the run's id, and what notes new files.
+
+    Bad input that is found later leaves nothing that was noted.
+    """
+    if not processes.is_first():
+        yield resume.claim(config, workdir), lambda path, made=False: path
+        return
+    with contextlib.ExitStack() as stack:
+        if config.checkpoint.dir and "://" not in config.checkpoint.dir:
+            stack.enter_context(signals.alone(Path(config.checkpoint.dir), "config.checkpoint.dir"))
+        note = stack.enter_context(command_line.leaving_nothing(workdir, unless="checkpoints"))
+        for name in (ownership.MARKER, *NEW_FILES):
+            note(workdir / name)
+        yield resume.claim(config, workdir), note
+
+
+def _run(
+    config: ConfigDict,
+    workdir: Path,
+    topology: str,
+    stop: Stop,
+    *,
+    dry_run: bool = False,
+    run_id: str = "",
+    note: Callable[..., Path] = lambda path, made=False: path,
+    changes: Sequence[str] = (),
+) -> None:
+    objective = objectives.make(config.objective)
+    config, devices, limit = dry_runs.target(config, topology)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if dry_run and config.debug:
+        raise ValueError("config.debug compiles nothing, so there is nothing for --dry_run to show; leave one out")
+    prepare.check_sources(config)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        chat = prepare.open_chat(config, Path(scratch))
+    values = prepare.model_values(config, len(chat.tokenizer))
+    pad, changed = set_pad_token(chat, values["vocab_size"])
+    if changed:
+        print(f"pad token: {chat.tokenizer.pad_token!r} ({pad}), because the tokenizer's could be mistaken for text")
+    export.check_tokenizer(chat, values)
+    model = model_config.from_hf(values)
+    graph, shapes = abstract_model(config, model, objective, mesh)
+    optim.check(config.optim, shapes)
+    if config.model.remat != "auto":
+        decoder.saved_names(config.model.remat)
+    if config.model.init_from and not topology:
+        hf.check(hf.resolve(config.model.init_from), prepare.model_params(shapes), model)
+    print(parameter_overview.get_parameter_overview(shapes, include_stats="sharding" if dry_run else False))
+
+    with processes.first_then_others("data"):
+        train_groups, validation_groups = prepare.read_groups(config, chat, objective.task)
+    data = [train_groups.fingerprint, validation_groups.fingerprint]
+    processes.require_same("config and data", [config_lib.to_json(config), *data], "config or data")
+    lines = ledger.lines(train_groups, validation_groups)
+    print("\n".join(lines), flush=True)
+    plan = prepare.plan_training(config, train_groups)
+    print("\n".join(prepare.describe_plan(train_groups, plan)), flush=True)
+    sets = {"validation": validation_groups}
+    if config.eval.train_groups:
+        sets["train_slice"] = train_groups.sample(config.eval.train_groups, config.seed)
+    with processes.first_then_others("benchmarks"):
+        tests = evaluating.read_benchmarks(config, chat, objective.task)
+
+    def compiled() -> tuple[Program, Split, dict[str, Split]]:
+        program, train, line = compile_program(config, model, graph, objective, shapes, mesh, train_groups, plan, limit)
+        axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        print(f"mesh: {axes} on {mesh.size} devices\n{prepare.describe_shape(train.shape)}\n{line}", flush=True)
+        evaluations = prepare.plan_evaluations(config, sets, row_devices, train.shape.rows // row_devices)
+        return program.with_evaluation(next(iter(evaluations.values())).shape, mesh), train, evaluations
+
+    if dry_run:
+        program, train, _ = compiled()
+        if topology:
+            print("\n".join(dry_runs.report(topology, config, mesh, model, program, train)))
+        return
+
+    checkpointer = Checkpointer(
+        resume.directory(config, workdir),
+        keep_latest=config.checkpoint.keep_latest,
+        keep_best=config.checkpoint.keep_best,
+        metric=config.checkpoint.metric,
+        mode=config.checkpoint.mode,
+        owner={"run": run_id, "workdir": str(workdir.absolute()), "config": config_lib.to_json(config)},
+    )
+    with (
+        contextlib.closing(checkpointer),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        compiling = pool.submit(compiled)  # while the weights are read
+        with jax.set_mesh(mesh):
+            shell = build_program(config, graph, objective, shapes, mesh, plan)
+            made_from = resume.identity(config, chat, values, train_groups, validation_groups)
+            begin = functools.partial(
+                resume.restore_or_init, config, checkpointer, shell, model, objective, made_from, plan
+            )
+            first = begin()
+            print("".join(f"changed since the last start: {change}\n" for change in changes), end="", flush=True)
+            if processes.is_first():
+                resume.save_config(config, workdir)
+                prepare.save_audit(workdir / "audit.json", train_groups, plan, validation_groups, objective.task)
+            program, train, evaluations = compiling.result()
+            processes.barrier("compiled")  # devices wait for a late process less patiently
+            work = work_of_steps(train, model, prepare.model_params(shapes))
+            described = Model(chat, values, model, objective)
+
+            @contextlib.contextmanager
+            def opened(start: int) -> Iterator[Run]:
+                watching = Watch.open(config, workdir, work, objective.shown, mesh)
+                with contextlib.closing(Writers.open(workdir, config, start)) as writers, contextlib.closing(watching):
+                    for path in writers.made():
+                        note(path, made=True)
+                    parts = (
+                        program,
+                        train,
+                        evaluations,
+                        tests,
+                        described,
+                        checkpointer,
+                        writers,
+                        watching,
+                        stop,
+                        run_id,
+                    )
+                    yield Run(config, mesh, objective, *parts)
+
+            job, last = through(opened, begin, *first)
+            del first  # makes room for the export
+            with command_line.under_way():
+                conclude(job, workdir, last)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Export
+# ----------------------------------------------------------------------------------------------------
+
+
+def conclude(run: Run, workdir: Path, last: int) -> None:
+    """Measures and exports the best or the last step, and says where everything is and whether it is good enough.
+
+    Raises:
+        NotGoodEnough: it is not, and config.gate.exit_code asks to say so; everything is written.
+    """
+    best = run.checkpointer.best_step() if run.config.export.step == "best" else None
+    step = last if best is None else best
+    state, _ = run.checkpointer.restore_step(step, {"params": run.program.state["params"]})
+    sets = {name: split.groups for name, split in run.evaluations.items()}
+    verdict, metrics = finish.write(
+        run.config,
+        workdir,
+        run.model,
+        state["params"],
+        run.mesh,
+        step,
+        sets,
+        run.tests,
+        run.train.groups.fingerprint,
+        run.checkpointer.metrics(step),
+        run.id,
+    )
+    steps = ", ".join(map(str, run.checkpointer.steps()))
+    tensorboard = f" and {workdir / 'tensorboard'}" if run.config.log.tensorboard else ""
+    report = f"report:      {workdir / 'report.html'}\n" if run.config.log.report else ""
+    print(
+        f"\nstep {step}: {in_words(metrics, run)}\n"
+        + "\n".join(gate.text(verdict))
+        + f"\nexport:      {workdir / 'export'}\n{report}"
+        f"checkpoints: {resume.directory(run.config, workdir)} (steps {steps})\n"
+        f"metrics:     {workdir / 'metrics.jsonl'}{tensorboard}\n"
+        f"score with:  python -m rmjax.score --model={workdir / 'export'} --input=FILE --output=scores.jsonl",
+        flush=True,
+    )
+    if run.config.gate.exit_code and not verdict["passed"]:
+        raise finish.NotGoodEnough(
+            f"the model fails the quality gate (config.gate); {workdir / 'quality.json'} says why"
+        )

@@ -1,0 +1,328 @@
+"""Where the numbers of a run go: metrics.jsonl, timings.jsonl, TensorBoard, Weights & Biases and the terminal.
+
+Metrics go everywhere but to timings.jsonl, timings everywhere but to metrics.jsonl: that file of a resumed run equals
+that of an uninterrupted one byte for byte.
+"""
+
+import json
+import math
+import os
+import shutil
+import struct
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from absl import logging
+
+from rmjax.runtime import files, processes
+
+if TYPE_CHECKING:  # tensorboardX imports torch where that is installed, for seconds: only when it is used
+    from tensorboardX.proto.event_pb2 import Event
+
+EVENT_FILES = "events.out.tfevents.*"
+OUR_EVENTS = ".rmjax"  # ends the names of those that are written here
+
+
+class Writer(Protocol):
+    """Takes named numbers of a step. Steps never decrease; a step may be written more than once."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes `values`; whatever a killed process had written before is on disk when this returns."""
+
+    def sync(self) -> None:
+        """Sends what was written to the disk: a power cut leaves it."""
+
+    def close(self) -> None:
+        """Releases files and threads."""
+
+
+class JsonlWriter:
+    """One line per write: {"step": 10, "train/loss": 0.693...}; every digit, and null where not finite."""
+
+    def __init__(self, path: str | os.PathLike):
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open for the whole run)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line and flushes it."""
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {"step": int(step)} | {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Sends the lines to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.sync()
+        self._file.close()
+
+
+def cut_jsonl(path: str | os.PathLike, step: int) -> None:
+    """Drops the lines after `step`, and what a kill or a power cut left at the end. A missing file is fine."""
+    path = Path(path)
+    if not path.exists():
+        return
+    whole, rest = files.whole_lines(path.read_bytes(), lambda line: isinstance(line["step"], int))
+    if rest.strip(b"\0\n"):
+        logging.warning("%s ended in %d bytes that are no whole line; they are cut off", path, len(rest))
+    kept = [line for line in whole.splitlines(keepends=True) if json.loads(line)["step"] <= step]
+    files.write_whole(path, b"".join(kept))
+
+
+class TensorBoardWriter:
+    """One more event file in `directory`, on disk after every write (SummaryWriter has a queue before it)."""
+
+    def __init__(self, directory: str | os.PathLike, purge_step: int | None = None):
+        """`purge_step` tells a TensorBoard that is open to forget what it has read from this step on."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        # Names have a resolution of a second, and one that exists would be overwritten: hence the count.
+        count = len(list(directory.glob(EVENT_FILES)))
+        self._directory, before = directory, set(directory.iterdir())
+        self._file = EventsWriter(str(directory / "events"), filename_suffix=f".{count}{OUR_EVENTS}")
+        self.made = [path for path in directory.iterdir() if path not in before]
+        if purge_step is not None:
+            self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one scalar per value."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()]
+        self._add(int(step), summary=Summary(value=scalars))
+
+    def sync(self) -> None:
+        """Sends the event files to the disk."""
+        for path in self._directory.glob(f"{EVENT_FILES}{OUR_EVENTS}"):
+            files.sync(path)
+
+    def close(self) -> None:
+        """Closes the event file."""
+        self.sync()
+        self._file.close()
+
+    def _add(self, step: int, **what: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._file.write_event(Event(wall_time=time.time(), step=step, **what))
+        self._file.flush()
+
+
+def cut_events(directory: str | os.PathLike, step: int) -> None:
+    """Rewrites our event files without the points after `step` or a half-written end; those of other programs stay.
+
+    TensorBoard would hide such points by itself, but other readers of event files would not.
+    """
+    for path in Path(directory).glob(f"{EVENT_FILES}{OUR_EVENTS}"):
+        records = read_events(path.read_bytes())
+        files.write_whole(path, b"".join(raw for raw, event in records if event.step <= step or event.file_version))
+
+
+def read_events(data: bytes) -> Iterator[tuple[bytes, "Event"]]:
+    """The whole records of an event file, raw and parsed.
+
+    A record is a little-endian uint64 length, its uint32 checksum, the serialized Event, its uint32 checksum.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorboardX.proto.event_pb2 import Event
+
+    start = 0
+    while start + 12 <= len(data):
+        (length,) = struct.unpack_from("<Q", data, start)
+        end = start + 12 + length + 4
+        if end > len(data) or not length:  # zeros are what a power cut can leave
+            return
+        try:
+            yield data[start:end], Event.FromString(data[start + 12 : end - 4])
+        except DecodeError:
+            return
+        start = end
+
+
+class WandbWriter:
+    """A run on Weights & Biases; a resumed one goes on in the same run, known by `directory`/wandb_id."""
+
+    def __init__(self, directory: str | os.PathLike, project: str, config: Mapping[str, Any]):
+        """Starts or resumes the run.
+
+        Raises:
+            ImportError: wandb is not installed.
+        """
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError(
+                f"log.wandb={project!r} needs wandb: pip install 'rmjax[wandb]', or leave log.wandb empty"
+            ) from error
+        name = Path(directory) / "wandb_id"
+        if not name.exists():
+            files.write_whole(name, uuid.uuid4().hex)
+        self._run = wandb.init(
+            project=project, id=name.read_text(), resume="allow", dir=str(directory), config=dict(config)
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs `values`. The service ignores steps it has already; a resumed run repeats the same numbers."""
+        self._run.log({name: float(value) for name, value in values.items()}, step=step)
+
+    def sync(self) -> None:
+        """W&B keeps its own files."""
+
+    def close(self) -> None:
+        """Uploads the rest and ends the run."""
+        self._run.finish()
+
+
+class Writers:
+    """All writers of a run: metrics to each of `metrics`, timings to each of `timings`."""
+
+    def __init__(self, metrics: Sequence[Writer], timings: Sequence[Writer]):
+        self._metrics, self._timings = metrics, timings
+
+    @classmethod
+    def open(cls, workdir: str | os.PathLike, config: Any, start: int) -> "Writers":
+        """Opens the writers that `config.log` asks for, without what was written after step `start`.
+
+        Only the first process writes: those of the others do nothing.
+
+        Args:
+            workdir: gets metrics.jsonl, timings.jsonl and tensorboard/.
+            config: the run's ConfigDict.
+            start: the step restored; 0 is a run from the beginning, which also writes step 0 anew.
+        """
+        if not processes.is_first():
+            return cls([], [])
+        workdir, keep = Path(workdir), start if start > 0 else -1
+        paths, events = [workdir / "metrics.jsonl", workdir / "timings.jsonl"], workdir / "tensorboard"
+        workdir.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            cut_jsonl(path, keep)
+        cut_events(events, keep)
+        metrics, timings = map(JsonlWriter, paths)
+        both: list[Writer] = []
+        if config.log.tensorboard:
+            both.append(TensorBoardWriter(events, purge_step=keep + 1))
+        if config.log.wandb:
+            both.append(WandbWriter(workdir, config.log.wandb, config.to_dict()))
+        return cls([metrics, *both], [timings, *both])
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes metrics: the same numbers in every run of this config."""
+        for writer in self._metrics:
+            writer.write(step, values)
+
+    def timing(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes timings and throughput, which differ between runs."""
+        for writer in self._timings:
+            writer.write(step, values)
+
+    def made(self) -> list[Path]:
+        """Files with new names that these writers have made."""
+        return [path for writer in self._timings if isinstance(writer, TensorBoardWriter) for path in writer.made]
+
+    def sync(self) -> None:
+        """Sends everything to the disk; before a checkpoint is saved, since a run goes on from its lines too."""
+        for writer in dict.fromkeys((*self._metrics, *self._timings)):
+            writer.sync()
+
+    def close(self) -> None:
+        """Closes them all."""
+        for writer in dict.fromkeys((*self._metrics, *self._timings)):
+            writer.close()
+
+
+class Progress:
+    """The progress line: step, time left, and whatever else there is to say of a step.
+
+    Rewritten in place on a terminal, where what does not fit is left out from the end; elsewhere a new line every
+    `interval` seconds, and the last.
+    """
+
+    WINDOW = 100  # steps that the rate is measured over
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        unit: str = "pairs",
+        interval: float = 10.0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Up to step `total`; `unit` is what `step` counts per second."""
+        self._total, self._unit, self._interval, self._clock = total, unit, interval, clock
+        self._stream = sys.stdout if stream is None else stream
+        self._in_place = self._stream.isatty()
+        self._begun, self._printed, self._line = clock(), -math.inf, ""
+        self._groups = 0
+        # (time, step, groups so far) after each step. The first entry is the end of the first step, so that
+        # no rate has compiling in it.
+        self._marks: deque[tuple[float, int, int]] = deque(maxlen=self.WINDOW + 1)
+
+    def step(self, step: int, values: Mapping[str, float], groups: int) -> None:
+        """Shows that `step` is done, which took in `groups` groups; the rate and the time left are measured here."""
+        self._groups += groups
+        self._marks.append((self._clock(), step, self._groups))
+        (first, first_step, before), (last, last_step, after) = self._marks[0], self._marks[-1]
+        parts = [f"{name} {value:.4g}" for name, value in values.items()]
+        left = None
+        if last > first:
+            parts.append(f"{(after - before) / (last - first):.1f} {self._unit}/s")
+            left = (self._total - step) * (last - first) / (last_step - first_step)
+        self.show(step, parts, left)
+
+    def show(self, step: int, parts: Sequence[str], seconds_left: float | None = None) -> None:
+        """Shows that `step` is done, the time left (after the last step the time it took), and `parts`."""
+        now = self._clock()
+        times = [f"{clock_time(now - self._begun)} elapsed"] if step == self._total else []
+        if step < self._total and seconds_left is not None:
+            times = [f"{clock_time(seconds_left)} left"]
+        words = [f"step {step}/{self._total}", *times, *parts]
+        if self._in_place:
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line would stay on screen
+            while len("  ".join(words)) > width and len(words) > 1:
+                words.pop()
+            self._line = "  ".join(words)[:width]
+            self._stream.write(f"\r{self._line}\x1b[K")
+            self._stream.flush()
+            return
+        self._line = "  ".join(words)
+        if now - self._printed >= self._interval or step == self._total:
+            self._print(self._line)
+            self._printed, self._line = now, ""
+
+    def note(self, text: str) -> None:
+        """Prints a line of its own and leaves the progress line below it."""
+        if self._in_place:
+            self._print(f"\r{text}\x1b[K")
+            self._stream.write(self._line)
+            self._stream.flush()
+        else:
+            self._print(text)
+
+    def close(self) -> None:
+        """Ends the progress line; prints the last one if it has not been shown."""
+        if self._line:
+            self._print("" if self._in_place else self._line)
+            self._line = ""
+
+    def _print(self, text: str) -> None:
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+
+def clock_time(seconds: float) -> str:
+    """Hours, minutes and seconds: 3725.4 is '1:02:05', 65 is '1:05'."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,301 @@
+"""Writers: what a resumed run leaves behind equals what an uninterrupted one does."""
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import types
+
+import pytest
+from ml_collections import ConfigDict
+from tensorboardX.crc32c import crc32c
+
+from rmjax.runtime import processes
+from rmjax.train.writers import (
+    JsonlWriter,
+    Progress,
+    TensorBoardWriter,
+    WandbWriter,
+    Writers,
+    clock_time,
+    cut_events,
+    cut_jsonl,
+    read_events,
+)
+
+
+def config(tensorboard=True, wandb=""):
+    return ConfigDict({"log": {"tensorboard": tensorboard, "wandb": wandb}, "seed": 1})
+
+
+def value_at(step):
+    return {"train/loss": 1 / (step + 3), "validation/accuracy": step / 7}
+
+
+def points(directory):
+    """What a reader without purge semantics sees: {(tag, step): [values in file order]}."""
+    found = {}
+    for path in sorted(directory.glob("events*")):
+        for _, event in read_events(path.read_bytes()):
+            for value in event.summary.value:
+                found.setdefault((value.tag, event.step), []).append(value.simple_value)
+    return found
+
+
+def test_jsonl_keeps_every_digit_and_is_on_disk_at_once(tmp_path):
+    writer = JsonlWriter(tmp_path / "m.jsonl")
+    writer.write(3, {"a": 0.1 + 0.2, "b": 1e-300, "c": float("nan"), "d": float("-inf"), "e": True})
+    line = (tmp_path / "m.jsonl").read_text()
+    assert line == '{"step": 3, "a": 0.30000000000000004, "b": 1e-300, "c": null, "d": null, "e": 1.0}\n'
+    assert json.loads(line)["a"] == 0.1 + 0.2
+    writer.close()
+
+
+@pytest.mark.parametrize(("step", "kept"), [(20, [0, 10, 20, 20]), (19, [0, 10]), (-1, []), (99, [0, 10, 20, 20, 30])])
+@pytest.mark.parametrize("half", [b"", b'{"step": 3', b'{"step": 3}', b'{"step": 30, "name": "\xc3'])
+def test_cut_jsonl(tmp_path, step, kept, half):
+    path = tmp_path / "m.jsonl"
+    lines = [json.dumps({"step": n, "x": 0.1}).encode() + b"\n" for n in (0, 10, 20, 20, 30)]
+    path.write_bytes(b"".join(lines) + half)
+    cut_jsonl(path, step)
+    assert path.read_bytes() == b"".join(line for line in lines if json.loads(line)["step"] in kept)
+    assert os.listdir(tmp_path) == ["m.jsonl"]
+
+
+def test_cut_without_files(tmp_path):
+    cut_jsonl(tmp_path / "none.jsonl", 3)
+    cut_events(tmp_path / "none", 3)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("stops", [[(0, 25)], [(0, 25), (20, 34), (30, 31)], [(0, 7), (0, 12)]])
+def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path, stops):
+    """Each stop is (step started from, step killed after); a checkpoint is there every 10 steps."""
+
+    def train(workdir, start, end):
+        writers = Writers.open(workdir, config(), start)
+        for step in range(start + 1 if start else 0, end + 1):
+            writers.write(step, value_at(step))
+            writers.timing(step, {"timing/pairs_per_second": start + step})
+        return writers  # not closed: killed
+
+    train(tmp_path / "whole", 0, 40).close()
+    for start, end in stops:
+        train(tmp_path / "resumed", start, end)
+        with open(tmp_path / "resumed" / "metrics.jsonl", "ab") as file:
+            file.write(b'{"step": 4')
+        newest = max((tmp_path / "resumed" / "tensorboard").iterdir(), key=lambda path: path.name)
+        newest.write_bytes(newest.read_bytes() + struct.pack("<QI", 80, 0) + b"half")
+    train(tmp_path / "resumed", stops[-1][1] // 10 * 10, 40).close()
+
+    whole, resumed = (tmp_path / name for name in ("whole", "resumed"))
+    assert (resumed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert "timing" not in (whole / "metrics.jsonl").read_text()
+    whole_points, resumed_points = points(whole / "tensorboard"), points(resumed / "tensorboard")
+    assert whole_points.keys() == resumed_points.keys()
+    assert len(whole_points) == 41 * 3
+    assert {len(values) for values in resumed_points.values()} == {1}  # no stale point is left
+    for key in whole_points.keys() - {("timing/pairs_per_second", step) for step in range(41)}:
+        assert whole_points[key] == resumed_points[key]
+
+
+def test_rewritten_event_files_have_valid_checksums(tmp_path):
+    """The record format as TensorFlow documents it, its masked CRC-32C computed by tensorboardX."""
+    writer = TensorBoardWriter(tmp_path)
+    for step in range(5):
+        writer.write(step, value_at(step))
+    writer.close()
+    cut_events(tmp_path, 2)
+
+    def masked(data):
+        crc = crc32c(data)
+        return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+    (path,) = tmp_path.iterdir()
+    data, start, records = path.read_bytes(), 0, 0
+    while start < len(data):
+        length, crc = struct.unpack_from("<QI", data, start)
+        body = data[start + 12 : start + 12 + length]
+        assert crc == masked(data[start : start + 8])
+        assert struct.unpack_from("<I", data, start + 12 + length) == (masked(body),)
+        start, records = start + 16 + length, records + 1
+    assert records == 1 + 3  # the version, steps 0 to 2
+
+
+def test_an_open_tensorboard_is_told_to_purge(tmp_path):
+    """TensorBoard drops what it has read from the step of a START event on."""
+    TensorBoardWriter(tmp_path).close()
+    TensorBoardWriter(tmp_path, purge_step=21).close()
+    first, second = sorted(tmp_path.iterdir())
+    events = [event for _, event in read_events(second.read_bytes())]
+    assert [event.file_version for event in events] == ["brain.Event:2", ""]
+    assert events[1].step == 21 and events[1].session_log.status == events[1].session_log.START
+    assert len(list(read_events(first.read_bytes()))) == 1
+
+
+def test_tensorboard_can_be_off(tmp_path):
+    writers = Writers.open(tmp_path, config(tensorboard=False), 0)
+    writers.write(1, {"a": 1.0})
+    writers.timing(1, {"b": 1.0})
+    writers.close()
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "timings.jsonl"]
+    assert json.loads((tmp_path / "timings.jsonl").read_text()) == {"step": 1, "b": 1.0}
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    writers = Writers.open(tmp_path / "new", config(wandb="rewards"), 0)
+    writers.write(1, {"a": 1.0})
+    writers.timing(1, {"b": 1.0})
+    writers.close()
+    assert not (tmp_path / "new").exists()
+
+
+class FakeWandb(types.ModuleType):
+    """Records calls as the package's own `init`, `Run.log` and `Run.finish` take them."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.inits, self.logged, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.inits.append(options)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for start in (0, 10):
+        writers = Writers.open(tmp_path, config(wandb="rewards"), start)
+        writers.write(start + 1, {"a": 1})
+        writers.timing(start + 1, {"timing/steps_per_second": 1.0})
+        writers.close()
+    first, second = wandb.inits
+    assert first == second and first["resume"] == "allow" and len(first["id"]) == 32
+    assert first["project"] == "rewards" and first["config"]["seed"] == 1
+    logged = [(start + 1, values) for start in (0, 10) for values in ({"a": 1.0}, {"timing/steps_per_second": 1.0})]
+    assert wandb.logged == logged and wandb.finished == 2
+    WandbWriter(tmp_path / "..", "rewards", {})
+    assert wandb.inits[2]["id"] != first["id"]
+
+
+def test_without_wandb_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"log\.wandb='rewards' .*pip install 'rmjax\[wandb\]'"):
+        Writers.open(tmp_path, config(wandb="rewards"), 0)
+
+
+def test_importing_needs_no_optional_package():
+    script = "import sys, rmjax.writers; print({'wandb', 'torch', 'tensorflow'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_rate_and_time_left_leave_compiling_out():
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(1000, stream=stream, clock=clock, interval=0)
+    clock.now += 60  # compiles
+    progress.step(1, {"loss": 0.69314}, groups=8)
+    for step in range(2, 12):
+        clock.now += 0.5
+        progress.step(step, {"loss": 0.5, "accuracy": 0.75}, groups=8)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "step 1/1000  loss 0.6931"
+    assert lines[-1] == "step 11/1000  8:14 left  loss 0.5  accuracy 0.75  16.0 pairs/s"
+
+
+def test_progress_follows_a_rate_that_changes():
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(10_000, stream=stream, clock=clock, unit="rows", interval=0)
+    for step in range(1, 601):
+        clock.now += 1.0 if step <= 300 else 0.25
+        progress.step(step, {}, groups=4)
+    assert stream.getvalue().splitlines()[-1] == "step 600/10000  39:10 left  16.0 rows/s"
+
+
+def test_progress_in_a_log_prints_at_intervals_and_at_the_end():
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(50, stream=stream, clock=clock, interval=10.0)
+    for step in range(1, 51):
+        clock.now += 1.0
+        progress.step(step, {}, groups=1)
+        if step == 5:
+            progress.note("step 5: saved")
+    progress.close()
+    starts = [line.split("/")[0] for line in stream.getvalue().splitlines()]
+    assert starts == ["step 1", "step 5: saved", "step 11", "step 21", "step 31", "step 41", "step 50"]
+    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+def test_progress_that_stops_early_prints_its_last_line():
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(50, stream=stream, clock=clock)
+    for step in (1, 2, 3):
+        progress.step(step, {}, groups=1)
+    progress.close()
+    progress.close()
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/50", "3/50"]
+
+
+def screen(written):
+    """The lines that a terminal shows, by its rules for carriage return and erase to the end of the line."""
+    lines = []
+    for line in written.split("\n"):
+        cells = ""
+        for part in line.split("\r"):
+            text, erase, rest = part.partition("\x1b[K")
+            cells = (text if erase else text + cells[len(text) :]) + rest
+        lines.append(cells)
+    return lines
+
+
+def test_progress_on_a_terminal_rewrites_one_line(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    clock, stream = Clock(), Terminal()
+    progress = Progress(3, stream=stream, clock=clock)
+    progress.step(1, {"loss": 2.0, "a_name": 1.0, "another_that_is_long": 1.0, "b": 1.0}, groups=1)
+    assert screen(stream.getvalue())[-1] == "step 1/3  loss 2  a_name 1"  # what does not fit whole is left out
+    progress.step(2, {"loss": 2.0}, groups=1)
+    progress.note("saved")
+    clock.now += 75.0
+    progress.step(3, {"loss": 1.5}, groups=1)
+    progress.close()
+    assert screen(stream.getvalue()) == ["saved", "step 3/3  1:15 elapsed  loss 1.5", ""]
+
+
+@pytest.mark.parametrize("columns", [1, 5, 9])
+def test_progress_on_a_terminal_too_narrow_for_a_step(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    Progress(3, stream=stream, clock=Clock()).step(1, {"loss": 2.0}, groups=1)
+    assert screen(stream.getvalue()) == ["step 1/3"[: columns - 1]]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0:00"), (59.6, "1:00"), (65, "1:05"), (3725.4, "1:02:05"), (360000, "100:00:00")],
+)
+def test_clock_time(seconds, words):
+    assert clock_time(seconds) == words
