@@ -20,8 +20,9 @@ from rmjax.batches import prepare
 from rmjax.batches.random_groups import RandomGroups
 from rmjax.hardware import memory, topology
 from rmjax.hardware.collectives import collectives
+from rmjax.inference.parameters import abstract_model
 from rmjax.models import config as model_config
-from rmjax.train.step import abstract_model, compile_program
+from rmjax.train.step import compile_program
 
 KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 MODELS = {  # Qwen2.5-7B and Llama-3.3-70B

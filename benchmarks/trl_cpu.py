@@ -116,11 +116,12 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     from rmjax import objectives, sharding
     from rmjax.batches import loader
     from rmjax.hardware import memory
+    from rmjax.inference.parameters import abstract_model
     from rmjax.models import config as model_config
     from rmjax.models import hf
     from rmjax.objectives import sums as sums_lib
     from rmjax.train import optim
-    from rmjax.train.step import abstract_model, build_program
+    from rmjax.train.step import build_program
 
     config, split = config_lib.defaults(), split_of(job)
     plan, shape = split.plan, split.shape

@@ -18,7 +18,7 @@ COMMANDS = {
     "rmjax.main": "rmjax.main",
     "rmjax.score": "rmjax.score.__main__",
     "rmjax.benchmark": "rmjax.benchmark.__main__",
-    "rmjax.data": "rmjax.data.command",
+    "rmjax.data": "rmjax.data.__main__",
 }
 IMPORTS = (
     *COMMANDS.values(),

@@ -15,11 +15,12 @@ from rmjax import config as config_lib
 from rmjax import objectives, sharding
 from rmjax.batches import loader, prepare
 from rmjax.batches.random_groups import RandomGroups
+from rmjax.inference.parameters import abstract_model
 from rmjax.kernels import tree_attention
 from rmjax.models import config as model_config
 from rmjax.models import heads
 from rmjax.train import optim
-from rmjax.train.step import abstract_model, build_program
+from rmjax.train.step import build_program
 
 STEPS = 3
 START = functools.cache(lambda model: jax.device_get(jax.jit(lambda: heads.init(model, 1))()))

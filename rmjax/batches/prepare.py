@@ -5,14 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
 from rmjax import config as config_lib
-from rmjax import sharding
-from rmjax.batches import augment, loader, measure, packing, select, token_cache
+from rmjax.batches import augment, loader, packing, select, token_cache
 from rmjax.batches import groups as groups_lib
 from rmjax.batches.chat import Chat, load_tokenizer
 from rmjax.batches.groups import Groups
@@ -20,10 +18,7 @@ from rmjax.batches.loader import Shape
 from rmjax.batches.packing import Plan
 from rmjax.batches.tasks import Task
 from rmjax.data import sources, synthetic
-from rmjax.evaluate import benchmarks
-from rmjax.models import heads, hf
-from rmjax.models.config import ModelConfig
-from rmjax.objectives.base import Objective
+from rmjax.models import hf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +30,12 @@ class Split:
     shape: Shape
 
 
-def check_sources(config: ConfigDict) -> None:
+def check_sources(config: ConfigDict, others: Sequence[str] = ()) -> None:
     """Finds out whether the data is there and what is chosen of it can be read, before a model is downloaded for it.
+
+    Args:
+        config: its `data` is looked at.
+        others: sources of the benchmarks.
 
     Raises:
         FileNotFoundError: a source that is not there.
@@ -49,13 +48,9 @@ def check_sources(config: ConfigDict) -> None:
         select.check_filter(config.data.filter)
     if config.data.weights or config.data.sample:
         sources.refuse_equal_names(config.data.train, "config.data.weights and sample")
-    for spec in filter(None, (config.data.train, config.data.validation)):
+    for spec in filter(None, (config.data.train, config.data.validation, *others)):
         for item in sources.split_spec(spec):
             sources.parts(item)
-    if config.eval.benchmarks:
-        for _, source in benchmarks.parse(config.eval.benchmarks):
-            for item in sources.split_spec(source):
-                sources.parts(item)
 
 
 def open_chat(config: ConfigDict, workdir: Path) -> Chat:
@@ -215,67 +210,3 @@ def _mixture(groups: Groups, plan: Plan) -> str:
     parts = [f"{groups.sources[k]} {drawn[k]:,} of {have[k]:,} ({drawn[k] / len(shown):.1%})" for k in largest]
     others = len(groups.sources) - len(parts)
     return "an epoch shows: " + ", ".join(parts) + (f" and {others} more sources" if others else "")
-
-
-def save_audit(path: Path, train: Groups, plan: Plan, validation: Groups, task: Task) -> None:
-    """Writes what the data is like as JSON; `python -m rmjax.data audit --config=FILE --html=FILE` draws it."""
-    report = measure.report(
-        {"training": train, "validation": validation},
-        plans={"training": measure.filling(train, plan)},
-        names=getattr(task, "names", ()),
-    )
-    measure.save(path, report)
-
-
-def model_values(config: ConfigDict, vocabulary: int) -> dict[str, Any]:
-    """The Hugging Face config values of the model: init_from's, or those of `model.scratch`.
-
-    Raises:
-        ValueError: the tokenizer has ids that the model's embedding lacks.
-    """
-    if config.model.init_from:
-        values = hf.read_config(hf.resolve(config.model.init_from))
-    else:
-        values = {"vocab_size": vocabulary, **config.model.scratch.to_dict()}
-    longest, positions = config.data.max_length or config.plan.row_tokens, values.get("max_position_embeddings")
-    if positions and longest > positions:
-        logging.warning(
-            "conversations of up to %d tokens are let in (config.data.max_length), the model knows %d positions; "
-            "servers will refuse longer ones",
-            longest,
-            positions,
-        )
-    if values.get("vocab_size", vocabulary) < vocabulary:
-        raise ValueError(f"the tokenizer has {vocabulary} ids but the model's embedding {values['vocab_size']}")
-    return values
-
-
-def init_params(config: ConfigDict, model: ModelConfig, objective: Objective, shapes: Any) -> tuple[Any, str]:
-    """Loads or initialises the parameters, sharded from the start; the second says where the head came from.
-
-    Args:
-        config: the config.
-        model: the model's shapes.
-        objective: its own parameters are under "objective", if it has any.
-        shapes: shapes with shardings of all parameters.
-    """
-    own = {name: sharding.place(x, shapes["objective"][name].sharding) for name, x in objective.params().items()}
-    shapes = model_params(shapes)
-    if config.model.init_from:
-        params, head = hf.load(hf.resolve(config.model.init_from), shapes, model, seed=config.seed)
-    else:
-        shardings = jax.tree.map(lambda x: x.sharding, shapes)
-        kind = {"seed": config.seed, "architecture": objective.architecture}
-        init = lambda: heads.init(model, len(objective.labels), config.model.param_dtype, **kind)
-        params, head = jax.jit(init, out_shardings=shardings)(), "new"
-    return with_own(params, own), head
-
-
-def with_own(params: Any, own: Mapping[str, Any]) -> Any:
-    """The model's parameters and, if there are any, the objective's under "objective"."""
-    return {**params, "objective": dict(own)} if own else params
-
-
-def model_params(params: Any) -> Any:
-    """The model's parameters without the objective's."""
-    return {name: x for name, x in params.items() if name != "objective"}

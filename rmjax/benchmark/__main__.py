@@ -28,8 +28,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from rmjax.main import CONFIG, explain, load_config, parse_config
-from rmjax.runtime import command_line, files, passwords
+from rmjax.runtime import command_line, config_file, files, passwords
 
 if TYPE_CHECKING:  # imported where it is used, so that --help and a mistyped flag answer at once
     from rmjax.benchmark.side import Side
@@ -50,9 +49,9 @@ def main(_: Sequence[str]) -> None:
 
     logging.set_verbosity(logging.WARNING)
     with command_line.outcome(debug=command_line.DEBUG.value), memory_explained():
-        configs = [passwords.hide_in(CONFIG.value)]
+        configs = [passwords.hide_in(config_file.CONFIG.value)]
         if COMPARE.value:
-            configs.append(passwords.hide_in(other_config(CONFIG.value, COMPARE.value)))
+            configs.append(passwords.hide_in(other_config(config_file.CONFIG.value, COMPARE.value)))
         path = output(JSON.value)
         jax.config.update("jax_enable_compilation_cache", False)  # compiling is measured too
         report = run(configs, LENGTHS.value, STEPS.value, PEAK.value * 1e12)
@@ -86,7 +85,7 @@ def in_words(error: Exception) -> str:
 def parse(argv: Sequence[str]) -> list[str]:
     """absl's flag parser; what is wrong with the command line or the config file is said in a line or two."""
     with command_line.outcome(debug="--debug" in argv):
-        parse_config(argv, "--config=FILE.py is")
+        config_file.parse(argv, "--config=FILE.py is")
     return list(argv[:1])
 
 
@@ -103,14 +102,14 @@ def other_config(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
     named = [change for change in changes if "=" not in change]
     if len(named) > 1:
         raise ValueError(f"--compare names {' and '.join(named)}; two sides are compared, so give one file")
-    config = load_config(named[0]) if named else config.copy_and_resolve_references()
+    config = config_file.load(named[0]) if named else config.copy_and_resolve_references()
     argv = ["compare", *(f"--config.{change}" for change in changes if "=" in change)]
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, "", flag_values=values, lock_config=True, sys_argv=argv)
         values(argv)
     except Exception as error:
-        raise ValueError(f"--compare: {explain(error, argv)}") from error
+        raise ValueError(f"--compare: {config_file.explain(error, argv)}") from error
     return values.config
 
 

@@ -24,14 +24,16 @@ from rmjax.batches.groups import Groups
 from rmjax.batches.loader import Shape
 from rmjax.batches.random_groups import RandomGroups
 from rmjax.hardware import flops, memory
+from rmjax.inference import parameters
+from rmjax.inference.parameters import abstract_model
 from rmjax.kernels.tree_attention import block_of, choose, tree_attention
 from rmjax.kernels.visible import Visible, visible
 from rmjax.models import config as model_config
 from rmjax.models import decoder, heads, hf
 from rmjax.models.config import ModelConfig
+from rmjax.runtime.progress import Progress
 from rmjax.train import optim
-from rmjax.train.step import Move, Program, abstract_model, compile_program, update
-from rmjax.train.writers import Progress
+from rmjax.train.step import Move, Program, compile_program, update
 
 WARMUP = 3  # steps before those that are measured
 VOCABULARY = 4096  # of a `model.scratch` that leaves its size to a tokenizer
@@ -189,7 +191,7 @@ class Side:
         random = make_groups(self.config, triples[trees <= row], WARMUP + steps, self.model.vocab)
         self.groups = cast(Groups, random)  # they have all that planning and loading read
         self.plan = prepare.plan_training(self.config, self.groups)
-        params = prepare.model_params(self.shapes)
+        params = parameters.model_params(self.shapes)
         self.parameters = model_config.parameter_count(params)
         useful = flops.useful(self.model, params, random.conversations)
         hardware = flops.hardware(self.model, params, random.lengths, random.ends, random.visible_pairs)
@@ -212,7 +214,7 @@ class Side:
             self._held = other._held
         else:
             with jax.set_mesh(self.mesh):
-                params, _ = prepare.init_params(self.config, self.model, self.objective, program.state["params"])
+                params, _ = parameters.init_params(self.config, self.model, self.objective, program.state["params"])
                 tx = optim.make(self.config.optim, self.config.seed)
                 opt = jax.jit(tx.init, out_shardings=program.shardings["opt"])(params)
                 self._held = {"state": {"params": params, "opt": opt}}

@@ -1,6 +1,267 @@
-"""`python -m rmjax.data`; see command.py."""
+"""Looks at data before it is trained on: what is in it, in which format, and what will be wrong with it.
 
-from rmjax.data.command import main
+    python -m rmjax.data inspect SOURCE                                        columns, format, the first records
+    python -m rmjax.data convert SOURCE --output=pairs.parquet                 any source to Parquet
+    python -m rmjax.data split SOURCE --output=DIR --split=train=0.9,test=0.1  no prompt on both sides
+    python -m rmjax.data audit SOURCE --tokenizer=DIR --html=audit.html        what to know before training
+
+A source is a file, a directory, a glob, hf://datasets/OWNER/NAME/..., sqlite:///FILE?table=NAME, python://NAME or
+aligned://FILE+FILE, or several of them with commas between.
+"""
+
+import argparse
+import difflib
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rmjax.batches import showing
+from rmjax.data import agreement, converting, formats, labelling, reading, sources, splitting
+from rmjax.data.ledger import Audit, rows_lines
+from rmjax.data.records import BadRow
+from rmjax.runtime import command_line, exits, files, passwords
+from rmjax.runtime.command_line import Parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; see command_line.py for what becomes of errors."""
+    argv = sys.argv[1:] if argv is None else argv
+    with command_line.outcome(debug="--debug" in argv, stopped="stopped; nothing was written"):
+        args = _parse(argv)
+        try:
+            args.run(args)
+        except BrokenPipeError:  # a reader such as `head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(exits.FAILED)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser, commands = _parser()
+    args, others = parser.parse_known_args(argv)
+    args.overrides = [x for x in others if args.command == "audit" and x.startswith("--config.")]
+    if wrong := [x for x in others if x not in args.overrides]:
+        command = commands[args.command]
+        known = [option for action in command._actions for option in action.option_strings]
+        near = difflib.get_close_matches(wrong[0].partition("=")[0], known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"{args.command} takes no argument {wrong[0]!r}{hint}")
+    if args.command == "audit" and not (args.source or args.config):
+        parser.error("audit needs a SOURCE, or a --config that names one")
+    args.source = passwords.hide(args.source)
+    if args.command == "audit":
+        args.validation, args.benchmark = passwords.hide(args.validation), list(map(passwords.hide, args.benchmark))
+    return args
+
+
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m rmjax.data", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    commands = {}
+
+    def command(run: Any, name: str, says: str, example: str) -> Parser:
+        description = f"{says}\n\n  python -m rmjax.data {name} {example}"
+        made = choices.add_parser(name, help=says, description=description, formatter_class=raw, allow_abbrev=False)
+        made.set_defaults(run=run)
+        optional: Any = {"nargs": "?", "default": ""} if name == "audit" else {}
+        made.add_argument("source", metavar="SOURCE", help="file, directory, glob, or hf://datasets/...", **optional)
+        made.add_argument("--format", default="auto", choices=["auto", *formats.FORMATS], metavar="NAME",
+                          help="of the rows; default: told by the columns")  # fmt: skip
+        made.add_argument("--debug", action="store_true", help="shows the traceback of an error, too")
+        commands[name] = made
+        return made
+
+    inspect = command(
+        _inspect, "inspect", "Columns, format, and the first records.", "data/pairs.jsonl --show=2 --tokenizer=DIR"
+    )
+    inspect.add_argument("--show", type=int, default=3, metavar="N", help="records to show; default 3")
+    inspect.add_argument("--tokenizer", default="", metavar="DIR", help="shows them as the model reads them, too")
+
+    for run, name, says, example in (
+        (_convert, "convert", "Any source to Parquet files of records.", "data/pairs.jsonl --output=pairs.parquet"),
+        (
+            _split,
+            "split",
+            "Splits by prompt; sources and labels are shared out alike.",
+            "data/pairs.jsonl --output=DIR --split=train=0.8,validation=0.1,test=0.1",
+        ),
+    ):
+        made = command(run, name, says, example)
+        made.add_argument("--output", required=True, type=Path, metavar="PATH", help="a directory, or a .parquet file")
+        made.add_argument("--split", type=_shares, required=name == "split", metavar="NAME=SHARE,...",
+                          help="writes NAME.parquet for each; no prompt is in two of them")  # fmt: skip
+        made.add_argument("--seed", type=int, default=0, help="of the split; default 0")
+        made.add_argument("--on_bad_row", choices=("error", "skip", "keep"), default="skip",
+                          help="stop at a row that cannot be used, skip and count it (default), or keep it if it "
+                          "still allows training")  # fmt: skip
+    _label_studio_arguments(commands["convert"])
+
+    audit = command(
+        _audit, "audit", "What to know before training.", "data/pairs.jsonl --tokenizer=DIR --html=audit.html"
+    )
+    audit.add_argument("--tokenizer", default="", metavar="DIR", help="or hub id; without one lengths are in bytes")
+    audit.add_argument("--validation", default="", metavar="SOURCE", help="looked for prompts of the training data")
+    audit.add_argument("--benchmark", action="append", default=[], metavar="SOURCE",
+                       help="the same for a benchmark; may be given again")  # fmt: skip
+    audit.add_argument("--objective", default="", metavar="NAME", help="what is learnt; default: told by the labels")
+    audit.add_argument("--config", default="", metavar="FILE",
+                       help="a run's config: SOURCE, tokenizer and objective are taken from it; --config.KEY=VALUE "
+                       "changes a key, with or without FILE")  # fmt: skip
+    audit.add_argument("--html", type=Path, default=None, metavar="FILE", help="writes a page with plots")
+    audit.add_argument("--json", action="store_true", help="prints JSON instead of text")
+    return parser, commands
+
+
+def _label_studio_arguments(convert: Parser) -> None:
+    made = convert.add_argument_group("for people to label, with Label Studio")
+    made.add_argument("--to", choices=("parquet", "label_studio"), default="parquet",
+                      help="label_studio writes tasks.json and config.xml into --output")  # fmt: skip
+    made.add_argument("--ask", choices=labelling.KINDS, default=labelling.KINDS[0],
+                      help="for a preference between two responses (default), or a rating of each")  # fmt: skip
+    made.add_argument("--attributes", default="quality", metavar="NAME,...", help="what is rated; default: quality")
+    made.add_argument("--scale", default="1,5", metavar="LOW,HIGH", help="of a rating; default: 1,5")
+
+
+def _shares(text: str) -> dict[str, float]:
+    try:
+        return splitting.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# inspect
+# ----------------------------------------------------------------------------------------------------
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    for item in sources.split_spec(args.source):
+        first = list(itertools.islice(sources.open_source(item), formats.LOOK))
+        rows = [row for _, row in first]
+        print(f"{item}: columns of {showing.looked_at(len(rows))}")
+        print("\n".join(_columns(first)))
+        try:
+            print(f"format: {formats.detect(rows, args.format).name}\n")
+        except ValueError as error:
+            print("\n".join(["first row:", *showing.first_row(rows[0])]), flush=True)
+            raise ValueError(f"{item}: {error}") from None
+        audit = Audit()
+        records = reading.records(item, format=args.format, audit=audit, progress=_say)
+        chat = _open_chat(args.tokenizer) if args.tokenizer else None
+        for record in itertools.islice(records, args.show):
+            print("\n".join([*showing.record(record), ""]))
+            if chat is not None:
+                try:
+                    print("\n".join([*showing.rendering(chat, record), ""]))
+                except BadRow as bad:
+                    print(f"  cannot be rendered: {bad}\n")
+        for _ in records:  # counts the rest
+            pass
+        print("\n".join([*rows_lines(audit), *agreement.lines(item, args.format)]))
+
+
+def _columns(rows: Sequence[tuple[str, sources.Row]]) -> list[str]:
+    """The columns of the first rows.
+
+    Raises:
+        ValueError: a row is nested too deep; names it.
+    """
+    for where, row in rows:
+        try:
+            showing.columns([row])
+        except RecursionError:
+            raise ValueError(f"{where}: lists or objects are nested too deep in it to be shown") from None
+    return showing.columns([row for _, row in rows])
+
+
+def _open_chat(tokenizer: str) -> Any:
+    from rmjax.batches.chat import Chat, load_tokenizer
+
+    chat = Chat(load_tokenizer(tokenizer))
+    for note in chat.notes:
+        _say(f"chat template: {note}")
+    return chat
+
+
+# ----------------------------------------------------------------------------------------------------
+# convert and split
+# ----------------------------------------------------------------------------------------------------
+
+
+def _to_label_studio(args: argparse.Namespace) -> None:
+    if args.split:
+        raise ValueError("--to=label_studio writes one project; split first, and convert the parts")
+    audit = Audit()
+    records = reading.records(args.source, format=args.format, on_bad_row=args.on_bad_row, audit=audit, progress=_say)
+    try:
+        low, high = map(int, args.scale.split(","))
+    except ValueError:
+        raise ValueError(f"--scale={args.scale} is not two whole numbers, as in 1,5") from None
+    attributes = [name.strip() for name in args.attributes.split(",") if name.strip()]
+    output = args.output.expanduser()
+    count = labelling.write(output, records, args.ask, attributes=attributes, scale=(low, high), seed=args.seed)
+    print("\n".join(rows_lines(audit)))
+    print(f"{count:,} tasks in {output / 'tasks.json'}, their page in {output / 'config.xml'}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if getattr(args, "to", "parquet") == "label_studio":
+        return _to_label_studio(args)
+    audit = Audit()
+    written, table = converting.convert(
+        args.source,
+        args.output.expanduser(),
+        shares=args.split,
+        seed=args.seed,
+        format=args.format,
+        on_bad_row=args.on_bad_row,
+        audit=audit,
+        progress=_say,
+    )
+    print("\n".join([*rows_lines(audit), *table]))
+    for file, count in written.items():
+        print(f"{count:,} records in {file}")
+
+
+_split = _convert
+
+
+# ----------------------------------------------------------------------------------------------------
+# audit
+# ----------------------------------------------------------------------------------------------------
+
+
+def _audit(args: argparse.Namespace) -> None:
+    from rmjax.report.audit import command as auditing
+
+    if args.html:
+        command_line.check_writable(args.html, f"--html={args.html}")
+    with tempfile.TemporaryDirectory() as scratch:
+        found = auditing.audit(args, Path(scratch))
+    if args.html:
+        from rmjax.report.audit import page as audit_page
+
+        page = audit_page.page(found.report, found.title, notes=found.notes, problems=found.problems)
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(args.html, page)
+    if args.json:
+        print(json.dumps({**found.report, "notes": found.notes, "problems": found.problems}, indent=1))
+    else:
+        print("\n".join(found.lines))
+        for item in sources.split_spec(args.source) if args.source else ():
+            print("".join(f"{line}\n" for line in agreement.lines(item, args.format)), end="")
+    if args.html:
+        _say(f"page: {args.html}")
+
 
 if __name__ == "__main__":
     main()

@@ -158,7 +158,7 @@ def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def progress(what: str, total: int) -> Any:
     """Shows how many groups are done, and the time left; on the terminal's error stream, as results go to the other."""
-    from rmjax.train.writers import Progress
+    from rmjax.runtime.progress import Progress
 
     line = Progress(total, unit="groups", stream=sys.stderr)
     line.note(f"{what}: {total:,} groups")

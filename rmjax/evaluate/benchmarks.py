@@ -110,6 +110,11 @@ _TABLE = (
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _TABLE}
 
 
+def sources_of(benchmarks: str) -> list[str]:
+    """The sources that `config.eval.benchmarks` names."""
+    return [source for _, source in parse(benchmarks)] if benchmarks else []
+
+
 def parse(text: str) -> list[tuple[Benchmark, str]]:
     """Benchmarks with their sources, of "reward_bench,rm_bench=FILE".
 

@@ -10,18 +10,7 @@ from typing import Any
 import numpy as np
 
 from rmjax.evaluate.estimates import Estimates
-
-BINS = 10
-
-
-def bins_of(confidence: np.ndarray, least: float) -> np.ndarray:
-    """int64 [n]: the bin of each probability from `least` to 1; the last one has its upper edge, too."""
-    return np.clip(((confidence - least) / (1 - least) * BINS).astype(np.int64), 0, BINS - 1)
-
-
-def ece(totals: np.ndarray) -> np.ndarray:
-    """The error [...] from totals [..., 2 BINS]: weight times (confidence - right) of each bin, then its weight."""
-    return np.abs(totals[..., :BINS]).sum(-1) / totals[..., BINS:].sum(-1)
+from rmjax.statistics import BINS, bins_of, ece
 
 
 def add_ece(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from rmjax import statistics
 from rmjax.evaluate import moments
 from rmjax.evaluate.estimates import Estimate, Estimates
 from rmjax.evaluate.naming import interval, number
@@ -157,7 +158,7 @@ def _pairs(both: _Both) -> Iterator[tuple[np.ndarray, ...]]:
 def _add_separation(
     found: Estimates, key: str, where: np.ndarray, apart: np.ndarray, at: np.ndarray, values: np.ndarray
 ) -> None:
-    x = moments.standardized(values)
+    x = statistics.standardized(values)
     scale = values.std() if np.ptp(values) > 0 else 1.0
 
     def of(t: np.ndarray) -> np.ndarray:
@@ -207,7 +208,7 @@ def _add_ranks(found: Estimates, both: _Both) -> None:
     for name, values in (("spearman_within", spearman), ("kendall_within", kendall)):
         known = ~np.isnan(values)
         found.mean(name, where[known], values[known], np.ones(int(known.sum())))
-    moments.add_correlation(found, "spearman", both.at, moments.ranks(both.proxy), moments.ranks(both.gold))
+    moments.add_correlation(found, "spearman", both.at, statistics.ranks(both.proxy), statistics.ranks(both.gold))
 
 
 def rank_correlations(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rmjax import statistics
 from rmjax.batches import measure
 from rmjax.evaluate import best_of_n, calibration, judges, moments, pairs
 from rmjax.evaluate.estimates import Estimates, constant, ratio
@@ -197,9 +198,9 @@ def _first_errors(said: np.ndarray, right: np.ndarray, response: np.ndarray) -> 
 
 def _add_auc(found: Estimates, at: np.ndarray, p: np.ndarray, right: np.ndarray) -> None:
     """Adds auc as the sum of both sides' means of their placements, minus the area of all, which each of them is."""
-    all_ranks, own = moments.ranks(p), np.zeros(len(p))
+    all_ranks, own = statistics.ranks(p), np.zeros(len(p))
     for side in (right, ~right):
-        own[side] = moments.ranks(p[side])
+        own[side] = statistics.ranks(p[side])
     n = right.sum()
     with np.errstate(divide="ignore", invalid="ignore"):
         placed = (all_ranks - own) / np.where(right, len(p) - n, n)  # share of the other side below, ties a half

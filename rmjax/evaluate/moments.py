@@ -6,6 +6,7 @@ import numpy as np
 
 from rmjax.batches import measure
 from rmjax.evaluate.estimates import Estimates
+from rmjax.statistics import standardized
 
 NOTHING = 1e-9  # a variance below this share of that of all numbers is rounding
 
@@ -47,18 +48,6 @@ def add_deviation(found: Estimates, key: str, at: np.ndarray, x: np.ndarray) -> 
     apart = x - x.mean()  # keeps the digits of a small variance
     of = lambda t: np.sqrt(np.maximum(t[..., 2] / t[..., 0] - (t[..., 1] / t[..., 0]) ** 2, 0.0))
     found.add(key, of, *(found.per_prompt(at, apart**power) for power in range(3)))
-
-
-def standardized(x: np.ndarray) -> np.ndarray:
-    """With mean 0 and variance 1; all 0 where it does not vary."""
-    x = np.asarray(x, np.float64)
-    return (x - x.mean()) / x.std() if len(x) and np.ptp(x) > 0 else np.zeros(len(x))
-
-
-def ranks(x: np.ndarray) -> np.ndarray:
-    """From 1 on; equal numbers share the middle of their places."""
-    _, of, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[of]
 
 
 def edges_of(*values: np.ndarray, whole: bool = False) -> np.ndarray:

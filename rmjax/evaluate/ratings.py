@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rmjax import statistics
 from rmjax.batches import measure
 from rmjax.evaluate import moments
 from rmjax.evaluate.estimates import Estimates
@@ -83,7 +84,7 @@ def _add_agreement(
     found.mean(f"mse/{name}", at, (x - y) ** 2, ones)
     found.mean(f"mae/{name}", at, np.abs(x - y), ones)
     moments.add_correlation(found, f"pearson/{name}", at, x, y)
-    moments.add_correlation(found, f"spearman/{name}", at, moments.ranks(x), moments.ranks(y))
+    moments.add_correlation(found, f"spearman/{name}", at, statistics.ranks(x), statistics.ranks(y))
     rated = (np.clip(np.floor(side + 0.5), low, high) for side in (x, y))
     found.add(f"kappa/{name}", moments.kappa, moments.second(found, at, *rated))
 

@@ -14,9 +14,8 @@ from rmjax.batches import prepare
 from rmjax.export import write as export
 from rmjax.inference import contract, runs
 from rmjax.models import hf, hf_export
-from rmjax.report import card
-from rmjax.runtime import command_line, exits, ownership
-from rmjax.train import finish, resume
+from rmjax.report import card, card_values
+from rmjax.runtime import command_line, exits, files, ownership
 
 
 class NotUploaded(RuntimeError):
@@ -59,7 +58,7 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
     opened = runs.open_checkpoint(args.place)
     workdir, config = opened.workdir, opened.config
     config.export.dtype = args.dtype if args.dtype != "auto" else config.export.dtype
-    lines = finish.read_lines(workdir / "metrics.jsonl")
+    lines = files.read_json_lines(workdir / "metrics.jsonl")
     of_step = [x for x in lines if x["step"] == opened.step and "validation/loss" in x]
     before = None
     with contextlib.suppress(ValueError):  # that of another version
@@ -73,12 +72,12 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
     evaluation, quality = _measured(workdir, opened.step)
     described = lambda terms, values: card.text(
         Path(args.push_to or args.output).name,
-        config=finish.public(config),
+        config=card_values.public_config(config),
         contract=terms,
         model=values,
         evaluation=_in_unit(evaluation, terms.get("reward_scale")),
         quality=quality,
-        base_model=finish.base_model(config),
+        base_model=card_values.base_model(config),
     )
     export.write(
         Path(args.output),
@@ -91,11 +90,11 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
         metrics=of_step[-1] if of_step else {"step": float(opened.step)},
         data=data,
         golden=golden,
-        estimates=finish.estimates(evaluation) if evaluation else {},
+        estimates=card_values.all_estimates(evaluation) if evaluation else {},
         card=described,
         unit_std=args.unit_std,
         max_shard_bytes=args.max_shard_gb * 1e9,
-        run=resume.run_id(workdir),
+        run=runs.run_id(workdir),
     )
     return opened
 

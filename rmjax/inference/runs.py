@@ -15,13 +15,13 @@ from rmjax import objectives, sharding
 from rmjax.batches import prepare
 from rmjax.batches.chat import Chat, set_pad_token
 from rmjax.checkpoint import Checkpointer
+from rmjax.inference import parameters
 from rmjax.inference.reward_model import Kind, RewardModel
 from rmjax.models import config as model_config
 from rmjax.models import heads
 from rmjax.models.config import ModelConfig
 from rmjax.objectives.base import Objective
-from rmjax.train import resume
-from rmjax.train.step import abstract_model
+from rmjax.runtime import ownership
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +110,12 @@ def open_checkpoint(place: Place, mesh: jax.sharding.Mesh | None = None) -> Open
     mesh = mesh or _mesh(config)
     with tempfile.TemporaryDirectory() as scratch:
         chat = prepare.open_chat(config, Path(scratch))
-    values = prepare.model_values(config, len(chat.tokenizer))
+    values = parameters.model_values(config, len(chat.tokenizer))
     set_pad_token(chat, values["vocab_size"])
     model = model_config.from_hf(values)
-    _, shapes = abstract_model(config, model, objective, mesh)
+    _, shapes = parameters.abstract_model(config, model, objective, mesh)
     keep = config.checkpoint
-    directory = resume.directory(config, place.workdir)
+    directory = checkpoint_directory(config, place.workdir)
     checkpointer = Checkpointer(
         directory, keep_latest=keep.keep_latest, keep_best=keep.keep_best, metric=keep.metric, mode=keep.mode
     )
@@ -151,4 +151,15 @@ def reward_model(opened: Opened, dtype: str = "auto") -> RewardModel:
     """The model of a checkpoint, as RewardModel.load gives that of an export; `dtype` is of the computation."""
     kind = Kind.trained(opened.objective, jax.device_get(opened.params.get("objective", {})))
     dtype = heads.compute_dtype(dtype, opened.mesh.devices.flat[0].platform)
-    return RewardModel(opened.chat, opened.model, prepare.model_params(opened.params), opened.mesh, dtype, kind)
+    return RewardModel(opened.chat, opened.model, parameters.model_params(opened.params), opened.mesh, dtype, kind)
+
+
+def checkpoint_directory(config: ConfigDict, workdir: Path) -> epath.Path:
+    """Where the checkpoints are: config.checkpoint.dir, by default in the workdir."""
+    return epath.Path(config.checkpoint.dir or workdir / "checkpoints")
+
+
+def run_id(workdir: Path) -> str:
+    """The id of the run in a workdir; "" of one of a version that made none."""
+    marker = ownership.read_marker(workdir, "run")
+    return marker["run"] if marker else ""

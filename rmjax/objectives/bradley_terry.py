@@ -17,8 +17,8 @@ from rmjax.batches.tasks import Preferences
 from rmjax.objectives import likelihoods
 from rmjax.objectives.base import Batch, Objective, Params
 from rmjax.objectives.gather import gather_groups
-from rmjax.objectives.metrics import calibration_error, spread, with_reward_std
-from rmjax.objectives.sums import Sums, fraction, ratios
+from rmjax.objectives.sums import Sums, fraction, ratios, with_reward_std
+from rmjax.statistics import calibration_error, spread
 
 LEARNED = ("rao_kupper", "davidson")
 TIES = {"pairs": ("skip", "half", *LEARNED), "plackett_luce": ("skip", "efron")}

@@ -21,8 +21,8 @@ import numpy as np
 from rmjax.judging.verdicts import SWAPPED, VERDICTS, Judgements, load_template
 from rmjax.objectives.base import Batch, Objective, Params
 from rmjax.objectives.gather import gather_groups
-from rmjax.objectives.metrics import calibration_error
 from rmjax.objectives.sums import Sums, fraction, ratios
+from rmjax.statistics import calibration_error
 
 
 def average_orders(first: Any, second: Any) -> Any:

@@ -28,8 +28,8 @@ from rmjax.batches.tasks import Attributes
 from rmjax.objectives.base import Batch, Objective, Params
 from rmjax.objectives.bradley_terry import reward_sums
 from rmjax.objectives.gather import at_ends
-from rmjax.objectives.metrics import pearson, quadratic_kappa, spearman, with_reward_std
-from rmjax.objectives.sums import Sums, fraction, ratios
+from rmjax.objectives.sums import Sums, fraction, ratios, with_reward_std
+from rmjax.statistics import pearson, quadratic_kappa, spearman
 
 REGRESSION = ("mse", "huber")
 ONE_OUTPUT = (*REGRESSION, "ordinal")  # of the head for each attribute; the others have one for each level

@@ -21,8 +21,8 @@ from rmjax.batches.tasks import Steps
 from rmjax.objectives.base import Batch, Objective, Params
 from rmjax.objectives.bradley_terry import reward_sums
 from rmjax.objectives.gather import at_ends
-from rmjax.objectives.metrics import calibration_error, with_reward_std
-from rmjax.objectives.sums import Sums, fraction, ratios
+from rmjax.objectives.sums import Sums, fraction, ratios, with_reward_std
+from rmjax.statistics import calibration_error
 
 
 @dataclasses.dataclass(frozen=True)

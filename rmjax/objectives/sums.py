@@ -56,3 +56,12 @@ def ratios(sums: Mapping[str, Any]) -> dict[str, float]:
         if name.endswith(whole) or x[1] != 0
     }
     return {name: value for name, value in values.items() if abs(value) != float("inf")}
+
+
+def with_reward_std(values: dict[str, float]) -> dict[str, float]:
+    """Puts `reward_std` in the place of `reward_square`, the mean square, where it was measured."""
+    values = dict(values)
+    square = values.pop("reward_square", None)
+    if square is not None:
+        values["reward_std"] = max(square - values["reward_mean"] ** 2, 0.0) ** 0.5
+    return values

@@ -108,3 +108,9 @@ def check_target(path: str | os.PathLike, flag: str) -> None:
     if path.exists() and not path.is_file():
         what = "a directory" if path.is_dir() else "no plain file"
         raise ValueError(f"{flag}: {path} is {what}; name another")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; [] where there is none."""
+    kept = whole_lines(path.read_bytes())[0] if path.exists() else b""
+    return [json.loads(line) for line in kept.splitlines()]

@@ -119,7 +119,7 @@ def _score_missing(
         RuntimeError: other rows than those that were looked at.
     """
     from rmjax.runtime import processes
-    from rmjax.train.writers import Progress
+    from rmjax.runtime.progress import Progress
 
     wanted, done, number = set(missing), 0, -1
     if processes.is_first() and (before := job.read_before(wanted)):

@@ -24,8 +24,10 @@ from rmjax.batches import prepare
 from rmjax.batches.groups import Groups
 from rmjax.batches.packing import Plan
 from rmjax.batches.prepare import Split
+from rmjax.evaluate import benchmarks
 from rmjax.hardware import flops, memory, topology
 from rmjax.hardware.collectives import Collective, collectives
+from rmjax.inference import parameters
 from rmjax.models import heads, hf
 from rmjax.models.config import ModelConfig, parameter_count
 from rmjax.train.step import Program
@@ -99,7 +101,7 @@ def target(config: ConfigDict, name: str) -> tuple[ConfigDict, list[Any] | None,
     jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is neither needed nor occupied
     devices, config = topology.devices(name), config.copy_and_resolve_references()
     try:
-        prepare.check_sources(config)
+        prepare.check_sources(config, benchmarks.sources_of(config.eval.benchmarks))
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{error}. For --topology a few rows of the same form and length are enough: --config.data.train=FILE "
@@ -204,7 +206,7 @@ def collective_lines(found: list[Collective], links: dict[tuple[int, ...], float
 
 def traffic(config: ConfigDict, mesh: jax.sharding.Mesh, model: ModelConfig, program: Program, train: Split) -> Traffic:
     """What a device reads and writes in a step."""
-    params, tensor = prepare.model_params(program.state["params"]), mesh.shape["tensor"]
+    params, tensor = parameters.model_params(program.state["params"]), mesh.shape["tensor"]
     platform = mesh.devices.flat[0].platform
     item = jnp.dtype(heads.compute_dtype(config.model.compute_dtype, platform)).itemsize
     rows = train.shape.rows // (mesh.shape["data"] * mesh.shape["fsdp"])
@@ -231,4 +233,4 @@ def step_flops(model: ModelConfig, params: Any, groups: Groups, plan: Plan) -> f
         seen = (tree.positions.astype(np.int64) + 1 for tree in trees)  # a token sees its path, itself included
         return np.array([(x if window is None else np.minimum(x, window)).sum() for x in seen])
 
-    return float(flops.hardware(model, prepare.model_params(params), tokens, scored, pairs).sum() / steps)
+    return float(flops.hardware(model, parameters.model_params(params), tokens, scored, pairs).sum() / steps)

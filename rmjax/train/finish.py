@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -13,18 +12,17 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from rmjax.batches import prepare
 from rmjax.batches.chat import Chat
 from rmjax.batches.groups import Groups
-from rmjax.data import sources
 from rmjax.evaluate import evaluating, gate
 from rmjax.evaluate.benchmarks import Benchmark
 from rmjax.export import write as export
+from rmjax.inference import parameters
 from rmjax.inference.reward_model import Kind, RewardModel
-from rmjax.models import heads, hf
+from rmjax.models import heads
 from rmjax.models.config import ModelConfig
 from rmjax.objectives.base import Objective
-from rmjax.report import card
+from rmjax.report import card, card_values
 from rmjax.report.run import report
 from rmjax.runtime import exits, files, processes
 
@@ -56,7 +54,7 @@ class Model:
         """
         kind = Kind.trained(self.objective, jax.device_get(params.get("objective", {})))
         dtype = heads.compute_dtype(dtype, mesh.devices.flat[0].platform)
-        return RewardModel(self.chat, self.config, prepare.model_params(params), mesh, dtype, kind)
+        return RewardModel(self.chat, self.config, parameters.model_params(params), mesh, dtype, kind)
 
 
 def measure(
@@ -125,7 +123,7 @@ def write(
     Returns:
         The verdict of the quality gate, and the metrics of the exported step.
     """
-    lines = read_lines(workdir / "metrics.jsonl") if processes.is_first() else []
+    lines = files.read_json_lines(workdir / "metrics.jsonl") if processes.is_first() else []
     found = (x for x in reversed(lines) if x["step"] == step and "validation/loss" in x)
     metrics = next(found, {"step": step, **saved})
     metrics = processes.agree("metrics", metrics)
@@ -133,15 +131,17 @@ def write(
     evaluation = measure(judged, sets, tests, workdir / "export", step)
     verdict = processes.agree("quality", gate.judge(config.gate.to_dict(), evaluation, lines))  # lines are the first's
     if processes.is_first():
-        save(workdir / "evaluation.json", evaluation)
-        save(workdir / "quality.json", verdict)
-        save(workdir / "environment.json", environment(mesh))
+        files.write_json(workdir / "evaluation.json", evaluation)
+        files.write_json(workdir / "quality.json", verdict)
+        files.write_json(workdir / "environment.json", environment(mesh))
     told = {"evaluation": evaluation, "quality": verdict, "parameters": sum(x.size for x in jax.tree.leaves(params))}
-    told["base_model"] = base_model(config)
+    told["base_model"] = card_values.base_model(config)
     name = f"{Path(config.model.init_from).name or model.values['model_type']}-{config.objective.name}".replace(
         "_", "-"
     )
-    describe = lambda terms, values: card.text(name, config=public(config), contract=terms, model=values, **told)
+    describe = lambda terms, values: card.text(
+        name, config=card_values.public_config(config), contract=terms, model=values, **told
+    )
     export.write(
         workdir / "export",
         params,
@@ -153,34 +153,13 @@ def write(
         metrics=metrics,
         data=data,
         golden=export.golden_sequences(sets["validation"]),
-        estimates=estimates(evaluation),
+        estimates=card_values.all_estimates(evaluation),
         card=describe,
         run=run,
     )
     if processes.is_first() and config.log.report:
         report.write(workdir, **report.of_run(workdir))
     return verdict, metrics
-
-
-def estimates(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics with intervals, by "validation/accuracy", as the contract keeps them."""
-    parts = {**evaluation["sets"], **evaluation["benchmarks"]}
-    return {f"{name}/{metric}": x for name, part in parts.items() for metric, x in part["metrics"].items()}
-
-
-def base_model(config: ConfigDict) -> str:
-    """The hub id that the run started from; "" where it was a directory, or from scratch."""
-    base = str(config.model.init_from)
-    return base if hf.is_hub_id(base) and not Path(base).is_dir() else ""
-
-
-def public(config: ConfigDict) -> dict[str, Any]:
-    """The config as an export may tell it: local data by its name, not by its place."""
-    values = config.to_dict()
-    for key in ("train", "validation"):
-        items = sources.split_spec(values["data"][key]) if values["data"][key] else []
-        values["data"][key] = ", ".join(item if "://" in item else Path(item).name for item in items)
-    return values
 
 
 def environment(mesh: jax.sharding.Mesh) -> dict[str, str]:
@@ -193,14 +172,3 @@ def environment(mesh: jax.sharding.Mesh) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in PACKAGES},
     }
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; [] where there is none."""
-    kept = files.whole_lines(path.read_bytes())[0] if path.exists() else b""
-    return [json.loads(line) for line in kept.splitlines()]
-
-
-def save(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes JSON, whole and synced."""
-    files.write_json(path, values)

@@ -15,11 +15,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from rmjax import config as config_lib
-from rmjax.batches import prepare
 from rmjax.batches.chat import Chat
 from rmjax.batches.groups import Groups
 from rmjax.batches.packing import Plan
 from rmjax.checkpoint import MANIFEST, Checkpointer
+from rmjax.inference import parameters, runs
 from rmjax.models import hf, hf_export, weight_files
 from rmjax.models.config import ModelConfig
 from rmjax.objectives import sums as sums_lib
@@ -47,11 +47,6 @@ CHANGES = (
 WHOLE = "what the objective makes of the data (its template)"  # changes with data and tokenizer as well
 
 
-def directory(config: ConfigDict, workdir: Path) -> epath.Path:
-    """Where the checkpoints are: config.checkpoint.dir, by default in the workdir."""
-    return epath.Path(config.checkpoint.dir or workdir / "checkpoints")
-
-
 def check_workdir(config: ConfigDict, workdir: Path) -> list[str]:
     """Makes sure that workdir and checkpoints hold this very run, or none; one is there once it has saved a checkpoint.
 
@@ -64,7 +59,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> list[str]:
         ValueError: what changed may not; names the keys. Or a directory is another run's or somebody else's, or where
             no package reaches.
     """
-    checkpoints = directory(config, workdir)
+    checkpoints = runs.checkpoint_directory(config, workdir)
     try:
         checkpoints.exists()
     except ImportError as error:
@@ -146,12 +141,6 @@ def _has_checkpoint(checkpoints: epath.Path) -> bool:
     return checkpoints.is_dir() and any((path / MANIFEST).exists() for path in checkpoints.iterdir())
 
 
-def run_id(workdir: Path) -> str:
-    """The id of the run in a workdir; "" of one of a version that made none."""
-    marker = ownership.read_marker(workdir, "run")
-    return marker["run"] if marker else ""
-
-
 def claim(config: ConfigDict, workdir: Path) -> str:
     """Marks the workdir as this run's, on the first process; returns the run's id on all.
 
@@ -160,8 +149,8 @@ def claim(config: ConfigDict, workdir: Path) -> str:
     """
     run = ""
     if processes.is_first():
-        checkpoints = ownership.read_marker(directory(config, workdir), "checkpoints") or {}
-        mine = run_id(workdir)
+        checkpoints = ownership.read_marker(runs.checkpoint_directory(config, workdir), "checkpoints") or {}
+        mine = runs.run_id(workdir)
         run = mine or checkpoints.get("run") or ownership.new_id()
         if not mine:
             ownership.write_marker(workdir, "run", run)
@@ -326,7 +315,7 @@ def restore_or_init(
         host.stopped = bool(config.checkpoint.patience) and host.waits >= config.checkpoint.patience
         print(f"continuing from step {start}", flush=True)
     else:
-        params, head = prepare.init_params(config, model, objective, program.state["params"])
+        params, head = parameters.init_params(config, model, objective, program.state["params"])
         if "score" in params:
             print(f"score head: {head}, norm {float(jnp.linalg.norm(params['score']['kernel'])):.4g}", flush=True)
         tx = optim.make(config.optim, config.seed)

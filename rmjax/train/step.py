@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from ml_collections import ConfigDict
 
 from rmjax import sharding
@@ -19,7 +18,7 @@ from rmjax.batches.loader import Shape
 from rmjax.batches.packing import Plan
 from rmjax.batches.prepare import Split
 from rmjax.hardware import memory
-from rmjax.kernels import tree_attention
+from rmjax.inference import parameters
 from rmjax.models import heads
 from rmjax.models.config import ModelConfig
 from rmjax.objectives import sums as sums_lib
@@ -29,37 +28,9 @@ from rmjax.runtime import processes
 from rmjax.train import host_state, optim
 
 
-def abstract_model(
-    config: ConfigDict, model: ModelConfig, objective: Objective, mesh: jax.sharding.Mesh
-) -> tuple[Any, Any]:
-    """The model's structure, and shapes with shardings of all parameters; nothing is allocated.
-
-    Raises:
-        ValueError: a form of attention that does not serve.
-    """
-    platform = mesh.devices.flat[0].platform
-    dtype = heads.compute_dtype(config.model.compute_dtype, platform)
-    form, why = tree_attention.choose(config.model.attention, platform, model.head_dim, dtype)
-    if why:
-        logging.warning("attention falls back to the form for any device (xla): %s", why)
-    if why := tree_attention.whole_heads(model.heads, model.kv_heads, mesh.shape["tensor"]):
-        logging.warning("%s", why)
-    graph, shapes = heads.abstract(
-        model,
-        len(objective.labels),
-        config.model.param_dtype,
-        dtype,
-        architecture=objective.architecture,
-        attention=form,
-    )
-    own = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in objective.params().items()}
-    shapes = prepare.with_own(shapes, own)
-    return graph, sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
-
-
 def forward(params: Any, batch: dict[str, jax.Array], graph: Any, config: ConfigDict) -> Any:
     """The model's outputs for one micro-batch [B, ...]."""
-    model = heads.merge(graph, prepare.model_params(params))
+    model = heads.merge(graph, parameters.model_params(params))
     return model(batch, remat=config.model.remat, scan=not config.debug)
 
 

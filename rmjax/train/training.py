@@ -18,15 +18,19 @@ from ml_collections import ConfigDict
 
 from rmjax import config as config_lib
 from rmjax import objectives, sharding
-from rmjax.batches import loader, prepare
+from rmjax.batches import loader, measure, prepare
 from rmjax.batches.chat import set_pad_token
 from rmjax.batches.groups import Groups
+from rmjax.batches.packing import Plan
 from rmjax.batches.prepare import Split
+from rmjax.batches.tasks import Task
 from rmjax.checkpoint import Checkpointer
 from rmjax.data import ledger
-from rmjax.evaluate import evaluating, gate
+from rmjax.evaluate import benchmarks, evaluating, gate
 from rmjax.evaluate.benchmarks import Benchmark
 from rmjax.export import write as export
+from rmjax.inference import parameters, runs
+from rmjax.inference.parameters import abstract_model
 from rmjax.models import config as model_config
 from rmjax.models import decoder, hf
 from rmjax.objectives import sums as sums_lib
@@ -39,7 +43,7 @@ from rmjax.train import dry_run as dry_runs
 from rmjax.train import finish, optim, resume
 from rmjax.train.finish import Model
 from rmjax.train.resume import Host
-from rmjax.train.step import Program, abstract_model, build_program, compile_program
+from rmjax.train.step import Program, build_program, compile_program
 from rmjax.train.watch import Watch, reward_drift, work_of_steps
 from rmjax.train.writers import Writers
 
@@ -371,11 +375,11 @@ def _run(
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if dry_run and config.debug:
         raise ValueError("config.debug compiles nothing, so there is nothing for --dry_run to show; leave one out")
-    prepare.check_sources(config)
+    prepare.check_sources(config, benchmarks.sources_of(config.eval.benchmarks))
 
     with tempfile.TemporaryDirectory() as scratch:
         chat = prepare.open_chat(config, Path(scratch))
-    values = prepare.model_values(config, len(chat.tokenizer))
+    values = parameters.model_values(config, len(chat.tokenizer))
     pad, changed = set_pad_token(chat, values["vocab_size"])
     if changed:
         print(f"pad token: {chat.tokenizer.pad_token!r} ({pad}), because the tokenizer's could be mistaken for text")
@@ -386,7 +390,7 @@ def _run(
     if config.model.remat != "auto":
         decoder.saved_names(config.model.remat)
     if config.model.init_from and not topology:
-        hf.check(hf.resolve(config.model.init_from), prepare.model_params(shapes), model)
+        hf.check(hf.resolve(config.model.init_from), parameters.model_params(shapes), model)
     print(parameter_overview.get_parameter_overview(shapes, include_stats="sharding" if dry_run else False))
 
     with processes.first_then_others("data"):
@@ -417,7 +421,7 @@ def _run(
         return
 
     checkpointer = Checkpointer(
-        resume.directory(config, workdir),
+        runs.checkpoint_directory(config, workdir),
         keep_latest=config.checkpoint.keep_latest,
         keep_best=config.checkpoint.keep_best,
         metric=config.checkpoint.metric,
@@ -439,10 +443,10 @@ def _run(
             print("".join(f"changed since the last start: {change}\n" for change in changes), end="", flush=True)
             if processes.is_first():
                 resume.save_config(config, workdir)
-                prepare.save_audit(workdir / "audit.json", train_groups, plan, validation_groups, objective.task)
+                _save_audit(workdir / "audit.json", train_groups, plan, validation_groups, objective.task)
             program, train, evaluations = compiling.result()
             processes.barrier("compiled")  # devices wait for a late process less patiently
-            work = work_of_steps(train, model, prepare.model_params(shapes))
+            work = work_of_steps(train, model, parameters.model_params(shapes))
             described = Model(chat, values, model, objective)
 
             @contextlib.contextmanager
@@ -506,7 +510,7 @@ def conclude(run: Run, workdir: Path, last: int) -> None:
         f"\nstep {step}: {in_words(metrics, run)}\n"
         + "\n".join(gate.text(verdict))
         + f"\nexport:      {workdir / 'export'}\n{report}"
-        f"checkpoints: {resume.directory(run.config, workdir)} (steps {steps})\n"
+        f"checkpoints: {runs.checkpoint_directory(run.config, workdir)} (steps {steps})\n"
         f"metrics:     {workdir / 'metrics.jsonl'}{tensorboard}\n"
         f"score with:  python -m rmjax.score --model={workdir / 'export'} --input=FILE --output=scores.jsonl",
         flush=True,
@@ -515,3 +519,13 @@ def conclude(run: Run, workdir: Path, last: int) -> None:
         raise finish.NotGoodEnough(
             f"the model fails the quality gate (config.gate); {workdir / 'quality.json'} says why"
         )
+
+
+def _save_audit(path: Path, train: Groups, plan: Plan, validation: Groups, task: Task) -> None:
+    """Writes what the data is like as JSON; `python -m rmjax.data audit --config=FILE --html=FILE` draws it."""
+    report = measure.report(
+        {"training": train, "validation": validation},
+        plans={"training": measure.filling(train, plan)},
+        names=getattr(task, "names", ()),
+    )
+    measure.save(path, report)

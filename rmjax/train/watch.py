@@ -29,7 +29,7 @@ from rmjax.batches.prepare import Split
 from rmjax.hardware import flops
 from rmjax.models.config import ModelConfig
 from rmjax.runtime import processes
-from rmjax.train.writers import Progress
+from rmjax.runtime.progress import Progress
 
 WINDOW = 100  # steps that medians, rates and shares are taken over
 SLOW, LEAST = 3.0, 1.0  # a slow step takes this many times the usual time, and at least this many seconds

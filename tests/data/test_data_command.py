@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 from rmjax.data import reading, sources
-from rmjax.data.command import main
+from rmjax.data.__main__ import main
 from rmjax.data.records import group
 from rmjax.runtime.files import SCRATCH
 

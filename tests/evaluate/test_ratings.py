@@ -9,8 +9,8 @@ import scipy.stats
 import sklearn.metrics
 from made_up_answers import outcomes_of, rated, stepped, sums_of, value
 
+from rmjax import statistics
 from rmjax.evaluate import measures
-from rmjax.objectives import metrics as objective_metrics
 from rmjax.objectives.pointwise import Pointwise
 from rmjax.objectives.prm import ProcessReward
 
@@ -95,7 +95,7 @@ def test_steps_against_scikit_learn_and_the_objective():
     expected = objective.summary(sums_of(objective, outputs, batch), said)
     assert value(found, "first_error_accuracy") == pytest.approx(expected["first_error_accuracy"])
     assert value(found, "nll") == pytest.approx(expected["loss"], rel=1e-5)
-    bins = objective_metrics.calibration_error(
+    bins = statistics.calibration_error(
         {"confidence": p, "right": right.astype(float), "weight": np.ones(e)}, least=0.0
     )
     assert value(found, "ece") == pytest.approx(bins["ece"])

@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small_runs import Started
 
-from rmjax.export import from_run, verify, write
+from rmjax.export import __main__ as export_command
+from rmjax.export import from_run, verify
 from rmjax.inference import contract, runs
 from rmjax.inference.reward_model import RewardModel, load_checked
 from rmjax.models import hf
@@ -32,7 +33,7 @@ def run(tmp_path_factory):
 
 
 def command(*argv):
-    return from_run.checked(write.parser().parse_args(list(argv)))
+    return from_run.checked(export_command.parser().parse_args(list(argv)))
 
 
 def test_any_checkpoint_is_opened_and_scores_as_its_export(run, tmp_path):

@@ -18,11 +18,12 @@ from rmjax import objectives, sharding
 from rmjax.batches import prepare
 from rmjax.batches.random_groups import RandomGroups
 from rmjax.hardware import memory, topology
+from rmjax.inference.parameters import abstract_model
 from rmjax.kernels.tree_attention import block_of, tree_attention
 from rmjax.kernels.visible import visible
 from rmjax.models import config as model_config
 from rmjax.train import dry_run
-from rmjax.train.step import abstract_model, compile_program
+from rmjax.train.step import compile_program
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, XLA's compiler for TPUs, is not installed"

@@ -6,10 +6,10 @@ import pytest
 from sklearn.calibration import calibration_curve
 
 from rmjax.objectives.bradley_terry import BradleyTerry
-from rmjax.objectives.metrics import calibration_error, spread
 from rmjax.objectives.pairwise import Pairwise
 from rmjax.objectives.prm import ProcessReward
 from rmjax.objectives.sft import SFT
+from rmjax.statistics import calibration_error, spread
 
 
 def test_calibration_error_is_the_weighted_gap_of_the_bins():

@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from ml_collections import ConfigDict
 
-from rmjax import objectives
+from rmjax import objectives, statistics
 from rmjax.batches.tasks import Attributes
 from rmjax.config import defaults
 from rmjax.data.records import BadRow, Record
-from rmjax.objectives import metrics
 from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.gather import at_ends
 from rmjax.objectives.pointwise import LOSSES, Pointwise
@@ -330,12 +329,12 @@ def test_kappa_counts_as_sklearn_does_and_knows_where_it_is_undefined():
     for _ in range(20):
         x, y = rng.integers(0, rng.integers(2, 9), (2, 50)) + rng.integers(-2, 3, (2, 1))
         expected = sklearn.metrics.cohen_kappa_score(x, y, weights="quadratic", labels=np.arange(-3, 12))
-        assert metrics.quadratic_kappa(x, y) == pytest.approx(expected, abs=1e-12)
-    assert metrics.quadratic_kappa(np.array([0, 0]), np.array([0, 4])) == 0
+        assert statistics.quadratic_kappa(x, y) == pytest.approx(expected, abs=1e-12)
+    assert statistics.quadratic_kappa(np.array([0, 0]), np.array([0, 4])) == 0
     constant, other = np.full(5, 2.0), np.arange(5.0)
-    for measure in (metrics.pearson, metrics.spearman, metrics.quadratic_kappa):
+    for measure in (statistics.pearson, statistics.spearman, statistics.quadratic_kappa):
         assert math.isnan(measure(constant, constant)) and math.isnan(measure(other[:1], other[:1]))
-    assert math.isnan(metrics.pearson(constant, other)) and math.isnan(metrics.spearman(other, constant))
+    assert math.isnan(statistics.pearson(constant, other)) and math.isnan(statistics.spearman(other, constant))
 
 
 def test_ratings_are_whole_numbers_of_the_scale():

@@ -206,7 +206,7 @@ def test_an_export_replaces_no_link_and_nothing_of_others(tmp_path):
 
 
 def test_exporting_over_a_run_is_refused(finished, tmp_path):
-    from rmjax.export import write as command
+    from rmjax.export import __main__ as command
 
     args = command.parser().parse_args([f"--run={finished / 'a'}", f"--output={finished / 'a'}"])
     with pytest.raises(ValueError, match="is a run, which an export would replace"):

@@ -551,8 +551,8 @@ FOREIGN = """
     if sys.argv[2:]:
         from pathlib import Path
         from rmjax.train import training as train
-        from rmjax.main import load_config
-        config = load_config("configs/bt_tiny.py")
+        from rmjax.runtime.config_file import load
+        config = load("configs/bt_tiny.py")
         config.update_from_flattened_dict(eval(sys.argv[3]))
         barrier, loop, names = processes.barrier, train.loop, []
         processes.barrier = lambda name: (names.append(name), barrier(name))

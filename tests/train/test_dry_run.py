@@ -17,9 +17,9 @@ from rmjax.batches.random_groups import RandomGroups
 from rmjax.data import synthetic
 from rmjax.hardware import flops, topology
 from rmjax.hardware.collectives import Collective, array_bytes, collectives
-from rmjax.main import load_config
 from rmjax.models import config as model_config
 from rmjax.models import heads
+from rmjax.runtime import config_file
 from rmjax.train import dry_run
 
 ROOT = Path(__file__).parents[2]
@@ -328,4 +328,4 @@ def test_nothing_changes_without_a_topology():
 
 
 def config_of(name):
-    return load_config(str(ROOT / "configs" / f"{name}.py"))
+    return config_file.load(str(ROOT / "configs" / f"{name}.py"))

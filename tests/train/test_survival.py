@@ -16,6 +16,7 @@ from small_runs import Started, checkpoints, column, metrics, same_run, small
 from rmjax import config as config_lib
 from rmjax import objectives
 from rmjax.batches import prepare
+from rmjax.inference import runs
 from rmjax.runtime import exits, signals
 from rmjax.train import resume, training
 
@@ -414,10 +415,10 @@ def test_checkpoints_can_be_elsewhere(tmp_path, cache_dir):
     from rmjax.checkpoint import Checkpointer
 
     config = small(cache_dir, checkpoint__dir="gs://bucket/run")
-    assert str(resume.directory(config, tmp_path)) == "gs://bucket/run"
-    checkpointer = Checkpointer(resume.directory(config, tmp_path), keep_latest=1)
+    assert str(runs.checkpoint_directory(config, tmp_path)) == "gs://bucket/run"
+    checkpointer = Checkpointer(runs.checkpoint_directory(config, tmp_path), keep_latest=1)
     assert str(checkpointer._path(3)) == "gs://bucket/run/3"
-    assert str(resume.directory(small(cache_dir), tmp_path)) == str(tmp_path / "checkpoints")
+    assert str(runs.checkpoint_directory(small(cache_dir), tmp_path)) == str(tmp_path / "checkpoints")
     config = small(cache_dir, checkpoint__dir=str(tmp_path / "elsewhere"))
     resume.save_config(config, tmp_path)
     (tmp_path / "elsewhere" / "3").mkdir(parents=True)

@@ -25,6 +25,7 @@ from rmjax.batches.loader import StepSource
 from rmjax.hardware import flops
 from rmjax.models import config as model_config
 from rmjax.models import heads
+from rmjax.runtime.progress import Progress
 from rmjax.train import training
 from rmjax.train.watch import (
     LARGE_REWARD,
@@ -35,7 +36,6 @@ from rmjax.train.watch import (
     reward_drift,
     work_of_steps,
 )
-from rmjax.train.writers import Progress
 
 ROOT = Path(__file__).parents[2]
 

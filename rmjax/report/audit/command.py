@@ -15,7 +15,6 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from rmjax import config as config_lib
-from rmjax import main as train_command
 from rmjax import objectives
 from rmjax.batches import augment, measure, prepare, select
 from rmjax.batches import groups as groups_lib
@@ -25,7 +24,7 @@ from rmjax.batches.tasks import Attributes, Preferences, Steps, Task
 from rmjax.data import formats, reading
 from rmjax.data import ledger as audit_lib
 from rmjax.report.audit import text as audit_text
-from rmjax.runtime import passwords
+from rmjax.runtime import config_file, passwords
 
 UNLIMITED = 2**30  # tokens of a conversation
 
@@ -89,7 +88,7 @@ def read_config(args: argparse.Namespace) -> ConfigDict:
     if args.config and args.objective:
         raise ValueError("--objective is a part of --config; give one of them, or --config.objective.KEY=VALUE")
     if args.config:
-        config = train_command.load_config(args.config)
+        config = config_file.load(args.config)
     else:
         config = config_lib.defaults(args.objective or "bradley_terry")
     values, argv = flags.FlagValues(), ["audit", *args.overrides]
@@ -97,7 +96,7 @@ def read_config(args: argparse.Namespace) -> ConfigDict:
         config_flags.DEFINE_config_dict("config", config, "", flag_values=values, lock_config=True, sys_argv=argv)
         values(argv)
     except Exception as error:
-        raise ValueError(train_command.explain(error, argv)) from error
+        raise ValueError(config_file.explain(error, argv)) from error
     config = passwords.hide_in(values.config)
     config.data.train = args.source or config.data.train
     config.data.validation = args.validation or config.data.validation

@@ -1,13 +1,11 @@
-"""Agreement of predictions with labels that no sums can tell; on the host, of all of an evaluation at once.
+"""Statistics of predictions and labels, in numpy; every metric that several objectives or reports share.
 
-All take numbers [n] twice, and are NaN where they are not defined: fewer than two numbers, or no variance.
+Numbers come as arrays [n]; a statistic that is not defined is NaN: of fewer than two numbers, or without variance.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
-
-from rmjax.evaluate.calibration import BINS, bins_of, ece
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
@@ -19,9 +17,19 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's rank correlation: Pearson's of the ranks, equal numbers sharing theirs."""
-    from scipy.stats import rankdata  # takes a second to import, which a run without it need not spend
+    return pearson(ranks(x), ranks(y))
 
-    return pearson(rankdata(x), rankdata(y))
+
+def ranks(x: np.ndarray) -> np.ndarray:
+    """From 1 on; equal numbers share the middle of their places."""
+    _, of, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[of]
+
+
+def standardized(x: np.ndarray) -> np.ndarray:
+    """With mean 0 and variance 1; all 0 where it does not vary."""
+    x = np.asarray(x, np.float64)
+    return (x - x.mean()) / x.std() if len(x) and np.ptp(x) > 0 else np.zeros(len(x))
 
 
 def quadratic_kappa(x: np.ndarray, y: np.ndarray) -> float:
@@ -37,6 +45,10 @@ def quadratic_kappa(x: np.ndarray, y: np.ndarray) -> float:
     return float(1 - np.mean((x - y) ** 2) / by_chance) if by_chance else float("nan")
 
 
+# ----------------------------------------------------------------------------------------------------
+# Distributions and calibration
+# ----------------------------------------------------------------------------------------------------
+
 QUANTILES = (5, 25, 50, 75, 95)  # percent
 
 
@@ -47,8 +59,21 @@ def spread(name: str, values: np.ndarray) -> dict[str, float]:
     return {f"{name}_p{q:02}": float(x) for q, x in zip(QUANTILES, np.quantile(values, [q / 100 for q in QUANTILES]))}
 
 
+BINS = 10  # of a reliability diagram
+
+
+def bins_of(confidence: np.ndarray, least: float) -> np.ndarray:
+    """int64 [n]: the bin of each probability from `least` to 1; the last one has its upper edge, too."""
+    return np.clip(((confidence - least) / (1 - least) * BINS).astype(np.int64), 0, BINS - 1)
+
+
+def ece(totals: np.ndarray) -> np.ndarray:
+    """The error [...] from totals [..., 2 BINS]: weight times (confidence - right) of each bin, then its weight."""
+    return np.abs(totals[..., :BINS]).sum(-1) / totals[..., BINS:].sum(-1)
+
+
 def calibration_error(outcomes: Mapping[str, np.ndarray], least: float = 0.5) -> dict[str, float]:
-    """Expected calibration error; see evaluation/calibration.py.
+    """Expected calibration error; Guo et al. 2017, arXiv:1706.04599, eq. 3.
 
     Args:
         outcomes: float [n] each: `confidence`, from `least` to 1; `right`, 1 where what it is confident of is so, 0
@@ -64,12 +89,3 @@ def calibration_error(outcomes: Mapping[str, np.ndarray], least: float = 0.5) ->
         return {}
     sums = [np.bincount(bins_of(confidence, least), x, BINS) for x in (weight * (confidence - right), weight)]
     return {"ece": float(ece(np.concatenate(sums)))}
-
-
-def with_reward_std(values: dict[str, float]) -> dict[str, float]:
-    """Puts `reward_std` in the place of `reward_square`, the mean square, where it was measured."""
-    values = dict(values)
-    square = values.pop("reward_square", None)
-    if square is not None:
-        values["reward_std"] = max(square - values["reward_mean"] ** 2, 0.0) ** 0.5
-    return values

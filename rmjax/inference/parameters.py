@@ -1,0 +1,96 @@
+"""A config becomes a model: its Hugging Face values, the shapes of its parameters, and their first values."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from rmjax import sharding
+from rmjax.kernels import tree_attention
+from rmjax.models import heads, hf
+from rmjax.models.config import ModelConfig
+from rmjax.objectives.base import Objective
+
+
+def model_values(config: ConfigDict, vocabulary: int) -> dict[str, Any]:
+    """The Hugging Face config values of the model: init_from's, or those of `model.scratch`.
+
+    Raises:
+        ValueError: the tokenizer has ids that the model's embedding lacks.
+    """
+    if config.model.init_from:
+        values = hf.read_config(hf.resolve(config.model.init_from))
+    else:
+        values = {"vocab_size": vocabulary, **config.model.scratch.to_dict()}
+    longest, positions = config.data.max_length or config.plan.row_tokens, values.get("max_position_embeddings")
+    if positions and longest > positions:
+        logging.warning(
+            "conversations of up to %d tokens are let in (config.data.max_length), the model knows %d positions; "
+            "servers will refuse longer ones",
+            longest,
+            positions,
+        )
+    if values.get("vocab_size", vocabulary) < vocabulary:
+        raise ValueError(f"the tokenizer has {vocabulary} ids but the model's embedding {values['vocab_size']}")
+    return values
+
+
+def abstract_model(
+    config: ConfigDict, model: ModelConfig, objective: Objective, mesh: jax.sharding.Mesh
+) -> tuple[Any, Any]:
+    """The model's structure, and shapes with shardings of all parameters; nothing is allocated.
+
+    Raises:
+        ValueError: a form of attention that does not serve.
+    """
+    platform = mesh.devices.flat[0].platform
+    dtype = heads.compute_dtype(config.model.compute_dtype, platform)
+    form, why = tree_attention.choose(config.model.attention, platform, model.head_dim, dtype)
+    if why:
+        logging.warning("attention falls back to the form for any device (xla): %s", why)
+    if why := tree_attention.whole_heads(model.heads, model.kv_heads, mesh.shape["tensor"]):
+        logging.warning("%s", why)
+    graph, shapes = heads.abstract(
+        model,
+        len(objective.labels),
+        config.model.param_dtype,
+        dtype,
+        architecture=objective.architecture,
+        attention=form,
+    )
+    own = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in objective.params().items()}
+    shapes = with_own(shapes, own)
+    return graph, sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
+
+
+def init_params(config: ConfigDict, model: ModelConfig, objective: Objective, shapes: Any) -> tuple[Any, str]:
+    """Loads or initialises the parameters, sharded from the start; the second says where the head came from.
+
+    Args:
+        config: the config.
+        model: the model's shapes.
+        objective: its own parameters are under "objective", if it has any.
+        shapes: shapes with shardings of all parameters.
+    """
+    own = {name: sharding.place(x, shapes["objective"][name].sharding) for name, x in objective.params().items()}
+    shapes = model_params(shapes)
+    if config.model.init_from:
+        params, head = hf.load(hf.resolve(config.model.init_from), shapes, model, seed=config.seed)
+    else:
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+        kind = {"seed": config.seed, "architecture": objective.architecture}
+        init = lambda: heads.init(model, len(objective.labels), config.model.param_dtype, **kind)
+        params, head = jax.jit(init, out_shardings=shardings)(), "new"
+    return with_own(params, own), head
+
+
+def with_own(params: Any, own: Mapping[str, Any]) -> Any:
+    """The model's parameters and, if there are any, the objective's under "objective"."""
+    return {**params, "objective": dict(own)} if own else params
+
+
+def model_params(params: Any) -> Any:
+    """The model's parameters without the objective's."""
+    return {name: x for name, x in params.items() if name != "objective"}
