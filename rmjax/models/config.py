@@ -7,15 +7,9 @@ from typing import Any
 
 import jax
 
+from rmjax.models.families import FAMILIES
 from rmjax.models.rope import Rope, rope_from_hf
 
-# What transformers assumes of each family where a config.json leaves a key out.
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-}
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 # Sizes beyond any model that there is, from which nothing is made: a loop over 10**9 layers would not end.
@@ -33,7 +27,7 @@ class ModelConfig:
     """The shape of a decoder; frozen and hashable, so that it can be a static part of a compiled function.
 
     Attributes:
-        family: the `model_type` of config.json: qwen2, qwen3, llama or mistral.
+        family: the `model_type` of config.json, a key of FAMILIES.
         vocab: V, rows of the embedding.
         width: D, of the residual stream.
         layers: L.
@@ -47,7 +41,7 @@ class ModelConfig:
         qkv_bias: whether the query, key and value projections have biases.
         o_bias: whether the attention's output projection has one.
         mlp_bias: whether the three MLP projections have.
-        qk_norm: whether queries and keys are normalised per head (Qwen3).
+        qk_norm: whether queries and keys are normalised per head.
         init_std: standard deviation of newly initialised kernels.
         tied: whether a language model's output embedding is its input embedding.
     """
@@ -78,9 +72,9 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         ValueError: an unknown family, a missing or impossible size, or a feature that is not supported.
     """
     family = str(config.get("model_type"))
-    if family not in DEFAULTS:
-        raise ValueError(f"model_type {family!r} is not supported; supported families: {', '.join(DEFAULTS)}")
-    config = {**DEFAULTS[family], **config}
+    if family not in FAMILIES:
+        raise ValueError(f"model_type {family!r} is not supported; supported families: {', '.join(FAMILIES)}")
+    config = {**FAMILIES[family].defaults, **config}
     if missing := [name for name in REQUIRED if not config.get(name)]:
         raise ValueError(f"config.json of this {family} model lacks {', '.join(missing)}")
     whole = lambda value: type(value) is int and value > 0
@@ -104,7 +98,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}, "
             f"and head_dim {head_dim} must be even"
         )
-    attention_bias = bool(config.get("attention_bias")) and family in ("llama", "qwen3")
+    features = {"windows": (None,) * config["num_hidden_layers"], **FAMILIES[family].features(config)}
     return ModelConfig(
         family=family,
         vocab=config["vocab_size"],
@@ -115,37 +109,11 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         head_dim=head_dim,
         mlp=config["intermediate_size"],
         rope=rope_from_hf(config),
-        windows=_windows(family, config),
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        qkv_bias=family == "qwen2" or attention_bias,
-        o_bias=attention_bias,
-        mlp_bias=bool(config.get("mlp_bias")) and family == "llama",
-        qk_norm=family == "qwen3",
         init_std=float(config.get("initializer_range") or 0.02),
         tied=bool(config.get("tie_word_embeddings")),
+        **features,
     )
-
-
-def _windows(family: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Each layer's window, as transformers 5 decides it; Llama has none."""
-    layers, window = config["num_hidden_layers"], config.get("sliding_window")
-    if family == "llama":
-        return (None,) * layers
-    if family == "mistral":
-        return (window,) * layers
-    if not config.get("use_sliding_window"):
-        window = None
-    types = config.get("layer_types")
-    if types is None:
-        return tuple(window if layer >= config["max_window_layers"] else None for layer in range(layers))
-    if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
-        raise ValueError(
-            f"layer_types has {len(types)} entries of {sorted(set(types))}; expected one of full_attention, "
-            f"sliding_attention for each of the {layers} layers"
-        )
-    if window is None and "sliding_attention" in types:
-        raise ValueError("layer_types names sliding_attention, but use_sliding_window or sliding_window is unset")
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def parameter_count(shapes: Mapping[str, Any]) -> tuple[int, int]:

@@ -18,24 +18,15 @@ from jax.sharding import PartitionSpec as P
 
 from rmjax.models import weight_files
 from rmjax.models.config import ModelConfig
+from rmjax.models.families import FAMILIES
+from rmjax.models.families.base import LM_HEAD, SCORE, SCORE_BIAS, Row
 from rmjax.models.hf_export import config_json, save
-from rmjax.models.hf_tables import (
-    INDEX,
-    LM_HEAD,
-    SCORE,
-    SCORE_BIAS,
-    TABLES,
-    WEIGHTS,
-    Row,
-    convert,
-    expected_rows,
-)
+from rmjax.models.hf_tables import INDEX, WEIGHTS, convert, expected_rows
 from rmjax.models.weight_files import DTYPES, Tensor
 from rmjax.sharding import path_name
 
 __all__ = [
     "INDEX",
-    "TABLES",
     "WEIGHTS",
     "check",
     "config_json",
@@ -221,24 +212,13 @@ def _check(directory: str | Path, found: Mapping[str, Tensor], rows: Mapping[Row
         if names:
             more = f"\n    and {len(names) - 8} more" if len(names) > 8 else ""
             lines.append(f"  {len(names)} {what}:\n    " + "\n    ".join(sorted(names)[:8]) + more)
-    family = _looks_like(found)
-    if config.family not in family:
-        lines.append(f"The names look like {' or '.join(family)}: check model_type in config.json.")
+    owners = [name for name, family in FAMILIES.items() if family.owns(found)]
+    if config.family not in owners:
+        alike = " or ".join(owners) or "none of the supported families"
+        lines.append(f"The names look like {alike}: check model_type in config.json.")
     else:
         lines.append("Check that config.json and the weights are of the same model and the download is whole.")
     raise ValueError("\n".join(lines))
-
-
-def _looks_like(names: Any) -> tuple[str, ...]:
-    """The families that a checkpoint's names speak for."""
-    layer = "model.layers.0.self_attn."
-    if f"{layer}q_proj.weight" not in names:
-        return ("none of the supported families",)
-    if f"{layer}q_norm.weight" in names:
-        return ("qwen3",)
-    if f"{layer}q_proj.bias" in names and f"{layer}o_proj.bias" not in names:
-        return ("qwen2",)
-    return ("llama", "mistral")
 
 
 def _read(tensors: Mapping[str, Tensor], row: Row, leaf: Any, config: ModelConfig) -> jax.Array:

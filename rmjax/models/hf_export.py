@@ -16,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from rmjax.models.config import ModelConfig
-from rmjax.models.hf_tables import CLASSES, INDEX, SCORE, SCORE_BIAS, WEIGHTS, Row, convert, expected_rows
+from rmjax.models.families import FAMILIES
+from rmjax.models.families.base import SCORE, SCORE_BIAS, Row
+from rmjax.models.hf_tables import INDEX, WEIGHTS, convert, expected_rows
 from rmjax.runtime import ownership, processes
 
 PIECE = 32 * 2**20  # bytes of a tensor that are on the host, and whole on a device, at a time
@@ -119,7 +121,7 @@ def config_json(
         del head["token_classification_bias"]
     return {
         **kept,
-        "architectures": [f"{CLASSES[config.family]}For{architecture}"],
+        "architectures": [f"{FAMILIES[config.family].class_prefix}For{architecture}"],
         **({"tie_word_embeddings": config.tied} if architecture == "CausalLM" else head),
         "pad_token_id": pad_token_id,
         "dtype": jnp.dtype(dtype).name,

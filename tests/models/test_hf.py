@@ -18,6 +18,7 @@ from tiny_models import PAD, make_hf_model, random_groups, tree_rows
 
 from rmjax.models import heads, hf, hf_export, weight_files
 from rmjax.models.config import from_hf
+from rmjax.models.families import FAMILIES
 from rmjax.sharding import make_mesh, param_shardings
 
 PAIRS = random_groups(seed=2, groups=2)
@@ -205,7 +206,7 @@ def test_shards_on_a_mesh_and_other_dtype(tmp_path):
         np.testing.assert_array_equal(leaf, full.astype(leaf.dtype))
 
     jax.tree.map(same, params, wanted, plain)
-    row = next(row for row in hf.TABLES["qwen3"] if row.path == "decoder/layers/q/kernel")
+    row = next(row for row in FAMILIES["qwen3"].table if row.path == "decoder/layers/q/kernel")
     sharding = NamedSharding(shardings["decoder"]["norm"]["scale"].mesh, P(None, "fsdp", "tensor"))
     assert hf.exchanged(sharding, 3, row).spec == P(None, "tensor", "fsdp")
 

@@ -1,0 +1,118 @@
+"""What a family of models is made of: its defaults, what its config.json decides, and its weights' names."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+SCORE, SCORE_BIAS = "score.weight", "score.bias"
+LM_HEAD = "lm_head.weight"
+HfConfig = Mapping[str, Any]  # values of a config.json
+
+
+class Row(NamedTuple):
+    """One parameter: our path, its name in a checkpoint, and whether its last two axes swap places.
+
+    PyTorch stores a kernel as [out, in]; it is transposed on the device.
+    """
+
+    path: str
+    name: str
+    transposed: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        """Whether our array holds all layers but the last, which are one tensor each in the checkpoint."""
+        return self.path.startswith("decoder/layers/")
+
+    def names(self, layers: int) -> list[str]:
+        """Its tensors in the checkpoint: one for each layer of a stack, or one."""
+        return [self.name.format(layer=layer) for layer in (range(layers - 1) if self.stacked else [layers - 1])]
+
+    def shape(self, leaf: Any) -> tuple[int, ...]:
+        """Shape of one of these tensors."""
+        shape = tuple(leaf.shape[1:] if self.stacked else leaf.shape)
+        return shape[::-1] if self.transposed else shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """All that a family of models is; one file each.
+
+    Attributes:
+        model_type: its name in config.json.
+        class_prefix: of transformers' classes, as "Qwen2" in Qwen2ForSequenceClassification.
+        defaults: what transformers assumes where a config.json leaves a key out.
+        features: the fields of ModelConfig that a config.json decides in the family's own way (see `ModelConfig`).
+        table: a row for every parameter that a model of the family can have; a row counts where the model has it.
+        owns: whether the names of a checkpoint's tensors can be the family's.
+    """
+
+    model_type: str
+    class_prefix: str
+    defaults: HfConfig
+    features: Callable[[HfConfig], dict[str, Any]]
+    table: tuple[Row, ...]
+    owns: Callable[[Collection[str]], bool]
+
+
+def in_layers(ours: str, theirs: str, transposed: bool = False) -> tuple[Row, Row]:
+    """A parameter of every layer: those of the stack, and the last one's."""
+    name = f"model.layers.{{layer}}.{theirs}"
+    return Row(f"decoder/layers/{ours}", name, transposed), Row(f"decoder/last/{ours}", name, transposed)
+
+
+def projections(block: str, names: str) -> tuple[Row, ...]:
+    """Kernels and biases of linear layers "q k v o" of a block, "self_attn"."""
+    rows: list[Row] = []
+    for ours in names.split():
+        rows += in_layers(f"{ours}/kernel", f"{block}.{ours}_proj.weight", transposed=True)
+        rows += in_layers(f"{ours}/bias", f"{block}.{ours}_proj.bias")
+    return tuple(rows)
+
+
+# The parameters of Llama, which most families share.
+LLAMA_TABLE = (
+    Row("decoder/embed/embedding", "model.embed_tokens.weight"),
+    *in_layers("attention_norm/scale", "input_layernorm.weight"),
+    *projections("self_attn", "q k v o"),
+    *in_layers("mlp_norm/scale", "post_attention_layernorm.weight"),
+    *projections("mlp", "gate up down"),
+    Row("decoder/norm/scale", "model.norm.weight"),
+    Row("score/kernel", SCORE, transposed=True),
+    Row("lm_head/embedding", LM_HEAD),
+)
+
+
+def layer_names(names: Collection[str]) -> set[str]:
+    """What the names of layer 0's attention end with, such as "q_proj.bias"."""
+    layer = "model.layers.0.self_attn."
+    return {name.removeprefix(layer) for name in names if name.startswith(layer)}
+
+
+def is_llama_like(names: Collection[str]) -> bool:
+    """Whether layer 0 has what Llama's has: no norms of queries, and either both attention biases or none."""
+    here = layer_names(names)
+    biased = "q_proj.bias" in here and "o_proj.bias" not in here
+    return "q_proj.weight" in here and "q_norm.weight" not in here and not biased
+
+
+def windows_by_type(config: HfConfig) -> tuple[int | None, ...]:
+    """Each layer's window by `layer_types`, or by `max_window_layers`, as transformers 5 decides it for Qwen.
+
+    Raises:
+        ValueError: layer types that are unknown, too few or too many, or without a window.
+    """
+    layers, window = config["num_hidden_layers"], config.get("sliding_window")
+    if not config.get("use_sliding_window"):
+        window = None
+    types = config.get("layer_types")
+    if types is None:
+        return tuple(window if layer >= config["max_window_layers"] else None for layer in range(layers))
+    if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"layer_types has {len(types)} entries of {sorted(set(types))}; expected one of full_attention, "
+            f"sliding_attention for each of the {layers} layers"
+        )
+    if window is None and "sliding_attention" in types:
+        raise ValueError("layer_types names sliding_attention, but use_sliding_window or sliding_window is unset")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
