@@ -139,35 +139,45 @@ class Layer(nnx.Module):
         self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], seen: Visible, at: jax.Array | None = None
     ) -> jax.Array:
         """[B, T, D] to [B, T, D]; or to [B, E, D], only the tokens `at` (int32 [B, E] in [0, T)), the same numbers."""
-        x_BED, attended_BED = self._attention(x_BTD, angles, seen, at)
-        x_BED = constrain(x_BED + attended_BED, BATCH, None, None)
+        q_BENH, k_BTMH, v_BTMH = self.project(self.attention_norm(x_BTD), angles, at)
+        attended_BED = self.o(self.attend(q_BENH, k_BTMH, v_BTMH, seen, at))
+        x_BED = constrain(_tokens(x_BTD, at) + attended_BED, BATCH, None, None)
         x_BED = checkpoint_name(x_BED, "mid")
         y_BED = self.mlp_norm(x_BED)
         gate_BEF = checkpoint_name(self.gate(y_BED), "gate")
         up_BEF = checkpoint_name(self.up(y_BED), "up")
         return constrain(x_BED + self.down(jax.nn.silu(gate_BEF) * up_BEF), BATCH, None, None)
 
-    def _attention(
-        self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], seen: Visible, at: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """The tokens `at`, or all, and what attention adds to them."""
-        y_BTD = self.attention_norm(x_BTD)
-        pick = (lambda x: x) if at is None else (lambda x: jax.vmap(lambda row, where: row[where])(x, at))
+    def project(
+        self, y_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], at: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries of the tokens `at`, or all, and every token's rotated keys and its values."""
         heads = lambda x: x.reshape(*x.shape[:2], -1, self.head_dim)
         # Named before norm and rotation: saving them spares the products, and what follows is cheap to redo.
-        q_BENH = heads(checkpoint_name(self.q(pick(y_BTD)), "q"))
+        q_BENH = heads(checkpoint_name(self.q(_tokens(y_BTD, at)), "q"))
         k_BTMH = heads(checkpoint_name(self.k(y_BTD), "k"))
         v_BTMH = heads(checkpoint_name(self.v(y_BTD), "v"))
         if self.q_norm is not None and self.k_norm is not None:
             q_BENH, k_BTMH = self.q_norm(q_BENH), self.k_norm(k_BTMH)
-        q_BTNH = q_BENH = rotate(q_BENH, tuple(pick(x) for x in angles))
+        cos, sin = (_tokens(x, at) for x in angles)
+        return rotate(q_BENH, (cos, sin)), rotate(k_BTMH, angles), v_BTMH
+
+    def attend(
+        self, q_BENH: jax.Array, k_BTMH: jax.Array, v_BTMH: jax.Array, seen: Visible, at: jax.Array | None
+    ) -> jax.Array:
+        """What the queries of the tokens `at`, or all, take from the values they see: [B, E, N * H]."""
+        q_BTNH = q_BENH
         if at is not None:
             # Queries that nobody reads are 0: attention is cheap beside the products they are spared.
-            none_BTNH = jnp.zeros((*x_BTD.shape[:2], *q_BENH.shape[2:]), q_BENH.dtype)
+            none_BTNH = jnp.zeros((*k_BTMH.shape[:2], *q_BENH.shape[2:]), q_BENH.dtype)
             q_BTNH = jax.vmap(lambda row, where, q: row.at[where].set(q))(none_BTNH, at, q_BENH)
-        out_BTNH = tree_attention(q_BTNH, rotate(k_BTMH, angles), v_BTMH, seen, form=self.form)
-        out_BEN = pick(out_BTNH.reshape(*x_BTD.shape[:2], -1))
-        return pick(x_BTD), self.o(out_BEN)
+        out_BTNH = tree_attention(q_BTNH, k_BTMH, v_BTMH, seen, form=self.form)
+        return _tokens(out_BTNH.reshape(*k_BTMH.shape[:2], -1), at)
+
+
+def _tokens(x_BT: jax.Array, at: jax.Array | None) -> jax.Array:
+    """The tokens `at` (int32 [B, E]) of an array [B, T, ...], or all."""
+    return x_BT if at is None else jax.vmap(lambda row, where: row[where])(x_BT, at)
 
 
 class Decoder(nnx.Module):
