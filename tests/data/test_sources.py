@@ -147,7 +147,7 @@ NO_QUERIES = {
 @pytest.mark.parametrize("sql", NO_QUERIES)
 def test_what_is_no_query_is_refused_before_it_is_sent(database, tmp_path, monkeypatch, sql):
     before = database.read_bytes(), sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr(rmjax.data.database, "_connect", lambda _: pytest.fail("it was sent"))
+    monkeypatch.setattr(rmjax.data.sources.database, "_connect", lambda _: pytest.fail("it was sent"))
     with pytest.raises(ValueError, match=NO_QUERIES[sql]):
         rows(f"sqlite:///{database}?query={sql.format(tmp=tmp_path)}")
     assert before == (database.read_bytes(), sorted(path.name for path in tmp_path.iterdir()))
@@ -670,9 +670,9 @@ def test_what_is_not_in_a_bucket_or_cannot_be_had_is_said(bucket, monkeypatch):
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_a_line_that_never_ends_is_not_read_whole(tmp_path, monkeypatch, suffix):
     path = lines(tmp_path / f"a{suffix}", [{"n": 1}, {"n": "x" * 5000}])
-    monkeypatch.setattr(rmjax.data.files, "MOST_LINE", 5010)
+    monkeypatch.setattr(rmjax.data.sources.files, "MOST_LINE", 5010)
     assert len(rows(str(path))) == 2 == sources.count_rows(str(path))
-    monkeypatch.setattr(rmjax.data.files, "MOST_LINE", 5000)
+    monkeypatch.setattr(rmjax.data.sources.files, "MOST_LINE", 5000)
     for read in (rows, sources.count_rows):
         with pytest.raises(ValueError, match=rf"{path}, line 2 is longer than 5,000 bytes"):
             read(str(path))

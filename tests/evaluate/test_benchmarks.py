@@ -16,7 +16,7 @@ from format_rows import BENCHMARKS as ROWS
 from rmjax.batches import token_cache
 from rmjax.batches.chat import Chat
 from rmjax.batches.tasks import Preferences
-from rmjax.data import command
+from rmjax.data import __main__ as command
 from rmjax.data.ledger import Audit
 from rmjax.data.reading import records
 from rmjax.evaluate import benchmarks

@@ -258,7 +258,7 @@ def test_a_question_is_never_cut(tokenizer):
 def test_the_task_is_a_value():
     task = Judgements(SMALL, 2, "half")
     assert pickle.loads(pickle.dumps(task)) == task and SMALL in repr(task)  # so that the cache's fingerprint has it
-    code = "import sys, rmjax.data.judging; print({'jax', 'transformers'} & sys.modules.keys())"
+    code = "import sys, rmjax.judging.verdicts; print({'jax', 'transformers'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
