@@ -13,6 +13,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# docs/config.md shows what stands between the two marks.
+# --8<-- [start:keys]
 # The keys of `config.objective` with their defaults; what they mean and may be is in each objective's docstring.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "bradley_terry": {
@@ -184,6 +186,9 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     export.dtype = "auto"  # float32, bfloat16, float16, or auto: that of init_from, else of the parameters
     config.lock()
     return config
+
+
+# --8<-- [end:keys]
 
 
 def demo(objective: str = "bradley_terry") -> ConfigDict:
