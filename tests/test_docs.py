@@ -107,8 +107,10 @@ def test_config_keys_exist(page):
 
 
 def test_commands_are_found_in_code_of_one_line_and_of_several():
-    text = "`python -m rmjax.data audit FILE --html=x` or\n\n    python -m rmjax.main --config=x.py \\\n    --dry_run  # tries"
-    assert commands(text) == [("data audit", " audit FILE --html=x"), ("main", " --config=x.py --dry_run ")]
+    text = (
+        "`python -m rmjax.data audit F --html=x`\n\n    python -m rmjax.main --config=x.py \\\n    --dry_run  # shows"
+    )
+    assert commands(text) == [("data audit", " audit F --html=x"), ("main", " --config=x.py --dry_run ")]
     assert commands("launch/local.sh 2 rmjax.score --x && launch/local.sh N CONFIG --y") == [
         ("score", " --x"),
         ("main", " --y"),
