@@ -13,6 +13,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# docs/config.md shows what stands between the two marks.
+# --8<-- [start:keys]
 # The keys of `config.objective` with their defaults; what they mean and may be is in each objective's docstring.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "bradley_terry": {
@@ -99,7 +101,7 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     data.filter = ""  # of training and validation: "length < 2000 and source != 'x' and agreement > 0.6"
     data.sample = ""  # of training, by prompt: "1000" or "10%" of each source, or "hh-rlhf=1000,helpsteer=10%"
     data.augment = ""  # of training: "all_pairs" of rankings, "swap" (a copy with the responses reversed), or both
-    data.format = "auto"  # a name from the README's table of formats, or detected from the columns
+    data.format = "auto"  # a name from the table in docs/data.md, or detected from the columns
     data.template_kwargs = "{}"  # JSON, for the chat template: '{"enable_thinking": false}'
     data.max_length = 0  # tokens of one conversation; 0 is plan.row_tokens
     data.over_long = "drop"  # conversations over max_length: drop, truncate_prompt or truncate_response
@@ -184,6 +186,9 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     export.dtype = "auto"  # float32, bfloat16, float16, or auto: that of init_from, else of the parameters
     config.lock()
     return config
+
+
+# --8<-- [end:keys]
 
 
 def demo(objective: str = "bradley_terry") -> ConfigDict:

@@ -1,14 +1,32 @@
-r"""Trains a reward model.
+r"""Trains a reward model and exports it, or continues a run that was stopped.
 
     python -m rmjax.main --config=configs/bt_tiny.py --workdir=runs/tiny
     python -m rmjax.main --config=configs/bt_qwen7b.py --config.model.init_from=PATH_OR_HUB_ID \
         --config.data.train=FILES --workdir=runs/7b
-    ... --dry_run       audit, plan, parameters, sharding and compiled memory, without training
-    ... --dry_run --topology=v5p:2x2x4      the same for hardware that is not here (or h200:8 ...), what a step sends,
-                                            and the time it takes at least
+    ... --dry_run                         trains nothing; shows the audit of the data, the plan, the parameters and
+                                          their sharding, and the memory that the compiled step needs
+    ... --dry_run --topology=v5p:2x2x4    the same for hardware that is not here (or h200:8), with the bytes that a
+                                          step sends between devices and the least seconds that it takes
 
-Every key of the config can be given as --config.KEY=VALUE; rmjax/config.py lists them. The same command continues a
-run that was stopped.
+The same command continues a run that was stopped.
+
+Every key of the config can be given as --config.SECTION.KEY=VALUE. The sections are:
+
+    model         base model, tokenizer, number types, what the backward pass recomputes, attention kernel
+    data          training and validation data, filters, samples, weights of sources, tokenizing
+    plan          tokens per row, rows or groups per optimizer step
+    objective     options of the loss
+    optim         optimizer, learning rate and its schedule, weight decay, frozen parameters
+    mesh          number of devices along the axes data, fsdp and tensor
+    eval          how often the model is evaluated, and on which benchmarks
+    gate          thresholds that the finished model is judged by
+    checkpoint    where checkpoints go, how often they are saved, how many are kept
+    log           progress lines, TensorBoard, report, Weights & Biases
+    profile       steps of which a trace is written
+    export        checkpoint to export, number type of its weights
+
+The keys outside a section are --config.duration ("300 steps", "2 epochs" or "5000 groups"), --config.seed,
+--config.on_nonfinite and --config.debug. rmjax/config.py lists all keys with their defaults.
 """
 
 import contextlib
@@ -22,9 +40,13 @@ from rmjax import config as config_lib
 from rmjax.runtime import command_line, config_file
 
 flags.declare_key_flag("config")
-WORKDIR = flags.DEFINE_string("workdir", "", "Where metrics, checkpoints and the export go.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show audit, plan, sharding and compiled memory; train nothing.")
-TOPOLOGY = flags.DEFINE_string("topology", "", "Of a dry run: hardware that need not be here, v5p:2x2x4 or h200:8.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Directory for metrics, checkpoints and the export.")
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Show audit, plan, sharding and memory of the compiled step; train nothing."
+)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "Hardware to compile for in a dry run; need not be here. v5p:2x2x4 or h200:8."
+)
 
 
 def main(_: Sequence[str]) -> None:

@@ -2,17 +2,19 @@ r"""Measures how fast a config trains on this hardware. Needs no data, tokenizer
 
     python -m rmjax.benchmark --config=configs/bt_qwen7b.py --lengths=hh --json=7b.json
     python -m rmjax.benchmark --config=configs/bt_tiny.py --lengths=hh --config.plan.row_tokens=1024
-    ... --config.model.init_from=Qwen/Qwen2.5-1.5B      that shape; Qwen2.5 of 0.5B, 1.5B and 7B need no network
-    ... --compare=model.remat=full                      the same config with this key, side by side; may be repeated
-    ... --compare=configs/bt_qwen0_5b.py                another config, side by side; its keys may follow
+    ... --config.model.init_from=Qwen/Qwen2.5-1.5B      measures that shape; Qwen2.5 of 0.5B, 1.5B, 7B need no network
+    ... --compare=model.remat=full                      also measures the config with this key changed; may be repeated
+    ... --compare=configs/bt_qwen0_5b.py                also measures another config; --compare=KEY=VALUE changes it
 
-Pairs of random tokens have the lengths of --lengths: `hh`, `long`, or a JSON file of [prompt, chosen, rejected]. All
-else is what a run does: plan, loader, mesh, compiled step, optimizer; without evaluation and checkpoints.
+The command makes pairs of random tokens. --lengths says how long they are: `hh` (short, from real data), `long` (shaped
+like recent preference data), or a JSON file with rows of [prompt, chosen, rejected] in tokens. The rest is what a run
+does (plan, loader, mesh, compiled step, optimizer), without evaluation and checkpoints.
 
-Rates are the mean work of the measured steps over their median time. MFU is FLOPs over what the devices' data sheet
-allows in bfloat16: "useful" of what the pairs would cost unshared and unpadded, "hardware" of what is computed for them
-(rmjax/hardware/flops.py). With --compare the sides take turns, step by step, so that a drift of the machine meets
-both; sides whose parameters and optimizer are alike share one state, so that both fit where one does.
+A rate is the mean work of the measured steps divided by their median time. MFU is FLOP/s divided by what the devices'
+data sheet allows in bfloat16. "Useful" FLOPs are what the pairs would cost unshared and unpadded; "hardware" FLOPs are
+what is computed for them (rmjax/hardware/flops.py). With --compare the two sides take turns, step by step, so that a
+drift of the machine affects both; sides with equal parameters and optimizers share one state, so that both fit where
+one does.
 """
 
 import contextlib
@@ -34,13 +36,13 @@ if TYPE_CHECKING:  # imported where it is used, so that --help and a mistyped fl
     from rmjax.benchmark.side import Side
 
 flags.declare_key_flag("config")
-LENGTHS = flags.DEFINE_string("lengths", "hh", "hh, long, or a JSON file of [prompt, chosen, rejected] in tokens.")
-STEPS = flags.DEFINE_integer("steps", 20, "Steps that are measured, after three that are not.", lower_bound=1)
+LENGTHS = flags.DEFINE_string("lengths", "hh", "Lengths of pairs in tokens: hh, long, or a JSON file.")
+STEPS = flags.DEFINE_integer("steps", 20, "Number of measured steps; three unmeasured ones come first.", lower_bound=1)
 COMPARE = flags.DEFINE_multi_string(
-    "compare", [], "KEY=VALUE: the other side has this key of the config; or FILE.py: another config."
+    "compare", [], "The other side: KEY=VALUE changes a key of the config, FILE.py is another config."
 )
-JSON = flags.DEFINE_string("json", "", "File for the figures.")
-PEAK = flags.DEFINE_float("peak_tflops", 0.0, "TFLOP/s of one device; 0 is its data sheet's, if it is known.")
+JSON = flags.DEFINE_string("json", "", "JSON file to write the figures to.")
+PEAK = flags.DEFINE_float("peak_tflops", 0.0, "Peak TFLOP/s of one device; 0 takes its data sheet's.")
 
 
 def main(_: Sequence[str]) -> None:

@@ -1,12 +1,12 @@
-"""Looks at data before it is trained on: what is in it, in which format, and what will be wrong with it.
+"""Shows data before training, converts it and splits it.
 
-    python -m rmjax.data inspect SOURCE                                        columns, format, the first records
-    python -m rmjax.data convert SOURCE --output=pairs.parquet                 any source to Parquet
-    python -m rmjax.data split SOURCE --output=DIR --split=train=0.9,test=0.1  no prompt on both sides
-    python -m rmjax.data audit SOURCE --tokenizer=DIR --html=audit.html        what to know before training
+    python -m rmjax.data inspect SOURCE                                        shows columns, format and first records
+    python -m rmjax.data convert SOURCE --output=pairs.parquet                 converts any source to Parquet
+    python -m rmjax.data split SOURCE --output=DIR --split=train=0.9,test=0.1  splits; no prompt is on both sides
+    python -m rmjax.data audit SOURCE --tokenizer=DIR --html=audit.html        reports what is wrong with the data
 
-A source is a file, a directory, a glob, hf://datasets/OWNER/NAME/..., sqlite:///FILE?table=NAME, python://NAME or
-aligned://FILE+FILE, or several of them with commas between.
+SOURCE is a file, a directory, a glob, hf://datasets/OWNER/NAME/..., sqlite:///FILE?table=NAME, python://NAME or
+aligned://FILE+FILE, or several of them separated by commas.
 """
 
 import argparse
@@ -69,62 +69,96 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         made = choices.add_parser(name, help=says, description=description, formatter_class=raw, allow_abbrev=False)
         made.set_defaults(run=run)
         optional: Any = {"nargs": "?", "default": ""} if name == "audit" else {}
-        made.add_argument("source", metavar="SOURCE", help="file, directory, glob, or hf://datasets/...", **optional)
+        made.add_argument(
+            "source", metavar="SOURCE", help="data to read: a file, directory, glob, or hf://datasets/...", **optional
+        )
         made.add_argument("--format", default="auto", choices=["auto", *formats.FORMATS], metavar="NAME",
-                          help="of the rows; default: told by the columns")  # fmt: skip
-        made.add_argument("--debug", action="store_true", help="shows the traceback of an error, too")
+                          help="format of the rows; default: detected from the columns")  # fmt: skip
+        made.add_argument("--debug", action="store_true", help="show the traceback of an error as well")
         commands[name] = made
         return made
 
     inspect = command(
-        _inspect, "inspect", "Columns, format, and the first records.", "data/pairs.jsonl --show=2 --tokenizer=DIR"
+        _inspect, "inspect", "Shows columns, format and the first records.", "data/pairs.jsonl --show=2 --tokenizer=DIR"
     )
-    inspect.add_argument("--show", type=int, default=3, metavar="N", help="records to show; default 3")
-    inspect.add_argument("--tokenizer", default="", metavar="DIR", help="shows them as the model reads them, too")
+    inspect.add_argument("--show", type=int, default=3, metavar="N", help="number of records to show; default 3")
+    inspect.add_argument(
+        "--tokenizer", default="", metavar="DIR", help="also show each record as a model with this tokenizer reads it"
+    )
 
     for run, name, says, example in (
-        (_convert, "convert", "Any source to Parquet files of records.", "data/pairs.jsonl --output=pairs.parquet"),
+        (
+            _convert,
+            "convert",
+            "Converts any source to Parquet files of records, or to tasks for Label Studio.",
+            "data/pairs.jsonl --output=pairs.parquet",
+        ),
         (
             _split,
             "split",
-            "Splits by prompt; sources and labels are shared out alike.",
+            "Splits by prompt, with equal shares of sources and labels in each part.",
             "data/pairs.jsonl --output=DIR --split=train=0.8,validation=0.1,test=0.1",
         ),
     ):
         made = command(run, name, says, example)
-        made.add_argument("--output", required=True, type=Path, metavar="PATH", help="a directory, or a .parquet file")
+        made.add_argument(
+            "--output", required=True, type=Path, metavar="PATH", help="where to write: a directory, or a .parquet file"
+        )
         made.add_argument("--split", type=_shares, required=name == "split", metavar="NAME=SHARE,...",
-                          help="writes NAME.parquet for each; no prompt is in two of them")  # fmt: skip
-        made.add_argument("--seed", type=int, default=0, help="of the split; default 0")
+                          help="parts and their shares; each part is written to NAME.parquet, and no prompt is in two "
+                          "of them")  # fmt: skip
+        made.add_argument("--seed", type=int, default=0, help="seed of the split; default 0")
         made.add_argument("--on_bad_row", choices=("error", "skip", "keep"), default="skip",
-                          help="stop at a row that cannot be used, skip and count it (default), or keep it if it "
+                          help="what to do with an unusable row: stop, skip and count it (default), or keep it if it "
                           "still allows training")  # fmt: skip
     _label_studio_arguments(commands["convert"])
 
     audit = command(
-        _audit, "audit", "What to know before training.", "data/pairs.jsonl --tokenizer=DIR --html=audit.html"
+        _audit,
+        "audit",
+        "Reports what is wrong with data, what it costs, and whether length predicts the label.",
+        "data/pairs.jsonl --tokenizer=DIR --html=audit.html",
     )
-    audit.add_argument("--tokenizer", default="", metavar="DIR", help="or hub id; without one lengths are in bytes")
-    audit.add_argument("--validation", default="", metavar="SOURCE", help="looked for prompts of the training data")
+    audit.add_argument(
+        "--tokenizer",
+        default="",
+        metavar="DIR",
+        help="directory or hub id of a tokenizer; without one lengths are in bytes",
+    )
+    audit.add_argument(
+        "--validation",
+        default="",
+        metavar="SOURCE",
+        help="validation data; the audit reports prompts that are in the training data too",
+    )
     audit.add_argument("--benchmark", action="append", default=[], metavar="SOURCE",
-                       help="the same for a benchmark; may be given again")  # fmt: skip
-    audit.add_argument("--objective", default="", metavar="NAME", help="what is learnt; default: told by the labels")
+                       help="benchmark data, checked in the same way; may be repeated")  # fmt: skip
+    audit.add_argument(
+        "--objective",
+        default="",
+        metavar="NAME",
+        help="objective to check the data for; default: detected from the labels",
+    )
     audit.add_argument("--config", default="", metavar="FILE",
-                       help="a run's config: SOURCE, tokenizer and objective are taken from it; --config.KEY=VALUE "
+                       help="config of a run, which gives SOURCE, tokenizer and objective; --config.KEY=VALUE "
                        "changes a key, with or without FILE")  # fmt: skip
-    audit.add_argument("--html", type=Path, default=None, metavar="FILE", help="writes a page with plots")
-    audit.add_argument("--json", action="store_true", help="prints JSON instead of text")
+    audit.add_argument("--html", type=Path, default=None, metavar="FILE", help="HTML file to write; it has plots")
+    audit.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser, commands
 
 
 def _label_studio_arguments(convert: Parser) -> None:
-    made = convert.add_argument_group("for people to label, with Label Studio")
+    made = convert.add_argument_group("options for Label Studio, where people label the data")
     made.add_argument("--to", choices=("parquet", "label_studio"), default="parquet",
-                      help="label_studio writes tasks.json and config.xml into --output")  # fmt: skip
+                      help="what to write: parquet (default), or label_studio, which writes tasks.json and config.xml "
+                      "into --output")  # fmt: skip
     made.add_argument("--ask", choices=labelling.KINDS, default=labelling.KINDS[0],
-                      help="for a preference between two responses (default), or a rating of each")  # fmt: skip
-    made.add_argument("--attributes", default="quality", metavar="NAME,...", help="what is rated; default: quality")
-    made.add_argument("--scale", default="1,5", metavar="LOW,HIGH", help="of a rating; default: 1,5")
+                      help="what to ask people for: a preference between two responses (default), or a rating of "
+                      "each")  # fmt: skip
+    made.add_argument(
+        "--attributes", default="quality", metavar="NAME,...", help="names of what is rated; default: quality"
+    )
+    made.add_argument("--scale", default="1,5", metavar="LOW,HIGH", help="lowest and highest rating; default: 1,5")
 
 
 def _shares(text: str) -> dict[str, float]:

@@ -1,17 +1,17 @@
-"""Measures reward models: benchmarks by their official rules, data of ours with intervals, and against a gold model.
+"""Measures reward models: on benchmarks by their official rules, on your own data with intervals, against a gold model.
 
     python -m rmjax.evaluate --model=runs/tiny/export --data=heldout.jsonl
     python -m rmjax.evaluate --model=runs/7b/export --benchmark=reward_bench,rm_bench
     python -m rmjax.evaluate --model=runs/7b/checkpoints/1200,Skywork/Skywork-Reward-V2-Qwen3-8B --benchmark=judge_bench
     python -m rmjax.evaluate --model=runs/proxy/export --gold=gold_scores.jsonl --train_data=pairs.jsonl
 
-A model is an export, any Hugging Face sequence classifier of a supported family (a hub id, too), a run, or one of its
-checkpoints. Several, with commas between, stand side by side in one table. The responses of a prompt are computed as
-one tree. Judges, pairwise or written, see each pair in both orders.
+A model is an export, a run, one of its checkpoints, or any Hugging Face sequence classifier of a supported family (a
+directory or a hub id). Several models, separated by commas, stand side by side in one table. The responses of a prompt
+are computed as one tree. Judges, pairwise or written, see each pair in both orders.
 
---benchmark names rows of the README's table, at their usual place on the hub, or NAME=SOURCE for a local copy.
---data is any source that training reads; several with commas between are measured each on its own.
---gold has rows of `prompt`, `responses` and the gold model's `scores`, as `rmjax.score` writes them.
+--benchmark takes the names in docs/evaluation.md and reads each from its usual place on the hub; NAME=SOURCE reads a
+local copy. --data takes any source that training reads, and measures several, separated by commas, each on its own.
+--gold takes rows of `prompt`, `responses` and the gold model's `scores`, as `rmjax.score` writes them.
 """
 
 import argparse
@@ -36,17 +36,48 @@ def parser() -> Parser:
     """The command's arguments."""
     made = command_line.parser("rmjax.evaluate", __doc__)
     add = made.add_argument
-    add("--model", default="", metavar="PATH[,PATH]", help="exports, hub ids, runs or checkpoints")
-    add("--benchmark", default="", metavar="NAME[,NAME]", help="names, or NAME=SOURCE")
-    add("--data", default="", metavar="SOURCE[,SOURCE]", help="held-out data of any format")
-    add("--format", default="auto", metavar="NAME", help="of --data; default: told by the columns")
-    add("--gold", default="", metavar="SOURCE", help="responses with a gold model's scores")
-    add("--train_data", default="", metavar="SOURCE", help="what it was trained on, measured first: is that fitted?")
-    add("--train_rows", type=int, default=1000, metavar="N", help="groups of --train_data; default 1000")
-    add("--output", default="", metavar="FILE", help="writes everything that was measured as JSON")
-    add("--mesh", default="", metavar="AXES", help="data=1,fsdp=-1,tensor=1; default: all devices here on fsdp")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation")
-    add("--template_kwargs", default="", metavar="JSON", help="of a foreign model's chat template")
+    add("--model", default="", metavar="PATH[,PATH]", help="models to measure: exports, hub ids, runs or checkpoints")
+    add(
+        "--benchmark",
+        default="",
+        metavar="NAME[,NAME]",
+        help="benchmarks to run, by name; NAME=SOURCE reads a local copy",
+    )
+    add("--data", default="", metavar="SOURCE[,SOURCE]", help="held-out data to measure on, in any format")
+    add("--format", default="auto", metavar="NAME", help="format of --data; default: detected from the columns")
+    add("--gold", default="", metavar="SOURCE", help="responses with the scores of a gold model to compare with")
+    add(
+        "--train_data",
+        default="",
+        metavar="SOURCE",
+        help="data that the model was trained on; shows whether it is fitted",
+    )
+    add(
+        "--train_rows",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="number of groups of --train_data to measure; default 1000",
+    )
+    add("--output", default="", metavar="FILE", help="JSON file to write all results to")
+    add(
+        "--mesh",
+        default="",
+        metavar="AXES",
+        help="devices per mesh axis; default data=1,fsdp=-1,tensor=1 (-1: all that are left)",
+    )
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="number type of the computation; auto is float32 on CPUs, else bfloat16",
+    )
+    add(
+        "--template_kwargs",
+        default="",
+        metavar="JSON",
+        help="arguments of the chat template, for a model without contract",
+    )
     return made
 
 

@@ -5,9 +5,10 @@
     python -m rmjax.export --run=runs/7b --output=exports/7b --unit_std --push_to=OWNER/NAME
     python -m rmjax.export --verify exports/tiny
 
-A run is its directory (the best checkpoint, or --step), or one of its checkpoints. --verify replays the golden rows of
-an export's score contract: by our loader, by transformers (`pip install 'rmjax[verify]'`) and by vLLM where that is
-installed; all in float32, to 1e-4. The contract then says by what it was verified.
+--run takes the directory of a run (and exports its best checkpoint, or the one that --step names), or one of its
+checkpoints. --verify replays the golden rows of an export's score contract through rmjax, transformers
+(`pip install 'rmjax[verify]'`) and, where it is installed, vLLM. All compute in float32 and must agree to 1e-4. The
+contract then records what verified it.
 """
 
 import sys
@@ -20,22 +21,48 @@ from rmjax.runtime.command_line import Parser
 
 def parser() -> Parser:
     """The command's arguments."""
-    made = command_line.parser("rmjax.export.write", __doc__)
+    made = command_line.parser("rmjax.export", __doc__)
     add = made.add_argument
-    add("--run", default="", metavar="DIR", help="a run, or one of its checkpoints")
-    add("--step", default="", metavar="STEP", help="of a run: best (default), last, or a number")
+    add("--run", default="", metavar="DIR", help="directory of a run, or of one of its checkpoints")
+    add(
+        "--step",
+        default="",
+        metavar="STEP",
+        help="checkpoint of the run to export: best (default), last, or its step number",
+    )
     add(
         "--output",
         default="",
         metavar="DIR",
-        help="where the export goes; replaces an older one, keeps other files",
+        help="directory to write the export to; an older export is replaced, other files are kept",
     )
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the weights")
-    add("--max_shard_gb", type=float, default=5.0, metavar="GB", help="largest weight file; default 5")
-    add("--unit_std", action="store_true", help="divides the head by the rewards' deviation on the validation set")
-    add("--push_to", default="", metavar="OWNER/NAME", help="uploads the export to the Hugging Face Hub")
-    add("--private", action="store_true", help="with --push_to: a new repository is private")
-    add("--verify", default="", metavar="DIR", help="replays the score contract of an export instead")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="number type of the exported weights; auto takes config.export.dtype of the run",
+    )
+    add(
+        "--max_shard_gb", type=float, default=5.0, metavar="GB", help="size of the largest weight file in GB; default 5"
+    )
+    add(
+        "--unit_std",
+        action="store_true",
+        help="divide the head by the standard deviation of rewards on the validation set",
+    )
+    add(
+        "--push_to",
+        default="",
+        metavar="OWNER/NAME",
+        help="upload the export to this repository of the Hugging Face Hub",
+    )
+    add("--private", action="store_true", help="make a new repository of --push_to private")
+    add(
+        "--verify",
+        default="",
+        metavar="DIR",
+        help="replay the score contract of the export in DIR instead of writing one",
+    )
     return made
 
 

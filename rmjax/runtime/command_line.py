@@ -78,7 +78,7 @@ def parser(module: str, doc: str | None) -> Parser:
     """The parser of a command that is the module `module`, whose docstring is its help; --debug is there."""
     raw = argparse.RawDescriptionHelpFormatter
     made = Parser(prog=f"python -m {module}", description=doc, formatter_class=raw, allow_abbrev=False)
-    made.add_argument("--debug", action="store_true", help="shows the traceback of an error, too")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error as well")
     return made
 
 

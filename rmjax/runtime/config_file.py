@@ -13,7 +13,9 @@ from ml_collections import ConfigDict, config_flags
 from rmjax import config as config_lib
 from rmjax.runtime import command_line
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/bt_tiny.py.", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Python file that defines the config, configs/bt_tiny.py for example.", lock_config=True
+)
 
 
 def parse(argv: Sequence[str], needed: str, also: Callable[[], bool] = lambda: True) -> None:

@@ -5,8 +5,8 @@
     python -m rmjax.score --model=... --input=responses.jsonl --output=pairs.jsonl --pairs=best_worst
     python -m rmjax.score --model=... --input=pairs.parquet --output=clean.parquet --relabel --min_margin=0.5
 
-What a row must have depends on what the model was trained for; the first row decides. `prompt` is a text or a list of
-{role, content}.
+What the model was trained for decides which columns a row needs; the first row decides which of the forms below all
+rows have. `prompt` is a text or a list of {role, content}.
 
     rewards, attributes   `messages`, or `prompt` and `response`      adds `score` and each attribute
                           `prompt` and `responses` (a list)           adds `scores`, a list, and one of each attribute
@@ -14,23 +14,24 @@ What a row must have depends on what the model was trained for; the first row de
     comparisons           `prompt`, `response_a`, `response_b`        adds `A`, `B` and `tie`: probabilities
     steps                 `prompt`, `completions` (a list of texts)   adds `scores`, one for each step
 
-The responses of a prompt share its computation. The output has the rows in the order of the input, and their other
-columns; its ending says JSONL or Parquet. (JSONL holds dates, decimals and bytes as text.) A score that is not finite
-is null. What can be made of the scores:
+The responses of a prompt share its computation. The output has the rows in the order of the input, with their other
+columns; its ending (.jsonl or .parquet) chooses the format. JSONL holds dates, decimals and bytes as text. A score that
+is not finite becomes null. Options make other rows from the scores:
 
     --best_of_n           `responses` become `response`, the best one, with its `score` and attributes
     --pairs=best_worst    `responses` become a pair, `chosen` and `rejected`, with both scores and `margin`;
-    --pairs=all           or every pair that is no tie: a file to train on. Turns if `prompt` is a list
-    --relabel             `chosen` and `rejected` (and columns named so) change places where the scores say so
+    --pairs=all           or every pair that is no tie, as a file to train on (lists of turns if `prompt` is a list)
+    --relabel             `chosen` and `rejected` (and columns named after them) change places where the rejected
+                          response has the higher score
     --min_margin, --max_margin, --tie_threshold    drop pairs by chosen_score - rejected_score, which becomes `margin`
     --normalize           rewards minus their mean, divided by their deviation, both from the export's contract
 
-What is dropped or turned is counted at the end. All of the input is checked before the model is loaded, and an input
-that is changed while it is scored is an error. What is scored is kept in OUTPUT.parts until all is, so that the same
-command goes on after a kill, Ctrl-C (exit code 130), SIGTERM (75) or a power cut; a part that was damaged is scored
-again. A file that is there as OUTPUT is replaced when the new one is whole; a link or a directory is refused, and so
-is a directory OUTPUT.parts that this command did not make. Several processes (launch/local.sh N rmjax.score ...) share
-the rows; each has the whole model on its devices.
+The last line counts the rows that were dropped and the pairs that changed places. The whole input is checked before the
+model is loaded, and an input that changes while it is scored is an error. Scored parts are kept in OUTPUT.parts until
+the output is complete, so that the same command continues after a kill, Ctrl-C (exit code 130), SIGTERM (75) or a power
+cut; a damaged part is scored again. An existing file OUTPUT is replaced when the new one is complete. A link or a
+directory as OUTPUT is refused, and so is a directory OUTPUT.parts that this command did not make. Several processes
+(launch/local.sh N rmjax.score ...) share the rows; each has the whole model on its devices.
 """
 
 import contextlib
@@ -50,18 +51,31 @@ from rmjax.score import making, rows, survey
 from rmjax.score.making import Options
 from rmjax.score.survey import Survey
 
-MODEL = flags.DEFINE_string("model", "", "Hugging Face directory or hub id of a reward model.")
-INPUT = flags.DEFINE_string("input", "", "JSONL, JSON, Parquet or Arrow file, glob or hf:// source.")
-OUTPUT = flags.DEFINE_string("output", "", "JSONL or Parquet file to write.")
-DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Computation; auto: float32 on CPUs only.")
-TEMPLATE_KWARGS = flags.DEFINE_string("template_kwargs", "", "JSON object: arguments of a foreign model's template.")
-NORMALIZE = flags.DEFINE_bool("normalize", False, "Scores minus the contract's mean, divided by its deviation.")
-BEST_OF_N = flags.DEFINE_bool("best_of_n", False, "Of `responses`: the best as `response`, with its score.")
-PAIRS = flags.DEFINE_enum("pairs", "", ["", "best_worst", "all"], "Of `responses`: pairs `chosen`, `rejected`.")
-RELABEL = flags.DEFINE_bool("relabel", False, "Of pairs: the response of the higher score becomes `chosen`.")
-TIES = flags.DEFINE_float("tie_threshold", 0.0, "With --pairs, --relabel: scores no further apart are ties, dropped.")
-LEAST = flags.DEFINE_float("min_margin", -math.inf, "Drops pairs of a smaller margin, chosen minus rejected.")
-MOST = flags.DEFINE_float("max_margin", math.inf, "Drops pairs of a larger margin.")
+MODEL = flags.DEFINE_string("model", "", "Reward model: a Hugging Face directory or hub id.")
+INPUT = flags.DEFINE_string("input", "", "Rows to score: JSONL, JSON, Parquet or Arrow file, glob, or hf:// source.")
+OUTPUT = flags.DEFINE_string("output", "", "File to write; its ending, .jsonl or .parquet, chooses the format.")
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "auto",
+    ["auto", "float32", "bfloat16"],
+    "Number type of the computation; auto is float32 on CPUs, else bfloat16.",
+)
+TEMPLATE_KWARGS = flags.DEFINE_string(
+    "template_kwargs", "", "JSON object: arguments of the chat template, for a model without contract."
+)
+NORMALIZE = flags.DEFINE_bool(
+    "normalize", False, "Subtract the contract's mean from rewards and divide by its deviation."
+)
+BEST_OF_N = flags.DEFINE_bool("best_of_n", False, "Keep the best of `responses`, as `response` with its score.")
+PAIRS = flags.DEFINE_enum(
+    "pairs", "", ["", "best_worst", "all"], "Make pairs of `responses`: the best and the worst, or all."
+)
+RELABEL = flags.DEFINE_bool("relabel", False, "Make the response with the higher score the `chosen` one of its pair.")
+TIES = flags.DEFINE_float(
+    "tie_threshold", 0.0, "With --pairs or --relabel: drop pairs whose scores differ by at most this much."
+)
+LEAST = flags.DEFINE_float("min_margin", -math.inf, "Drop pairs with a smaller margin (chosen minus rejected score).")
+MOST = flags.DEFINE_float("max_margin", math.inf, "Drop pairs with a larger margin.")
 
 
 def run(

@@ -1,14 +1,15 @@
-"""Serves a reward model over HTTP, in the shapes of vLLM's pooling servers: raw rewards, no sigmoid.
+"""Serves a reward model over HTTP, with the requests and answers of vLLM's pooling servers: raw rewards, no sigmoid.
 
     python -m rmjax.serve --model=runs/tiny/export --port=8000
     curl localhost:8000/score -d '{"text_1": "Tell me about the river.", "text_2": ["A river is deep.", "A garden."]}'
     curl localhost:8000/classify -d '{"input": "<|im_start|>user..."}'
 
-Needs `pip install 'rmjax[serve]'`. The golden rows of the score contract are replayed before it answers, and /health is
-503 until the common shapes are compiled. Requests that come together are computed together; rmjax/serve/app.py says
-what they may hold. SIGTERM answers what was accepted and ends with 0, Ctrl-C with 130; later requests get 503, as do
-those that cannot be computed within --drain_seconds. There is no password and no TLS: what listens beyond this machine
-belongs behind a proxy that has them.
+Needs `pip install 'rmjax[serve]'`. The server replays the golden rows of the score contract before it answers, and
+/health answers 503 until the common shapes are compiled. Requests that arrive together are computed together;
+rmjax/serve/app.py says what a request may contain. On SIGTERM the server answers the requests it has accepted and ends
+with exit code 0, on Ctrl-C with 130; later requests get 503, and so do those that cannot be computed within
+--drain_seconds. The server has no password and no TLS: put a proxy that has them in front of any address beyond this
+machine.
 """
 
 import argparse
@@ -40,20 +41,68 @@ def parser() -> Parser:
     """The command's arguments."""
     made = command_line.parser("rmjax.serve", __doc__)
     add = made.add_argument
-    add("--model", default="", metavar="PATH", help="an export, or a hub id of a sequence classifier")
-    add("--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, 0.0.0.0 is all")
-    add("--port", type=int, default=8000, help="default 8000")
-    add("--name", default="", help="of the model in answers; default: its path")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation")
-    add("--template_kwargs", default="", metavar="JSON", help="of a foreign model's chat template")
-    add("--max_length", type=int, default=0, metavar="N", help="tokens of a sequence; default: the contract's")
-    add("--queue", type=int, default=1024, metavar="N", help="sequences that may wait; more are answered with 503")
-    add("--batch_tokens", type=int, default=16_384, metavar="N", help="tokens of a batch; default 16,384")
-    add("--max_wait_ms", type=float, default=2.0, metavar="MS", help="that a request waits for others; default 2")
-    add("--drain_seconds", type=float, default=30.0, metavar="S", help="for queued requests when it stops; default 30")
-    add("--request_seconds", type=float, default=60.0, metavar="S", help="for a request to arrive; default 60")
-    add("--connections", type=int, default=512, metavar="N", help="at once; more are answered with 503; default 512")
-    add("--normalize", action="store_true", help="rewards minus the contract's mean, divided by its deviation")
+    add("--model", default="", metavar="PATH", help="model to serve: an export, or the hub id of a sequence classifier")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; default 127.0.0.1 (this machine only), 0.0.0.0 is every address",
+    )
+    add("--port", type=int, default=8000, help="port to listen on; default 8000, 0 takes a free one")
+    add("--name", default="", help="name of the model in answers; default: its path")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="number type of the computation; auto is float32 on CPUs, else bfloat16",
+    )
+    add(
+        "--template_kwargs",
+        default="",
+        metavar="JSON",
+        help="arguments of the chat template, for a model without contract",
+    )
+    add(
+        "--max_length", type=int, default=0, metavar="N", help="most tokens per sequence; default: the contract's limit"
+    )
+    add(
+        "--queue",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="most sequences that wait; beyond them 503 is answered; default 1024",
+    )
+    add("--batch_tokens", type=int, default=16_384, metavar="N", help="most tokens per batch; default 16,384")
+    add(
+        "--max_wait_ms",
+        type=float,
+        default=2.0,
+        metavar="MS",
+        help="milliseconds that a request waits for others to join its batch; default 2",
+    )
+    add(
+        "--drain_seconds",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds that the server computes queued requests after SIGTERM; default 30",
+    )
+    add(
+        "--request_seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds within which a request must arrive; default 60",
+    )
+    add(
+        "--connections",
+        type=int,
+        default=512,
+        metavar="N",
+        help="most open connections; beyond them 503 is answered; default 512",
+    )
+    add(
+        "--normalize", action="store_true", help="subtract the contract's mean from rewards and divide by its deviation"
+    )
     return made
 
 

@@ -183,7 +183,7 @@ class Watch:
         self._last, self._fresh = now, True
 
     def scalars(self) -> dict[str, float]:
-        """Times, rates and memory over the last steps, see the README; what is not known is left out."""
+        """Times, rates and memory over the last steps, see docs/watching.md; what is not known is left out."""
         values = {}
         numbers, seconds, waited = np.array(self._steps).reshape(-1, 3).T
         if total := seconds.sum():

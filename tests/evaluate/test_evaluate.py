@@ -93,7 +93,7 @@ def test_benchmarks_in_the_command_and_in_the_loop(tmp_path, cache, capsys):
 
 
 def test_the_proxy_pipeline_from_responses_to_a_match_rate(run, tmp_path, cache, capsys):
-    """README, "Against a gold model": responses -> gold scores -> pairs -> train -> match rate, at toy size."""
+    """docs/evaluation.md, "Against a gold model": responses -> gold scores -> pairs -> train -> match rate."""
     rng = np.random.default_rng(0)
     sources = list(records("synthetic://pairs?n=120&seed=7"))
     rows = [

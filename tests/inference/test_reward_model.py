@@ -86,7 +86,7 @@ def hf_model(directory):
 
 @torch.no_grad()
 def hf_scores(directory, conversations, *, batched, **template_kwargs):
-    """Scores by transformers alone, as the README says."""
+    """Scores by transformers alone, as docs/scoring.md says."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory))
     model = hf_model(directory)
     assert model.config.num_labels == 1

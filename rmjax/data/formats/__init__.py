@@ -181,7 +181,7 @@ def _unclear(found: Sequence[Format], rows: Sequence[Row], seen: Mapping[str, li
     if mixed:
         why = f"the rows do not agree (some are {', some '.join(mixed)}); name one with config.data.format"
         return f"unknown data format: {what}; {why}, or read them as several sources"
-    return f"unknown data format: {what}. {_closest(seen)}; rename columns, or see the README's table of formats"
+    return f"unknown data format: {what}. {_closest(seen)}; rename columns, or see the table of formats in docs/data.md"
 
 
 def _closest(seen: Mapping[str, list[Any]]) -> str:
