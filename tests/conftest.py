@@ -10,6 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from rmjax.runtime import compile_cache
 
+FAST = "not slow and not release"  # what addopts in pyproject.toml asks for
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 # ChatML. The role's newline stands before the content, so a response that begins with a newline merges with
@@ -23,6 +24,12 @@ TEXT = [
     "assistant\nA graph without cycles is a tree too.\n\n\nsystem\nBe brief, and be kind.\n",
     "first question first answer second question second answer 0 1 2 3 4 5 6 7 8 9",
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """RMJAX_TESTS=slow adds the slow tests to the README's line, so that CI collects and shares fixtures once."""
+    if os.environ.get("RMJAX_TESTS") == "slow" and config.option.markexpr == FAST:
+        config.option.markexpr = "not release"
 
 
 @pytest.fixture(scope="session", autouse=True)
