@@ -1,5 +1,6 @@
 """Fixtures: real data where it is, and a small tokenizer made on the spot."""
 
+import collections
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from rmjax.runtime import compile_cache
 
+FAST = "not slow and not release"  # what addopts in pyproject.toml asks for
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 # ChatML. The role's newline stands before the content, so a response that begins with a newline merges with
@@ -23,6 +25,20 @@ TEXT = [
     "assistant\nA graph without cycles is a tree too.\n\n\nsystem\nBe brief, and be kind.\n",
     "first question first answer second question second answer 0 1 2 3 4 5 6 7 8 9",
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """RMJAX_TESTS=slow adds the slow tests to the README's line, so that CI collects and shares fixtures once."""
+    if os.environ.get("RMJAX_TESTS") == "slow" and config.option.markexpr == FAST:
+        config.option.markexpr = "not release"
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which would begin with the files of most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no worker ends with one of them alone."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: slow[item.path] == 0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -105,7 +105,7 @@ def test_eight_devices_give_the_losses_of_one(tmp_path):
     assert len(one) == 3 and np.abs(np.subtract(one, mixed)).max() <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(("seed", "tied"), [(2, False)])
 def test_the_judge_with_other_seeds(seed, tied, tmp_path):
     config = runpy.run_path(str(ROOT / CONFIG))["get_config"]()
