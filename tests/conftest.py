@@ -2,6 +2,7 @@
 
 import collections
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,12 @@ TEXT = [
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """RMJAX_TESTS=slow adds the slow tests to the README's line, so that CI collects and shares fixtures once."""
+    """Tests do not depend on how they were started, and RMJAX_TESTS=slow adds the slow ones to the README's line.
+
+    CI so collects once, and makes every shared fixture once.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts it in the background; children inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("RMJAX_TESTS") == "slow" and config.option.markexpr == FAST:
         config.option.markexpr = "not release"
     if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which would begin with the files of most tests
