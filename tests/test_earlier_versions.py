@@ -1,0 +1,43 @@
+"""What earlier versions wrote is still read: a run of ten steps and its export, made before the package's files moved.
+
+Made by `python -m rmjax.main --config=configs/bt_tiny.py` with `small_runs.SMALL` and these keys:
+duration, eval.every and checkpoint.every "10 steps", keep_latest 1, a model of width and mlp 16.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_runs
+
+from rmjax.inference import runs
+from rmjax.inference.reward_model import load_checked
+
+RUN = Path(__file__).parent / "fixtures" / "run_of_0_1"
+KEYS = {
+    **{name: "10 steps" for name in ("eval.every", "checkpoint.every")},
+    **{"checkpoint.keep_latest": 1, "checkpoint.keep_best": 1},
+    **{"model.scratch.hidden_size": 16, "model.scratch.intermediate_size": 16},
+}
+
+
+def test_its_checkpoint_scores_as_its_export_does():
+    """Loading the export checked replays the golden scores that it was written with."""
+    ask = {"role": "user", "content": "Tell me about the river. Green still often late."}
+    talks = [[ask, {"role": "assistant", "content": text}] for text in ("It is late.", "An old garden.")]
+    opened = runs.open_checkpoint(runs.find(RUN))
+    assert opened.step == 10
+    exported = load_checked(RUN / "export").score(talks)
+    assert np.ptp(exported) > 1e-4
+    np.testing.assert_allclose(runs.reward_model(opened).score(talks), exported, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_it_goes_on(tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(RUN, run)
+    before = small_runs.metrics(run)
+    text = small_runs.Started(run, tmp_path / "cache", **{**KEYS, "duration": "20 steps"}).finish()
+    assert "continuing from step 10" in text, text
+    assert small_runs.metrics(run)[: len(before)] == before and small_runs.metrics(run)[-1]["step"] == 20
