@@ -16,7 +16,7 @@ from rmjax.inference.reward_model import load_checked
 
 RUN = Path(__file__).parent / "fixtures" / "run_of_0_1"
 KEYS = {
-    **{name: "10 steps" for name in ("eval.every", "checkpoint.every")},
+    **dict.fromkeys(("eval.every", "checkpoint.every"), "10 steps"),
     **{"checkpoint.keep_latest": 1, "checkpoint.keep_best": 1},
     **{"model.scratch.hidden_size": 16, "model.scratch.intermediate_size": 16},
 }
