@@ -119,7 +119,6 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     from rmjax.inference.parameters import abstract_model
     from rmjax.models import config as model_config
     from rmjax.models import hf
-    from rmjax.objectives import sums as sums_lib
     from rmjax.train import optim
     from rmjax.train.step import build_program
 
@@ -145,7 +144,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         for number in range(plan.steps):
             state, sums, halted = step(state, batch, jax.device_put(np.int32(number), one), halted)
             batch = next(batches, None)
-            loss, weight = sums_lib.to_host(jax.device_get(sums))["loss"]
+            loss, weight = jax.device_get(sums["loss"]).astype(float)
             losses.append(float(loss / weight))
             clock.append(time.perf_counter())
     return {

@@ -1,9 +1,7 @@
-"""Statistics of predictions and labels, in numpy; every metric that several objectives or reports share.
+"""Statistics of predictions and labels, in numpy, that several measures and reports share.
 
 Numbers come as arrays [n]; a statistic that is not defined is NaN: of fewer than two numbers, or without variance.
 """
-
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -32,17 +30,17 @@ def standardized(x: np.ndarray) -> np.ndarray:
     return (x - x.mean()) / x.std() if len(x) and np.ptp(x) > 0 else np.zeros(len(x))
 
 
-def quadratic_kappa(x: np.ndarray, y: np.ndarray) -> float:
-    """Cohen's kappa with quadratic weights (Cohen 1968) of ratings that are whole numbers.
+def softmax(x: np.ndarray) -> np.ndarray:
+    """float64, over the last axis."""
+    powers = np.exp(np.asarray(x, np.float64) - np.max(x, -1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
 
-    Of ratings x and y it is 1 - E (x - y)^2 / E (x - y')^2, where y' are the ratings y in an order of their own: the
-    second expectation is Var x + Var y + (E x - E y)^2.
-    """
-    if len(x) < 2:
-        return float("nan")
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    by_chance = x.var() + y.var() + (x.mean() - y.mean()) ** 2
-    return float(1 - np.mean((x - y) ** 2) / by_chance) if by_chance else float("nan")
+
+def first_where(flags: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+    """int64 [groups]: the index of the first flag, bool [n], of each group [n]; n where it has none."""
+    first = np.full(groups, len(flags))
+    np.minimum.at(first, group[flags], np.flatnonzero(flags))
+    return first
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -70,22 +68,3 @@ def bins_of(confidence: np.ndarray, least: float) -> np.ndarray:
 def ece(totals: np.ndarray) -> np.ndarray:
     """The error [...] from totals [..., 2 BINS]: weight times (confidence - right) of each bin, then its weight."""
     return np.abs(totals[..., :BINS]).sum(-1) / totals[..., BINS:].sum(-1)
-
-
-def calibration_error(outcomes: Mapping[str, np.ndarray], least: float = 0.5) -> dict[str, float]:
-    """Expected calibration error; Guo et al. 2017, arXiv:1706.04599, eq. 3.
-
-    Args:
-        outcomes: float [n] each: `confidence`, from `least` to 1; `right`, 1 where what it is confident of is so, 0
-            where not; `weight`. NaN where there is nothing.
-        least: lower end of the first bin.
-
-    Returns:
-        {"ece": ...}; {} of nothing.
-    """
-    here = ~np.isnan(outcomes["confidence"])
-    confidence, right, weight = (outcomes[name][here].astype(np.float64) for name in ("confidence", "right", "weight"))
-    if not weight.sum():
-        return {}
-    sums = [np.bincount(bins_of(confidence, least), x, BINS) for x in (weight * (confidence - right), weight)]
-    return {"ece": float(ece(np.concatenate(sums)))}

@@ -1,8 +1,11 @@
 """Answers of models beside labels, made up: for the tests of what is measured of them."""
 
+import functools
+
 import jax
 import numpy as np
 
+from rmjax.evaluate import outcomes
 from rmjax.evaluate.scored import Scored
 from rmjax.objectives import sums as sums_lib
 
@@ -84,10 +87,19 @@ def stepped(n=80, seed=0):
     return np.round(p, 2), label, response, response // 2
 
 
-def sums_of(objective, outputs, batch):
-    return sums_lib.to_host(jax.jit(lambda outputs, batch: objective.sums(outputs, batch, {}))(outputs, batch))
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_and_outcomes(objective, outputs, batch, params):
+    loss = sums_lib.fraction(*objective.loss_sums(outputs, batch, params))
+    return loss, objective.outcomes(outputs, batch, params)
 
 
-def outcomes_of(objective, outputs, batch):
-    found = jax.jit(lambda outputs, batch: objective.outcomes(outputs, batch, {}))(outputs, batch)
-    return {name: np.asarray(x) for name, x in found.items()}
+def sums_of(objective, outputs, batch, params=None):
+    """What a training step tells of a batch, on the host."""
+    loss, seen = jax.device_get(_loss_and_outcomes(objective, outputs, batch, params or {}))
+    return {**outcomes.step_sums(objective.task, seen), "loss": loss.astype(np.float64)}
+
+
+def metrics_of(objective, outputs, batch, params=None):
+    """What an evaluation of a run tells of a batch."""
+    loss, seen = jax.device_get(_loss_and_outcomes(objective, outputs, batch, params or {}))
+    return outcomes.evaluation_metrics(objective.task, seen, loss.astype(np.float64))

@@ -14,6 +14,7 @@ from rmjax.batches.groups import Groups
 from rmjax.batches.packing import Plan
 from rmjax.data import ledger
 from rmjax.runtime import files
+from rmjax.statistics import first_where, spearman
 
 VERSION = 1  # of the layout of the values
 BINS = 40
@@ -132,16 +133,6 @@ def histogram(values: np.ndarray, few: int = FEW) -> dict[str, list[Any]]:
         high = width * bins
     counts, edges = np.histogram(values, bins, (low, high))
     return {"edges": edges.tolist(), "counts": counts.tolist()}
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation [n] and [n], ties at their mean rank; neither may be constant."""
-    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def _by_quantile(x: np.ndarray, y: np.ndarray, most: int = 8, least: int = 20) -> dict[str, list[float]]:
@@ -290,9 +281,7 @@ def _first_errors(groups: Groups) -> tuple[np.ndarray, np.ndarray]:
     group = np.repeat(np.arange(len(groups), dtype=np.int64), np.diff(at) // 2)
     key = group * int(groups.responses.max()) + scored.reshape(-1, 2)[:, 1]
     _, first, response, steps = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
-    wrong = np.flatnonzero(judged & (value < 0.5))
-    error = np.full(len(steps), len(value), np.int64)
-    np.minimum.at(error, response[wrong], wrong)
+    error = first_where(judged & (value < 0.5), response, len(steps))
     return steps, np.where(error < len(value), error - first + 1, 0)
 
 

@@ -20,6 +20,7 @@ from rmjax.evaluate.scored import Scored
 from rmjax.judging.questions import Ratings, Verdicts
 from rmjax.judging.verdicts import Judgements
 from rmjax.judging.writing import Writing
+from rmjax.statistics import softmax
 
 Decode = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # outputs [n, A] to what they mean, by name
 PAIR = re.compile(r"(.*)#(\d+)-(\d+)")  # the row of a pair of its responses
@@ -75,7 +76,7 @@ def scored(
         return _with_scores(groups, ratings, groups.column("characters"))
     if isinstance(task, Verdicts):
         c = task.classes
-        orders = [np.stack([_softmax(x[:c]), _softmax(x[c:])]) for x in _log_likelihoods(groups, outputs)]
+        orders = [softmax(x.reshape(2, c)) for x in _log_likelihoods(groups, outputs)]
     else:
         named = list(decode(np.concatenate(outputs)).values())
         orders = _split(np.stack(named, -1), outputs)
@@ -84,11 +85,6 @@ def scored(
 
 def _split(values: np.ndarray, like: Sequence[np.ndarray]) -> list[np.ndarray]:
     return np.split(values, np.cumsum([len(x) for x in like])[:-1])
-
-
-def _softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max())
-    return e / e.sum()
 
 
 def _log_likelihoods(groups: Groups, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -129,7 +125,7 @@ def _with_scores(
 def _mean_rating(likely: np.ndarray, task: Ratings) -> np.ndarray:
     """[K]: the mean of the ratings [K R] by how likely each is."""
     levels = np.array(task.ratings, np.float64)
-    return np.array([_softmax(x) @ levels for x in likely.reshape(-1, len(levels))])
+    return softmax(likely.reshape(-1, len(levels))) @ levels
 
 
 def _from_orders(groups: Groups, orders: Sequence[np.ndarray]) -> Iterator[Scored]:

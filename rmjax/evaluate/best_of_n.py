@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rmjax.evaluate.estimates import Estimate, Estimates
-from rmjax.evaluate.stacks import Stack
+from rmjax.evaluate.scored import Stack
 
 
 def gold_ranks(stack: Stack) -> tuple[np.ndarray, np.ndarray]:
@@ -103,21 +103,17 @@ def with_estimates(kept: list[tuple[int, float]], made: dict[Any, Estimate]) -> 
 
 
 def add_top1(found: Estimates, stacks: list[Stack]) -> None:
-    """Adds top1_accuracy, where a group has more than two responses: see `top1`."""
-    parts = [top1(s) for s in stacks if s.tokens.shape[1] > 2]
-    if any(counts.any() for _, counts in parts):
-        at, weight = (
-            np.concatenate([getattr(s, x) for s in stacks if s.tokens.shape[1] > 2]) for x in ("at", "weight")
-        )
-        hit, counts = (np.concatenate(x) for x in zip(*parts))
-        found.share("top1_accuracy", at[counts], hit[counts], weight[counts])
+    """Adds top1_accuracy: see `top1`."""
+    at, weight = (np.concatenate([getattr(s, name) for s in stacks]) for name in ("at", "weight"))
+    hit, counts = (np.concatenate(x) for x in zip(*map(top1, stacks)))
+    found.share("top1_accuracy", at[counts], hit[counts], weight[counts])
 
 
 def top1(stack: Stack) -> tuple[np.ndarray, np.ndarray]:
     """Whether the response that the model puts first is a best one, and whether that can be asked of the group.
 
     A best one is a labelled response to which none is preferred. Counted are groups of more than two labelled responses
-    of which one at least is not a best one. The same as `top1` of objectives/bradley_terry.py.
+    of which one at least is not a best one.
 
     Returns:
         float64 [N], where several are first the share of these that are a best one; bool [N].

@@ -23,9 +23,10 @@ def ratio(totals: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Statistic:
-    """What makes it of the totals of all columns, and of a share the column of its denominator."""
+    """What makes it of the totals of all columns; of a ratio its first column; of a share that of its denominator."""
 
     of: Of
+    ratio_at: int | None = None
     denominator: int | None = None
 
 
@@ -53,7 +54,9 @@ class Estimates:
         start = sum(x.shape[1] for x in self._columns)
         self._columns += columns
         stop = sum(x.shape[1] for x in self._columns)
-        self._statistics[key] = _Statistic(lambda totals: of(totals[..., start:stop]), stop - 1 if share else None)
+        self._statistics[key] = _Statistic(
+            lambda totals: of(totals[..., start:stop]), start if of is ratio else None, stop - 1 if share else None
+        )
 
     def combine(self, key: Hashable, keys: Sequence[Hashable], of: Of) -> None:
         """Adds a statistic of other statistics [..., q]."""
@@ -76,6 +79,21 @@ class Estimates:
     def keys(self) -> list[Hashable]:
         """Of the statistics so far."""
         return list(self._statistics)
+
+    def sums(self) -> dict[str, np.ndarray]:
+        """Numerator and denominator, float64 [2], of every statistic that is a ratio; they add over sets of rows."""
+        totals, kept = self._totals(), self._statistics.items()
+        return {str(key): totals[s.ratio_at : s.ratio_at + 2] for key, s in kept if s.ratio_at is not None}
+
+    def others(self) -> dict[str, float]:
+        """The statistics that are no ratios, without intervals; those that are not defined are left out."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            totals, kept = self._totals(), self._statistics.items()
+            values = {str(key): float(s.of(totals)) for key, s in kept if s.ratio_at is None}
+        return {name: value for name, value in values.items() if not np.isnan(value)}
+
+    def _totals(self) -> np.ndarray:
+        return np.concatenate(self._columns, 1).sum(0)
 
     def all(self) -> dict[Hashable, Estimate]:
         """Every statistic by its key: {"value", "low", "high"}, None where it is not defined.

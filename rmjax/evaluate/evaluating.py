@@ -15,7 +15,7 @@ from rmjax.batches.groups import Groups
 from rmjax.batches.tasks import Attributes, Preferences, Steps, Task
 from rmjax.data import formats, reading
 from rmjax.data.records import Record
-from rmjax.evaluate import asking, benchmarks, measures
+from rmjax.evaluate import asking, benchmarks, measures, outcomes
 from rmjax.evaluate.benchmarks import Benchmark
 from rmjax.evaluate.scored import Scored
 from rmjax.inference.reward_model import RewardModel
@@ -24,10 +24,6 @@ from rmjax.judging.writing import Writing
 SHOWN = 1_200  # characters of a text of the error analysis
 
 Tell = Callable[[int], None]  # is told how many groups are done
-
-
-def silent(done: int) -> None:
-    """Tells nobody."""
 
 
 def read(source: str, chat: Chat, task: Task, **options: Any) -> Groups:
@@ -92,7 +88,7 @@ def _rates(task: Task) -> bool:
 
 
 def run_benchmark(
-    model: RewardModel, benchmark: Benchmark, groups: Groups, *, progress: Tell = silent
+    model: RewardModel, benchmark: Benchmark, groups: Groups, *, progress: Tell = lambda done: None
 ) -> dict[str, Any]:
     """The official numbers, with intervals; see evaluation/benchmarks.py."""
     learnt = model.objective.task if model.objective else None
@@ -102,7 +98,7 @@ def run_benchmark(
     return benchmarks.score(benchmark, ask(model, groups, progress))
 
 
-def ask(model: RewardModel, groups: Groups, progress: Tell = silent) -> list[Scored]:
+def ask(model: RewardModel, groups: Groups, progress: Tell = lambda done: None) -> list[Scored]:
     """What a model says of groups that were read for `asking.task_for`."""
     task = asking.task_for(model.objective.task if model.objective else None)
     log_odds = (model.contract or {}).get("reward_scale", 1.0)
@@ -141,7 +137,7 @@ def _usable(task: Task, record: Record) -> bool:
 
 
 def measured(
-    model: RewardModel, groups: Groups, task: Task | None, *, worst: int = 20, progress: Tell = silent
+    model: RewardModel, groups: Groups, task: Task | None, *, worst: int = 20, progress: Tell = lambda done: None
 ) -> dict[str, Any]:
     """Everything about one set of groups (see the modules of `evaluation`).
 
@@ -153,10 +149,9 @@ def measured(
         progress: is told how many groups are done.
     """
     if isinstance(task, Writing):
-        seen = model.outcomes(groups)
-        return measures.tokens(
-            seen["nll"], seen["count"], seen["correct"], seen["verdict"], np.arange(len(seen["nll"]))
-        )
+        written = outcomes.conversation_outcomes(model.outcomes(groups))
+        nll, count, correct, verdict = (written[name] for name in ("nll", "count", "correct", "verdict"))
+        return measures.tokens(nll, count, correct, verdict, np.arange(len(nll)), written["verdict_weight"])
     if isinstance(task, Attributes):
         return _attributes(model, groups, task, progress)
     if isinstance(task, Steps):
@@ -182,6 +177,7 @@ def _attributes(model: RewardModel, groups: Groups, task: Attributes, progress: 
         rewards=decoded["score"].astype(np.float64),
         names=task.names,
         limits=task.scales,
+        weight=groups.weights[of].astype(np.float64),
     )
 
 
@@ -191,8 +187,10 @@ def _steps(model: RewardModel, groups: Groups, progress: Tell) -> dict[str, Any]
     scored, begin = groups.column("scored")  # (end, end_slot)
     of = np.repeat(np.arange(len(groups)), np.diff(begin) // 2)
     response = of * int(groups.responses.max()) + scored.reshape(-1, 2)[:, 1]
-    judged = mask > 0
-    return measures.steps(p[judged], value[judged], response[judged], groups.prompt_ids[of][judged])
+    judged = (mask > 0) & (groups.weights[of] > 0)
+    of = of[judged]
+    weight = groups.weights[of].astype(np.float64)
+    return measures.steps(p[judged], value[judged], response[judged], groups.prompt_ids[of], weight)
 
 
 def _texts(

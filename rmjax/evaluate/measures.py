@@ -17,14 +17,13 @@ from rmjax.evaluate.estimates import Estimates, constant, ratio
 from rmjax.evaluate.moments import edges_of, over
 from rmjax.evaluate.pairs import Pairs
 from rmjax.evaluate.ratings import attributes
-from rmjax.evaluate.scored import Scored
-from rmjax.evaluate.stacks import Stack, stacks
+from rmjax.evaluate.scored import Scored, Stack, stacks
+from rmjax.objectives.sums import LARGEST_LOSS
 
 __all__ = ["attributes", "preferences", "steps", "tokens"]
 
 LEAST_PROBABILITY = 1e-7  # of a label, for its logarithm
 WORST = 20
-LARGEST_LOSS = 700.0  # whose exponential is a float
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -59,9 +58,11 @@ def preferences(groups: Sequence[Scored], worst: int = WORST) -> dict[str, Any]:
     compared = pairs.joined([pairs.of_stack(part) for part in parts])
     found, tables = Estimates(np.array([g.prompt for g in groups])), pairs.slices(compared, groups)
     judge = parts[0].scores is None
-    _add_pairs(found, compared)
+    add_pairs(found, compared)
+    found.share("longer_is_better", compared.group, compared.longer_right, compared.weight)
     _add_nll(found, parts)
-    best_of_n.add_top1(found, parts)
+    if any(best_of_n.top1(part)[1].any() for part in parts):
+        best_of_n.add_top1(found, parts)
     if judge:
         judges.add(found, parts)
     else:
@@ -85,11 +86,16 @@ def preferences(groups: Sequence[Scored], worst: int = WORST) -> dict[str, Any]:
     }
 
 
-def _add_pairs(found: Estimates, of: Pairs) -> None:
+def add_pairs(found: Estimates, of: Pairs) -> None:
+    """Adds accuracy, ece and tie_rate."""
     found.share("accuracy", of.group, of.right, of.weight)
-    calibration.add_ece(found, of.group, *_confidence(of), of.weight, 0.5)
+    add_pair_ece(found, of)
     found.share("tie_rate", of.group, of.right == 0.5, of.weight)
-    found.share("longer_is_better", of.group, of.longer_right, of.weight)
+
+
+def add_pair_ece(found: Estimates, of: Pairs) -> None:
+    """Adds ece, of the probability of the side that the model prefers."""
+    calibration.add_ece(found, of.group, *_confidence(of), of.weight, 0.5)
 
 
 def _confidence(of: Pairs) -> tuple[np.ndarray, np.ndarray]:
@@ -137,20 +143,23 @@ def _histograms(of: Pairs) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------
 
 
-def steps(p: np.ndarray, label: np.ndarray, response: np.ndarray, prompt: np.ndarray) -> dict[str, Any]:
+def steps(
+    p: np.ndarray, label: np.ndarray, response: np.ndarray, prompt: np.ndarray, weight: np.ndarray | None = None
+) -> dict[str, Any]:
     """Measures the probabilities that steps are right; only of steps that were judged.
 
     Metrics: accuracy, of all steps and of those labelled wrong or right alone (from 0.5 on a step is right);
     first_error_accuracy, the share of responses whose first wrong step, or that there is none, is the one predicted;
-    nll, nats a step, with soft labels; ece of p; auc, the area under the ROC curve, right against wrong steps. Its
-    interval resamples each step's share of the other side that it stands right of: DeLong et al. 1988, with
-    clusters as Obuchowski 1997.
+    nll, nats a step, with soft labels; ece of p; auc, the area under the ROC curve, right against wrong steps, each of
+    which counts once. Its interval resamples each step's share of the other side that it stands right of: DeLong et
+    al. 1988, with clusters as Obuchowski 1997.
 
     Args:
         p: float [n].
         label: float [n], from 0 (wrong) to 1 (right).
         response: int [n], whose step it is; those of a response in order.
         prompt: [n].
+        weight: float [n]; None is 1 each.
 
     Returns:
         Values of kind "steps", where "groups" are responses: also "reliability" of p, from 0 to 1, and "scores".
@@ -161,16 +170,12 @@ def steps(p: np.ndarray, label: np.ndarray, response: np.ndarray, prompt: np.nda
     shapes = [np.shape(x) for x in (p, label, response, prompt)]
     if not len(p) or len(set(shapes)) > 1:
         raise ValueError(f"p, label, response and prompt are {shapes}: expected [n] four times, of at least one step")
-    found, at, ones = Estimates(prompt), np.arange(len(p)), np.ones(len(p))
-    right, said = label >= 0.5, p >= 0.5
-    found.share("accuracy", at, right == said, ones)
-    found.share("accuracy_incorrect", at, ~said, ~right * ones)
-    found.share("accuracy_correct", at, said, right * ones)
-    first, hit = _first_errors(said, right, response)
-    found.share("first_error_accuracy", first, hit, np.ones(len(first)))
+    found, at, right = Estimates(prompt), np.arange(len(p)), label >= 0.5
+    weight = np.ones(len(p)) if weight is None else weight
+    first = add_steps(found, p, right, response, weight)
     sure = np.clip(p, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
-    found.mean("nll", at, -label * np.log(sure) - (1 - label) * np.log1p(-sure), ones)
-    calibration.add_ece(found, at, p, right, ones, 0.0)
+    found.mean("nll", at, -label * np.log(sure) - (1 - label) * np.log1p(-sure), weight)
+    calibration.add_ece(found, at, p, right, weight, 0.0)
     _add_auc(found, at, p, right)
     made = found.all()
     edges = np.linspace(0, 1, measure.BINS + 1)
@@ -179,21 +184,29 @@ def steps(p: np.ndarray, label: np.ndarray, response: np.ndarray, prompt: np.nda
         "groups": len(first),
         "prompts": found.prompts,
         "metrics": made,
-        "reliability": calibration.reliability(p, right, ones, 0.0),
+        "reliability": calibration.reliability(p, right, weight, 0.0),
         "scores": {"correct": over(edges, p[right]), "incorrect": over(edges, p[~right])},
     }
+
+
+def add_steps(
+    found: Estimates, p: np.ndarray, right: np.ndarray, response: np.ndarray, weight: np.ndarray
+) -> np.ndarray:
+    """Adds the accuracies of steps, all [n], and first_error_accuracy; returns the first step of each response."""
+    at, said = np.arange(len(p)), p >= 0.5
+    found.share("accuracy", at, right == said, weight)
+    found.share("accuracy_incorrect", at, ~said, ~right * weight)
+    found.share("accuracy_correct", at, said, right * weight)
+    first, hit = _first_errors(said, right, response)
+    found.share("first_error_accuracy", first, hit, weight[first])
+    return first
 
 
 def _first_errors(said: np.ndarray, right: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The first step of each response [R], and whether its first wrong one [R] is where it was predicted."""
     _, start, of = np.unique(response, return_index=True, return_inverse=True)
-
-    def first(wrong: np.ndarray) -> np.ndarray:
-        at = np.full(len(start), len(wrong))
-        np.minimum.at(at, of[wrong], np.flatnonzero(wrong))
-        return at
-
-    return start, first(~said) == first(~right)
+    first = [statistics.first_where(~side, of, len(start)) for side in (said, right)]
+    return start, first[0] == first[1]
 
 
 def _add_auc(found: Estimates, at: np.ndarray, p: np.ndarray, right: np.ndarray) -> None:
@@ -216,7 +229,12 @@ def _add_auc(found: Estimates, at: np.ndarray, p: np.ndarray, right: np.ndarray)
 
 
 def tokens(
-    nll: np.ndarray, count: np.ndarray, correct: np.ndarray, verdict: np.ndarray, prompt: np.ndarray
+    nll: np.ndarray,
+    count: np.ndarray,
+    correct: np.ndarray,
+    verdict: np.ndarray,
+    prompt: np.ndarray,
+    verdict_weight: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Measures a language model on what it should write.
 
@@ -229,6 +247,7 @@ def tokens(
         correct: float [n], how many are the likeliest.
         verdict: float [n], 1 where all its verdicts are the likeliest, 0 where not, NaN where it has none.
         prompt: [n].
+        verdict_weight: float [n]; None is 1 each.
 
     Returns:
         Values of kind "tokens", where "groups" are conversations: also "losses", of conversations.
@@ -241,15 +260,15 @@ def tokens(
         raise ValueError(
             f"nll, count, correct, verdict, prompt are {shapes}: expected [n] five times, some count above 0"
         )
-    here = count > 0
-    nll, count, correct, verdict, prompt = (np.asarray(x)[here] for x in (nll, count, correct, verdict, prompt))
-    found, at = Estimates(prompt), np.arange(len(nll))
-    found.mean("loss", at, nll / count, count)
+    verdict_weight = np.ones(len(nll)) if verdict_weight is None else verdict_weight
+    every, here = (nll, count, correct, verdict, prompt, verdict_weight), count > 0
+    nll, count, correct, verdict, prompt, verdict_weight = (np.asarray(x)[here] for x in every)
+    found = Estimates(prompt)
+    found.mean("loss", np.arange(len(nll)), nll / count, count)
     found.combine("perplexity", ["loss"], lambda x: np.exp(np.minimum(x[..., 0], LARGEST_LOSS)))
-    found.share("accuracy", at, correct / count, count)
-    judged = ~np.isnan(verdict)
-    if judged.any():
-        found.share("verdict_accuracy", at[judged], verdict[judged], np.ones(judged.sum()))
+    add_tokens(found, correct, count)
+    if not np.isnan(verdict).all():
+        add_verdicts(found, verdict, verdict_weight)
     return {
         "kind": "tokens",
         "groups": len(nll),
@@ -257,3 +276,14 @@ def tokens(
         "metrics": found.all(),
         "losses": measure.histogram(nll / count, few=0),
     }
+
+
+def add_tokens(found: Estimates, correct: np.ndarray, count: np.ndarray) -> None:
+    """Adds accuracy, of tokens that are the likeliest: `correct` of `count` in each conversation."""
+    found.share("accuracy", np.arange(len(count)), correct / count, count)
+
+
+def add_verdicts(found: Estimates, verdict: np.ndarray, weight: np.ndarray) -> None:
+    """Adds verdict_accuracy of the conversations that have a verdict."""
+    judged = np.flatnonzero(~np.isnan(verdict))
+    found.share("verdict_accuracy", judged, verdict[judged], weight[judged])

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from rmjax.evaluate.estimates import Estimate, Estimates
-from rmjax.evaluate.scored import Scored
-from rmjax.evaluate.stacks import Stack
+from rmjax.evaluate.scored import Scored, Stack
 
 FEW = 5  # different gold margins that are slices of their own
 SOURCES = 20  # sources that are slices of their own, the largest ones
@@ -60,14 +59,15 @@ class Pairs:
 
 def of_stack(stack: Stack) -> Pairs:
     """The labelled pairs of a stack; those that a judge was not asked are left out."""
-    n, i, j = np.nonzero(stack.decided & ~np.isnan(stack.verdicts))
+    asked = np.isfinite(stack.verdicts) if stack.scores is None else True
+    n, i, j = np.nonzero(stack.decided & asked)
     scores = np.full(stack.tokens.shape, np.nan) if stack.scores is None else stack.scores
     return Pairs(
         group=stack.at[n],
         preferred=i,
         rejected=j,
         weight=stack.weight[n],
-        right=stack.verdicts[n, i, j],
+        right=np.nan_to_num(stack.verdicts[n, i, j]),  # a reward that is not a number is wrong
         probability=stack.preference[n, i, j],
         chosen=scores[n, i],
         beaten=scores[n, j],

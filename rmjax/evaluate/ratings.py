@@ -15,7 +15,7 @@ from rmjax.evaluate import moments
 from rmjax.evaluate.estimates import Estimates
 from rmjax.evaluate.moments import edges_of, over
 
-AGREEMENT = ("mse", "mae", "pearson", "spearman", "kappa")
+AGREEMENT = ("pearson", "spearman", "kappa")
 WORST = 20
 LABELS = 10  # bins of labels, where more than measure.FEW differ
 
@@ -29,12 +29,12 @@ def attributes(
     rewards: np.ndarray,
     names: Sequence[str],
     limits: Sequence[tuple[float, float]] = (),
+    weight: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Measures scores of attributes against their labels; every label counts once.
+    """Measures scores of attributes against their labels.
 
-    Metrics of each attribute, as "mse/NAME": mse, mae, pearson, spearman, and kappa, Cohen's with quadratic weights of
-    ratings, the whole numbers on the scale that are nearest. Without a name the mean over the attributes for which it
-    is defined. reward_length_correlation is of all responses.
+    Metrics of each attribute, as "mse/NAME", and without a name of all: see `add_ratings`. reward_length_correlation is
+    of all responses.
 
     Args:
         scores: float [n, A], on the attributes' scales.
@@ -45,6 +45,7 @@ def attributes(
         rewards: float [n].
         names: A.
         limits: lowest and highest score of each attribute; () is without limits.
+        weight: float [n]; None is 1 each.
 
     Returns:
         Values of kind "attributes": also "attributes", by name histograms and the scores by label, and "worst", the
@@ -57,14 +58,9 @@ def attributes(
     shapes = [np.shape(x) for x in (scores, labels, prompt, ids, tokens, rewards)]
     if not n or shapes != [(n, a)] * 2 + [(n,)] * 4 or len(limits) not in (0, a):
         raise ValueError(f"arrays {shapes} and {len(limits)} limits: expected [n, {a}] twice, [n] and {a} or no limits")
-    found, at = Estimates(prompt), np.arange(n)
-    for i, name in enumerate(names):
-        here = ~np.isnan(labels[:, i])
-        low, high = limits[i] if limits else (-np.inf, np.inf)
-        _add_agreement(found, name, at[here], scores[here, i], labels[here, i], np.ceil(low), np.floor(high))
-    for metric in AGREEMENT:
-        found.combine(metric, [f"{metric}/{name}" for name in names], mean_of_known)
-    moments.add_correlation(found, "reward_length_correlation", at, rewards, tokens)
+    found = Estimates(prompt)
+    add_ratings(found, scores, labels, np.ones(n) if weight is None else weight, names, limits)
+    moments.add_correlation(found, "reward_length_correlation", np.arange(n), rewards, tokens)
     made = found.all()
     return {
         "kind": "attributes",
@@ -76,17 +72,54 @@ def attributes(
     }
 
 
-def _add_agreement(
-    found: Estimates, name: str, at: np.ndarray, x: np.ndarray, y: np.ndarray, low: float, high: float
+def add_ratings(
+    found: Estimates,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    weight: np.ndarray,
+    names: Sequence[str],
+    limits: Sequence[tuple[float, float]],
 ) -> None:
-    """Adds all metrics of one attribute, whose ratings go from `low` to `high`."""
-    ones = np.ones(len(at))
-    found.mean(f"mse/{name}", at, (x - y) ** 2, ones)
-    found.mean(f"mae/{name}", at, np.abs(x - y), ones)
-    moments.add_correlation(found, f"pearson/{name}", at, x, y)
-    moments.add_correlation(found, f"spearman/{name}", at, statistics.ranks(x), statistics.ranks(y))
-    rated = (np.clip(np.floor(side + 0.5), low, high) for side in (x, y))
-    found.add(f"kappa/{name}", moments.kappa, moments.second(found, at, *rated))
+    """Adds errors and correlations of each attribute, as "mse/NAME", and of all together.
+
+    mse and mae are of all labels by their weight. pearson, spearman and kappa, Cohen's with quadratic weights of
+    ratings, count every label once; without a name they are the mean over the attributes for which they are defined.
+
+    Args:
+        found: of n responses.
+        scores: float [n, A].
+        labels: float [n, A]; NaN where one is missing.
+        weight: float [n].
+        names: A.
+        limits: lowest and highest score of each attribute; () is without limits.
+    """
+    known, apart = ~np.isnan(labels), scores - labels
+    add_means(found, "mse", apart**2, known, weight, names)
+    add_means(found, "mae", np.abs(apart), known, weight, names)
+    for i, name in enumerate(names):
+        at = np.flatnonzero(known[:, i])
+        x, y = scores[at, i], labels[at, i]
+        moments.add_correlation(found, f"pearson/{name}", at, x, y)
+        moments.add_correlation(found, f"spearman/{name}", at, statistics.ranks(x), statistics.ranks(y))
+        rated = (rating(side, *(limits[i] if limits else (-np.inf, np.inf))) for side in (x, y))
+        found.add(f"kappa/{name}", moments.kappa, moments.second(found, at, *rated))
+    for metric in AGREEMENT:
+        found.combine(metric, [f"{metric}/{name}" for name in names], mean_of_known)
+
+
+def add_means(
+    found: Estimates, metric: str, values: np.ndarray, known: np.ndarray, weight: np.ndarray, names: Sequence[str]
+) -> None:
+    """Adds the mean of values [n, A] over the known ones, and that of each attribute; `weight` is [n]."""
+    n, i = np.nonzero(known)
+    found.mean(metric, n, values[n, i], weight[n])
+    for a, name in enumerate(names):
+        found.mean(f"{metric}/{name}", n[i == a], values[n, i][i == a], weight[n[i == a]])
+
+
+def rating(scores: np.ndarray, low: Any, high: Any) -> np.ndarray:
+    """The whole numbers of a scale that are nearest to scores."""
+    return np.clip(np.floor(scores + 0.5), np.ceil(low), np.floor(high))
 
 
 def mean_of_known(values: np.ndarray) -> np.ndarray:

@@ -95,19 +95,17 @@ class Inference:
         return self._run(_forward, Unlabelled(trees), lengths, ends, row)
 
     def outcomes(self, groups: Groups, objective: Objective, own: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The objective's outcomes (objectives/base.py) of labelled groups, end to end and without what is absent.
+        """The objective's outcomes (objectives/base.py) of labelled groups, in rows of the engine's own.
 
         Args:
             groups: of the objective's own task.
             objective: is asked.
             own: its own parameters.
         """
-        found = []
         row, most = row_tokens(int(groups.lengths.max())), int(groups.responses.max())
         run = functools.partial(_outcomes, own=own, objective=objective)
         sizes = (groups.lengths, groups.ends, row)
-        for _, _, seen in self._run(run, groups, *sizes, labels=groups.fields, responses=most):
-            found.append({name: x[~np.isnan(next(iter(seen.values())))] for name, x in seen.items()})
+        found = [seen for *_, seen in self._run(run, groups, *sizes, labels=groups.fields, responses=most)]
         return {name: np.concatenate([x[name] for x in found]) for name in found[0]}
 
     def _run(

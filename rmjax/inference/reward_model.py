@@ -280,7 +280,7 @@ class RewardModel:
         return outputs
 
     def outcomes(self, groups: Groups) -> dict[str, np.ndarray]:
-        """The objective's outcomes (objectives/base.py) of groups of its own task, without what is absent."""
+        """The objective's outcomes (objectives/base.py) of groups of its own task."""
         assert self.objective is not None
         return self.inference.outcomes(groups, self.objective, self.own)
 

@@ -1,6 +1,7 @@
 """What an objective is: the one interface between what is learnt and everything else.
 
-    records -> task (data/tasks.py) -> batches -> model -> outputs -> sums -> loss and metrics
+    records -> task (batches/tasks.py) -> batches -> model -> outputs -> loss
+                                                                -> outcomes -> metrics (evaluate/outcomes.py)
 
 An objective is a frozen dataclass; its fields are the keys of `config.objective` with the same names, and what it
 is given wrong it refuses in `__post_init__` with a ValueError that names the key. It knows no models.
@@ -16,9 +17,9 @@ import jax
 import numpy as np
 
 from rmjax.batches.tasks import Task
-from rmjax.objectives.sums import Sums, ratios
 
-Batch = Mapping[str, jax.Array]  # see data/loader.py: Shape.fields
+Batch = Mapping[str, jax.Array]  # see batches/loader.py: Shape.fields
+Outcomes = dict[str, jax.Array]
 Params = Mapping[str, Any]  # the objective's own parameters, float32; {} for most
 
 
@@ -56,27 +57,22 @@ class Objective:
         """First values of what the objective itself learns (a tie parameter, cut points), float32."""
         return {}
 
-    def sums(self, outputs: Any, batch: Batch, params: Params) -> Sums:
-        """Loss and metrics of a batch as sums; `loss` is one of them.
+    def loss_sums(self, outputs: Any, batch: Batch, params: Params) -> tuple[jax.Array, jax.Array]:
+        """The loss of a batch as numerator and denominator, in the precision of the outputs.
 
         Args:
             outputs: of the model: float32 [B, E, A], scores of the scored tokens; 0 where `end` is -1.
-            batch: see data/loader.py.
+            batch: see batches/loader.py.
             params: see `params`.
         """
         raise NotImplementedError
 
-    def outcomes(self, outputs: Any, batch: Batch, params: Params) -> dict[str, jax.Array]:
-        """What evaluation keeps of every batch because no sums can tell it (rank correlations), by name.
+    def outcomes(self, outputs: Any, batch: Batch, params: Params) -> Outcomes:
+        """Each response's outcome beside its label, from which evaluate/outcomes.py computes every metric on the host.
 
-        Arrays of equal leading axes in all batches; NaN marks what is not there. They come to the host, flattened
-        and concatenated, as `summary`'s second argument.
+        Rows are the first axis of every array, so that outcomes of several batches can be joined.
         """
-        return {}
-
-    def summary(self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None) -> dict:
-        """Metrics by name, of host sums and, in evaluation, outcomes [n, ...]."""
-        return ratios(sums)
+        raise NotImplementedError
 
     def terms(self) -> dict[str, Any]:
         """Its keys and values, from which `objectives.make` builds it again wherever the export goes."""

@@ -7,7 +7,6 @@ may be, each by its key: see BradleyTerry.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,8 @@ import numpy as np
 
 from rmjax.batches.tasks import Preferences
 from rmjax.objectives import likelihoods
-from rmjax.objectives.base import Batch, Objective, Params
+from rmjax.objectives.base import Batch, Objective, Outcomes, Params
 from rmjax.objectives.gather import gather_groups
-from rmjax.objectives.sums import Sums, fraction, ratios, with_reward_std
-from rmjax.statistics import calibration_error, spread
 
 LEARNED = ("rao_kupper", "davidson")
 TIES = {"pairs": ("skip", "half", *LEARNED), "plackett_luce": ("skip", "efron")}
@@ -97,23 +94,21 @@ class BradleyTerry(Objective):
         """`tie`, float32 []: log(theta - 1) of Rao and Kupper, log(nu) of Davidson."""
         return {"tie": np.zeros((), np.float32)} if self.ties in LEARNED else {}
 
-    def sums(self, scores_BEA: jax.Array, batch: Batch, params: Params) -> Sums:
-        """Loss and metrics of a batch as sums.
+    def loss_sums(self, scores_BEA: jax.Array, batch: Batch, params: Params) -> tuple[jax.Array, jax.Array]:
+        """The loss as numerator and denominator, see `loss`.
 
         Args:
             scores_BEA: float32 [B, E, 1].
             batch: `end_group`, `end_slot` [B, E], `weight` [B, G], `wins`, `ties`, `margin` [B, G, K, K].
             params: see `params`.
 
-        Returns:
-            loss; of pairs with a preferred side accuracy (equal rewards count half), tie_rate (of equal rewards),
-            margin, rewards of the chosen and the rejected, and their number; over all responses the rewards' mean,
-            square, maximum and minimum; with K > 2 see `top1`; with a tie parameter see `tie_sums`. The denominator
-            of every pair metric is the summed weight of these pairs, that of the loss is told by `loss`.
-
         Raises:
             ValueError: labels or weights of other shapes.
         """
+        return self.loss(self._group_scores(scores_BEA[..., 0], batch), batch, params)
+
+    def _group_scores(self, scores_BE: jax.Array, batch: Batch) -> jax.Array:
+        """[B, G, K]; 0 where there is no response."""
         wins, weight = batch["wins"], batch["weight"]
         b, g, k, k2 = wins.shape
         labels = (batch["margin"].shape, batch["ties"].shape)
@@ -121,26 +116,27 @@ class BradleyTerry(Objective):
             raise ValueError(
                 f"wins {wins.shape}, weight {weight.shape}, margin and ties {labels}: not [B,G,K,K] and [B,G]"
             )
-        s_BGK = gather_groups(scores_BEA[..., 0], batch["end_group"], batch["end_slot"], (g, k))
-        difference = s_BGK[..., :, None] - s_BGK[..., None, :]  # [B, G, K, K]: i - j
-        if self.ties == "half":
-            wins = wins + 0.5 * batch["ties"]
-        # Metrics ask who is preferred, so a soft label counts once, for its likelier side.
-        decided = jnp.where(wins > jnp.swapaxes(wins, -1, -2), weight[..., None, None], 0.0)
-        correct = jnp.where(difference > 0, 1.0, jnp.where(difference == 0, 0.5, 0.0))
-        n = decided.sum()
-        return {
-            "loss": fraction(*self.loss(s_BGK, batch, params)),
-            "accuracy": fraction((decided * correct).sum(), n),
-            "tie_rate": fraction((decided * (difference == 0)).sum(), n),
-            "margin": fraction((decided * difference).sum(), n),
-            "chosen": fraction((decided * s_BGK[..., :, None]).sum(), n),
-            "rejected": fraction((decided * s_BGK[..., None, :]).sum(), n),
-            "pairs_count": fraction((decided > 0).sum()),
-            **reward_sums(scores_BEA[..., 0], batch["end"]),
-            **({"top1_accuracy": top1(s_BGK, batch)} if k > 2 else {}),
-            **(self.tie_sums(difference, batch, params) if self.ties in LEARNED else {}),
+        return gather_groups(scores_BE, batch["end_group"], batch["end_slot"], (g, k))
+
+    def outcomes(self, scores_BEA: jax.Array, batch: Batch, params: Params) -> Outcomes:
+        """`scores` and `present` (1 where there is a response) [B, G, K], `wins`, `ties` [B, G, K, K], `weight` [B, G].
+
+        With a tie parameter also `tied` [B, G, K, K], the probability of a tie, and the parameter as published,
+        `rao_kupper_theta` or `davidson_nu` [B].
+        """
+        s_BGK = self._group_scores(scores_BEA[..., 0], batch)
+        outcomes = {
+            "scores": s_BGK,
+            "present": self._group_scores(jnp.ones_like(scores_BEA[..., 0]), batch),
+            **{name: batch[name] for name in ("wins", "ties", "weight")},
         }
+        if self.ties in LEARNED:
+            name, least = {"rao_kupper": ("theta", 1.0), "davidson": ("nu", 0.0)}[self.ties]
+            parameter = least + jnp.exp(params["tie"])
+            difference = s_BGK[..., :, None] - s_BGK[..., None, :]  # [B, G, K, K]: i - j
+            outcomes["tied"] = jnp.exp(-self.outcome(difference, params)[1])
+            outcomes[f"{self.ties}_{name}"] = jnp.full(len(s_BGK), parameter, jnp.float32)
+        return outcomes
 
     def loss(self, s_BGK: jax.Array, batch: Batch, params: Params) -> tuple[jax.Array, jax.Array]:
         """The loss as numerator and denominator, in the precision of the rewards.
@@ -150,7 +146,7 @@ class BradleyTerry(Objective):
 
         Args:
             s_BGK: [B, G, K].
-            batch: see `sums`.
+            batch: see `loss_sums`.
             params: see `params`.
         """
         weight = batch["weight"]
@@ -195,74 +191,3 @@ class BradleyTerry(Objective):
             steep = likelihoods.barrier(s_BGK)
             total = total + self.barrier * (steep[..., :, None] + steep[..., None, :])
         return total
-
-    def tie_sums(self, difference: jax.Array, batch: Batch, params: Params) -> Sums:
-        """The tie parameter as published, `theta` or `nu`, and the shares of labelled pairs that tie or should.
-
-        Returns:
-            rao_kupper_theta or davidson_nu; ties_labelled; ties_predicted, the mean probability of a tie.
-        """
-        weight, ties = batch["weight"][..., None, None], 0.5 * batch["ties"]
-        labelled = weight * (batch["wins"] + ties)
-        n, tied = labelled.sum(), jnp.exp(-self.outcome(difference, params)[1])
-        name, least = {"rao_kupper": ("theta", 1.0), "davidson": ("nu", 0.0)}[self.ties]
-        return {
-            f"{self.ties}_{name}": fraction(least + jnp.exp(params["tie"]), 1.0),
-            "ties_labelled": fraction((weight * ties).sum(), n),
-            "ties_predicted": fraction((labelled * tied).sum(), n),
-        }
-
-    def outcomes(self, scores_BEA: jax.Array, batch: Batch, params: Params) -> dict[str, jax.Array]:
-        """`chosen`, `rejected`, `weight`, [B G K K], of every pair of which one is preferred."""
-        wins, weight = batch["wins"], batch["weight"][..., None, None]
-        s_BGK = gather_groups(scores_BEA[..., 0], batch["end_group"], batch["end_slot"], (wins.shape[1], wins.shape[2]))
-        decided = (wins > jnp.swapaxes(wins, -1, -2)) & (weight > 0)
-        flat = lambda x: jnp.where(decided, x, jnp.nan).ravel()
-        return {"chosen": flat(s_BGK[..., :, None]), "rejected": flat(s_BGK[..., None, :]), "weight": flat(weight)}
-
-    def summary(
-        self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None
-    ) -> dict[str, float]:
-        """Metrics of host sums: the ratios, with the rewards' standard deviation and the number of pairs.
-
-        In evaluation also `ece`, and quantiles of the rewards of both sides, `chosen_p05` to `rejected_p95`.
-        """
-        values = with_reward_std(ratios(sums))
-        values["pairs"] = values.pop("pairs_count")
-        if outcomes:
-            apart = outcomes["chosen"].astype(np.float64) - outcomes["rejected"]
-            sure = {"confidence": 0.5 + 0.5 * np.tanh(np.abs(apart) / 2), "right": 0.5 + 0.5 * np.sign(apart)}
-            values |= calibration_error({**sure, "weight": outcomes["weight"]})
-            for name in ("chosen", "rejected"):
-                values |= spread(name, outcomes[name][~np.isnan(outcomes[name])])
-        return values
-
-
-def top1(s_BGK: jax.Array, batch: Batch) -> jax.Array:
-    """Share of groups in which the response with the highest reward is a best one, as a sum.
-
-    A best one is a labelled response to which none is preferred; several may be. Counted are groups of more than two
-    labelled responses, of which one at least is not a best one; responses with the same highest reward share.
-    """
-    swap = lambda x: jnp.swapaxes(x, -1, -2)
-    wins = batch["wins"]
-    labelled = (wins + swap(wins) + batch["ties"] > 0).any(-1)
-    worse = (swap(wins) > wins).any(-1)
-    best = labelled & ~worse
-    rewards = jnp.where(labelled, s_BGK, -jnp.inf)
-    top = labelled & (rewards == rewards.max(-1, keepdims=True))
-    counts = (labelled.sum(-1) > 2) & best.any(-1) & worse.any(-1)
-    hit = (top & best).sum(-1) / jnp.maximum(top.sum(-1), 1)
-    weight = jnp.where(counts, batch["weight"], 0.0)
-    return fraction((weight * hit).sum(), weight.sum())
-
-
-def reward_sums(scores_BE: jax.Array, end_BE: jax.Array) -> Sums:
-    """Mean, square, minimum and maximum of the rewards of all responses, as sums."""
-    here = end_BE >= 0
-    n = here.sum()
-    of = lambda x: fraction(jnp.where(here, x, 0.0).sum(), n)
-    most = jnp.where(here, scores_BE, -jnp.inf).max()
-    least = jnp.where(here, scores_BE, jnp.inf).min()
-    extremes = {"reward_max": fraction(most, most), "reward_min": fraction(least, least)}
-    return {"reward_mean": of(scores_BE), "reward_square": of(scores_BE**2), **extremes}

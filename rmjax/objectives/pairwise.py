@@ -11,25 +11,22 @@ smoothing Szegedy et al. 2015, arXiv:1512.00567, section 7. The map from strengt
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rmjax.judging.verdicts import SWAPPED, VERDICTS, Judgements, load_template
-from rmjax.objectives.base import Batch, Objective, Params
+from rmjax.objectives.base import Batch, Objective, Outcomes, Params
 from rmjax.objectives.gather import gather_groups
-from rmjax.objectives.sums import Sums, fraction, ratios
-from rmjax.statistics import calibration_error
+from rmjax.statistics import softmax
 
 
-def average_orders(first: Any, second: Any) -> Any:
+def average_orders(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Averages what was said of a pair in its two orders.
 
     Args:
-        first: [..., C] probabilities of A, B (and tie), numpy or jax.
+        first: [..., C] probabilities of A, B (and tie).
         second: the same with the responses in each other's place.
 
     Returns:
@@ -38,12 +35,6 @@ def average_orders(first: Any, second: Any) -> Any:
     if first.shape != second.shape or first.shape[-1] not in (2, 3):
         raise ValueError(f"probabilities {first.shape} and {second.shape}: expected twice [..., 2] or [..., 3]")
     return (first + second[..., list(SWAPPED[: first.shape[-1]])]) / 2
-
-
-def chosen(values: jax.Array) -> jax.Array:
-    """1 for the largest of [..., C], else 0; equal ones share it."""
-    most = (values == values.max(-1, keepdims=True)).astype(jnp.float32)
-    return most / most.sum(-1, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,33 +92,37 @@ class Pairwise(Objective):
         """Both orders of each pair."""
         return Judgements(self.template, self.classes, self.ties)
 
-    def sums(self, outputs: jax.Array, batch: Batch, params: Params) -> Sums:
-        """Loss and metrics of a batch as sums over its pairs.
+    def loss_sums(self, outputs: jax.Array, batch: Batch, params: Params) -> tuple[jax.Array, jax.Array]:
+        """The loss as numerator and denominator, which is the weight of both orders of all pairs.
 
         Args:
             outputs: float32 [B, E, C].
             batch: `end_group`, `end_slot` [B, E], `weight` [B, G], `verdict` [B, G, 2, C], `strength` [B, G, 1].
             params: none.
 
-        Returns:
-            See `_metrics`, and `loss`, whose denominator is the weight of both orders of all pairs.
+        Raises:
+            ValueError: outputs or labels of other shapes.
         """
-        verdict, weight = batch["verdict"], batch["weight"]
+        logp_BGKC = self._log_probabilities(outputs, batch)
+        q_BGKC, weight_BG = self._targets(batch["verdict"], batch["strength"], batch["weight"])
+        return (weight_BG * -(q_BGKC * logp_BGKC).sum((-1, -2))).sum(), 2 * weight_BG.sum()
+
+    def outcomes(self, outputs: jax.Array, batch: Batch, params: Params) -> Outcomes:
+        """`probabilities` of the verdicts and the labels `verdict`, both [B, G, 2, C], and `weight` [B, G]."""
+        probabilities = jnp.exp(self._log_probabilities(outputs, batch))
+        return {"probabilities": probabilities, "verdict": batch["verdict"], "weight": batch["weight"]}
+
+    def _log_probabilities(self, outputs: jax.Array, batch: Batch) -> jax.Array:
+        """[B, G, 2, C]: of the verdicts on both orders of each pair."""
+        verdict, strength = batch["verdict"], batch["strength"]
         b, g, k, c = verdict.shape
-        if (k, c) != (2, self.classes) or outputs.shape[-1] != c or batch["strength"].shape != (b, g, 1):
+        if (k, c) != (2, self.classes) or outputs.shape[-1] != c or strength.shape != (b, g, 1):
             raise ValueError(
-                f"outputs {outputs.shape}, verdict {verdict.shape}, strength {batch['strength'].shape}: "
+                f"outputs {outputs.shape}, verdict {verdict.shape}, strength {strength.shape}: "
                 f"not [B,E,{self.classes}], [B,G,2,{self.classes}] and [B,G,1]"
             )
         gather = lambda one: gather_groups(one, batch["end_group"], batch["end_slot"], (g, k))
-        z_BGKC = jax.vmap(gather, -1, -1)(outputs)
-        logp_BGKC = jax.nn.log_softmax(z_BGKC)
-        q_BGKC, weight_BG = self._targets(verdict, batch["strength"], weight)
-        loss_BG = -(q_BGKC * logp_BGKC).sum((-1, -2))
-        return {
-            "loss": fraction((weight_BG * loss_BG).sum(), 2 * weight_BG.sum()),
-            **self._metrics(jnp.exp(logp_BGKC), verdict, weight),
-        }
+        return jax.nn.log_softmax(jax.vmap(gather, -1, -1)(outputs))
 
     def _targets(self, verdict: jax.Array, strength: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Labels q [B, G, 2, C] and weights [B, G] of the loss."""
@@ -142,64 +137,7 @@ class Pairwise(Objective):
             verdict = keep * verdict + (1 - keep) * beside
         return (1 - self.label_smoothing) * verdict + self.label_smoothing / self.classes, weight
 
-    def _metrics(self, p_BGKC: jax.Array, verdict: jax.Array, weight: jax.Array) -> Sums:
-        """Metrics as sums; a pair counts with its weight, whatever the strength of its label.
-
-        A label is the most probable verdict of a soft one; where there is no such (votes that are even, ties with 2
-        classes), a pair counts in `consistency` and the predictions only. Equal predictions share a decision.
-
-        Returns:
-            accuracy: of single orders. accuracy_averaged: of both orders' averaged probabilities. consistency: share
-            of pairs of which both orders decide the same. recall_X: accuracy of the orders labelled X. labels_X_count,
-            predictions_X_count: orders that are labelled, or decided, X; a model that does not care for the order
-            predicts A as often as B. pairs_count.
-        """
-        labels = chosen(verdict)
-        decided = weight * (labels.max(-1) == 1).all(-1)  # [B, G]
-        choice = chosen(p_BGKC)
-        hits = (choice * labels).sum(-1)  # [B, G, 2]
-        first, second = choice[..., 0, :], choice[..., 1, :]
-        agree = (first * second[..., list(SWAPPED[: self.classes])]).sum(-1)
-        averaged = chosen(average_orders(p_BGKC[..., 0, :], p_BGKC[..., 1, :]))
-        here = weight > 0
-        sums = {
-            "accuracy": fraction((decided[..., None] * hits).sum(), 2 * decided.sum()),
-            "accuracy_averaged": fraction((decided * (averaged * labels[..., 0, :]).sum(-1)).sum(), decided.sum()),
-            "consistency": fraction((weight * agree).sum(), weight.sum()),
-            "pairs_count": fraction(here.sum()),
-        }
-        for c, name in enumerate(self.labels):
-            of = decided[..., None] * labels[..., c]
-            sums[f"recall_{name}"] = fraction((of * hits).sum(), of.sum())
-            sums[f"labels_{name}_count"] = fraction((of > 0).sum())
-            sums[f"predictions_{name}_count"] = fraction((here[..., None] * choice[..., c]).sum())
-        return sums
-
-    def outcomes(self, outputs: jax.Array, batch: Batch, params: Params) -> dict[str, jax.Array]:
-        """`confidence`, `right`, `weight`, [B G], of the pairs of which one is labelled better.
-
-        The confidence is the larger of the probabilities that either is better; a tie counts half each way.
-        """
-        verdict, weight = batch["verdict"], batch["weight"]
-        gather = lambda one: gather_groups(one, batch["end_group"], batch["end_slot"], (verdict.shape[1], 2))
-        p_BGKC = jax.nn.softmax(jax.vmap(gather, -1, -1)(outputs))
-        p_BGC = average_orders(p_BGKC[..., 0, :], p_BGKC[..., 1, :])
-        apart, said = (x[..., 0] - x[..., 1] for x in (p_BGC, verdict[..., 0, :]))
-        decided = (weight > 0) & (chosen(verdict)[..., 0, :2].max(-1) == 1)
-        found = {"confidence": 0.5 + jnp.abs(apart) / 2, "right": 0.5 + 0.5 * jnp.sign(apart) * jnp.sign(said)}
-        return {name: jnp.where(decided, x, jnp.nan).ravel() for name, x in {**found, "weight": weight}.items()}
-
-    def summary(
-        self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None
-    ) -> dict[str, float]:
-        """Metrics of host sums: the ratios, with the number of pairs; in evaluation also `ece`."""
-        values = ratios(sums)
-        values["pairs"] = values.pop("pairs_count")
-        return values | (calibration_error(outcomes) if outcomes else {})
-
     def decode(self, outputs: np.ndarray, params: Params) -> dict[str, np.ndarray]:
         """Probabilities of the verdicts of single orders; `average_orders` joins two."""
-        z = np.asarray(outputs, np.float64)
-        p = np.exp(z - z.max(-1, keepdims=True))
-        p = (p / p.sum(-1, keepdims=True)).astype(np.float32)
+        p = softmax(outputs).astype(np.float32)
         return {name: p[:, c] for c, name in enumerate(self.labels)}

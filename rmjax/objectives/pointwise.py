@@ -17,7 +17,6 @@ Scores are read back as (low + high) / 2 + f (high - low) / 2, or as the mean of
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,16 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmjax.batches.tasks import Attributes
-from rmjax.objectives.base import Batch, Objective, Params
-from rmjax.objectives.bradley_terry import reward_sums
+from rmjax.objectives.base import Batch, Objective, Outcomes, Params
 from rmjax.objectives.gather import at_ends
-from rmjax.objectives.sums import Sums, fraction, ratios, with_reward_std
-from rmjax.statistics import pearson, quadratic_kappa, spearman
 
 REGRESSION = ("mse", "huber")
 ONE_OUTPUT = (*REGRESSION, "ordinal")  # of the head for each attribute; the others have one for each level
 LOSSES = (*ONE_OUTPUT, "categorical", "hl_gauss")
-CORRELATIONS = {"pearson": pearson, "spearman": spearman, "kappa": quadratic_kappa}
 # HL-Gauss has bins for so many standard deviations beyond the scale: cut off there, labels would be drawn inwards.
 TAIL = 3.0
 
@@ -223,11 +218,6 @@ class Pointwise(Objective):
         weights = self.weights or (1 / len(self.attributes),) * len(self.attributes)
         return sum(weight * scores[..., a] for a, weight in enumerate(weights))
 
-    def ratings(self, scores: Any, xp: Any = np) -> Any:
-        """[..., A]: the whole number of its scale that is nearest to each score."""
-        low, high = (np.array(side, np.float32) for side in zip(*self.limits))
-        return xp.clip(xp.floor(scores + 0.5), np.ceil(low), np.floor(high))
-
     def decode(self, outputs: np.ndarray, params: Params) -> dict[str, np.ndarray]:
         """`score`, the reward, and the score of each attribute by name."""
         scores = self.scores(outputs, params)
@@ -247,65 +237,21 @@ class Pointwise(Objective):
         # A missing label becomes one on the scale: what is computed from it is finite, so that it can be left out.
         return jnp.where(weight > 0, at_ends(value, group, slot), np.array([low for low, _ in self.limits])), weight
 
-    def sums(self, outputs_BEO: jax.Array, batch: Batch, params: Params) -> Sums:
-        """Loss and metrics of a batch as sums.
+    def loss_sums(self, outputs_BEO: jax.Array, batch: Batch, params: Params) -> tuple[jax.Array, jax.Array]:
+        """The loss as numerator and denominator, which is the labels' summed weight.
 
         Args:
             outputs_BEO: float32 [B, E, O].
             batch: `end`, `end_group`, `end_slot` [B, E], `weight` [B, G], `value`, `mask` [B, G, K, A].
             params: see `params`.
-
-        Returns:
-            loss; mse, mae of the scores on their scales; within_1, the share of ratings at most 1 from the label's. Of
-            all labels and, as "mse/helpfulness", of each attribute; their denominator is the labels' summed weight.
-            Over all responses the reward's mean, square, maximum and minimum; the number of labels.
         """
         label, weight = self.at_ends(batch)
-        score = self.scores(outputs_BEO, params, jnp)
-        apart = jnp.abs(self.ratings(score, jnp) - self.ratings(label, jnp))
-        each = {
-            "loss": self.losses(outputs_BEO, label, params),
-            "mse": (score - label) ** 2,
-            "mae": jnp.abs(score - label),
-            "within_1": (apart <= 1).astype(jnp.float32),
-        }
-        sums = {}
-        for metric, x in each.items():
-            sums[metric] = fraction((weight * x).sum(), weight.sum())
-            for a, name in enumerate(self.attributes):
-                sums[f"{metric}/{name}"] = fraction((weight * x)[..., a].sum(), weight[..., a].sum())
-        rewards = reward_sums(self.reward(score), batch["end"])
-        return {**sums, **rewards, "labels_count": fraction((weight > 0).sum())}
+        return (weight * self.losses(outputs_BEO, label, params)).sum(), weight.sum()
 
-    def outcomes(self, outputs_BEO: jax.Array, batch: Batch, params: Params) -> dict[str, jax.Array]:
-        """`score` and `label`, [B * E, A]; NaN where a label is missing."""
+    def outcomes(self, outputs_BEO: jax.Array, batch: Batch, params: Params) -> Outcomes:
+        """`score`, `label`, `weight` (0 where a label is missing), `loss` [B, E, A]; `reward`, `present` [B, E]."""
         label, weight = self.at_ends(batch)
         score = self.scores(outputs_BEO, params, jnp)
-        flat = lambda x: jnp.where(weight > 0, x, jnp.nan).reshape(-1, len(self.attributes))
-        return {"score": flat(score), "label": flat(label)}
-
-    def summary(
-        self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None
-    ) -> dict[str, float]:
-        """Metrics of host sums and, in evaluation, of outcomes, which `agreement` tells."""
-        values = with_reward_std(ratios(sums))
-        values["labels"] = values.pop("labels_count")
-        return values | (self.agreement(outcomes["score"], outcomes["label"]) if outcomes else {})
-
-    def agreement(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Correlations of scores with labels, both [n, A] on their scales; every label counts once.
-
-        Returns:
-            pearson, spearman and kappa (quadratic, of ratings) of each attribute for which they are defined, as
-            "kappa/helpfulness", and their means over these attributes.
-        """
-        values: dict[str, float] = {}
-        for metric, measure in CORRELATIONS.items():
-            sides = [self.ratings(x) if metric == "kappa" else x for x in (scores, labels)]
-            found = {}
-            for a, name in enumerate(self.attributes):
-                here = ~np.isnan(labels[:, a])
-                found[f"{metric}/{name}"] = measure(*(x[here, a].astype(np.float64) for x in sides))
-            found = {name: value for name, value in found.items() if not math.isnan(value)}
-            values |= found | ({metric: float(np.mean(list(found.values())))} if found else {})
-        return values
+        of_label = {"label": label, "weight": weight, "loss": self.losses(outputs_BEO, label, params)}
+        present = (batch["end"] >= 0).astype(jnp.float32)
+        return {"score": score, **of_label, "reward": self.reward(score), "present": present}

@@ -7,17 +7,14 @@ their verdicts Kim et al. 2023 (Prometheus), arXiv:2310.08491; perplexity Jeline
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rmjax.judging.verdicts import load_template
 from rmjax.judging.writing import TEMPLATES, Writing
-from rmjax.objectives.base import Batch, Objective, Params
-from rmjax.objectives.sums import Sums, fraction, ratios
+from rmjax.objectives.base import Batch, Objective, Outcomes, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +70,13 @@ class SFT(Objective):
         """Conversations and which of their tokens are learnt."""
         return Writing(**dataclasses.asdict(self))
 
-    def sums(self, outputs: Mapping[str, jax.Array], batch: Batch, params: Params) -> Sums:
-        """Loss and metrics of a batch as sums over its learnt tokens.
+    def loss_sums(self, outputs: Mapping[str, jax.Array], batch: Batch, params: Params) -> tuple[jax.Array, jax.Array]:
+        """The loss as numerator and denominator: nats, and the summed weight of the learnt tokens.
 
         Args:
             outputs: `nll`, `correct` float32 [B, T] of the next token; read where `loss_weight` is not 0.
-            batch: `loss_weight`, `verdict` [B, T] (see judging/writing.py), `visible_from` [B, T].
+            batch: `loss_weight`, `verdict` [B, T] (see judging/writing.py), `visible_from` [B, T], `end` [B, E].
             params: none.
-
-        Returns:
-            loss, in nats a token; accuracy of single tokens, given those before it; verdict_accuracy: share of
-            conversations in which every token of every verdict is the likeliest; tokens_count, how many are learnt.
 
         Raises:
             ValueError: outputs or labels of other shapes.
@@ -93,45 +86,22 @@ class SFT(Objective):
         if not nll.shape == correct.shape == weight.shape == verdict.shape == start.shape:
             shapes = [x.shape for x in (nll, correct, weight, verdict, start)]
             raise ValueError(f"nll, correct, loss_weight, verdict and visible_from are {shapes}: not all [B, T]")
-        worth, wrong = _verdicts(verdict, correct, start)
+        return (weight * nll).sum(), weight.sum()
+
+    def outcomes(self, outputs: Mapping[str, jax.Array], batch: Batch, params: Params) -> Outcomes:
+        """Of each conversation, [B, E]: `nll`, `correct` and `count`, weighted sums over its learnt tokens; `tokens`,
+        how many these are; `verdict_weight`, 0 without a verdict, and `verdict_errors`, wrong tokens in verdicts."""
+        weight, verdict, end = batch["loss_weight"], batch["verdict"], batch["end"]
+        at_BE = jnp.take_along_axis(batch["visible_from"], jnp.maximum(end, 0), 1)  # where its conversation starts
+        zeros = jnp.zeros_like(weight)
+        total = jax.vmap(lambda x, start, at: jnp.zeros_like(x).at[start].add(x)[at])
+        most = jax.vmap(lambda x, start, at: jnp.zeros_like(x).at[start].max(x)[at])
+        of = lambda reduce, x: jnp.where(end >= 0, reduce(zeros + x, batch["visible_from"], at_BE), 0.0)
         return {
-            "loss": fraction((weight * nll).sum(), weight.sum()),
-            "accuracy": fraction((weight * correct).sum(), weight.sum()),
-            "verdict_accuracy": fraction((worth * (wrong == 0)).sum(), worth.sum()),
-            "tokens_count": fraction((weight > 0).sum()),
+            "nll": of(total, weight * outputs["nll"]),
+            "correct": of(total, weight * outputs["correct"]),
+            "count": of(total, weight),
+            "tokens": of(total, weight > 0),
+            "verdict_weight": of(most, verdict),
+            "verdict_errors": of(total, (verdict > 0) * (1 - outputs["correct"])),
         }
-
-    def outcomes(self, outputs: Mapping[str, jax.Array], batch: Batch, params: Params) -> dict[str, jax.Array]:
-        """Of each conversation, [B T], at the index where it starts: weighted sums over its learnt tokens.
-
-        `nll`, `correct` and `count`, and `verdict`: whether all its verdicts are the likeliest; NaN without one.
-        """
-        weight, start = batch["loss_weight"], batch["visible_from"]
-        total = jax.vmap(lambda x, at: jnp.zeros_like(x).at[at].add(x))
-        worth, wrong = _verdicts(batch["verdict"], outputs["correct"], start)
-        count = total(weight, start)
-        found = {
-            "nll": total(weight * outputs["nll"], start),
-            "correct": total(weight * outputs["correct"], start),
-            "count": count,
-            "verdict": jnp.where(worth > 0, (wrong == 0).astype(jnp.float32), jnp.nan),
-        }
-        return {name: jnp.where(count > 0, x, jnp.nan).ravel() for name, x in found.items()}
-
-    def summary(
-        self, sums: Mapping[str, np.ndarray], outcomes: Mapping[str, np.ndarray] | None = None
-    ) -> dict[str, float]:
-        """Metrics of host sums: the ratios, perplexity (exp of the loss) and the number of learnt tokens."""
-        values = ratios(sums)
-        values["tokens"] = values.pop("tokens_count")
-        if "loss" in values:
-            values["perplexity"] = math.exp(min(values["loss"], 700.0))  # no float holds more
-        return values
-
-
-def _verdicts(verdict: jax.Array, correct: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of each conversation, [B, T], at the index where it starts: its verdict's weight, and how many of its tokens are
-    wrong."""
-    worth = jax.vmap(lambda v, at: jnp.zeros_like(v).at[at].max(v))(verdict, start)
-    wrong = jax.vmap(lambda v, at: jnp.zeros_like(v).at[at].add(v))((verdict > 0) * (1 - correct), start)
-    return worth, wrong

@@ -1,9 +1,10 @@
-"""Losses and metrics as (numerator, denominator), so that they add over rows, micro-batches, devices and batches.
+"""The loss and means as (numerator, denominator), so that they add over rows, micro-batches, devices and steps.
 
 A `Sums` maps a name to an array [2]. There is no mean of means anywhere: the one division happens in `ratios`.
 Three endings differ: `_count` is a total (its denominator is unused), `_max` and `_min` combine by maximum and minimum.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Sums = dict[str, Any]  # name -> [2]: float32 jax arrays in a step, float64 numpy arrays on the host
+PLAIN = tuple(f"{name}_count" for name in ("pairs", "labels", "steps", "responses", "tokens"))  # metrics without _count
+LARGEST_LOSS = 700.0  # whose exponential is a float
 
 
 def fraction(numerator: Any, denominator: Any = 0.0) -> Any:
@@ -19,7 +22,7 @@ def fraction(numerator: Any, denominator: Any = 0.0) -> Any:
 
 
 def add(a: Mapping[str, Any], b: Mapping[str, Any]) -> Sums:
-    """Combines two sums, of the same names; numpy stays numpy.
+    """Combines two sums of the same names, on the host.
 
     Raises:
         ValueError: the names differ.
@@ -29,17 +32,10 @@ def add(a: Mapping[str, Any], b: Mapping[str, Any]) -> Sums:
     return {name: _combine(name, a[name], b[name]) for name in a}
 
 
-def nothing(like: Mapping[str, Any]) -> Sums:
-    """What adds nothing to sums of these names and shapes."""
-    start = lambda name: -jnp.inf if name.endswith("_max") else jnp.inf if name.endswith("_min") else 0.0
-    return {name: jnp.full(x.shape, start(name), x.dtype) for name, x in like.items()}
-
-
 def _combine(name: str, x: Any, y: Any) -> Any:
-    xp = np if isinstance(x, np.ndarray) else jnp
     if name.endswith("_max"):
-        return xp.maximum(x, y)
-    return xp.minimum(x, y) if name.endswith("_min") else x + y
+        return np.maximum(x, y)
+    return np.minimum(x, y) if name.endswith("_min") else x + y
 
 
 def to_host(sums: Mapping[str, Any]) -> Sums:
@@ -58,10 +54,13 @@ def ratios(sums: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if abs(value) != float("inf")}
 
 
-def with_reward_std(values: dict[str, float]) -> dict[str, float]:
-    """Puts `reward_std` in the place of `reward_square`, the mean square, where it was measured."""
-    values = dict(values)
+def to_metrics(sums: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics by name: ratios and totals, with `reward_std` in place of the mean square, and `perplexity` of tokens."""
+    values = ratios(sums)
+    values = {name.removesuffix("_count") if name in PLAIN else name: value for name, value in values.items()}
     square = values.pop("reward_square", None)
     if square is not None:
         values["reward_std"] = max(square - values["reward_mean"] ** 2, 0.0) ** 0.5
+    if "tokens" in values and "loss" in values:
+        values["perplexity"] = math.exp(min(values["loss"], LARGEST_LOSS))
     return values

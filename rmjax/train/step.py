@@ -21,9 +21,8 @@ from rmjax.hardware import memory
 from rmjax.inference import parameters
 from rmjax.models import heads
 from rmjax.models.config import ModelConfig
-from rmjax.objectives import sums as sums_lib
-from rmjax.objectives.base import Objective
-from rmjax.objectives.sums import Sums
+from rmjax.objectives.base import Objective, Outcomes
+from rmjax.objectives.sums import Sums, fraction
 from rmjax.runtime import processes
 from rmjax.train import host_state, optim
 
@@ -34,41 +33,42 @@ def forward(params: Any, batch: dict[str, jax.Array], graph: Any, config: Config
     return model(batch, remat=config.model.remat, scan=not config.debug)
 
 
-def loss_sums(params: Any, batch: dict[str, jax.Array], graph: Any, objective: Objective, config: ConfigDict) -> Sums:
-    """Losses and metrics of one micro-batch [B, ...] as sums."""
-    return objective.sums(forward(params, batch, graph, config), batch, params.get("objective", {}))
-
-
-def evaluation(
+def loss_and_outcomes(
     params: Any, batch: dict[str, jax.Array], graph: Any, objective: Objective, config: ConfigDict
-) -> tuple[Sums, dict[str, jax.Array]]:
-    """Losses and metrics of one micro-batch [B, ...] as sums, and its outcomes."""
+) -> tuple[jax.Array, Outcomes]:
+    """The loss of one micro-batch [B, ...], numerator and denominator as [2], and its outcomes."""
     outputs, own = forward(params, batch, graph, config), params.get("objective", {})
-    return objective.sums(outputs, batch, own), objective.outcomes(outputs, batch, own)
+    return fraction(*objective.loss_sums(outputs, batch, own)), objective.outcomes(outputs, batch, own)
 
 
-def accumulate(loss: Callable[[Any, Any], Sums], params: Any, batch: Any) -> tuple[Any, Sums]:
-    """Sums the gradients of the loss's numerator, and all sums, over the micro-batches of a step [M, B, ...].
+def accumulate(loss: Callable[[Any, Any], tuple[jax.Array, Outcomes]], params: Any, batch: Any) -> tuple[Any, Sums]:
+    """Sums the gradients of the loss's numerator, and the loss, over the micro-batches of a step [M, B, ...].
 
-    Several are added in float32; that of one has the parameters' dtypes.
+    Several are added in float32; that of one has the parameters' dtypes. Beside the sums stand the `outcomes` of all
+    micro-batches [M, B, ...].
     """
 
-    def one(micro: Any) -> tuple[Any, Sums]:
-        numerator = lambda p: (lambda sums: (sums["loss"][0], sums))(loss(p, micro))
-        grads, sums = jax.grad(numerator, has_aux=True)(params)
-        return grads, sums
+    def one(micro: Any) -> tuple[Any, jax.Array, Outcomes]:
+        def numerator(p: Any) -> tuple[jax.Array, tuple[jax.Array, Outcomes]]:
+            pair, outcomes = loss(p, micro)
+            return pair[0], (pair, outcomes)
+
+        grads, aux = jax.grad(numerator, has_aux=True)(params)
+        return grads, *aux
 
     first = jax.tree.map(lambda x: x[0], batch)
     if jax.tree.leaves(batch)[0].shape[0] == 1:
-        return one(first)
-    grads, sums = jax.eval_shape(one, first)
-    start = jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), grads), sums_lib.nothing(sums)
+        grads, pair, outcomes = one(first)
+        return grads, {"loss": pair, "outcomes": {name: x[None] for name, x in outcomes.items()}}
+    grads, pair, _ = jax.eval_shape(one, first)
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (grads, pair))
 
-    def body(carry: tuple[Any, Sums], micro: Any) -> tuple[tuple[Any, Sums], None]:
-        grads, sums = one(micro)
-        return (jax.tree.map(jnp.add, carry[0], grads), sums_lib.add(carry[1], sums)), None
+    def body(carry: tuple[Any, jax.Array], micro: Any) -> tuple[tuple[Any, jax.Array], Outcomes]:
+        grads, pair, outcomes = one(micro)
+        return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + pair), outcomes
 
-    return jax.lax.scan(body, start, batch)[0]
+    (grads, pair), outcomes = jax.lax.scan(body, start, batch)
+    return grads, {"loss": pair, "outcomes": outcomes}
 
 
 class Move(NamedTuple):
@@ -100,12 +100,12 @@ def gradients(
         step: int32 scalar, the step's number from 0.
         halted: bool scalar, whether an earlier step asked to stop: then the state stays as it was. The loop reads a
             step's sums only after it has started the next one.
-        loss: (params, micro-batch) -> sums.
+        loss: (params, micro-batch) -> loss [2], outcomes.
         rate: learning rate of a step.
         config: the config.
 
     Returns:
-        Summed gradients, as `accumulate` gives them; the step's sums with `grad_norm`, `learning_rate` and
+        Summed gradients and sums, as `accumulate` gives them, the latter with `grad_norm`, `learning_rate` and
         `nonfinite_count`; `halted` for the next step; and what `update` needs to know.
     """
     grads, sums = accumulate(loss, params, batch)
@@ -116,7 +116,7 @@ def gradients(
     move = Move(weight, norm, lr, step, finite & ~halted)
     extra = {"grad_norm": (norm, 1), "learning_rate": (lr, 1), "nonfinite_count": (~finite, 0)}
     halted = halted | (~finite & (config.on_nonfinite == "stop"))
-    sums |= {name: sums_lib.fraction(*value) for name, value in extra.items()}
+    sums |= {name: fraction(*value) for name, value in extra.items()}
     return grads, sums, halted, move
 
 
@@ -163,7 +163,7 @@ class Program:
 
     Attributes:
         step: (state, batch, step number, halted) -> (state, sums, halted); the state is donated.
-        evaluate: (params, batch) -> (sums, outcomes).
+        evaluate: (params, batch) -> (loss [2], outcomes [B, ...]).
         state: shapes and shardings of {"params", "opt"}.
         shardings: those of `state`.
         remat: what the backward pass recomputes, as `config.model.remat`.
@@ -197,7 +197,7 @@ def build_program(
     tx = optim.make(config.optim, config.seed)
     warmup, decay = (prepare.steps_in(d, plan, least=0) for d in (config.optim.warmup, config.optim.decay))
     rate = optim.schedule(config.optim, plan.steps, warmup, decay)
-    loss = lambda p, b: loss_sums(p, b, graph, objective, config)
+    loss = lambda p, b: loss_and_outcomes(p, b, graph, objective, config)
     replicated = sharding.named(mesh)
     opt = jax.eval_shape(tx.init, params)
     of_params = jax.tree.map(lambda x: x.sharding, params)
@@ -205,7 +205,7 @@ def build_program(
     first: Any = functools.partial(gradients, loss=loss, rate=rate, config=config)
     second = functools.partial(update, tx=tx, config=config)
     step: Any = functools.partial(train_step, first=first, second=second)
-    evaluate = lambda p, batch: evaluation(p, jax.tree.map(lambda x: x[0], batch), graph, objective, config)
+    evaluate = lambda p, batch: loss(p, jax.tree.map(lambda x: x[0], batch))
     if not config.debug:
         if config.optim.state_on == "host":
             first = jax.jit(first, out_shardings=(of_params, replicated, replicated, replicated))

@@ -27,6 +27,7 @@ from rmjax.batches.tasks import Task
 from rmjax.checkpoint import Checkpointer
 from rmjax.data import ledger
 from rmjax.evaluate import benchmarks, evaluating, gate
+from rmjax.evaluate import outcomes as outcomes_lib
 from rmjax.evaluate.benchmarks import Benchmark
 from rmjax.export import write as export
 from rmjax.inference import parameters, runs
@@ -76,16 +77,15 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Metrics over every group of the split, each exactly once; None if `stop` is true before all are computed."""
-    total: Sums = {}
-    outcomes: list[dict[str, np.ndarray]] = []
+    loss, outcomes = np.zeros(2), []
     for batch in loader.batches(split.groups, split.plan, split.shape, sharding.named(mesh, sharding.BATCH)):
         if stop():
             return None
-        sums, seen = jax.device_get(program.evaluate(params, batch))
-        sums = sums_lib.to_host(sums)
-        total = sums_lib.add(total, sums) if total else sums
-        outcomes.append(seen)
-    return objective.summary(total, {n: np.concatenate([seen[n] for seen in outcomes]) for n in outcomes[0]})
+        batch_loss, batch_outcomes = jax.device_get(program.evaluate(params, batch))
+        loss += batch_loss
+        outcomes.append(batch_outcomes)
+    joined = {name: np.concatenate([batch[name] for batch in outcomes]) for name in outcomes[0]}
+    return outcomes_lib.evaluation_metrics(objective.task, joined, loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +115,16 @@ class Run:
         """A duration of the config in steps."""
         return prepare.steps_in(duration, self.train.plan)
 
+    @functools.cached_property
+    def task(self) -> Task:
+        """That of the objective, which checks its template whenever it is asked for."""
+        return self.objective.task
+
+    def step_sums(self, sums: Sums) -> Sums:
+        """A step's sums on the host, with its metrics from its outcomes [M, B, ...]."""
+        outcomes = {name: x.reshape(-1, *x.shape[2:]) for name, x in sums.pop("outcomes").items()}
+        return {**outcomes_lib.step_sums(self.task, outcomes), **sums_lib.to_host(sums)}
+
     def evaluate(self, state: dict[str, Any], host: Host, step: int) -> dict[str, float] | None:
         """Evaluates every split and writes one line; None if the run is to stop before that is done."""
         values: dict[str, float] = {}
@@ -136,7 +146,7 @@ class Run:
 
     def write_window(self, host: Host, step: int) -> None:
         """Writes the training line of the steps since the last one."""
-        values = self.objective.summary(host.window) if host.window else {}
+        values = sums_lib.to_metrics(host.window) if host.window else {}
         values.pop("nonfinite_count", None)
         values["skipped_steps"] = float(host.skipped)
         host.window = {}
@@ -224,12 +234,12 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
     unread: list[tuple[int, Any]] = []
 
     def read(step: int, sums: Any) -> None:
-        sums = sums_lib.to_host(jax.device_get(sums))
+        sums = run.step_sums(jax.device_get(sums))
         if sums["nonfinite_count"][0]:
             run.not_finite(state, host, step)
         else:
             host.count(sums)
-        watch.done(step + 1, run.objective.summary(sums))
+        watch.done(step + 1, sums_lib.to_metrics(sums))
         if (step + 1) % log_every == 0 or step + 1 == plan.steps:
             run.write_window(host, step + 1)
             run.writers.timing(step + 1, watch.scalars())

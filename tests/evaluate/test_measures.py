@@ -11,12 +11,11 @@ import pytest
 import scipy.stats
 import sklearn.calibration
 import sklearn.metrics
-from made_up_answers import group, judged, outcomes_of, pairs, rankings, sums_of, value
+from made_up_answers import group, judged, metrics_of, pairs, rankings, value
 
 from rmjax.data import records
-from rmjax.evaluate import best_of_n, measures, stacks, tables
+from rmjax.evaluate import best_of_n, measures, scored, tables
 from rmjax.evaluate.estimates import Estimates
-from rmjax.evaluate.scored import likeliest
 from rmjax.objectives.bradley_terry import BradleyTerry
 from rmjax.objectives.pairwise import Pairwise
 
@@ -37,13 +36,13 @@ def flat(groups):
 @pytest.mark.parametrize("groups", [rankings(), judged(), judged(classes=2), pairs(9) + rankings(5)], ids=len)
 def test_stacks_say_what_single_groups_say(groups):
     seen = 0
-    for stack in stacks.stacks(groups):
+    for stack in scored.stacks(groups):
         for row, n in enumerate(stack.at):
             one = groups[n]
             np.testing.assert_array_equal(stack.verdicts[row], one.verdicts)
             np.testing.assert_array_equal(stack.preference[row], one.preference)
             if one.orders is not None:
-                np.testing.assert_array_equal(likeliest(stack.orders)[row], one.first_verdicts)
+                np.testing.assert_array_equal(stack.first_verdicts[row], one.first_verdicts)
             seen += 1
     assert seen == len(groups)
 
@@ -51,8 +50,8 @@ def test_stacks_say_what_single_groups_say(groups):
 def test_large_groups_are_measured_in_parts(monkeypatch):
     groups = rankings(40)
     whole = measures.preferences(groups)
-    monkeypatch.setattr(stacks, "CHUNK", 100)
-    assert len(list(stacks.stacks(groups))) == 10
+    monkeypatch.setattr(scored, "CHUNK", 100)
+    assert len(list(scored.stacks(groups))) == 10
     assert measures.preferences(groups) == whole
 
 
@@ -138,21 +137,18 @@ def batch_of(groups):
     return {**labels, "weight": stack("weight"), "end": at, "end_group": at // k, "end_slot": at % k}
 
 
-def test_metrics_are_those_of_the_objective():
+def test_outcomes_of_a_batch_are_measured_as_the_groups_and_nll_is_the_loss():
     groups = rankings()
-    batch, objective = batch_of(groups), BradleyTerry(ties="half")
     scores = np.concatenate([g.scores for g in groups])[None, :, None].astype(np.float32)
-    said = outcomes_of(BradleyTerry(), scores, batch)
-    expected = BradleyTerry().summary(sums_of(BradleyTerry(), scores, batch), said)
-    with_ties = objective.summary(sums_of(objective, scores, batch))
+    expected = metrics_of(BradleyTerry(ties="half"), scores, batch_of(groups))
     found = measures.preferences(groups)
     assert found["pairs"] == expected["pairs"]
     for name in ("accuracy", "tie_rate", "margin", "reward_mean", "reward_std", "top1_accuracy", "ece"):
         assert value(found, name) == pytest.approx(expected[name], abs=1e-6), name
-    assert value(found, "nll") == pytest.approx(with_ties["loss"], abs=1e-6)
+    assert value(found, "nll") == pytest.approx(expected["loss"], abs=1e-6)
 
 
-def test_metrics_of_a_judge_are_those_of_the_objective():
+def test_outcomes_of_a_judge_are_measured_as_its_groups():
     groups = judged(200, k=2, hidden=0)
     objective, n = Pairwise(), len(groups)
     at = np.arange(2 * n)[None]
@@ -162,8 +158,7 @@ def test_metrics_of_a_judge_are_those_of_the_objective():
         **{"end": at, "end_group": at // 2, "end_slot": at % 2},
     }
     outputs = np.log(np.stack([g.orders[[0, 1], [1, 0]] for g in groups]).reshape(1, 2 * n, 3)).astype(np.float32)
-    said = outcomes_of(objective, outputs, batch)
-    expected = objective.summary(sums_of(objective, outputs, batch), said)
+    expected = metrics_of(objective, outputs, batch)
     found = measures.preferences(groups)
     half = value(found, "tie_rate") / 2  # the objective counts a tie as wrong where a side is labelled better
     assert value(found, "accuracy") - half == pytest.approx(expected["accuracy_averaged"], abs=1e-6)
@@ -397,7 +392,7 @@ def test_best_of_n_against_all_subsets():
 def test_the_rank_of_wins_is_the_rank_of_the_score_that_the_labels_come_from():
     gold = np.random.default_rng(0).integers(0, 4, (20, 6)).astype(float)
     groups = [group(scores=np.zeros(6), prompt=i, **records.compare(s)) for i, s in enumerate(gold)]
-    (stack,) = stacks.stacks(groups)
+    (stack,) = scored.stacks(groups)
     ranks, _ = best_of_n.gold_ranks(stack)
     np.testing.assert_allclose(ranks, (scipy.stats.rankdata(gold, axis=1) - 1) / 5)
 

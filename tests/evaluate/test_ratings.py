@@ -7,17 +7,15 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
-from made_up_answers import outcomes_of, rated, stepped, sums_of, value
+from made_up_answers import metrics_of, rated, stepped, value
 
-from rmjax import statistics
 from rmjax.evaluate import measures
-from rmjax.objectives.pointwise import Pointwise
 from rmjax.objectives.prm import ProcessReward
 
 # Attributes
 
 
-def test_attributes_against_scikit_learn_scipy_and_the_objective():
+def test_attributes_against_scikit_learn_and_scipy():
     scores, labels, given = rated()
     found = measures.attributes(scores, labels, **given)
     for i, name in enumerate("ab"):
@@ -35,11 +33,23 @@ def test_attributes_against_scikit_learn_scipy_and_the_objective():
             estimate = found["metrics"][f"{metric}/{name}"]
             assert estimate["value"] == pytest.approx(want), metric
             assert estimate["low"] < want < estimate["high"]
-    theirs = Pointwise(attributes=("a", "b"), scales=(0.0, 4.0)).agreement(scores, labels)
     for metric in ("pearson", "spearman", "kappa"):
-        assert value(found, metric) == pytest.approx(theirs[metric])
-    both = [value(found, f"mse/{name}") for name in "ab"]
-    assert value(found, "mse") == pytest.approx(np.mean(both)) and (found["groups"], found["prompts"]) == (150, 150)
+        assert value(found, metric) == pytest.approx(np.mean([value(found, f"{metric}/{name}") for name in "ab"]))
+    assert value(found, "mse") == pytest.approx(np.nanmean((scores - labels) ** 2))
+    assert (found["groups"], found["prompts"]) == (150, 150)
+
+
+def test_labels_count_with_their_weight_in_errors_and_once_in_correlations():
+    scores, labels, given = rated()
+    weight = np.random.default_rng(1).uniform(0.5, 2, len(scores))
+    plain, found = (
+        measures.attributes(scores, labels, **given),
+        measures.attributes(scores, labels, **given, weight=weight),
+    )
+    assert value(found, "kappa/a") == value(plain, "kappa/a") and value(found, "pearson") == value(plain, "pearson")
+    known = ~np.isnan(labels)
+    errors = np.abs(scores - labels)[known]
+    assert value(found, "mae") == pytest.approx(np.average(errors, weights=np.stack([weight] * 2, 1)[known]))
 
 
 def test_attributes_as_plots_and_errors_show_them():
@@ -90,15 +100,10 @@ def test_steps_against_scikit_learn_and_the_objective():
         **{"end": np.arange(e)[None], "end_group": response[None], "end_slot": np.zeros((1, e), int)},
         **{"value": label[None, :, None], "mask": np.ones((1, e, 1)), "weight": np.ones((1, response.max() + 1))},
     }
-    objective = ProcessReward()
-    said = outcomes_of(objective, outputs, batch)
-    expected = objective.summary(sums_of(objective, outputs, batch), said)
+    expected = metrics_of(ProcessReward(), outputs, batch)
     assert value(found, "first_error_accuracy") == pytest.approx(expected["first_error_accuracy"])
     assert value(found, "nll") == pytest.approx(expected["loss"], rel=1e-5)
-    bins = statistics.calibration_error(
-        {"confidence": p, "right": right.astype(float), "weight": np.ones(e)}, least=0.0
-    )
-    assert value(found, "ece") == pytest.approx(bins["ece"])
+    assert value(found, "ece") == pytest.approx(expected["ece"], abs=1e-6)
     assert found["groups"] == expected["responses"] == 80 and found["prompts"] == 40
     assert sum(found["scores"]["correct"]["counts"]) == right.sum() and sum(found["reliability"]["counts"]) == e
 

@@ -1,13 +1,12 @@
 """Bradley-Terry against torch, published fits and hand-worked cases; sums that add. Rankings: test_likelihoods.py."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from made_up_answers import metrics_of, sums_of
 from ml_collections import ConfigDict
 
 from rmjax import objectives
@@ -41,13 +40,8 @@ def pairs(b=3, g=4, seed=0):
     return scores, wins
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def sums_of(objective, flat, batch, params):
-    return objective.sums(flat, batch, params)
-
-
 def values_of(objective, scores, wins, params=None, **kwargs):
-    return objective.summary(sums_lib.to_host(sums_of(objective, *make_batch(scores, wins, **kwargs), params or {})))
+    return metrics_of(objective, *make_batch(scores, wins, **kwargs), params)
 
 
 def loss_of(objective, scores, wins, **kwargs):
@@ -74,9 +68,9 @@ def test_shapes_that_would_broadcast_are_refused():
     scores, wins = pairs()
     flat, batch = make_batch(scores, wins)
     with pytest.raises(ValueError, match="not \\[B,G,K,K\\]"):
-        BradleyTerry().sums(flat, batch | {"margin": batch["margin"][..., 0]}, {})
+        BradleyTerry().loss_sums(flat, batch | {"margin": batch["margin"][..., 0]}, {})
     with pytest.raises(ValueError, match="must agree"):
-        BradleyTerry().sums(flat[:, :-1], batch, {})
+        BradleyTerry().loss_sums(flat[:, :-1], batch, {})
 
 
 def test_soft_labels_and_smoothing_are_binary_cross_entropy():
@@ -146,7 +140,7 @@ def test_reward_statistics():  # NUMERICS 20
 
 
 def test_loss_and_gradient_are_finite_for_any_difference():  # NUMERICS 10
-    both = jax.jit(jax.value_and_grad(lambda flat, batch: BradleyTerry().sums(flat, batch, {})["loss"][0]))
+    both = jax.jit(jax.value_and_grad(lambda flat, batch: BradleyTerry().loss_sums(flat, batch, {})[0]))
     for difference in (-1e4, -90.0, 0.0, 90.0, 1e4):
         value, gradient = both(*make_batch([[[difference, 0.0]]], [[[[0, 1], [0, 0]]]]))
         assert np.isfinite(value) and np.isfinite(gradient).all()
@@ -165,10 +159,10 @@ def test_sums_add_over_any_split():  # NUMERICS 9 and 18: no mean of means
     scores, wins = pairs(b=6)
     weight = np.random.default_rng(3).uniform(0, 2, (6, 4)).astype(np.float32)
     flat, batch = make_batch(scores, wins, weight=weight)
-    whole = sums_lib.to_host(sums_of(BradleyTerry(), flat, batch, {}))
+    whole = sums_of(BradleyTerry(), flat, batch)
     total = {}
     for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
-        part = sums_lib.to_host(sums_of(BradleyTerry(), flat[rows], {n: x[rows] for n, x in batch.items()}, {}))
+        part = sums_of(BradleyTerry(), flat[rows], {n: x[rows] for n, x in batch.items()})
         total = sums_lib.add(total, part) if total else part
     for name, value in sums_lib.ratios(whole).items():
         assert sums_lib.ratios(total)[name] == pytest.approx(value, rel=1e-6), name
@@ -176,7 +170,7 @@ def test_sums_add_over_any_split():  # NUMERICS 9 and 18: no mean of means
 
 def test_what_was_not_measured_is_left_out():
     flat, batch = make_batch(*pairs(b=1), weight=np.zeros((1, 4)))
-    values = sums_lib.ratios(sums_lib.to_host(sums_of(BradleyTerry(), flat, batch, {})))
+    values = sums_lib.ratios(sums_of(BradleyTerry(), flat, batch))
     assert "loss" not in values and "accuracy" not in values and values["pairs_count"] == 0
     with pytest.raises(ValueError, match="different names"):
         sums_lib.add({"a": np.zeros(2)}, {"b": np.zeros(2)})
@@ -399,7 +393,7 @@ def test_groups_do_not_mix_and_sums_add(name):  # NUMERICS 8, 9 and 11
     objective = VARIANTS[name]
     params = {name: np.float32(0.3) for name in objective.params()}
     scores, wins, ties, margin = rankings_of_four()
-    run = jax.jit(lambda flat, batch: objective.sums(flat, batch, params)["loss"])
+    run = jax.jit(lambda flat, batch: jnp.stack(objective.loss_sums(flat, batch, params)))
     flat, batch = make_batch(scores, wins, margin=margin, ties=ties)
     whole = run(flat, batch)
     alone = [run(flat, batch | {"weight": np.eye(6)[n].reshape(2, 3).astype(np.float32)}) for n in range(6)]
@@ -415,7 +409,7 @@ def test_every_variant_is_finite_for_large_rewards(name):  # NUMERICS 10
     scores, wins, ties, margin = rankings_of_four()
     flat, batch = make_batch(np.sign(scores), wins, margin=margin, ties=ties)
     params = {name: np.float32(0.3) for name in objective.params()}
-    both = jax.jit(jax.value_and_grad(lambda s, p: objective.sums(s, batch, p)["loss"][0], argnums=(0, 1)))
+    both = jax.jit(jax.value_and_grad(lambda s, p: objective.loss_sums(s, batch, p)[0], argnums=(0, 1)))
     for size in (100.0, 1e4):
         value, gradients = both(flat * size, params)
         assert np.isfinite(value) and all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))

@@ -16,12 +16,15 @@ import scipy.stats
 import sklearn.metrics
 import torch
 import torch.nn.functional as F
+from made_up_answers import metrics_of, sums_of
 from ml_collections import ConfigDict
 
 from rmjax import objectives, statistics
 from rmjax.batches.tasks import Attributes
 from rmjax.config import defaults
 from rmjax.data.records import BadRow, Record
+from rmjax.evaluate import moments, ratings
+from rmjax.evaluate.estimates import Estimates
 from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.gather import at_ends
 from rmjax.objectives.pointwise import LOSSES, Pointwise
@@ -67,15 +70,8 @@ def flat(outputs, batch):
     return tuple(np.stack(x) for x in zip(*rows))
 
 
-@functools.cache
-def compiled(objective):
-    return jax.jit(lambda *inputs: (objective.sums(*inputs), objective.outcomes(*inputs)))
-
-
 def values_of(objective, outputs, batch, params=None):
-    params = objective.params() if params is None else params
-    sums, outcomes = jax.device_get(compiled(objective)(outputs, batch, params))
-    return objective.summary(sums_lib.to_host(sums), outcomes)
+    return metrics_of(objective, outputs, batch, objective.params() if params is None else params)
 
 
 def torch_mean(losses, label, weight):
@@ -224,7 +220,7 @@ def test_a_missing_label_changes_nothing(loss):
     params = objective.params()
     other = dict(batch, value=np.where(batch["mask"] > 0, batch["value"], np.nan))
 
-    gradient_of = jax.jit(jax.grad(lambda f, batch: objective.sums(f, batch, params)["loss"][0]))
+    gradient_of = jax.jit(jax.grad(lambda f, batch: objective.loss_sums(f, batch, params)[0]))
     gradient, gradient_too = (gradient_of(outputs, x) for x in (batch, other))
     values, values_too = (values_of(objective, outputs, x) for x in (batch, other))
     np.testing.assert_array_equal(gradient, gradient_too)
@@ -270,9 +266,9 @@ def test_shapes_that_would_broadcast_are_refused():  # NUMERICS 8
     outputs, batch = make_batch(make())
     for name in ("value", "mask"):
         with pytest.raises(ValueError, match=r"not \[B,G,K,A\]"):
-            make().sums(outputs, batch | {name: batch[name][..., :1]}, {})
+            make().loss_sums(outputs, batch | {name: batch[name][..., :1]}, {})
     with pytest.raises(ValueError, match=r"expected 2 last, helpfulness, verbosity"):
-        make().sums(outputs[..., :1], batch, {})
+        make().loss_sums(outputs[..., :1], batch, {})
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -280,9 +276,7 @@ def test_sums_add_over_any_split(loss):  # NUMERICS 9 and 18
     objective = make(loss)
     outputs, batch = make_batch(objective, b=4)
     params = objective.params()
-    of = lambda rows: sums_lib.to_host(
-        compiled(objective)(outputs[rows], {name: x[rows] for name, x in batch.items()}, params)[0]
-    )
+    of = lambda rows: sums_of(objective, outputs[rows], {name: x[rows] for name, x in batch.items()}, params)
     total = functools.reduce(sums_lib.add, [of(slice(i, i + 1)) for i in range(4)])
     assert sums_lib.ratios(total) == pytest.approx(sums_lib.ratios(of(slice(0, 4))), rel=1e-5)
 
@@ -324,23 +318,29 @@ def test_metrics_are_sklearns_and_scipys(loss):
     assert values["reward_std"] == pytest.approx(decoded["score"].std(), rel=1e-3)
 
 
-def test_kappa_counts_as_sklearn_does_and_knows_where_it_is_undefined():
+def test_kappa_counts_as_sklearn_does_and_correlations_know_where_they_are_undefined():
+    def estimate(of, x, y):
+        found = Estimates(np.zeros(len(x), int))
+        found.add("x", of, moments.second(found, np.arange(len(x)), np.asarray(x, float), np.asarray(y, float)))
+        return found.others().get("x")
+
     rng = np.random.default_rng(3)
     for _ in range(20):
         x, y = rng.integers(0, rng.integers(2, 9), (2, 50)) + rng.integers(-2, 3, (2, 1))
         expected = sklearn.metrics.cohen_kappa_score(x, y, weights="quadratic", labels=np.arange(-3, 12))
-        assert statistics.quadratic_kappa(x, y) == pytest.approx(expected, abs=1e-12)
-    assert statistics.quadratic_kappa(np.array([0, 0]), np.array([0, 4])) == 0
+        assert estimate(moments.kappa, x, y) == pytest.approx(expected, abs=1e-12)
+    assert estimate(moments.kappa, [0, 0], [0, 4]) == 0
     constant, other = np.full(5, 2.0), np.arange(5.0)
-    for measure in (statistics.pearson, statistics.spearman, statistics.quadratic_kappa):
+    for of in (moments.correlation, moments.kappa):
+        assert estimate(of, constant, constant) is None and estimate(of, other[:1], other[:1]) is None
+    for measure in (statistics.pearson, statistics.spearman):
         assert math.isnan(measure(constant, constant)) and math.isnan(measure(other[:1], other[:1]))
-    assert math.isnan(statistics.pearson(constant, other)) and math.isnan(statistics.spearman(other, constant))
+        assert math.isnan(measure(constant, other)) and math.isnan(measure(other, constant))
 
 
 def test_ratings_are_whole_numbers_of_the_scale():
-    objective = make(scales=((0, 4), (-1.5, 2.5)))
     scores = np.array([[-9.0, -9.0], [0.5, 0.49], [2.5, 1.5], [9.0, 9.0]])
-    assert objective.ratings(scores).tolist() == [[0, -1], [1, 0], [3, 2], [4, 2]]
+    assert ratings.rating(scores, (0, -1.5), (4, 2.5)).tolist() == [[0, -1], [1, 0], [3, 2], [4, 2]]
 
 
 # What outputs mean

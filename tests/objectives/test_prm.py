@@ -4,12 +4,12 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from made_up_answers import metrics_of, sums_of
 from transformers.loss.loss_utils import ForTokenClassification
 
 from rmjax import objectives
@@ -21,12 +21,10 @@ from rmjax.config import defaults
 from rmjax.data.formats.steps import joined_steps
 from rmjax.data.records import BadRow, Record, Step
 from rmjax.objectives import sums as sums_lib
-from rmjax.objectives.prm import ProcessReward, first_errors
+from rmjax.objectives.prm import ProcessReward
 
 NAN = math.nan
 MOST = 64  # scored tokens of a row; all batches have one shape
-SUMS = jax.jit(ProcessReward().sums)
-FIRST_ERRORS = jax.jit(first_errors)
 
 
 def record(*responses, labels=None, prompt="What is a tree?"):
@@ -187,8 +185,7 @@ def loader_tree(slots):
 
 
 def values_of(outputs, batch):
-    objective = ProcessReward()
-    return objective.summary(sums_lib.to_host(SUMS(outputs, batch, {})))
+    return metrics_of(ProcessReward(), outputs, batch)
 
 
 def responses_of(batch):
@@ -264,19 +261,27 @@ def test_metrics_by_plain_loops(soft):
     ],
 )
 def test_first_errors_by_hand(predicted, label, judged, hit):
-    row = lambda text, yes: jnp.array([[True] * 2 + [c == yes for c in text] + [True] * 2])
+    row = lambda text, yes: np.array([[True] * 2 + [c == yes for c in text] + [True] * 2], np.float32)
     n = len(predicted)
-    group, slot = jnp.array([[0] * 2 + [1] * n + [-1] * 2]), jnp.array([[1] * 2 + [0] * n + [-1] * 2])
-    found = FIRST_ERRORS(row(predicted, "+"), row(label, "+"), row(judged, "1"), group, slot)
-    assert [x.tolist()[0][:3] for x in found] == [[True, False, hit is True], [True, False, hit is not None]]
-    assert not found[0][0, 3:].any() and not found[1][0, 3:].any()
+    batch = {
+        "end": np.array([[*range(2 + n), -1, -1]]),
+        "end_group": np.array([[0] * 2 + [1] * n + [-1] * 2]),
+        "end_slot": np.array([[1] * 2 + [0] * n + [-1] * 2]),
+        "value": row(label, "+")[..., None],
+        "mask": row(judged, "1")[..., None],
+        "weight": np.array([[1.0, 2.0]], np.float32),
+    }
+    up = 2 * row(predicted, "+") - 1
+    found = sums_of(ProcessReward(), np.stack([-up, up], -1), batch)  # the first response, of two right steps, is hit
+    assert found["first_error_accuracy"].tolist() == [1 + 2 * (hit is True), 1 + 2 * (hit is not None)]
+    assert found["responses_count"][0] == 1 + (hit is not None)
 
 
 def test_unjudged_steps_and_absent_ends_change_nothing_and_get_no_gradient():
     outputs, batch = make_batch()
     other = dict(batch, value=np.where(batch["mask"] > 0, batch["value"], NAN))
     assert values_of(outputs, other) == values_of(outputs, batch)
-    loss = jax.jit(jax.grad(lambda f, batch: ProcessReward().sums(f, batch, {})["loss"][0]))
+    loss = jax.jit(jax.grad(lambda f, batch: ProcessReward().loss_sums(f, batch, {})[0]))
     gradient = loss(outputs, other)
     np.testing.assert_array_equal((np.array(gradient) != 0).all(-1), batch["mask"][..., 0] > 0)
     np.testing.assert_array_equal(gradient, loss(outputs, batch))
@@ -284,7 +289,7 @@ def test_unjudged_steps_and_absent_ends_change_nothing_and_get_no_gradient():
 
 def test_gradient_by_finite_differences():
     outputs, batch = make_batch(soft=True)
-    loss = jax.jit(lambda f: ProcessReward().sums(f, batch, {})["loss"][0])
+    loss = jax.jit(lambda f: ProcessReward().loss_sums(f, batch, {})[0])
     gradient, step = np.array(jax.grad(loss)(outputs)), 0.05
     direction = np.random.default_rng(5).normal(size=outputs.shape).astype(np.float32)
     numeric = (loss(outputs + step * direction) - loss(outputs - step * direction)) / (2 * step)
@@ -293,13 +298,12 @@ def test_gradient_by_finite_differences():
 
 def test_sums_add_over_any_split():  # NUMERICS 9 and 18
     outputs, batch = make_batch()
-    rows = [
-        sums_lib.to_host(SUMS(outputs[i : i + 1], {n: x[i : i + 1] for n, x in batch.items()}, {})) for i in range(4)
-    ]
+    objective = ProcessReward()
+    rows = [sums_of(objective, outputs[i : i + 1], {n: x[i : i + 1] for n, x in batch.items()}) for i in range(4)]
     total = rows[0]
     for row in rows[1:]:
         total = sums_lib.add(total, row)
-    whole = sums_lib.to_host(SUMS(outputs, batch, {}))
+    whole = sums_of(objective, outputs, batch)
     assert sums_lib.ratios(total) == pytest.approx(sums_lib.ratios(whole), rel=1e-5)
 
 
@@ -307,9 +311,9 @@ def test_shapes_that_would_broadcast_are_refused():
     outputs, batch = make_batch()
     for wrong in (batch | {"value": batch["value"][..., 0]}, batch | {"mask": batch["mask"][:, :3]}):
         with pytest.raises(ValueError, match=r"not \[B,E,1\]"):
-            ProcessReward().sums(outputs, wrong, {})
+            ProcessReward().loss_sums(outputs, wrong, {})
     with pytest.raises(ValueError, match=r"not \[B,E,1\]"):
-        ProcessReward().sums(outputs[..., :1], batch, {})
+        ProcessReward().loss_sums(outputs[..., :1], batch, {})
 
 
 @pytest.mark.parametrize("difference", [-1e4, 0.0, 1e4])

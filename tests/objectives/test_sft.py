@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import quick
 import torch
+from made_up_answers import metrics_of
 from ml_collections import ConfigDict
 from tiny_models import make_hf_model
 
@@ -18,6 +19,7 @@ from rmjax.batches.groups import Group
 from rmjax.batches.trees import build_tree
 from rmjax.config import defaults
 from rmjax.data.records import BadRow, Record, Step, group, pair
+from rmjax.evaluate import outcomes
 from rmjax.judging.verdicts import parse_verdict
 from rmjax.judging.writing import Writing, preferred
 from rmjax.models import heads, hf
@@ -35,10 +37,6 @@ def talk(*texts):
 
 def answers(examples):
     return [example.conversations[0][-1]["content"] for example in examples]
-
-
-def values(objective, outputs, batch):
-    return objective.summary(sums_lib.to_host(objective.sums(outputs, batch, {})))
 
 
 # What is learnt
@@ -117,6 +115,7 @@ def hand_worked():
         "visible_from": np.array([start], np.int32),
         "loss_weight": np.array([[0, 1, 1, 0, 2, 2, 0, 1, 0, 0]], np.float32),
         "verdict": np.array([[0, 1, 1, 0, 0, 2, 0, 0, 0, 0]], np.float32),
+        "end": np.array([[3, 6, 8, 9, -1]], np.int32),
     }
     nll = np.array([[9, 0.5, 1.5, 9, 1, 2, 9, 0, 9, 9]], np.float32)
     correct = np.array([[1, 1, 0, 1, 0, 1, 1, 1, 1, 1]], np.float32)
@@ -124,7 +123,7 @@ def hand_worked():
 
 
 def test_hand_worked_sums():
-    found = values(SFT(), *hand_worked())
+    found = metrics_of(SFT(), *hand_worked())
     assert found["loss"] == pytest.approx((0.5 + 1.5 + 2 * 1 + 2 * 2 + 0) / 7)
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
     assert found["accuracy"] == pytest.approx((1 + 0 + 0 + 2 + 1) / 7)
@@ -135,16 +134,19 @@ def test_hand_worked_sums():
 def test_sums_add_over_rows_and_what_is_not_there_is_left_out():
     outputs, batch = hand_worked()
     two = lambda tree: {name: np.concatenate([x, x]) for name, x in tree.items()}
-    assert values(SFT(), two(outputs), two(batch)) == pytest.approx({**values(SFT(), outputs, batch), "tokens": 10})
-    assert "verdict_accuracy" not in values(SFT(), outputs, {**batch, "verdict": 0 * batch["verdict"]})
-    assert values(SFT(), outputs, {name: 0 * x for name, x in batch.items()}) == {"tokens": 0}
+    assert metrics_of(SFT(), two(outputs), two(batch)) == pytest.approx(
+        {**metrics_of(SFT(), outputs, batch), "tokens": 10}
+    )
+    nothing = 0 * batch["verdict"]
+    assert "verdict_accuracy" not in metrics_of(SFT(), outputs, {**batch, "verdict": nothing})
+    assert metrics_of(SFT(), outputs, {**batch, "loss_weight": nothing, "verdict": nothing}) == {"tokens": 0}
     with pytest.raises(ValueError, match=r"not all \[B, T\]"):
-        SFT().sums(outputs, {**batch, "verdict": batch["verdict"][:, :1]}, {})
+        SFT().loss_sums(outputs, {**batch, "verdict": batch["verdict"][:, :1]}, {})
 
 
 def test_a_hopeless_loss_has_a_perplexity():
     outputs, batch = hand_worked()
-    assert np.isfinite(values(SFT(), {**outputs, "nll": 1e4 + outputs["nll"]}, batch)["perplexity"])
+    assert np.isfinite(metrics_of(SFT(), {**outputs, "nll": 1e4 + outputs["nll"]}, batch)["perplexity"])
 
 
 # Rows
@@ -182,8 +184,9 @@ def model(tmp_path_factory):
     params, _ = hf.load(directory, shapes, config, seed=0)
 
     def sums(params, batch):
-        found = SFT().sums(heads.merge(graph, params)(batch), batch, {})
-        return found["loss"][0], found
+        outputs = heads.merge(graph, params)(batch)
+        loss = SFT().loss_sums(outputs, batch, {})
+        return loss[0], (sums_lib.fraction(*loss), SFT().outcomes(outputs, batch, {}))
 
     step = jax.value_and_grad(sums, has_aux=True)
     return reference, params, jax.jit(step, compiler_options=quick.OPTIONS)
@@ -192,13 +195,14 @@ def model(tmp_path_factory):
 def test_packing_changes_nothing(model):
     _, params, step = model
     groups = random_groups(1, 7)
+    told = lambda loss, seen: {"loss": np.array(loss, float), **outcomes.step_sums(SFT().task, jax.device_get(seen))}
     (_, packed), grads = step(params, rows_of([groups[:4], groups[4:]], 128))
     alone, alone_grads = {}, None
     for one in groups:
-        (_, sums), slope = step(params, rows_of([[one]], 32))
-        alone = sums_lib.add(alone, sums) if alone else sums
+        (_, seen), slope = step(params, rows_of([[one]], 32))
+        alone = sums_lib.add(alone, told(*seen)) if alone else told(*seen)
         alone_grads = slope if alone_grads is None else jax.tree.map(jnp.add, alone_grads, slope)
-    together, apart = (SFT().summary(sums_lib.to_host(s)) for s in (packed, alone))
+    together, apart = (sums_lib.to_metrics(s) for s in (told(*packed), alone))
     assert together.pop("perplexity") == pytest.approx(apart.pop("perplexity"), rel=1e-5)
     assert together == pytest.approx(apart, abs=1e-5) and together["loss"] > 0
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(alone_grads), strict=True):
@@ -210,8 +214,8 @@ def test_the_loss_is_that_of_transformers(model):
     groups = random_groups(2, 5)
     for one in groups:
         one.labels["loss_weight"][:] = one.labels["loss_weight"] > 0
-    (_, sums), _ = step(params, rows_of([groups[:2], groups[2:]], 96))
-    ours = SFT().summary(sums_lib.to_host(sums))
+    (_, (loss, seen)), _ = step(params, rows_of([groups[:2], groups[2:]], 96))
+    ours = outcomes.evaluation_metrics(SFT().task, jax.device_get(seen), np.array(loss, float))
     ids = torch.zeros((5, 32), dtype=torch.long)
     labels = torch.full((5, 32), -100)
     for i, one in enumerate(groups):

@@ -97,7 +97,7 @@ def program_pieces(config, micro_rows):
     objective = objectives.make(config.objective)
     params = heads.init(model, 1, seed=0)
     config.model.remat = "none"
-    loss = lambda p, b: step.loss_sums(p, b, graph, objective, config)
+    loss = lambda p, b: step.loss_and_outcomes(p, b, graph, objective, config)
     return params, loss, mesh, shapes, graph, objective
 
 
@@ -131,7 +131,7 @@ def test_evaluation_does_not_depend_on_the_batch_shape(cache_dir, tmp_path):  # 
     params, loss, mesh, _, _, objective = program_pieces(config, 1)
     chat = prepare.open_chat(config, tmp_path)
     _, validation = prepare.read_groups(config, chat, objectives.make(config.objective).task)
-    program = step.Program(None, jax.jit(lambda p, b: (loss(p, jax.tree.map(lambda x: x[0], b)), {})), None, None)
+    program = step.Program(None, jax.jit(lambda p, b: loss(p, jax.tree.map(lambda x: x[0], b))), None, None)
     values = []
     for micro_rows, row_tokens in ((1, 256), (3, 256), (2, 512)):
         config.plan.row_tokens = row_tokens
