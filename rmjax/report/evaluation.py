@@ -51,7 +51,7 @@ def verdict(quality: Values | None, advice: bool = True) -> list[Part]:
     failed, unknown = (sum(check["passed"] is x for check in checks) for x in (False, None))
     known = len(checks) - unknown
     which = f"{_checks(failed or known, known)} of the quality gate" + (
-        f"; {unknown} were not measured" if unknown else ""
+        f"; {unknown} not measured" if unknown else ""
     )
     text: str = Bad(f"Not good enough: fails {which}") if failed else Good(f"Good enough: passes {which}")
     if not known:

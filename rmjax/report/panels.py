@@ -197,15 +197,12 @@ def categories(counts: Mapping[str, int]) -> Panel:
     shown = {name: n for name, n in counts.items() if n}
 
     def paint(axes: Axes) -> None:
-        places = range(len(shown))
-        axes.barh(places, list(shown.values()), 0.6, color=FILL)
-        axes.set_yticks(places, list(shown))
+        bars = axes.barh(list(shown), list(shown.values()), 0.6, color=FILL)
+        axes.bar_label(bars, [short(n) for n in shown.values()], padding=4, fontsize=9)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlim(0, 1.3 * max(shown.values(), default=1))
         axes.set_xticks([])
-        for place, n in zip(places, shown.values()):
-            axes.annotate(short(n), (n, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
 
     return paint
 

@@ -92,9 +92,11 @@ def _split(cells: Sequence[Cell], right: bool) -> Iterator[tuple[list[str], bool
 
 
 def _wrapped(cell: str, width: int) -> list[str]:
-    return [x for line in cell.split("\n") for x in textwrap.wrap(line, width, drop_whitespace=len(line) > width)] or [
-        ""
-    ]
+    """Lines of a cell; names of files and the like stay whole."""
+    if len(cell) <= width and "\n" not in cell:
+        return [cell]
+    fold = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    return [part for line in cell.split("\n") for part in fold.wrap(line)]
 
 
 # ----------------------------------------------------------------------------------------------------

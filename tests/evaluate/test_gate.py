@@ -103,7 +103,7 @@ def test_what_an_objective_does_not_measure_is_said_and_does_not_fail():
     for name in ("accuracy", "gap", "beats_length", "ece"):
         assert checks[name]["passed"] is None and checks[name]["value"] is None
         assert checks[name]["reason"].startswith("not measured: ") and not checks[name]["advice"]
-    assert gate.text(verdict)[0] == "Good enough: passes the one check of the quality gate; 4 were not measured"
+    assert gate.text(verdict)[0] == "Good enough: passes the one check of the quality gate; 4 not measured"
     nothing = gate.judge(GATE, {}, [])
     assert nothing["passed"] and gate.text(nothing)[0].startswith("The quality gate checked nothing")
 
