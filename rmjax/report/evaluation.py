@@ -50,9 +50,7 @@ def verdict(quality: Values | None, advice: bool = True) -> list[Part]:
     checks = quality["checks"]
     failed, unknown = (sum(check["passed"] is x for check in checks) for x in (False, None))
     known = len(checks) - unknown
-    which = f"{_checks(failed or known, known)} of the quality gate" + (
-        f"; {unknown} not measured" if unknown else ""
-    )
+    which = f"{_checks(failed or known, known)} of the quality gate" + (f"; {unknown} not measured" if unknown else "")
     text: str = Bad(f"Not good enough: fails {which}") if failed else Good(f"Good enough: passes {which}")
     if not known:
         text = "The quality gate checked nothing: what it asks for was not measured"
@@ -76,8 +74,10 @@ def key_numbers(sets: Values) -> Section:
     sets = {**shown_sets(sets), **sets}
     counts = "; ".join(f"{set_title(name)}: {_counts(x)}".removeprefix(": ") for name, x in sets.items())
     words = f"{counts}. With each number stands its 95 % interval, by the bootstrap over prompts."
-    first = next(iter(sets.values()))
-    return Section("Key numbers", capital(words), metrics_table(sets, naming.HEADLINES.get(first["kind"], ())))
+    name, first = next(iter(sets.items()))
+    large = Caption(f"Large are those of {set_title(name)}." if len(sets) > 1 else "")
+    table = metrics_table(sets, naming.HEADLINES.get(first["kind"], ()))
+    return Section("Key numbers", capital(words), large, table)
 
 
 def metrics_table(parts: Values, headlines: Sequence[str] = ()) -> Table:

@@ -9,20 +9,7 @@ import jinja2.sandbox
 
 from rmjax.report import drawing
 from rmjax.report.html_page import PAGE
-from rmjax.report.section import (
-    Bad,
-    Caption,
-    Cell,
-    Code,
-    Folded,
-    Good,
-    Items,
-    Markdown,
-    Part,
-    Plot,
-    Section,
-    Table,
-)
+from rmjax.report.section import Bad, Caption, Cell, Code, Folded, Good, Items, Markdown, Part, Plot, Section, Table
 
 WIDTH = 110  # characters of a table in text
 NARROW = 12  # characters that a column keeps where a table is too wide
