@@ -100,7 +100,6 @@ def benchmark(name: str, measured: Values) -> Section:
     rows = [
         [key, naming.value_and_interval(x, naming.is_share(x)), f"{x['count']:,}"]
         for key, x in (measured.get("subsets") or {}).items()
-        if _is_known(x)
     ]
     return Section(
         f"Benchmark {name}",
@@ -313,7 +312,7 @@ def _interval_plots(names: tuple[str, str, str], rows: Sequence[Values], level: 
     if not known:
         return []
     cells: list[list[Cell]] = [
-        [str(x["name"]), naming.value_and_interval(x, True), f"{x['count'] or 0:,} {unit}"] for x in known
+        [str(x["name"]), naming.value_and_interval(x, True), f"{x['count'] or 0:,} {unit}"] for x in rows
     ]
     name, title, alt = names
     panel = panels.intervals(known, VALIDATION, level)

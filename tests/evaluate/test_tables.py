@@ -48,6 +48,8 @@ def test_a_benchmark_is_shown_with_subsets_and_what_is_missing():
     shown = tables.lines(benchmark())
     assert any(row.split() == ["overall", "78.0%", "76.0%", "to", "80.0%"] for row in shown)
     assert any(row.startswith("  xstest-should-refuse") and row.endswith("  96") for row in shown)
+    unknown = {**benchmark(), "subsets": {"empty": {"count": 0, "value": None, "low": None, "high": None}}}
+    assert any(row.split() == ["empty", "–", "0"] for row in tables.lines(unknown))
     assert shown[:3] == ["480 groups.", "Sections weigh equally.", "The data lacks refusals-dangerous."]
 
 
