@@ -22,7 +22,7 @@ COMMANDS = {
 }
 IMPORTS = (
     *COMMANDS.values(),
-    *("rmjax.train.training", "rmjax.inference.reward_model", "rmjax.report.audit.command", "rmjax.report.audit.page"),
+    *("rmjax.train.training", "rmjax.inference.reward_model", "rmjax.report.audit_command", "rmjax.report.run"),
     *("rmjax.benchmark.side", "sqlalchemy", "pandas", "safetensors"),
     *("pyarrow.compute", "transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers"),
     *("orbax.checkpoint", "huggingface_hub.hf_file_system"),

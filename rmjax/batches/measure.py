@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rmjax import statistics
 from rmjax.batches.groups import Groups
 from rmjax.batches.packing import Plan
 from rmjax.data import ledger
@@ -55,12 +56,18 @@ def report(
 
 
 def reading(counts: ledger.Audit) -> dict[str, Any]:
-    """Rows, groups of each source, and the reasons with their meaning, their rows in each file, and an example."""
+    """Rows, groups by source and augmentation, and the reasons with their meaning, rows by file and an example."""
     reasons = {
         name: {"meaning": ledger.REASONS[name], **vars(count)}
         for name, count in sorted(counts.reasons.items(), key=lambda item: -item[1].rows)
     }
-    return {"rows": counts.rows, "unusable": counts.unusable(), "sources": counts.sources, "reasons": reasons}
+    return {
+        "rows": counts.rows,
+        "unusable": counts.unusable(),
+        "sources": counts.sources,
+        "reasons": reasons,
+        "augmented": counts.augmented,
+    }
 
 
 def measure(groups: Groups, plan: Mapping[str, Any] | None = None, names: Sequence[str] = ()) -> dict[str, Any]:
@@ -359,5 +366,5 @@ def _scores_by_length(groups: Groups, names: Sequence[str]) -> dict[str, Any]:
     for name, value, given in columns:
         x, y = characters[given].astype(np.float64), value[given].astype(np.float64)
         if len(np.unique(x)) > 1 and len(np.unique(y)) > 1:
-            found[name] = {"responses": len(x), "spearman": spearman(x, y), "curve": _by_quantile(x, y)}
+            found[name] = {"responses": len(x), "spearman": statistics.spearman(x, y), "curve": _by_quantile(x, y)}
     return {"unit": "characters", "attributes": found} if found else {}

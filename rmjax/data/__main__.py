@@ -275,22 +275,19 @@ _split = _convert
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from rmjax.report.audit import command as auditing
+    from rmjax.report import audit_command
 
     if args.html:
         command_line.check_writable(args.html, f"--html={args.html}")
     with tempfile.TemporaryDirectory() as scratch:
-        found = auditing.audit(args, Path(scratch))
+        audit = audit_command.audit(args, Path(scratch))
     if args.html:
-        from rmjax.report.audit import page as audit_page
-
-        page = audit_page.page(found.report, found.title, notes=found.notes, problems=found.problems)
         args.html.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(args.html, page)
+        files.write_whole(args.html, audit.page())
     if args.json:
-        print(json.dumps({**found.report, "notes": found.notes, "problems": found.problems}, indent=1))
+        print(json.dumps({**audit.report, "notes": audit.notes, "problems": audit.problems}, indent=1))
     else:
-        print("\n".join(found.lines))
+        print("\n".join(audit.text()))
         for item in sources.split_spec(args.source) if args.source else ():
             print("".join(f"{line}\n" for line in agreement.lines(item, args.format)), end="")
     if args.html:

@@ -173,10 +173,8 @@ def shared_prompts(train: GroupSet, validation: GroupSet) -> int:
     return len(np.intersect1d(train.prompt_ids, validation.prompt_ids))
 
 
-def lines(train: GroupSet, validation: GroupSet | None = None) -> list[str]:
-    """The audit of a run's data, or of one set of groups, for the terminal."""
-    if validation is None:
-        return [*rows_lines(train.audit), *_groups_lines("groups", train)]
+def lines(train: GroupSet, validation: GroupSet) -> list[str]:
+    """The audit of a run's data for the terminal."""
     text = rows_lines(train.audit)
     if validation.audit is not train.audit:
         text += rows_lines(validation.audit)

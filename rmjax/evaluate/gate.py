@@ -7,7 +7,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rmjax.evaluate.naming import number, with_interval
+from rmjax.report import evaluation as evaluation_report
+from rmjax.report import show
+from rmjax.report.naming import number, with_interval
+from rmjax.report.section import Section
 
 Values = Mapping[str, Any]
 Check = dict[str, Any]
@@ -42,22 +45,8 @@ def judge(gate: Values, evaluation: Values, lines: Sequence[Values]) -> dict[str
 
 
 def text(verdict: Values) -> list[str]:
-    """The verdict for the terminal, a line for each check, and one more of advice under each that failed."""
-    checks = verdict["checks"]
-    failed, unknown = ([c for c in checks if c["passed"] is x] for x in (False, None))
-    known = len(checks) - len(unknown)
-    if failed:
-        said = f"FAILED, {len(failed)} of {known} checks"
-    else:
-        said = f"passed, {known} checks" if known else "nothing was checked"
-    lines = [f"quality gate: {said}" + (f"; {len(unknown)} not measured" if unknown else "")]
-    for check in checks:
-        lines.append(f"  {STATUS[check['passed']]:<6}  {check['name']}: {check['reason']}")
-        lines += [f"          what to do: {check['advice']}"] if check["advice"] else []
-    return lines
-
-
-STATUS = {True: "passed", False: "FAILED", None: "-"}
+    """The verdict for the terminal, with a row for each check, and advice under each that failed."""
+    return show.to_text([Section("", *evaluation_report.verdict(verdict))])
 
 
 # ----------------------------------------------------------------------------------------------------

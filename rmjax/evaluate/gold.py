@@ -20,8 +20,10 @@ import numpy as np
 from rmjax import statistics
 from rmjax.evaluate import moments
 from rmjax.evaluate.estimates import Estimate, Estimates
-from rmjax.evaluate.naming import interval, number
 from rmjax.evaluate.scored import Scored
+from rmjax.report import show
+from rmjax.report.naming import number, value_and_interval
+from rmjax.report.section import Cell, Section, Table, capital
 
 COMPRESSED = 1 / 3  # of gold's separation
 FITTED = 0.75  # accuracy in training that shows a fitted training set: what the gate asks of validation, and 0.05 more
@@ -301,16 +303,12 @@ def lines(compared: dict[str, Any]) -> list[str]:
     head = f"{compared['pairs']:,} pairs of {compared['responses']:,} responses to {compared['groups']:,} prompts"
     head += f"; {ties:,} pairs that gold finds equal left out" if ties else ""
     head += f"; {missing:,} responses without a gold score left out" if missing else ""
-    found = [head]
-    for name, (title, share) in METRICS.items():
-        ends = interval(compared["metrics"][name], share)
-        found.append(f"  {title:<26}{number(compared['metrics'][name]['value'], share):>9}  {ends}".rstrip())
+    rows: list[list[Cell]] = [
+        [title, value_and_interval(compared["metrics"][name], share)] for name, (title, share) in METRICS.items()
+    ]
     for name in ("proxy", "gold"):
         of = compared[name]
-        said = f"{number(of['min'])} to {number(of['max'])}, standard deviation {number(of['std'])}"
-        found.append(f"  {'Range, ' + name:<26}{number(of['range']):>9}  {said}")
-    return [*found, _sentence(compared["compression"]), _sentence(compared["fitted"]["text"])]
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
+        ends = f"{number(of['min'])} to {number(of['max'])}, standard deviation {number(of['std'])}"
+        rows.append([f"Range, {name}", (number(of["range"]), ends)])
+    words = (f"{capital(compared['compression'])}.", f"{capital(compared['fitted']['text'])}.")
+    return show.to_text([Section("", head, Table(rows, numbers=(1,)), *words)])

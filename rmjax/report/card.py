@@ -6,13 +6,15 @@ Made from plain data: config, evaluation, score contract and Hugging Face config
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from rmjax.evaluate.naming import metric, with_interval
-from rmjax.report import card_usage
+from rmjax.report import card_usage, show
+from rmjax.report.evaluation import benchmark, failing, key_numbers, shown_sets, verdict
+from rmjax.report.naming import flat, metric
+from rmjax.report.section import Items, Markdown, Section, Table
 
 Values = Mapping[str, Any]
 HUB_DATA = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
@@ -113,25 +115,23 @@ def text(
     says, scale = kind.says, contract.get("reward_scale")
     if scale:  # rewards that were divided by it
         says = says.replace("the difference", f"{scale:.6g} times the difference")
-    parts = [
-        f"---\n{metadata(name, kind, config, evaluation, base_model, license)}\n---",
-        f"# {name}",
-        f"A {kind.what}, {_origin(base_model, model)}, trained with rmjax. {says}",
-        *_verdict(quality),
-        "## How to use it",
-        *card_usage.sections(objective, name),
-        "## Metrics",
-        *_metrics(evaluation),
-        "## Architecture",
-        _table(("", ""), _architecture(model, contract, parameters)),
-        "## Data",
-        *_data(config, contract, audit),
-        "## Hyper-parameters",
-        _table(("key", "value"), _hyper_parameters(config)),
-        "## Limits",
-        "\n".join(f"- {limit}" for limit in _limits(objective, contract, evaluation)),
-    ]
-    return "\n\n".join(parts) + "\n"
+    origin = f"of the {model.get('model_type', 'decoder')} family"
+    if base_model:
+        origin = f"fine-tuned from [{base_model}](https://huggingface.co/{base_model})"
+    head = f"---\n{metadata(name, kind, config, evaluation, base_model, license)}\n---\n\n# {name}\n\n"
+    return head + show.to_markdown(
+        [
+            Section(
+                "", Markdown(f"A {kind.what}, {origin}, trained with rmjax. {says}"), *verdict(quality, advice=False)
+            ),
+            Section("How to use it", *card_usage.parts(objective, name)),
+            *_metrics(evaluation),
+            Section("Architecture", Table(_architecture(model, contract, parameters))),
+            Section("Data", Table(_data(config, contract, audit))),
+            Section("Hyper-parameters", Table(_hyper_parameters(config), ("key", "value"))),
+            Section("Limits", Items(_limits(objective, contract, evaluation))),
+        ]
+    )
 
 
 def metadata(name: str, kind: Kind, config: Values, evaluation: Values, base_model: str, license: str) -> str:
@@ -183,41 +183,11 @@ def _results_of(kind: Kind, name: str, metrics: Values, measured: str) -> list[E
 # ----------------------------------------------------------------------------------------------------
 
 
-def _origin(base_model: str, model: Values) -> str:
-    if base_model:
-        return f"fine-tuned from [{base_model}](https://huggingface.co/{base_model})"
-    return f"of the {model.get('model_type', 'decoder')} family"
-
-
-def _verdict(quality: Values | None) -> list[str]:
-    if quality is None:
-        return []
-    failed = [check for check in quality["checks"] if check["passed"] is False]
-    if failed:
-        reasons = "\n".join(f"> - {check['reason']}" for check in failed)
-        return [f"> It **fails** its quality gate:\n>\n{reasons}"]
-    known = sum(check["passed"] is True for check in quality["checks"])
-    return [f"It passes its quality gate ({known} checks)."] if known else []
-
-
-def _metrics(evaluation: Values) -> list[str]:
-    parts = ["In brackets 95 % intervals, by the bootstrap over prompts."]
-    for name, measured in (evaluation.get("sets") or {}).items():
-        title = "training set, a slice" if name == "train_slice" else name
-        rows = [
-            (shown.title, with_interval(estimate, shown.percent), shown.meaning)
-            for key, estimate in measured["metrics"].items()
-            if estimate["value"] is not None
-            for shown in [metric(key, measured["kind"])]
-        ]
-        heading = f"### {_plain(title)}: {measured['groups']:,} groups with {measured['prompts']:,} prompts"
-        parts += [heading, _table(("", "", ""), rows)]
-    for name, measured in (evaluation.get("benchmarks") or {}).items():
-        known = [(key, e) for key, e in measured["metrics"].items() if e["value"] is not None]
-        scores = [(key, with_interval(e, 0 <= e["value"] <= 1)) for key, e in known]
-        missing = [f"The data lacked {', '.join(map(_plain, measured['missing']))}."] if measured.get("missing") else []
-        parts += [f"### {_plain(name)}: {measured['groups']:,} groups", _table(("", "score"), scores), *missing]
-    return parts if len(parts) > 1 else ["Nothing was measured."]
+def _metrics(evaluation: Values) -> list[Section]:
+    numbers = key_numbers(evaluation.get("sets") or {})
+    tests = [benchmark(name, measured) for name, measured in (evaluation.get("benchmarks") or {}).items()]
+    parts = numbers.parts if numbers or tests else ["Nothing was measured."]
+    return [Section("Metrics", *parts), *(Section(test.title, *test.parts, level=3) for test in tests)]
 
 
 def _architecture(model: Values, contract: Values, parameters: int | None) -> list[tuple[str, str]]:
@@ -228,70 +198,47 @@ def _architecture(model: Values, contract: Values, parameters: int | None) -> li
     return [(title, value) for title, value in rows if value]
 
 
-def _data(config: Values, contract: Values, audit: Values | None) -> list[str]:
-    data = config.get("data") or {}
+def _data(config: Values, contract: Values, audit: Values | None) -> list[tuple[str, str]]:
+    data, sets = config.get("data") or {}, (audit or {}).get("sets") or {}
     keys = ("train", "validation", "weights", "filter", "sample", "augment")
     rows = [(key, _code(data[key])) for key in keys if data.get(key)]
-    rows += [(f"{name} set", f"{x['groups']:,} groups, {x['prompts']:,} prompts") for name, x in
-             ((audit or {}).get("sets") or {}).items()]  # fmt: skip
-    rows += [("fingerprint", f"`{contract['data_fingerprint']}`")] if contract.get("data_fingerprint") else []
-    return [_table(("", ""), rows)]
+    rows += [(f"{name} set", f"{x['groups']:,} groups, {x['prompts']:,} prompts") for name, x in sets.items()]
+    return rows + ([("fingerprint", _code(contract["data_fingerprint"]))] if contract.get("data_fingerprint") else [])
 
 
 def _hyper_parameters(config: Values) -> list[tuple[str, str]]:
-    rows = []
-    for key in SHOWN:
-        value: Any = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value not in (None, ""):
-            rows.append((f"`{key}`", _value(value)))
-    chosen = config.get("objective") or {}
-    return rows + [(f"`objective.{key}`", _value(x)) for key, x in chosen.items() if x not in (None, "", (), [])]
+    known = {key: value for key, value in flat(config) if value not in ("", "null", "[]")}
+    keys = [*(key for key in SHOWN if key in known), *(key for key in known if key.startswith("objective."))]
+    return [(_code(key), _code(known[key])) for key in keys]
 
 
 def _limits(objective: str, contract: Values, evaluation: Values) -> list[str]:
-    found = [
-        f"A score is of this rendering only: {contract['scored_token']}. `reward_contract.json` has the hash of the "
-        "template, its arguments and golden rows to check a server against.",
+    limits: list[str] = [
+        Markdown(
+            f"A score is of this rendering only: {contract['scored_token']}. `reward_contract.json` has the hash of "
+            "the template, its arguments and golden rows to check a server against."
+        )
     ]
     if contract.get("template_kwargs"):
-        found.append(f"The template's arguments are {_code(json.dumps(contract['template_kwargs']))}.")
+        limits.append(Markdown(f"The template's arguments are {_code(json.dumps(contract['template_kwargs']))}."))
     if contract.get("max_length"):
-        found.append(
-            f"Conversations of at most {contract['max_length']:,} tokens were learnt from; what is longer was "
-            f"{ {'drop': 'left out'}.get(contract['over_long'], 'truncated') }."
+        longer = {"drop": "left out"}.get(contract["over_long"], "truncated")
+        limits.append(
+            f"Conversations of at most {contract['max_length']:,} tokens were learnt from; what is longer was {longer}."
         )
     if objective == "bradley_terry":
-        found.append(
+        limits.append(
             "Rewards are comparable between responses to one prompt. Between prompts they are not: the loss leaves an "
             "offset of each prompt free."
         )
     if contract.get("reward_std"):
-        found.append(
+        limits.append(
             f"On the validation set rewards have mean {contract['reward_mean']:.4g} and standard deviation "
             f"{contract['reward_std']:.4g}; subtract the one and divide by the other to normalize them."
         )
-    for name, measured in (evaluation.get("sets") or {}).items():
-        for row in measured.get("failing") or () if name != "train_slice" else ():
-            pairs = f"{_plain(row['table'])} {_plain(row['name'])}"
-            found.append(f"It is worse than elsewhere on pairs of {pairs}: accuracy {with_interval(row, True)}.")
-    return [*found, "It has learnt what the people who labelled the data preferred, with their errors and habits."]
-
-
-# ----------------------------------------------------------------------------------------------------
-# Markdown
-# ----------------------------------------------------------------------------------------------------
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([_plain(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _plain(text: str) -> str:
-    """Text of data on one line, which is no markup: names of sources are written by others."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
+    for measured in shown_sets(evaluation.get("sets") or {}).values():
+        limits += failing(measured)
+    return [*limits, "It has learnt what the people who labelled the data preferred, with their errors and habits."]
 
 
 def _value(value: Any) -> str:
@@ -299,4 +246,4 @@ def _value(value: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    return f"`{str(value).replace('`', chr(39))}`"
+    return Markdown(f"`{' '.join(str(value).split()).replace('`', chr(39))}`")

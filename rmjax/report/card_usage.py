@@ -1,5 +1,7 @@
 """How to load an export and score with it, for its model card."""
 
+from rmjax.report.section import Code, Markdown, Part
+
 TEXTS = """texts = [tokenizer.apply_chat_template(c, tokenize=False) for c in conversations]
 batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)"""
 CONVERSATIONS = """question = {"role": "user", "content": "Why is the sky blue?"}
@@ -18,22 +20,22 @@ RMJAX = {  # what follows `model = rmjax.RewardModel.load(NAME)`
 }
 
 
-def sections(objective: str, name: str) -> list[str]:
-    """Code for rmjax, transformers and, where it pools the scored token, vLLM; parts of Markdown."""
+def parts(objective: str, name: str) -> list[Part]:
+    """Code for rmjax, transformers and, where it pools the scored token, vLLM."""
     if objective == "sft":
-        return [_transformers("AutoModelForCausalLM", name, GENERATE), VERDICT, _fenced("bash", f"vllm serve {name}")]
-    parts = [_fenced("python", f'import rmjax\n\nmodel = rmjax.RewardModel.load("{name}")\n{RMJAX[objective]}')]
+        return [_transformers("AutoModelForCausalLM", name, GENERATE), VERDICT, Code("bash", f"vllm serve {name}")]
+    ours: Part = Code("python", f'import rmjax\n\nmodel = rmjax.RewardModel.load("{name}")\n{RMJAX[objective]}')
     if objective == "prm":
-        return [*parts, STEP_OUTPUTS, _transformers("AutoModelForTokenClassification", name, STEPS)]
+        return [ours, STEP_OUTPUTS, _transformers("AutoModelForTokenClassification", name, STEPS)]
     if objective == "pairwise":
-        return [*parts, JUDGE]
+        return [ours, JUDGE]
     return [
-        *parts,
+        ours,
         "With transformers:",
         _transformers("AutoModelForSequenceClassification", name, f"{CONVERSATIONS}\n{SCORES}"),
         f"With vLLM, from whole renderings of the chat template, without adding special tokens. {RAW[objective]}: no "
         "sigmoid, no softmax.",
-        _fenced("bash", VLLM.format(name=name)),
+        Code("bash", VLLM.format(name=name)),
     ]
 
 
@@ -52,8 +54,8 @@ with torch.no_grad():
 GENERATE = """text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
 batch = tokenizer(text, return_tensors="pt", add_special_tokens=False)
 answer = tokenizer.decode(model.generate(**batch, max_new_tokens=512)[0, batch["input_ids"].shape[1] :])"""
-VERDICT = "`rmjax.judging.verdicts.parse_verdict` reads the verdict from the answer."
-JUDGE = (
+VERDICT = Markdown("`rmjax.judging.verdicts.parse_verdict` reads the verdict from the answer.")
+JUDGE = Markdown(
     "The judging question is rendered by the template that `reward_contract.json` holds under `objective`; rmjax asks "
     "it in both orders."
 )
@@ -62,13 +64,9 @@ curl localhost:8000/classify -H 'Content-Type: application/json' \\
   -d '{{"model": "{name}", "input": "TEXT OF THE RENDERING", "add_special_tokens": false}}'"""
 
 
-def _transformers(auto: str, name: str, code: str) -> str:
-    return _fenced(
+def _transformers(auto: str, name: str, code: str) -> Code:
+    return Code(
         "python",
         f"import torch\nfrom transformers import {auto}, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\nmodel = {auto}.from_pretrained("{name}")\n{code}',
     )
-
-
-def _fenced(language: str, code: str) -> str:
-    return f"```{language}\n{code}\n```"

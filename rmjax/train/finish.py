@@ -23,7 +23,7 @@ from rmjax.models import heads
 from rmjax.models.config import ModelConfig
 from rmjax.objectives.base import Objective
 from rmjax.report import card, card_values
-from rmjax.report.run import report
+from rmjax.report import run as run_report
 from rmjax.runtime import exits, files, processes
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
@@ -158,7 +158,7 @@ def write(
         run=run,
     )
     if processes.is_first() and config.log.report:
-        report.write(workdir, **report.of_run(workdir))
+        run_report.write_report(workdir, run_report.read_parts(workdir))
     return verdict, metrics
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -338,7 +339,7 @@ def cache_home(tmp_path, monkeypatch):
 def test_audit_as_users_run_it(tmp_path):
     page = tmp_path / "pages" / "audit.html"
     said, _ = run("audit", PAIRS, f"--html={page}")
-    assert "data: 200 rows, 197 groups" in said and "comparisons: preferred 193, tie 4" in said
+    assert re.search(r"data +200 +\d +197 ", said) and "Comparisons: preferred 193, tie 4" in said
     assert "lengths are in bytes" in said and page.stat().st_size > 10_000
 
 
@@ -372,8 +373,8 @@ def test_audit_of_a_config_is_what_the_run_would_see(call, tmp_path):
 
 def test_audit_says_what_training_would_refuse(call, shared_data):
     shown = call("audit", shared_data / "pandalm/testset-v1.json").out
-    assert "training would refuse data: 60 of 999 rows (6.0%) cannot be used" in shown
-    assert "comparisons: preferred 742, soft 113, tie 84" in shown
+    assert "Training would refuse data: 60 of 999 rows (6.0%) cannot be used" in shown
+    assert "Comparisons: preferred 742, soft 113, tie 84" in shown
     assert "the longer response is preferred in" in shown
 
 

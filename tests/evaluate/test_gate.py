@@ -25,7 +25,8 @@ def test_a_good_run_passes_every_check_and_is_given_no_advice():
     assert verdict["passed"] and list(checks) == ["accuracy", "gap", "convergence", "beats_length", "ece"]
     assert all(check["passed"] is True and not check["advice"] for check in checks.values())
     assert not any("hair" in check["reason"] for check in checks.values())
-    assert gate.text(verdict)[0] == "quality gate: passed, 5 checks" and len(gate.text(verdict)) == 6
+    assert gate.text(verdict)[0] == "Good enough: passes all 5 checks of the quality gate"
+    assert sum(line.startswith("  passed") for line in gate.text(verdict)) == 5
 
 
 def test_a_run_that_learnt_by_heart_fails_with_reasons_and_advice():
@@ -43,7 +44,10 @@ def test_a_run_that_learnt_by_heart_fails_with_reasons_and_advice():
     assert "64.0%" in checks["beats_length"]["reason"] and "rmjax.data audit" in checks["beats_length"]["advice"]
     assert "24.0%" in checks["ece"]["reason"] and "config.objective.label_smoothing" in checks["ece"]["advice"]
     text = gate.text(verdict)
-    assert text[0] == "quality gate: FAILED, 5 of 5 checks" and sum("what to do: " in line for line in text) == 5
+    assert (
+        text[0] == "Not good enough: fails all 5 checks of the quality gate"
+        and sum("What to do: " in line for line in text) == 5
+    )
 
 
 def test_advice_knows_whether_the_training_data_is_fitted():
@@ -99,9 +103,9 @@ def test_what_an_objective_does_not_measure_is_said_and_does_not_fail():
     for name in ("accuracy", "gap", "beats_length", "ece"):
         assert checks[name]["passed"] is None and checks[name]["value"] is None
         assert checks[name]["reason"].startswith("not measured: ") and not checks[name]["advice"]
-    assert gate.text(verdict)[0] == "quality gate: passed, 1 checks; 4 not measured"
+    assert gate.text(verdict)[0] == "Good enough: passes the one check of the quality gate; 4 not measured"
     nothing = gate.judge(GATE, {}, [])
-    assert nothing["passed"] and gate.text(nothing)[0] == "quality gate: nothing was checked; 5 not measured"
+    assert nothing["passed"] and gate.text(nothing)[0].startswith("The quality gate checked nothing")
 
 
 def test_each_kind_has_its_accuracy():
@@ -153,4 +157,4 @@ def test_advice_on_calibration_knows_the_direction(observed, words):
 def test_what_could_not_be_measured_at_all_fails():
     verdict = gate.judge(GATE, {"sets": {}, "errors": {"validation": "its scores [nan] are not all finite"}}, lines())
     assert not verdict["passed"] and "scores [nan]" in verdict["checks"][0]["reason"] and verdict["checks"][0]["advice"]
-    assert gate.text(verdict)[0].startswith("quality gate: FAILED, 1 of 2 checks")
+    assert gate.text(verdict)[0].startswith("Not good enough: fails 1 of 2 checks of the quality gate")

@@ -296,7 +296,7 @@ def test_a_kind_of_preference_that_fails_is_named_and_a_handful_is_not():
     found = measures.preferences(every)
     failing = [row for row in found["failing"] if row["table"] == "source"]
     assert [row["name"] for row in failing] == ["bad"] and failing[0]["high"] < value(found, "accuracy")
-    assert "bad (source)" in "\n".join(tables.lines(found))
+    assert "Bad (source)" in "\n".join(tables.lines(found))
 
 
 def test_worst_pairs_are_the_most_confidently_wrong_ones():

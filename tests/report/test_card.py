@@ -69,13 +69,14 @@ def test_what_is_not_known_is_left_out():
 
 def test_the_card_has_metrics_with_intervals_and_limits():
     text = made(parameters=7_615_616_512, audit={"sets": {"training": {"groups": 5790, "prompts": 3865}}})
-    assert "| Accuracy | 86.0% (84.0% to 88.0%) |" in text and "| overall | 78.0% (76.0% to 80.0%) |" in text
+    assert "| Accuracy | 86.0% (84.0% to 88.0%) | 91.0% (89.0% to 93.0%) |" in text
+    assert "| overall | 78.0% (76.0% to 80.0%) |" in text
     assert "| parameters | 7,615,616,512 |" in text and "| training set | 5,790 groups, 3,865 prompts |" in text
     assert "| `optim.learning_rate` | `1e-05` |" in text and "| `objective.ties` | `skip` |" in text
     limits = text.split("## Limits")[1]
     for said in ("the last token", '`{"date": "1 May"}`', "at most 4,096 tokens", "left out", "Between prompts", "0.3"):
         assert said in limits, said
-    assert "length difference shorter: accuracy 71.0%" in limits and "The data lacked refusals-dangerous." in text
+    assert "Shorter (length difference): accuracy 71.0%" in limits and "The data lacks refusals-dangerous." in text
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
@@ -92,11 +93,10 @@ def test_code_of_the_card_is_python_and_rewards_stay_raw(objective):
 def test_a_model_that_fails_its_gate_says_so_first():
     judged = gate.judge({"accuracy": 0.9, "gap": 0.1}, evaluation(), [])
     text = made(quality=judged)
-    assert text.index("> It **fails** its quality gate") < text.index("## How to use it")
-    assert "> - validation accuracy 86.0%" in text
-    assert "It passes its quality gate (2 checks)." in made(
-        quality=gate.judge({"accuracy": 0.5, "gap": 0.1}, evaluation(), [])
-    )
+    assert text.index("**Not good enough: fails 1 of 2 checks of the quality gate**") < text.index("## How to use it")
+    assert "| failed | Validation accuracy | Validation accuracy 86.0%" in text and "What to do" not in text
+    passed = made(quality=gate.judge({"accuracy": 0.5, "gap": 0.1}, evaluation(), []))
+    assert "**Good enough: passes all 2 checks of the quality gate**" in passed
 
 
 def test_names_from_data_are_no_markup():
@@ -105,5 +105,5 @@ def test_names_from_data_are_no_markup():
     of["sets"]["<script>x|y\n# z"]["failing"][0]["name"] = "[a](b)\n- c"
     text = made(evaluation=of)
     assert "<script>" not in text.split("\n---\n", 1)[1] and "\n# z" not in text.split("\n---\n", 1)[1]
-    assert "\n- c" not in text and "\\[a](b) - c" in text
+    assert "\n- c" not in text and "\\[a](b) - c (length difference)" in text
     assert ModelCard(text).data.eval_results[0].dataset_name == "<script>x|y\n# z"

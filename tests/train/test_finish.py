@@ -76,6 +76,6 @@ def test_everything_is_there_and_the_report_tells_the_verdict(by_heart):
     evaluation = json.loads((workdir / "evaluation.json").read_text())
     assert contract["estimates"]["validation/accuracy"] == evaluation["sets"]["validation"]["metrics"]["accuracy"]
     card = (workdir / "export" / "README.md").read_text()
-    assert "**fails** its quality gate" in card and str(workdir) not in card
+    assert "**Not good enough: fails " in card and str(workdir) not in card
     timings = [json.loads(line) for line in (workdir / "timings.jsonl").read_text().splitlines()]
     assert timings[-1]["step"] == 240 and timings[-1]["timing/pairs_per_second"] > 0

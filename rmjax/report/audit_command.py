@@ -22,29 +22,45 @@ from rmjax.batches.chat import Chat
 from rmjax.batches.groups import Groups
 from rmjax.batches.tasks import Attributes, Preferences, Steps, Task
 from rmjax.data import formats, reading
-from rmjax.data import ledger as audit_lib
-from rmjax.report.audit import text as audit_text
+from rmjax.report import audit as audit_report
+from rmjax.report import show
+from rmjax.report.section import Items, Section, capital
 from rmjax.runtime import config_file, passwords
 
 UNLIMITED = 2**30  # tokens of a conversation
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """An audit: the values of measure.report, what it is of, how it was read, what is wrong, and text for people."""
+class DataAudit:
+    """The values of measure.report, what it is of, how it was read, and what has to be put right.
+
+    `problems` are sentences without their full stops.
+    """
 
     report: dict[str, Any]
     title: str
     notes: list[str]
     problems: list[str]
-    lines: list[str]
+
+    def text(self) -> list[str]:
+        """Lines for a terminal, what has to be put right last."""
+        look_at = (
+            [Section("Look at", Items([f"{capital(problem)}." for problem in self.problems]))] if self.problems else []
+        )
+        data = [audit_report.overview(self.report), *audit_report.sections(self.report)]
+        return show.to_text([Section("", *self.notes), *data, *look_at])
+
+    def page(self) -> str:
+        """An HTML page with plots, what has to be put right first."""
+        data = [audit_report.overview(self.report, self.problems), *audit_report.sections(self.report)]
+        return show.to_html(f"Audit of {self.title}", data, kind="Audit of data", notes=self.notes)[0]
 
 
-def audit(args: argparse.Namespace, scratch: Path) -> Found:
+def audit(args: argparse.Namespace, scratch: Path) -> DataAudit:
     """Audits what the command line asks for.
 
     Args:
-        args: of `command.main`.
+        args: of `rmjax.data.__main__`.
         scratch: an empty directory.
 
     Raises:
@@ -68,15 +84,13 @@ def audit(args: argparse.Namespace, scratch: Path) -> Found:
     unit = "tokens" if with_tokens else "bytes"
     report = measure.report(groups, plans=plans, names=getattr(task, "names", ()), unit=unit)
     report["shared"] |= leaks(config.data.train, config.data.format, args.benchmark)
-    problems = audit_text.problems(report) + _refusals(groups, asked) + [f"chat template: {x}" for x in chat.notes]
+    problems = [*audit_report.problems(report), *_refusals(groups, asked), *(f"chat template: {x}" for x in chat.notes)]
     learnt = " ".join([next(iter(report["sets"].values()))["labels"]["kind"], ", ".join(getattr(task, "names", ()))])
     notes = [
         f"tokenizer: {config.model.tokenizer or config.model.init_from or 'none, so lengths are in bytes of ChatML'}",
         f"learnt: {learnt.strip()}",
     ]
-    text = [*notes, *audit_lib.lines(*groups.values()), *audit_text.lines(report)]
-    text += [f"look at: {problem}" for problem in problems]
-    return Found(report, config.data.train, notes, problems, text)
+    return DataAudit(report, config.data.train, notes, problems)
 
 
 def read_config(args: argparse.Namespace) -> ConfigDict:

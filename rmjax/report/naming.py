@@ -1,8 +1,9 @@
 """What the metrics of an evaluation are called in pages and cards, and how their numbers are written."""
 
 import dataclasses
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -68,16 +69,25 @@ HEADLINES = {  # what is shown large, in this order, at most six of them
 }
 
 
-def metric(name: str, kind: str = "") -> Metric:
+def metric(name: str, kind: str = "", estimate: Mapping[str, Any] | None = None) -> Metric:
     """How a metric is shown; "mse/style" is that of the attribute "style", and one of no known name is shown as it is.
 
     Args:
         name: of the metric.
-        kind: of what was measured, where that makes a difference.
+        kind: of what was measured, where that makes a difference; a benchmark has none.
+        estimate: of a benchmark, whose numbers are shares if they are between 0 and 1 and not ours by name.
     """
     base, _, part = name.partition("/")
-    found = OF_KIND.get(kind, {}).get(base) or METRICS.get(base) or Metric(base.replace("_", " "))
-    return dataclasses.replace(found, title=f"{found.title}, {part}") if part else found
+    known = OF_KIND.get(kind, {}).get(base) or METRICS.get(base)
+    if known is None and not kind and estimate is not None:
+        return Metric(name, is_share(estimate))
+    known = known or Metric(base.replace("_", " "))
+    return dataclasses.replace(known, title=f"{known.title}, {part}") if part else known
+
+
+def is_share(estimate: Mapping[str, Any]) -> bool:
+    """Whether a number without a name of ours is shown as percent."""
+    return estimate["value"] is not None and 0 <= estimate["value"] <= 1
 
 
 def number(value: Any, percent: bool = False) -> str:
@@ -99,7 +109,21 @@ def interval(estimate: Mapping[str, Any], percent: bool = False) -> str:
     return f"{number(low, percent)} to {number(high, percent)}"
 
 
+def value_and_interval(estimate: Mapping[str, Any], percent: bool = False) -> tuple[str, str]:
+    """Both as the cell of a table."""
+    return number(estimate.get("value"), percent), interval(estimate, percent)
+
+
 def with_interval(estimate: Mapping[str, Any], percent: bool = False) -> str:
     """Value and interval, "98.6% (97.6% to 99.5%)"."""
-    ends = interval(estimate, percent)
-    return number(estimate.get("value"), percent) + (f" ({ends})" if ends else "")
+    value, ends = value_and_interval(estimate, percent)
+    return value + (f" ({ends})" if ends else "")
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """("optim.learning_rate", "1e-05") for every leaf; what is empty and lists are written as JSON."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)

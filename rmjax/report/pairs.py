@@ -1,40 +1,28 @@
-"""The pairs that a model gets wrong, as they are read: cut where they are long, with the words that differ."""
+"""The pairs that a model gets wrong, to be read: cut where they are long, with the words that differ."""
 
 import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from rmjax.evaluate.naming import number
+from rmjax.report.naming import number
+from rmjax.report.section import Pair, Run
 
 LONGEST = 4000  # characters of a text that are shown
 COMPARED = 600  # words; finding what differs takes time with the square of them
 ALIKE = 0.5  # texts less alike than this have no words marked: most would be
 
-Run = tuple[bool, str]  # whether it stands in both texts, and the text
 
-
-def pair(entry: Mapping[str, Any]) -> dict[str, Any] | None:
-    """One of "worst" of an evaluation as the page shows it; None where the texts are not known.
-
-    Returns:
-        "heading", "place", "prompt", and "preferred" and "rejected" as runs of text.
-    """
+def wrong_pair(entry: Mapping[str, Any]) -> Pair | None:
+    """One of "worst" of an evaluation; None where its texts are not known."""
     preferred, rejected = entry.get("preferred_text"), entry.get("rejected_text")
     if preferred is None or rejected is None:
         return None
-    said = f"The model gives the label a probability of {number(entry['probability'], True)}"
+    heading = f"The model gives the label a probability of {number(entry['probability'], True)}"
     if entry.get("difference") is not None:
-        said += f"; the preferred response gets {number(abs(entry['difference']))} less reward"
-    source = entry.get("source")
-    first, second = differing(shorten(preferred), shorten(rejected))
-    return {
-        "heading": said,
-        "place": " · ".join(str(x) for x in (entry["id"], source) if x),
-        "prompt": shorten(entry.get("prompt") or ""),
-        "preferred": first,
-        "rejected": second,
-    }
+        heading += f"; the preferred response gets {number(abs(entry['difference']))} less reward"
+    place = " · ".join(str(x) for x in (entry["id"], entry.get("source")) if x)
+    return Pair(heading, place, shorten(entry.get("prompt") or ""), *differing(shorten(preferred), shorten(rejected)))
 
 
 def shorten(text: str) -> str:

@@ -1,1 +1,0 @@
-"""The report of a run: report.html with its plots. `report.write` writes it."""
