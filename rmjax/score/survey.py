@@ -1,19 +1,16 @@
 """A look at every row before any is scored: whether it can be, and what the output will have."""
 
 import dataclasses
-import datetime
-import decimal
 import hashlib
 import itertools
 import json
-import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from rmjax.data.sources import matching, open_source, split_spec
+from rmjax.data.sources import local_files, open_source, plain, split_spec
 from rmjax.runtime import files
 from rmjax.runtime.command_line import check_writable
 from rmjax.score import job, making, parts, rows
@@ -22,11 +19,10 @@ from rmjax.score.rows import Row, Shape
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know, as something that is the same whenever it is read."""
-    if hasattr(value, "tolist"):  # of numpy
-        return value.tolist()
-    known = bytes | datetime.date | datetime.time | datetime.timedelta | decimal.Decimal | uuid.UUID
-    return str(value) if isinstance(value, known) else type(value).__name__
+    try:
+        return plain(value)
+    except TypeError:
+        return type(value).__name__  # str(value) might have an address in it, another one at each reading
 
 
 ENCODER = json.JSONEncoder(default=_plain, skipkeys=True)
@@ -151,9 +147,7 @@ def check_output(source: str, output: Path) -> None:
 
 def _reads(source: str, path: Path) -> bool:
     """Whether a file is among those of a source."""
-    found = [file for item in split_spec(source) for file in matching(str(Path(item).expanduser()))]
-    inside = [file for folder in found if folder.is_dir() for file in folder.rglob("*")]
-    return path.exists() and any(file.exists() and path.samefile(file) for file in (*found, *inside))
+    return path.exists() and any(path.samefile(file) for item in split_spec(source) for file in local_files(item))
 
 
 def merged(schema: pa.Schema, some: Sequence[Row]) -> pa.Schema:
