@@ -155,7 +155,7 @@ def _inspect(args: argparse.Namespace) -> None:
             print("\n".join(["first row:", *showing.first_row(rows[0])]), flush=True)
             raise ValueError(f"{item}: {error}") from None
         audit = Audit()
-        records = reading.records(item, format=args.format, audit=audit, progress=_say)
+        records = reading.records(item, format=args.format, audit=audit, progress=sys.stderr)
         chat = _open_chat(args.tokenizer) if args.tokenizer else None
         for record in itertools.islice(records, args.show):
             print("\n".join([*showing.record(record), ""]))
@@ -201,7 +201,8 @@ def _to_label_studio(args: argparse.Namespace) -> None:
     if args.split:
         raise ValueError("--to=label_studio writes one project; split first, and convert the parts")
     audit = Audit()
-    records = reading.records(args.source, format=args.format, on_bad_row=args.on_bad_row, audit=audit, progress=_say)
+    options = {"format": args.format, "on_bad_row": args.on_bad_row, "audit": audit, "progress": sys.stderr}
+    records = reading.records(args.source, **options)
     try:
         low, high = map(int, args.scale.split(","))
     except ValueError:
@@ -225,7 +226,7 @@ def _convert(args: argparse.Namespace) -> None:
         format=args.format,
         on_bad_row=args.on_bad_row,
         audit=audit,
-        progress=_say,
+        progress=sys.stderr,
     )
     print("\n".join([*rows_lines(audit), *table]))
     for file, count in written.items():

@@ -8,8 +8,9 @@ and after a kill or a power cut parts are missing, and never of two splits.
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +34,7 @@ def convert(
     format: str = "auto",
     on_bad_row: str = "skip",
     audit: Audit | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: TextIO | None = None,
 ) -> tuple[dict[Path, int], list[str]]:
     """Writes the records of a source; every file appears whole, and only when all are.
 
@@ -45,7 +46,7 @@ def convert(
         format: a name in formats.FORMATS, or "auto".
         on_bad_row: "error", "skip" or "keep", see `reading.records`.
         audit: counts rows, reasons, and records of each source.
-        progress: is given a line of text now and then.
+        progress: the stream of the progress line.
 
     Returns:
         Records of each file; and how the kinds of rows are shared out, as lines of a table, if they are split.

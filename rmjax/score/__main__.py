@@ -124,7 +124,7 @@ def _score_missing(
     wanted, done, number = set(missing), 0, -1
     if processes.is_first() and (before := job.read_before(wanted)):
         print(f"{before:,} of {found.rows:,} rows are scored already, by an earlier start", flush=True)
-    progress = Progress(len(missing), unit="rows", stream=sys.stderr) if processes.is_first() else None
+    progress = Progress(len(missing), "part", unit="rows", stream=sys.stderr) if processes.is_first() else None
     for number, part in _read_again(job, found, source):
         if number in wanted:
             if survey.digest(part) != found.parts[number]:
@@ -132,7 +132,7 @@ def _score_missing(
             job.write(number, len(part), score(part))
             done += 1
             if progress is not None:  # the other processes are taken to be as fast as this one
-                progress.step(done, {}, groups=len(part) * job.turns)
+                progress.step(done, count=len(part) * job.turns)
     if progress is not None:
         progress.close()
     if number + 1 != len(found.parts):

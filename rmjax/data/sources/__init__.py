@@ -123,7 +123,7 @@ class Witness:
     Files are compared by their digests before and after, and by inode, size and times of change, which tell of a file
     that was changed and changed back; a file that was only touched is refused with them. The rows of databases and of
     Python are hashed as they are read, by open_source itself. The cost is a second digest, of files about
-    1 GB/s on two cores (see data_files.py), and of rows one more reading.
+    1 GB/s on two cores (see token_files.py), and of rows one more reading.
 
     Attributes:
         fingerprint: as `fingerprint` returns it, taken before.
