@@ -10,7 +10,6 @@ aligned://FILE+FILE, or several of them with commas between.
 """
 
 import argparse
-import difflib
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ from rmjax.data.ledger import Audit, rows_lines
 from rmjax.data.records import BadRow
 from rmjax.runtime import command_line, exits, files, passwords
 from rmjax.runtime.command_line import Parser
+from rmjax.suggestions import did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,8 +47,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if wrong := [x for x in others if x not in args.overrides]:
         command = commands[args.command]
         known = [option for action in command._actions for option in action.option_strings]
-        near = difflib.get_close_matches(wrong[0].partition("=")[0], known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(wrong[0].partition("=")[0], known, "{}")
         parser.error(f"{args.command} takes no argument {wrong[0]!r}{hint}")
     if args.command == "audit" and not (args.source or args.config):
         parser.error("audit needs a SOURCE, or a --config that names one")

@@ -48,7 +48,8 @@ class Progress:
             stream: standard output by default.
             clock: seconds.
         """
-        self._total, self._ask = (None, total) if callable(total) else (total, None)
+        self._total = None if callable(total) else total
+        self._ask = total if callable(total) else None
         self._label, self._unit, self._clock = label, unit, clock
         self._interval = SECONDS if interval is None else interval
         self._stream = sys.stdout if stream is None else stream

@@ -3,21 +3,9 @@
 import io
 
 import pytest
+from fake_terminal import Clock, Terminal, screen
 
 from rmjax.runtime.progress import Progress, clock_time
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def test_progress_rate_and_time_left_leave_compiling_out():
@@ -64,18 +52,6 @@ def test_progress_that_stops_early_prints_its_last_line():
     progress.close()
     progress.close()
     assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/50", "3/50"]
-
-
-def screen(written):
-    """The lines that a terminal shows, by its rules for carriage return and erase to the end of the line."""
-    lines = []
-    for line in written.split("\n"):
-        cells = ""
-        for part in line.split("\r"):
-            text, erase, rest = part.partition("\x1b[K")
-            cells = (text if erase else text + cells[len(text) :]) + rest
-        lines.append(cells)
-    return lines
 
 
 def test_progress_on_a_terminal_rewrites_one_line(monkeypatch):
