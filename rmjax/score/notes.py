@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,10 @@ class Damaged(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Seal:
-    """What a directory of parts belongs to.
+    """What a directory of parts belongs to."""
 
-    Attributes:
-        parts: into how many the input is cut.
-        what: everything that decides the rows, as JSON.
-    """
-
-    parts: int
-    what: dict[str, Any]
+    parts: int  # that the input is cut into
+    what: dict[str, Any]  # everything that decides the rows, as JSON
 
     @property
     def id(self) -> str:
@@ -87,22 +82,15 @@ def read_seal(directory: Path) -> Seal | None:
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """What is known of a part.
+    """What is known of a part."""
 
-    Attributes:
-        job: Seal.id of the job that made it. part: its number.
-        bytes: size of the rows' file. sha256: its digest.
-        read: rows of the input. rows: those that they became.
-        counts: what was dropped or turned, by its reason.
-    """
-
-    job: str
-    part: int
-    bytes: int
-    sha256: str
-    read: int
-    rows: int
-    counts: Mapping[str, int]
+    job: str  # Seal.id of the job that made it
+    part: int  # its number
+    bytes: int  # of the rows' file
+    sha256: str  # of the rows' file
+    read: int  # rows of the input
+    rows: int  # that they became
+    counts: dict  # what was dropped or turned, by its reason
 
     def write(self, path: Path) -> None:
         """Writes it whole."""
@@ -124,15 +112,7 @@ def read_note(path: Path) -> Note | None:
         found = _object(path)
     except FileNotFoundError:
         return None
-    kinds: dict[str, type] = {
-        "job": str,
-        "part": int,
-        "bytes": int,
-        "sha256": str,
-        "read": int,
-        "rows": int,
-        "counts": dict,
-    }
+    kinds = {field.name: field.type for field in dataclasses.fields(Note)}
     if found.keys() != kinds.keys() or not all(type(found[name]) is kind for name, kind in kinds.items()):
         raise ValueError(f"{path} was not written by {MADE_BY}; {ADVICE}")
     return Note(**found)
