@@ -37,7 +37,7 @@ from rmjax.batches.tasks import Example, Task
 from rmjax.batches.token_files import Result
 from rmjax.data import formats, sources
 from rmjax.data.ledger import Audit
-from rmjax.data.reading import opened, prompt_id, read_row
+from rmjax.data.reading import open_rows, prompt_id, read_row
 from rmjax.data.records import KEEPABLE, BadRow, Record
 from rmjax.runtime import compile_cache
 from rmjax.runtime.progress import Progress
@@ -123,7 +123,7 @@ class _Job:
 def _jobs(spec: str, format: str) -> Iterator[_Job]:
     """The rows of all sources in jobs; the first rows of each source decide how it is read."""
     for item in sources.split_spec(spec):
-        layout, rows = opened(item, format)
+        layout, rows = open_rows(item, format)
         while chunk := list(itertools.islice(rows, CHUNK)):
             yield _Job(layout, sources.source_name(item), chunk)
 

@@ -128,7 +128,7 @@ def _label_studio_arguments(convert: Parser) -> None:
 
 def _shares(text: str) -> dict[str, float]:
     try:
-        return splitting.parse(text)
+        return splitting.parse_shares(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -208,7 +208,7 @@ def _to_label_studio(args: argparse.Namespace) -> None:
         raise ValueError(f"--scale={args.scale} is not two whole numbers, as in 1,5") from None
     attributes = [name.strip() for name in args.attributes.split(",") if name.strip()]
     output = args.output.expanduser()
-    count = labelling.write(output, records, args.ask, attributes=attributes, scale=(low, high), seed=args.seed)
+    count = labelling.write_project(output, records, args.ask, attributes=attributes, scale=(low, high), seed=args.seed)
     print("\n".join(rows_lines(audit)))
     print(f"{count:,} tasks in {output / 'tasks.json'}, their page in {output / 'config.xml'}")
 

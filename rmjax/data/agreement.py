@@ -16,7 +16,7 @@ import numpy as np
 
 from rmjax.data import formats, sources
 from rmjax.data.formats import judged, label_studio
-from rmjax.data.reading import opened
+from rmjax.data.reading import open_rows
 from rmjax.data.records import BadRow
 
 Answers = Mapping[str, float]  # of one question on one item, by person
@@ -131,7 +131,7 @@ def summaries(spec: str, format: str = "auto") -> list[Summary]:
     """
     asked: dict[str, list[Answers]] = {}
     for item in sources.split_spec(spec):
-        layout, rows = opened(item, format)
+        layout, rows = open_rows(item, format)
         answers_of = VOTES.get(layout.name)
         if answers_of is None:
             continue

@@ -39,18 +39,18 @@ def records(
     """
     audit = Audit() if audit is None else audit
     for item in sources.split_spec(spec):
-        layout, rows = opened(item, format)
+        layout, rows = open_rows(item, format)
         for where, row in _shown(rows, item, progress):
             audit.rows += 1
-            made = read_row(layout, row, sources.source_name(item), where, on_bad_row == "keep", audit)
+            usable = read_row(layout, row, sources.source_name(item), where, on_bad_row == "keep", audit)
             if on_bad_row == "error":
                 audit.check("error", 0.0)
-            for record in made:
+            for record in usable:
                 audit.sources[record.source] = audit.sources.get(record.source, 0) + 1
                 yield record
 
 
-def opened(item: str, format: str) -> tuple[formats.Layout, Iterator[tuple[str, sources.Row]]]:
+def open_rows(item: str, format: str) -> tuple[formats.Layout, Iterator[tuple[str, sources.Row]]]:
     """How one source is read, which its first rows decide, and all its rows.
 
     Raises:
@@ -72,20 +72,20 @@ def read_row(
     """The records of a row; what is wrong with it is counted, and kept if it, or the rest of it, is used."""
     defects: list[BadRow] = []
     try:
-        made = layout.read(row, source=source, where=where, keep=keep, defects=defects)
+        usable = layout.read(row, source=source, where=where, keep=keep, defects=defects)
     except BadRow as bad:
         audit.add(bad.reason, where, bad.detail, bad.tokens)
         return []
     for defect in defects:
         audit.add(defect.reason, where, defect.detail, defect.tokens, kept=True)
-    return made
+    return usable
 
 
 def prompt_text(record: Record) -> str:
     """All turns of the prompt but system messages, case and spacing aside; "" without a prompt."""
     turns = ((m["role"], m.get("content") or "") for m in record.conversations[0][:-1] if m["role"] != "system")
-    said = [f"{role}: {words}" for role, content in turns if (words := " ".join(content.casefold().split()))]
-    return "\n".join(said)
+    lines = [f"{role}: {words}" for role, content in turns if (words := " ".join(content.casefold().split()))]
+    return "\n".join(lines)
 
 
 def prompt_id(record: Record) -> int:
@@ -101,11 +101,11 @@ def prompts(spec: str) -> dict[str, str]:
         FileNotFoundError: a source is not there.
         ValueError: data that cannot be read, or an unclear format.
     """
-    found: dict[str, str] = {}
+    first_rows: dict[str, str] = {}
     for record in records(spec):
-        found.setdefault(prompt_text(record), record.row)
-    found.pop("", None)
-    return found
+        first_rows.setdefault(prompt_text(record), record.row)
+    first_rows.pop("", None)
+    return first_rows
 
 
 def _shown(rows: Iterator[T], item: str, stream: TextIO | None) -> Iterator[T]:

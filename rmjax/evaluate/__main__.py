@@ -95,7 +95,7 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("data", "gold", "train_data"):
         setattr(args, name, passwords.hide(getattr(args, name)))
         for item in sources.split_spec(getattr(args, name)) if getattr(args, name) else ():
-            reading.opened(item, args.format if name == "data" else "auto")
+            reading.open_rows(item, args.format if name == "data" else "auto")
     return args
 
 

@@ -59,8 +59,8 @@ class Options:
             ("--min_margin", f"--pairs, or {of_pairs}"): self.min_margin > -math.inf and not ends_as_pairs,
             ("--max_margin", f"--pairs, or {of_pairs}"): self.max_margin < math.inf and not ends_as_pairs,
         }
-        for (flag, goes_with), found in refused.items():
-            if found:
+        for (flag, goes_with), given in refused.items():
+            if given:
                 raise ValueError(f"{flag} goes with {goes_with}; the first row has the shape {shape!r}")
         if self.best_of_n and self.pairs:
             raise ValueError("--best_of_n and --pairs make different rows of a prompt; give one of them")
@@ -95,7 +95,9 @@ class Options:
         return self.best_of_n or bool(self.pairs)
 
 
-def columns(added: Mapping[str, pa.DataType], options: Options, prompt: pa.DataType = TEXT) -> dict[str, pa.DataType]:
+def made_columns(
+    added: Mapping[str, pa.DataType], options: Options, prompt: pa.DataType = TEXT
+) -> dict[str, pa.DataType]:
     """The columns that the output has and the input has not.
 
     Args:
@@ -116,7 +118,7 @@ def _of_one(name: str) -> str:
     return "score" if name == "scores" else name
 
 
-def make(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
+def make_rows(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
     """What becomes of a row and the columns of its scores; counts what is dropped, and what is turned around.
 
     A score that is not finite (of weights that overflow, say) is null, and nothing is chosen by it.
@@ -163,10 +165,10 @@ def _pairs(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[
     side = lambda text: text if as_text else [{"role": "assistant", "content": text}]
     for both in which:
         texts = {name: side(row["responses"][i]) for name, i in zip(SIDES, both)}
-        told = {f"{name}_{_of_one(score)}": x[i] for score, x in scores.items() for name, i in zip(SIDES, both)}
+        side_scores = {f"{name}_{_of_one(score)}": x[i] for score, x in scores.items() for name, i in zip(SIDES, both)}
         margin = values[both[0]] - values[both[1]]
         if _kept(margin, options, counts):
-            yield {**_rest(row), **texts, **told, "margin": margin}
+            yield {**_rest(row), **texts, **side_scores, "margin": margin}
 
 
 def _judged(row: Row, options: Options, counts: Counts) -> Iterator[Row]:

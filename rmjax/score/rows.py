@@ -165,7 +165,7 @@ def shape_of(model: str, first: Row) -> tuple[Shape, dict[str, pa.DataType]]:
     return shape, shape.added(names)
 
 
-def characters(row: Row, shape: Shape) -> int:
+def count_characters(row: Row, shape: Shape) -> int:
     """About how long the conversations of a row are, all together."""
     total = 0
     for conversation in shape.read(row) or ():
@@ -175,7 +175,7 @@ def characters(row: Row, shape: Shape) -> int:
     return total
 
 
-def check(where: str, row: Row, shape: Shape, made: Collection[str]) -> None:
+def check_row(where: str, row: Row, shape: Shape, made: Collection[str]) -> None:
     """Makes sure that a row can be scored, and that no column of it would be changed.
 
     Args:
@@ -207,6 +207,6 @@ def _conversations(row: Row, shape: Shape, made: Collection[str]) -> list[Any]:
             f"has {len(row['responses']):,} responses, more than {MOST_RESPONSES:,}, which are scored together; write "
             "several rows of the same prompt"
         )
-    if (found := shape.read(row)) is None:
+    if (conversations := shape.read(row)) is None:
         raise ValueError(f"has columns {', '.join(sorted(row)) or 'none'}; expected {shape.needs}")
-    return found
+    return conversations

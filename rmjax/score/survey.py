@@ -36,7 +36,7 @@ class Survey:
 
     Attributes:
         rows: how many there are.
-        parts: digest of the rows of each part that `job.chunks` cuts them into, so that those that are scored are
+        parts: digest of the rows of each part that `job.cut_rows` cuts them into, so that those that are scored are
             those that were looked at, whatever becomes of the file meanwhile.
         shape: of every row.
         added: the columns of scores that a row gets, with their types.
@@ -52,7 +52,7 @@ class Survey:
 
     def chunks(self, source: Iterable[tuple[str, Row]]) -> Iterable[list[tuple[str, Row]]]:
         """The parts of the input."""
-        return job.chunks(source, lambda item: rows.characters(item[1], self.shape))
+        return job.cut_rows(source, lambda item: rows.count_characters(item[1], self.shape))
 
     @property
     def digest(self) -> str:
@@ -60,20 +60,20 @@ class Survey:
         return hashlib.sha256("".join(self.parts).encode()).hexdigest()
 
 
-def digest(part: Sequence[tuple[str, Row]]) -> str:
+def digest_rows(part: Sequence[tuple[str, Row]]) -> str:
     """Of rows, whatever they were read from; 7 us for a row of 1,600 characters (AMD EPYC, 2026-11-29).
 
     Raises:
         ValueError: a row of lists within lists within lists, which could be read and not written; names it.
     """
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for start in range(0, len(part), SOME):
         some = part[start : start + SOME]
         try:
-            found.update(_json([row for _, row in some]))
+            total.update(_json([row for _, row in some]))
         except RecursionError:
             raise ValueError(f"{_deep(some)}: a value has lists or objects within each other by the hundred") from None
-    return found.hexdigest()
+    return total.hexdigest()
 
 
 def _deep(part: Sequence[tuple[str, Row]]) -> str:
@@ -91,7 +91,7 @@ def _json(value: Any) -> bytes:
     return ENCODER.encode(value).encode()
 
 
-def take(model: str, source: str, output: Path, options: Options) -> Survey:
+def survey_input(model: str, source: str, output: Path, options: Options) -> Survey:
     """Reads every row, and keeps none.
 
     Raises:
@@ -99,21 +99,21 @@ def take(model: str, source: str, output: Path, options: Options) -> Survey:
             cannot be written.
     """
     check_output(source, output)
-    found = open_source(source)
-    first = next(found, None)
+    source_rows = open_source(source)
+    first = next(source_rows, None)
     if first is None:
         raise ValueError(f"{source} has no rows")
     shape, added = rows.shape_of(model, first[1])
     if shape.read(first[1]) is not None:  # else the row itself is told
         options.check(shape.name)
-    made = making.columns(added, options)
+    columns = making.made_columns(added, options)
     schema = pa.schema([]) if output.suffix == ".parquet" else None
     digests: list[str] = []
     survey = Survey(0, (), shape, added, schema)
-    for chunk in survey.chunks(_checked(itertools.chain([first], found), shape, made, options)):
+    for chunk in survey.chunks(_checked(itertools.chain([first], source_rows), shape, columns, options)):
         if schema is not None:
             schema = merged(schema, [row for _, row in chunk])
-        digests.append(digest(chunk))
+        digests.append(digest_rows(chunk))
         survey = dataclasses.replace(survey, rows=survey.rows + len(chunk))
     survey = dataclasses.replace(survey, parts=tuple(digests))
     if schema is not None:
@@ -122,11 +122,11 @@ def take(model: str, source: str, output: Path, options: Options) -> Survey:
 
 
 def _checked(
-    source: Iterable[tuple[str, Row]], shape: Shape, made: Collection[str], options: Options
+    source: Iterable[tuple[str, Row]], shape: Shape, columns: Collection[str], options: Options
 ) -> Iterator[tuple[str, Row]]:
     """Passes rows through that can be scored, before anything is made of them."""
     for where, row in source:
-        rows.check(where, row, shape, made)
+        rows.check_row(where, row, shape, columns)
         options.check_row(where, row)
         yield where, row
 
@@ -158,8 +158,8 @@ def merged(schema: pa.Schema, some: Sequence[Row]) -> pa.Schema:
     """
     for name in dict.fromkeys(name for row in some for name in row):
         try:
-            found = pa.schema([(name, pa.array([row.get(name) for row in some]).type)])
-            schema = pa.unify_schemas([schema, found], promote_options="permissive")
+            column = pa.schema([(name, pa.array([row.get(name) for row in some]).type)])
+            schema = pa.unify_schemas([schema, column], promote_options="permissive")
         except (pa.ArrowException, UnicodeEncodeError) as error:
             raise ValueError(f"column `{name}` fits no Parquet column ({error}); write .jsonl instead") from None
     return schema
@@ -169,6 +169,6 @@ def _made(schema: pa.Schema, added: dict[str, pa.DataType], options: Options) ->
     """The schema of what is made of rows of this one."""
     prompt = schema.field("prompt").type if "prompt" in schema.names else making.TEXT
     kept = [field for field in schema if not (options.takes_responses and field.name == "responses")]
-    schema = pa.schema([*kept, *making.columns(added, options, prompt).items()])
+    schema = pa.schema([*kept, *making.made_columns(added, options, prompt).items()])
     parts.check_schema(schema)
     return schema

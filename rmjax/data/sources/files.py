@@ -74,8 +74,8 @@ def digest(path: Path) -> str:
 
 def state(path: Path) -> tuple[int, ...]:
     """What becomes another one whenever the file is written to or replaced, even by what it held before."""
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _open(path: Path) -> BinaryIO:
