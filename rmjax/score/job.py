@@ -127,21 +127,13 @@ def _remove_empty(paths: Sequence[Path]) -> None:
 
 
 class Job:
-    """The parts of one output; see `open_job`.
-
-    Attributes:
-        output: the file that is made.
-        schema: of Parquet; None of JSONL.
-        seal: what the job is.
-        parts: how many there will be.
-        directory: of the parts.
-        turns: processes that share them.
-    """
+    """The parts of one output; see `open_job`."""
 
     def __init__(self, output: Path, schema: pa.Schema | None, seal: Seal):
-        self.output, self.schema, self.seal, self.parts = output, schema, seal, seal.parts
+        self.output, self.seal, self.parts = output, seal, seal.parts
+        self.schema = schema  # of Parquet; None of JSONL
         self.directory = output.absolute().with_name(f"{output.name}.parts")
-        self.turns = len(processes.gather("scoring", None))
+        self.turns = len(processes.gather("scoring", None))  # processes that share the parts
 
     def begin(self) -> bool:
         """Goes on with what is there, or begins; True if it begins.

@@ -23,25 +23,16 @@ REWARDS = ("score", "scores", "chosen_score", "rejected_score")  # what is norma
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to make.
+    """What to make of scored rows."""
 
-    Attributes:
-        best_of_n: of rows with `responses`: the best one as `response`, with its score.
-        pairs: of rows with `responses`: "best_worst" or "all" pairs of which one has the higher score; "" is none.
-        relabel: of pairs: the response of the higher score becomes `chosen`.
-        tie_threshold: pairs whose scores differ by no more are ties, and dropped where pairs are made or relabelled.
-        min_margin: pairs of a smaller margin are dropped. max_margin: of a larger one.
-        mean: is subtracted from rewards. std: they are divided by it.
-    """
-
-    best_of_n: bool = False
-    pairs: str = ""
-    relabel: bool = False
-    tie_threshold: float = 0.0
-    min_margin: float = -math.inf
-    max_margin: float = math.inf
-    mean: float = 0.0
-    std: float = 1.0
+    best_of_n: bool = False  # of rows with `responses`: the best one as `response`, with its score
+    pairs: str = ""  # of rows with `responses`: "best_worst" or "all" pairs of which one has the higher score
+    relabel: bool = False  # of pairs: the response of the higher score becomes `chosen`
+    tie_threshold: float = 0.0  # where pairs are made or relabelled: those whose scores differ by no more are dropped
+    min_margin: float = -math.inf  # pairs of a smaller margin are dropped
+    max_margin: float = math.inf  # pairs of a larger margin are dropped
+    mean: float = 0.0  # is subtracted from rewards
+    std: float = 1.0  # rewards are divided by it
 
     def check(self, shape: str) -> None:
         """Makes sure that rows of this shape can be made so.
@@ -102,7 +93,7 @@ def made_columns(
 
     Args:
         added: the columns of scores that a row gets.
-        options: what is made of it.
+        options: what is made of its scores.
         prompt: the type of the column of prompts.
     """
     if options.best_of_n:

@@ -32,22 +32,16 @@ MARGIN = 32  # lists around a row when its depth is tried: the output's row is w
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What is known of a job's input.
+    """What is known of a job's input."""
 
-    Attributes:
-        rows: how many there are.
-        parts: digest of the rows of each part that `job.cut_rows` cuts them into, so that those that are scored are
-            those that were looked at, whatever becomes of the file meanwhile.
-        shape: of every row.
-        added: the columns of scores that a row gets, with their types.
-        schema: of what is made of the rows, for Parquet. That of the first rows would not do: later ones may have
-            other columns, or values where these had none.
-    """
-
-    rows: int
+    rows: int  # how many there are
+    # Digest of the rows of each part that `job.cut_rows` cuts them into, so that those that are scored are those that
+    # were looked at, whatever becomes of the file meanwhile.
     parts: tuple[str, ...]
-    shape: Shape
-    added: dict[str, pa.DataType]
+    shape: Shape  # of every row
+    added: dict[str, pa.DataType]  # the columns of scores that a row gets
+    # Of what is made of the rows, for Parquet. That of the first rows would not do: later ones may have other columns,
+    # or values where these had none.
     schema: pa.Schema | None
 
     def chunks(self, source: Iterable[tuple[str, Row]]) -> Iterable[list[tuple[str, Row]]]:

@@ -85,7 +85,7 @@ def test_a_second_build_is_a_memory_map(build, monkeypatch):
 
 def racing(monkeypatch, path, during, after=None):
     """Writes to a file when its fingerprint was taken, and once more when its rows were read."""
-    real, opened = sources.fingerprint, token_cache.opened
+    real, open_rows = sources.fingerprint, token_cache.open_rows
 
     def fingerprint(spec):
         found = real(spec)
@@ -94,11 +94,11 @@ def racing(monkeypatch, path, during, after=None):
         return found
 
     def read(item, format):
-        layout, rows = opened(item, format)
+        layout, rows = open_rows(item, format)
         return layout, itertools.chain(rows, (row for _ in "x" for row in (after(path) or ())) if after else ())
 
     monkeypatch.setattr(sources, "fingerprint", fingerprint)
-    monkeypatch.setattr(token_cache, "opened", read)
+    monkeypatch.setattr(token_cache, "open_rows", read)
 
 
 STALE = "".join(json.dumps({**r, "chosen": "stale"}) + "\n" for r in GOOD)
