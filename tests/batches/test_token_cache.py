@@ -24,6 +24,7 @@ from rmjax.batches.chat import Chat
 from rmjax.batches.tasks import Example, Preferences
 from rmjax.data import ledger, sources
 from rmjax.data.formats import Layout
+from rmjax.data.sources import registered
 from rmjax.runtime import progress
 
 SPEC = "synthetic://pairs?n=400"
@@ -161,7 +162,7 @@ def test_rows_that_change_while_they_are_read_are_not_cached(build, tmp_path, mo
             kept.unlink()
     racing(monkeypatch, path, lambda _: change("INSERT INTO other VALUES (1)") and None)
     assert len(build(next(iter(cases)))) == 1  # another table is nobody's business
-    sources._REGISTERED.clear()
+    registered.REGISTERED.clear()
 
 
 def test_a_folder_that_gets_another_file_is_not_cached(build, tmp_path, monkeypatch):
