@@ -3,7 +3,6 @@
 Durations are text: "300 steps", "2 epochs", "5000 groups" or "10%" of the run (`steps_of`).
 """
 
-import difflib
 import importlib.util
 import json
 import math
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from rmjax.suggestions import did_you_mean
 
 # docs/config.md shows what stands between the two marks.
 # --8<-- [start:keys]
@@ -71,8 +72,7 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
         ValueError: an unknown objective.
     """
     if objective not in OBJECTIVES:
-        near = difflib.get_close_matches(objective, OBJECTIVES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(objective, OBJECTIVES)
         raise ValueError(f"there is no objective {objective!r}, only {', '.join(OBJECTIVES)}{hint}")
     config = ConfigDict()
     config.seed = 0
@@ -253,8 +253,7 @@ def check(config: ConfigDict) -> None:
         )
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
-            near = difflib.get_close_matches(str(flat[key]), allowed, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(str(flat[key]), allowed)
             problems.append(f"config.{key}={flat[key]!r} is none of {', '.join(allowed)}{hint}")
     if not config.data.train:
         problems.append("config.data.train is empty; give a file, a glob or hf://datasets/OWNER/NAME/...")

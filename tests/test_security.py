@@ -189,7 +189,7 @@ def test_the_driver_is_given_the_password_and_errors_are_not(monkeypatch):
     create = sqlalchemy.create_engine
     monkeypatch.setattr(sqlalchemy, "create_engine", lambda url, **more: made.append(url) or create(url, **more))
     with pytest.raises(ValueError, match=r"postgresql://me:\*\*\*@127\.0\.0\.1:1/db") as error:
-        database.locate(passwords.hide(DATABASE))
+        database.database_part(passwords.hide(DATABASE))
     assert made[0].password == SECRET and SECRET not in str(error.value)
 
 

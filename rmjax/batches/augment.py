@@ -4,11 +4,11 @@
 """
 
 import dataclasses
-import difflib
 import itertools
 from collections.abc import Callable, Sequence
 
 from rmjax.data.records import Record
+from rmjax.suggestions import did_you_mean
 
 # What a group serves for: anything, training alone (it was made), or evaluation alone (others took its place).
 ANY, TRAINING, EVALUATION = range(3)
@@ -48,8 +48,7 @@ def parse(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
         if name not in AUGMENTATIONS:
-            near = difflib.get_close_matches(name, AUGMENTATIONS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, AUGMENTATIONS)
             raise ValueError(f"config.data.augment={text!r}: {name!r} is none of {', '.join(AUGMENTATIONS)}{hint}")
         if names.count(name) > 1:
             raise ValueError(f"config.data.augment={text!r} names {name!r} twice; name it once")

@@ -1,6 +1,7 @@
 """What a run is made of, before its first step: groups, plans and batch shapes, and the model's first parameters."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def open_chat(config: ConfigDict, workdir: Path) -> Chat:
 def build_groups(
     config: ConfigDict, chat: Chat, task: Task, source: str, *, augmentations: Sequence[str] = (), file: Any = None
 ) -> Groups:
-    """Reads and tokenizes a source; progress is printed to `file`, standard output by default."""
+    """Reads and tokenizes a source; progress is shown on `file`, standard output by default."""
     return token_cache.build(
         source,
         chat,
@@ -84,7 +85,7 @@ def build_groups(
         workers=config.data.workers,
         cache_dir=config.data.cache_dir,
         augmentations=augmentations,
-        progress=lambda text: print(text, flush=True, file=file),
+        progress=file or sys.stdout,
     )
 
 

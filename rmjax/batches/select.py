@@ -9,7 +9,6 @@ their names in the data: "owner/name" on the hub, the file's name, or what a row
 """
 
 import ast
-import difflib
 import math
 import re
 from collections.abc import Collection, Sequence
@@ -17,6 +16,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from rmjax.batches.groups import Groups
+from rmjax.suggestions import did_you_mean
 
 # What an expression may name: an attribute of Groups, and what it is.
 FIELDS = {
@@ -50,7 +50,9 @@ def check_filter(text: str) -> list[str]:
         raise ValueError(f"config.data.filter={text!r} is no expression ({reason}){known}") from None
     for node in nodes:
         if isinstance(node, ast.Name) and node.id not in FIELDS:
-            raise ValueError(f"config.data.filter={text!r}: {node.id!r} is no field{_near(node.id, FIELDS)}{known}")
+            raise ValueError(
+                f"config.data.filter={text!r}: {node.id!r} is no field{did_you_mean(node.id, FIELDS)}{known}"
+            )
         if not isinstance(node, _PARTS) or (
             isinstance(node, ast.Constant) and not isinstance(node.value, int | float | str)
         ):
@@ -179,10 +181,5 @@ def _check_names(key: str, text: str, names: Collection[str], sources: Sequence[
     for name in sorted(set(names) - set(sources)):
         shown = ", ".join(sources[:20]) + (f" and {len(sources) - 20} more" if len(sources) > 20 else "")
         raise ValueError(
-            f"config.data.{key}={text!r}: there is no source {name!r}{_near(name, sources)}; there is {shown}"
+            f"config.data.{key}={text!r}: there is no source {name!r}{did_you_mean(name, sources)}; there is {shown}"
         )
-
-
-def _near(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""

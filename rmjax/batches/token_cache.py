@@ -2,7 +2,7 @@
 
 A cache file is Arrow IPC, named by the fingerprint of the data, the chat (tokenizer, template, arguments,
 length policy) and the options of `build`. It appears whole (written elsewhere, then renamed), beside a JSON
-file with its audit and digests (cache_files.py); what is not as it was written is built again. A build that was
+file with its audit and digests (token_files.py); what is not as it was written is built again. A build that was
 killed leaves what it wrote; the next one of the same goes on from there.
 """
 
@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -37,14 +37,14 @@ from rmjax.batches.tasks import Example, Task
 from rmjax.batches.token_files import Result
 from rmjax.data import formats, sources
 from rmjax.data.ledger import Audit
-from rmjax.data.reading import opened, prompt_id, read_row
+from rmjax.data.reading import open_rows, prompt_id, read_row
 from rmjax.data.records import KEEPABLE, BadRow, Record
 from rmjax.runtime import compile_cache
+from rmjax.runtime.progress import Progress
 
 CACHE_VERSION = 5  # of what is stored; another one is another file
 CHUNK = 256  # rows of a worker's job
 SMALL = 2048  # fewer rows than this are tokenized before processes would have started
-PROGRESS_SECONDS = 5.0
 
 
 class WorkerDied(RuntimeError):
@@ -62,7 +62,7 @@ def build(
     workers: int = -1,
     cache_dir: str | Path = "",
     augmentations: Sequence[str] = (),
-    progress: Callable[[str], None] | None = None,
+    progress: TextIO | None = None,
 ) -> Groups:
     """Reads, renders and tokenizes the sources of `spec`, or maps what an earlier call wrote, if that is whole.
 
@@ -78,7 +78,7 @@ def build(
             import the main module, so a script that calls this needs its `if __name__ == "__main__"`.
         cache_dir: default is $XDG_CACHE_HOME/rmjax or ~/.cache/rmjax.
         augmentations: names in augment.AUGMENTATIONS; see Groups.uses.
-        progress: is given a line of text now and then.
+        progress: the stream of the progress line.
 
     Raises:
         FileNotFoundError: a source is not there.
@@ -102,7 +102,7 @@ def build(
         with token_files.partials(path, CHUNK, WorkerDied) as (partial, left):
             done = _done(token_files.whole(left[0], columns) if left else iter(()), jobs, back)
             every = itertools.chain(done, _run(itertools.chain(back, jobs), work, chat, workers))
-            results = _Progress(spec, progress).watch(every)
+            results = _shown(every, spec, progress) if progress else every
             results = _refuse_bad(results) if on_bad_row == "error" else results
             token_files.write(path, partial, results, columns, functools.partial(_confirm, spec, witness))
         cached = _load(path, task)
@@ -123,7 +123,7 @@ class _Job:
 def _jobs(spec: str, format: str) -> Iterator[_Job]:
     """The rows of all sources in jobs; the first rows of each source decide how it is read."""
     for item in sources.split_spec(spec):
-        layout, rows = opened(item, format)
+        layout, rows = open_rows(item, format)
         while chunk := list(itertools.islice(rows, CHUNK)):
             yield _Job(layout, sources.source_name(item), chunk)
 
@@ -295,34 +295,20 @@ def _refuse_bad(results: Iterator[Result]) -> Iterator[Result]:
         yield result
 
 
-class _Progress:
-    """Lines like "data.jsonl: 12,000 of 80,000 rows, 4,100 rows/s, 17 s left", every few seconds."""
-
-    def __init__(self, spec: str, say: Callable[[str], None] | None):
-        self.spec, self.say = spec, say
-
-    def watch(self, results: Iterator[Result]) -> Iterator[Result]:
-        """Passes results through and reports on them."""
-        start = last = time.monotonic()
-        done, before, total = 0, 0, None
-        for result in results:
-            yield result
-            done += result.audit.rows
-            now = time.monotonic()
-            if result.before:
-                before, start, last = done, now, now
-                continue
-            if self.say is None or now - last < PROGRESS_SECONDS:
-                continue
-            if last == start:  # counting can take a moment, so only for data that takes long
-                total = sources.count_rows(self.spec)
-            last, rate = now, (done - before) / (now - start)
-            of = f" of {total:,}" if total else ""
-            left = f", {(total - done) / rate:,.0f} s left" if total else ""
-            self.say(f"{self.spec}: {done:,}{of} rows, {rate:,.0f} rows/s{left}")
-        if self.say is not None:
-            took, earlier = time.monotonic() - start, f" ({before:,} of them by an earlier run)" if before else ""
-            self.say(f"{self.spec}: {done:,} rows read and tokenized in {took:,.1f} s{earlier}")
+def _shown(results: Iterator[Result], spec: str, stream: TextIO) -> Iterator[Result]:
+    """Passes results through; shows how many rows are done, and at the end in what time."""
+    progress = Progress(lambda: sources.count_rows(spec), f"{spec}:", unit="rows", stream=stream)
+    start, done, before = time.monotonic(), 0, 0
+    for result in results:
+        yield result
+        done += result.audit.rows
+        if result.before:  # an earlier build's, which is in no rate
+            before, start = done, time.monotonic()
+        else:
+            progress.step(done)
+    progress.close()
+    earlier = f" ({before:,} of them by an earlier run)" if before else ""
+    progress.note(f"{spec}: {done:,} rows read and tokenized in {time.monotonic() - start:,.1f} s{earlier}")
 
 
 def _rows_digest(job: _Job) -> str:

@@ -308,7 +308,7 @@ def take_turns(sides: Sequence[Side], steps: int) -> np.ndarray:
                 times[j, finished, 0], last = now - last, now
                 if j == len(sides) - 1:
                     shown = {f"{s.name} s" if len(sides) > 1 else "s": x for s, x in zip(sides, times[:, finished, 0])}
-                    progress.step(finished + 1, shown, groups=int(sum(s.done(finished).pairs for s in sides)))
+                    progress.step(finished + 1, shown, count=int(sum(s.done(finished).pairs for s in sides)))
     progress.close()
     return times[:, WARMUP:]
 

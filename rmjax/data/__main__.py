@@ -10,7 +10,6 @@ aligned://FILE+FILE, or several of them separated by commas.
 """
 
 import argparse
-import difflib
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ from rmjax.data.ledger import Audit, rows_lines
 from rmjax.data.records import BadRow
 from rmjax.runtime import command_line, exits, files, passwords
 from rmjax.runtime.command_line import Parser
+from rmjax.suggestions import did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,8 +47,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if wrong := [x for x in others if x not in args.overrides]:
         command = commands[args.command]
         known = [option for action in command._actions for option in action.option_strings]
-        near = difflib.get_close_matches(wrong[0].partition("=")[0], known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(wrong[0].partition("=")[0], known, "{}")
         parser.error(f"{args.command} takes no argument {wrong[0]!r}{hint}")
     if args.command == "audit" and not (args.source or args.config):
         parser.error("audit needs a SOURCE, or a --config that names one")
@@ -163,7 +162,7 @@ def _label_studio_arguments(convert: Parser) -> None:
 
 def _shares(text: str) -> dict[str, float]:
     try:
-        return splitting.parse(text)
+        return splitting.parse_shares(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -189,7 +188,7 @@ def _inspect(args: argparse.Namespace) -> None:
             print("\n".join(["first row:", *showing.first_row(rows[0])]), flush=True)
             raise ValueError(f"{item}: {error}") from None
         audit = Audit()
-        records = reading.records(item, format=args.format, audit=audit, progress=_say)
+        records = reading.records(item, format=args.format, audit=audit, progress=sys.stderr)
         chat = _open_chat(args.tokenizer) if args.tokenizer else None
         for record in itertools.islice(records, args.show):
             print("\n".join([*showing.record(record), ""]))
@@ -235,14 +234,15 @@ def _to_label_studio(args: argparse.Namespace) -> None:
     if args.split:
         raise ValueError("--to=label_studio writes one project; split first, and convert the parts")
     audit = Audit()
-    records = reading.records(args.source, format=args.format, on_bad_row=args.on_bad_row, audit=audit, progress=_say)
+    options = {"format": args.format, "on_bad_row": args.on_bad_row, "audit": audit, "progress": sys.stderr}
+    records = reading.records(args.source, **options)
     try:
         low, high = map(int, args.scale.split(","))
     except ValueError:
         raise ValueError(f"--scale={args.scale} is not two whole numbers, as in 1,5") from None
     attributes = [name.strip() for name in args.attributes.split(",") if name.strip()]
     output = args.output.expanduser()
-    count = labelling.write(output, records, args.ask, attributes=attributes, scale=(low, high), seed=args.seed)
+    count = labelling.write_project(output, records, args.ask, attributes=attributes, scale=(low, high), seed=args.seed)
     print("\n".join(rows_lines(audit)))
     print(f"{count:,} tasks in {output / 'tasks.json'}, their page in {output / 'config.xml'}")
 
@@ -259,7 +259,7 @@ def _convert(args: argparse.Namespace) -> None:
         format=args.format,
         on_bad_row=args.on_bad_row,
         audit=audit,
-        progress=_say,
+        progress=sys.stderr,
     )
     print("\n".join([*rows_lines(audit), *table]))
     for file, count in written.items():

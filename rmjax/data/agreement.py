@@ -16,7 +16,7 @@ import numpy as np
 
 from rmjax.data import formats, sources
 from rmjax.data.formats import judged, label_studio
-from rmjax.data.reading import opened
+from rmjax.data.reading import open_rows
 from rmjax.data.records import BadRow
 
 Answers = Mapping[str, float]  # of one question on one item, by person
@@ -25,24 +25,14 @@ Votes = Callable[[Mapping[str, Any]], list[tuple[str, Answers]]]  # gives the an
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Agreement on one question.
+    """Agreement on one question."""
 
-    Attributes:
-        question: "preference", or the name of an attribute.
-        items: what was asked about and answered by two people or more: pairs, or responses.
-        people: who answered.
-        cohen: mean of Cohen's kappa over all pairs of people with items in common (Light 1971); quadratic weights
-            for attributes.
-        fleiss: Fleiss' kappa over the items with the most frequent number of answers; answers are categories.
-        alpha: Krippendorff's alpha over all items; nominal for preferences, interval for attributes.
-    """
-
-    question: str
-    items: int
-    people: int
-    cohen: float
-    fleiss: float
-    alpha: float
+    question: str  # "preference", or the name of an attribute
+    items: int  # pairs or responses that two people or more gave an answer on
+    people: int  # who answered
+    cohen: float  # mean over all pairs of people with items in common (Light 1971); of attributes, quadratic weights
+    fleiss: float  # over the items with the most frequent number of answers; answers are categories
+    alpha: float  # over all items; nominal for preferences, interval for attributes
 
     def __str__(self) -> str:
         figures = (("Cohen's kappa", self.cohen), ("Fleiss' kappa", self.fleiss), ("Krippendorff's alpha", self.alpha))
@@ -50,68 +40,38 @@ class Summary:
         return f"agreement on {self.question}: {text} ({self.items:,} items, {self.people:,} annotators)"
 
 
-def cohen_kappa(
-    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, quadratic: bool = False
-) -> float:
-    """Cohen's kappa of two raters (Cohen 1960), or with quadratic weights (Cohen 1968).
+def cohen_kappa(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, quadratic: bool) -> float:
+    """Cohen's kappa of the N answers of two raters (Cohen 1960); NaN where both gave the same one throughout.
 
-    Args:
-        first: N answers.
-        second: the other's answers to the same.
-        quadratic: a disagreement counts as the square of the difference of the answers.
-
-    Returns:
-        NaN where both gave the same answer throughout: chance explains all.
-
-    Raises:
-        ImportError: statsmodels is not installed.
+    With `quadratic` weights (Cohen 1968) a disagreement counts as the square of the difference of the answers.
     """
-    raters = _needs("statsmodels.stats.inter_rater")
     values, codes = np.unique(np.stack([first, second]), return_inverse=True)
     table = np.zeros((len(values), len(values)))
     np.add.at(table, tuple(codes.reshape(2, -1)), 1)
-    if len(values) == 1:
-        return math.nan
     weights = np.square(values[:, None] - values[None, :]) if quadratic else None
-    return float(raters.cohens_kappa(table, weights=weights, return_results=False))
+    kappa = _package("statsmodels.stats.inter_rater").cohens_kappa
+    return float(kappa(table, weights=weights, return_results=False)) if len(values) > 1 else math.nan
 
 
 def fleiss_kappa(counts: Any) -> float:
-    """Fleiss' kappa (Fleiss 1971): every item is rated equally often, not necessarily by the same people.
-
-    Args:
-        counts: [items, categories] how many raters put the item there.
-
-    Returns:
-        NaN where all ratings are of one category.
-
-    Raises:
-        ImportError: statsmodels is not installed.
-    """
-    raters = _needs("statsmodels.stats.inter_rater")
+    """Fleiss' kappa (1971) of [items, categories] counts of ratings, equally many of each item; NaN of one category."""
     counts = np.asarray(counts)
-    return math.nan if (counts.sum(0) > 0).sum() < 2 else float(raters.fleiss_kappa(counts))
+    kappa = _package("statsmodels.stats.inter_rater").fleiss_kappa
+    return float(kappa(counts)) if (counts.sum(0) > 0).sum() > 1 else math.nan
 
 
-def krippendorff_alpha(ratings: Any, level: str = "nominal") -> float:
-    """Krippendorff's alpha (Krippendorff 2011, "Computing Krippendorff's alpha-reliability").
+def krippendorff_alpha(ratings: Any, level: str) -> float:
+    """Krippendorff's alpha (2011, "Computing Krippendorff's alpha-reliability") of [raters, items] numbers.
 
-    Args:
-        ratings: [raters, items] numbers; NaN where a rater did not rate an item.
-        level: "nominal", "ordinal", "interval" or "ratio".
-
-    Returns:
-        NaN where all ratings are the same, or none is of an item that another rated too.
-
-    Raises:
-        ImportError: the package krippendorff is not installed.
+    A rating is NaN where a rater did not rate an item. The result is NaN where all ratings are the same, or none is of
+    an item that another rated too. The level is "nominal", "ordinal", "interval" or "ratio".
     """
-    krippendorff = _needs("krippendorff")
     ratings = np.asarray(ratings, np.float64)
     shared = ratings[:, (~np.isnan(ratings)).sum(0) > 1]
+    alpha = _package("krippendorff").alpha
     if len(np.unique(shared[~np.isnan(shared)])) < 2:
         return math.nan
-    return float(krippendorff.alpha(reliability_data=shared, level_of_measurement=level))
+    return float(alpha(reliability_data=shared, level_of_measurement=level))
 
 
 def summarise(question: str, items: Sequence[Answers]) -> Summary:
@@ -123,9 +83,8 @@ def summarise(question: str, items: Sequence[Answers]) -> Summary:
     items = [answers for answers in items if len(answers) > 1]
     people = sorted({person for answers in items for person in answers})
     verdict = question == "preference"
-    of_each = np.array([[answers.get(person, math.nan) for answers in items] for person in people]).reshape(
-        -1, len(items)
-    )
+    of_each = np.array([[answers.get(person, math.nan) for answers in items] for person in people])
+    of_each = of_each.reshape(-1, len(items))
     kappas = []
     for first, second in itertools.combinations(of_each, 2):
         both = ~np.isnan(first) & ~np.isnan(second)
@@ -172,7 +131,7 @@ def summaries(spec: str, format: str = "auto") -> list[Summary]:
     """
     asked: dict[str, list[Answers]] = {}
     for item in sources.split_spec(spec):
-        layout, rows = opened(item, format)
+        layout, rows = open_rows(item, format)
         answers_of = VOTES.get(layout.name)
         if answers_of is None:
             continue
@@ -193,7 +152,7 @@ def lines(spec: str, format: str = "auto") -> list[str]:
         return [str(error)]
 
 
-def _needs(module: str) -> Any:
+def _package(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -8,8 +8,9 @@ and after a kill or a power cut parts are missing, and never of two splits.
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -33,19 +34,19 @@ def convert(
     format: str = "auto",
     on_bad_row: str = "skip",
     audit: Audit | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: TextIO | None = None,
 ) -> tuple[dict[Path, int], list[str]]:
     """Writes the records of a source; every file appears whole, and only when all are.
 
     Args:
         source: what `sources.open_source` takes.
         output: a file that ends with .parquet, or a directory, which a split needs.
-        shares: of each part, see `splitting.parse`; the parts become PART.parquet.
+        shares: of each part, see `splitting.parse_shares`; the parts become PART.parquet.
         seed: of the split.
         format: a name in formats.FORMATS, or "auto".
         on_bad_row: "error", "skip" or "keep", see `reading.records`.
         audit: counts rows, reasons, and records of each source.
-        progress: is given a line of text now and then.
+        progress: the stream of the progress line.
 
     Returns:
         Records of each file; and how the kinds of rows are shared out, as lines of a table, if they are split.
@@ -55,7 +56,7 @@ def convert(
         FileExistsError: `output` holds something that was not written by this, or a link.
         ValueError: data that cannot be read, no record at all, or a part without any.
     """
-    files = targets(output, shares)
+    files = output_files(output, shares)
     for item in sources.split_spec(source):
         read = {Path(item).resolve(), *(file.resolve() for file in sources.local_files(item))}
         if own := [file for file in files if not read.isdisjoint((file.resolve(), *file.resolve().parents))]:
@@ -74,17 +75,17 @@ def convert(
         if not shares:
             _place([whole], files, Path(scratch))
             return {files[0]: count}, []
-        parts = splitting.assign(np.array(prompts, np.uint64), kinds, shares, seed)
+        parts = splitting.assign_parts(np.array(prompts, np.uint64), kinds, shares, seed)
         counts = np.bincount(parts, minlength=len(shares)).tolist()
         if empty := [name for name, n in zip(shares, counts) if not n]:
             raise ValueError(f"{source}: {len(set(prompts))} prompts leave nothing for {', '.join(empty)}")
-        made = [Path(scratch) / "parts" / (file.name + durable.SCRATCH) for file in files]
-        _divide(whole, made, parts)
-        _place(made, files, Path(scratch))
-    return dict(zip(files, counts)), splitting.table(kinds, parts, shares)
+        new_files = [Path(scratch) / "parts" / (file.name + durable.SCRATCH) for file in files]
+        _divide(whole, new_files, parts)
+        _place(new_files, files, Path(scratch))
+    return dict(zip(files, counts)), splitting.shares_table(kinds, parts, shares)
 
 
-def targets(output: Path, shares: Mapping[str, float] | None) -> list[Path]:
+def output_files(output: Path, shares: Mapping[str, float] | None) -> list[Path]:
     """The files to write.
 
     Raises:
@@ -122,13 +123,13 @@ def _ours(file: Path) -> bool:
     return False
 
 
-def _place(made: list[Path], files: list[Path], scratch: Path) -> None:
+def _place(new_files: list[Path], files: list[Path], scratch: Path) -> None:
     """Gives all new files their names, or none.
 
     The old ones are put aside before the first: a kill in between must not leave parts of two splits, in which a prompt
     may stand on both sides.
     """
-    for new in made:
+    for new in new_files:
         durable.sync(new)
     _require_ours(files)  # again: reading took its time
     aside = [(file, scratch / f"old-{i}{durable.SCRATCH}") for i, file in enumerate(files) if len(files) > 1]
@@ -139,7 +140,7 @@ def _place(made: list[Path], files: list[Path], scratch: Path) -> None:
             file.replace(old)
         if aside:
             durable.sync(files[0].parent)
-        for new, file in zip(made, files):
+        for new, file in zip(new_files, files):
             new.replace(file)
             placed.append(file)
     except BaseException:
@@ -157,22 +158,22 @@ def _watched(records: Iterable[Record], prompts: list[int], kinds: list[tuple[st
     """Passes records through and notes what a split needs to know of each."""
     for record in records:
         prompts.append(reading.prompt_id(record))
-        kinds.append((record.source, splitting.label(record)))
+        kinds.append((record.source, splitting.label_kind(record)))
         yield record
 
 
-def _divide(whole: Path, made: list[Path], parts: np.ndarray) -> None:
+def _divide(whole: Path, new_files: list[Path], parts: np.ndarray) -> None:
     """Writes each part's records of the whole file, in their order."""
-    made[0].parent.mkdir()
+    new_files[0].parent.mkdir()
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(pq.ParquetFile(whole))
         writers = [
-            stack.enter_context(pq.ParquetWriter(file, source.schema_arrow, compression="zstd")) for file in made
+            stack.enter_context(pq.ParquetWriter(file, source.schema_arrow, compression="zstd")) for file in new_files
         ]
-        at = 0
+        start = 0
         for batch in source.iter_batches(store.ROW_GROUP):
-            here = parts[at : at + len(batch)]
-            at += len(batch)
+            here = parts[start : start + len(batch)]
+            start += len(batch)
             for i, writer in enumerate(writers):
                 if (here == i).any():
                     writer.write_batch(batch.filter(pa.array(here == i)))

@@ -39,8 +39,8 @@ def tasks(records: Iterable[Record], *, lowest: int = 1, seed: int = 0) -> Itera
         order = random.Random(f"{seed}/{i}").sample(range(len(conversations)), len(conversations))
         shared = _shared_turns(conversations)
         responses = {f"response_{n}": list(conversations[of][shared:]) for n, of in enumerate(order, 1)}
-        said = {"source": record.source, "weight": record.weight, "tools": list(record.tools or ())}
-        rest = {name: value for name, value in said.items() if value not in ("", 1.0, [])}
+        values = {"source": record.source, "weight": record.weight, "tools": list(record.tools or ())}
+        rest = {name: value for name, value in values.items() if value not in ("", 1.0, [])}
         notes = {"row": record.row, "order": order, "lowest": lowest}
         yield {"data": {"prompt": list(conversations[0][:shared]), **responses, **rest, "rmjax": notes}}
 
@@ -69,8 +69,8 @@ def labelling_config(
     if kind == "preference" and responses != 2:
         raise ValueError(f"a preference is between 2 responses, the tasks have {responses}; rate them, or make pairs")
     if kind == "rating" and not (1 <= high - low < MOST_STARS and attributes):
-        found = f"got {list(attributes)} and {scale}"
-        raise ValueError(f"a rating needs attributes and a scale of 2 to {MOST_STARS} whole numbers; {found}")
+        given = f"got {list(attributes)} and {scale}"
+        raise ValueError(f"a rating needs attributes and a scale of 2 to {MOST_STARS} whole numbers; {given}")
     view = ElementTree.Element("View", style="white-space: pre-wrap")  # else line breaks are not shown
     _turns(view, "prompt", "Conversation")
     side_by_side = _add(view, "View", style="display: flex; gap: 1em")
@@ -92,7 +92,7 @@ def labelling_config(
     return ElementTree.tostring(view, encoding="unicode") + "\n"
 
 
-def write(
+def write_project(
     directory: str | Path,
     records: Iterable[Record],
     kind: str = "preference",

@@ -2,16 +2,15 @@
 
 import hashlib
 import itertools
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TextIO, TypeVar
 
 from rmjax.data import formats, sources
 from rmjax.data.ledger import Audit
 from rmjax.data.records import BadRow, Record
+from rmjax.runtime.progress import Progress
 
-REPORT_SECONDS = 5.0
-REPORT_ROWS = 256  # between two looks at the clock
+SHOWN_ROWS = 256  # between two looks at the clock
 
 T = TypeVar("T")
 
@@ -22,7 +21,7 @@ def records(
     format: str = "auto",
     on_bad_row: str = "skip",
     audit: Audit | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: TextIO | None = None,
 ) -> Iterator[Record]:
     """Yields the records of every source in `spec`, in order.
 
@@ -32,7 +31,7 @@ def records(
         on_bad_row: "error" stops at the first row that cannot be used, "skip" counts it, "keep" counts it and yields
             it if its defect is in records.KEEPABLE.
         audit: counts rows, reasons, and records of each source.
-        progress: is given a line of text now and then.
+        progress: the stream of the progress line.
 
     Raises:
         FileNotFoundError: a source is not there.
@@ -40,18 +39,18 @@ def records(
     """
     audit = Audit() if audit is None else audit
     for item in sources.split_spec(spec):
-        layout, rows = opened(item, format)
-        for where, row in reported(rows, item, progress):
+        layout, rows = open_rows(item, format)
+        for where, row in _shown(rows, item, progress):
             audit.rows += 1
-            made = read_row(layout, row, sources.source_name(item), where, on_bad_row == "keep", audit)
+            usable = read_row(layout, row, sources.source_name(item), where, on_bad_row == "keep", audit)
             if on_bad_row == "error":
                 audit.check("error", 0.0)
-            for record in made:
+            for record in usable:
                 audit.sources[record.source] = audit.sources.get(record.source, 0) + 1
                 yield record
 
 
-def opened(item: str, format: str) -> tuple[formats.Layout, Iterator[tuple[str, sources.Row]]]:
+def open_rows(item: str, format: str) -> tuple[formats.Layout, Iterator[tuple[str, sources.Row]]]:
     """How one source is read, which its first rows decide, and all its rows.
 
     Raises:
@@ -73,20 +72,20 @@ def read_row(
     """The records of a row; what is wrong with it is counted, and kept if it, or the rest of it, is used."""
     defects: list[BadRow] = []
     try:
-        made = layout.read(row, source=source, where=where, keep=keep, defects=defects)
+        usable = layout.read(row, source=source, where=where, keep=keep, defects=defects)
     except BadRow as bad:
         audit.add(bad.reason, where, bad.detail, bad.tokens)
         return []
     for defect in defects:
         audit.add(defect.reason, where, defect.detail, defect.tokens, kept=True)
-    return made
+    return usable
 
 
 def prompt_text(record: Record) -> str:
     """All turns of the prompt but system messages, case and spacing aside; "" without a prompt."""
     turns = ((m["role"], m.get("content") or "") for m in record.conversations[0][:-1] if m["role"] != "system")
-    said = [f"{role}: {words}" for role, content in turns if (words := " ".join(content.casefold().split()))]
-    return "\n".join(said)
+    lines = [f"{role}: {words}" for role, content in turns if (words := " ".join(content.casefold().split()))]
+    return "\n".join(lines)
 
 
 def prompt_id(record: Record) -> int:
@@ -102,25 +101,21 @@ def prompts(spec: str) -> dict[str, str]:
         FileNotFoundError: a source is not there.
         ValueError: data that cannot be read, or an unclear format.
     """
-    found: dict[str, str] = {}
+    first_rows: dict[str, str] = {}
     for record in records(spec):
-        found.setdefault(prompt_text(record), record.row)
-    found.pop("", None)
-    return found
+        first_rows.setdefault(prompt_text(record), record.row)
+    first_rows.pop("", None)
+    return first_rows
 
 
-def reported(rows: Iterator[T], item: str, say: Callable[[str], None] | None) -> Iterator[T]:
-    """Passes rows through; says how many were read and how long the others will take, every few seconds."""
-    start = last = time.monotonic()
-    total: int | None = None
+def _shown(rows: Iterator[T], item: str, stream: TextIO | None) -> Iterator[T]:
+    """Passes rows through; shows how many were read."""
+    if stream is None:
+        yield from rows
+        return
+    progress = Progress(lambda: sources.count_rows(item), f"{item}:", unit="rows", stream=stream)
     for done, row in enumerate(rows, 1):
         yield row
-        if say is None or done % REPORT_ROWS or time.monotonic() - last < REPORT_SECONDS:
-            continue
-        if last == start:  # counting can take a moment, so only for data that takes long
-            total = sources.count_rows(item)
-        last = time.monotonic()
-        rate = done / (last - start)
-        of = f" of {total:,}" if total else ""
-        left = f", {(total - done) / rate:,.0f} s left" if total else ""
-        say(f"{item}: {done:,}{of} rows, {rate:,.0f} rows/s{left}")
+        if not done % SHOWN_ROWS:
+            progress.step(done)
+    progress.close()

@@ -8,10 +8,10 @@ import numpy as np
 from rmjax.data.records import Record
 
 
-def parse(text: str) -> dict[str, float]:
+def parse_shares(text: str) -> dict[str, float]:
     """Reads the shares of a split.
 
-    >>> parse("train=0.8,validation=0.2")
+    >>> parse_shares("train=0.8,validation=0.2")
     {'train': 0.8, 'validation': 0.2}
 
     Raises:
@@ -31,7 +31,7 @@ def parse(text: str) -> dict[str, float]:
     return shares
 
 
-def label(record: Record) -> str:
+def label_kind(record: Record) -> str:
     """The kind of label that a record has, whatever the order and the length of its responses.
 
     A tie or a preference by its largest margin, the mean of the first attribute, or whether all steps are right;
@@ -51,7 +51,9 @@ def label(record: Record) -> str:
     return ("all steps right" if min(judged) >= 0.5 else "a step is wrong") if judged else "no label"
 
 
-def assign(prompts: np.ndarray, kinds: Sequence[tuple[str, ...]], shares: Mapping[str, float], seed: int) -> np.ndarray:
+def assign_parts(
+    prompts: np.ndarray, kinds: Sequence[tuple[str, ...]], shares: Mapping[str, float], seed: int
+) -> np.ndarray:
     """Puts every row into a part; all rows of a prompt into the same.
 
     Prompts are drawn in random order within their kind, the kinds one after the other, and each goes where most
@@ -95,7 +97,7 @@ def _most_frequent(group: np.ndarray, value: np.ndarray, groups: int) -> np.ndar
     return chosen
 
 
-def table(
+def shares_table(
     kinds: Sequence[tuple[str, ...]], parts: np.ndarray, shares: Mapping[str, float], most: int = 30
 ) -> list[str]:
     """How the rows of the `most` largest kinds, and all together, are shared out, as lines of a table."""

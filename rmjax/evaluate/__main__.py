@@ -17,7 +17,7 @@ local copy. --data takes any source that training reads, and measures several, s
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +126,7 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("data", "gold", "train_data"):
         setattr(args, name, passwords.hide(getattr(args, name)))
         for item in sources.split_spec(getattr(args, name)) if getattr(args, name) else ():
-            reading.opened(item, args.format if name == "data" else "auto")
+            reading.open_rows(item, args.format if name == "data" else "auto")
     return args
 
 
@@ -187,21 +187,19 @@ def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
     return found | ({"gold": against_gold(model, args.gold, sets)} if args.gold else {})
 
 
-def progress(what: str, total: int) -> Any:
-    """Shows how many groups are done, and the time left; on the terminal's error stream, as results go to the other."""
+def progress(name: str, total: int) -> Callable[[int], None]:
+    """Shows how many groups are done; on the terminal's error stream, as results go to the other."""
     from rmjax.runtime.progress import Progress
 
-    line = Progress(total, unit="groups", stream=sys.stderr)
-    line.note(f"{what}: {total:,} groups")
-    before = [0]
+    line = Progress(total, f"{name}:", unit="groups", stream=sys.stderr)
+    line.show(0)  # the first batch compiles
 
-    def tell(done: int) -> None:
-        line.step(done, {}, done - before[0])
-        before[0] = done
+    def show(done: int) -> None:
+        line.step(done)
         if done == total:
             line.close()
 
-    return tell
+    return show
 
 
 def against_gold(model: "RewardModel", source: str, sets: dict[str, Any]) -> dict[str, Any]:

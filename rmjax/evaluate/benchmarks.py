@@ -1,7 +1,6 @@
 """Benchmarks of reward models, one row each: where their data is, how it is read, and by which rule it is scored."""
 
 import dataclasses
-import difflib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from rmjax.evaluate.bootstrap import estimate
 from rmjax.evaluate.rules import REWARD_BENCH, RMB, RULES, Outcome, Rule
 from rmjax.evaluate.scored import Scored
+from rmjax.suggestions import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +131,7 @@ def parse(text: str) -> list[tuple[Benchmark, str]]:
             found[last] += f",{item}"
             continue
         if name not in BENCHMARKS:
-            near = difflib.get_close_matches(name, BENCHMARKS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, BENCHMARKS)
             raise ValueError(f"there is no benchmark {name!r}, only {', '.join(BENCHMARKS)}{hint}")
         if name in found:
             raise ValueError(f"the benchmark {name} is named twice")

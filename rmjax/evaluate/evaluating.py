@@ -39,8 +39,7 @@ def read(source: str, chat: Chat, task: Task, **options: Any) -> Groups:
         FileNotFoundError, ValueError: as `cache.build`.
     """
     unlimited = Chat(chat.tokenizer, template_kwargs=chat.template_kwargs)
-    with contextlib.redirect_stdout(sys.stderr):
-        return token_cache.build(source, unlimited, task, progress=lambda text: print(text, flush=True), **options)
+    return token_cache.build(source, unlimited, task, progress=sys.stderr, **options)
 
 
 def read_benchmark(benchmark: Benchmark, source: str, chat: Chat, learnt: Task | None, **options: Any) -> Groups:

@@ -6,7 +6,6 @@ input, unless the run was `under_way` by then. An error that knows better has an
 
 import argparse
 import contextlib
-import difflib
 import errno
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 
 from rmjax.runtime import exits, files, ownership, passwords
+from rmjax.suggestions import did_you_mean
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error as well.")
 INPUT = (ValueError, OSError, flags.Error, app.UsageError)
@@ -67,10 +67,8 @@ class Parser(argparse.ArgumentParser):
         wrong = re.search(r"invalid choice: '([^']*)'", message)
         if wrong:
             known = re.findall(r"[\w.-]+", message.partition("choose from")[2])
-            near = difflib.get_close_matches(wrong[1], known, 1)
             what = message.partition(":")[0].removeprefix("argument ")
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            return f"{what}: {wrong[1]!r} is none of {', '.join(known)}{hint}"
+            return f"{what}: {wrong[1]!r} is none of {', '.join(known)}{did_you_mean(wrong[1], known)}"
         return message
 
 

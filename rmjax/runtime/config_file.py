@@ -1,6 +1,5 @@
 """The flag --config=FILE.py of commands that train or measure, and what is wrong with it in words."""
 
-import difflib
 import re
 import runpy
 import traceback
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 from rmjax import config as config_lib
 from rmjax.runtime import command_line
+from rmjax.suggestions import did_you_mean
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Python file that defines the config, configs/bt_tiny.py for example.", lock_config=True
@@ -54,8 +54,7 @@ def _wrong_key(key: str, keys: Sequence[str]) -> str:
     if group := [k for k in keys if k.startswith(f"{key}.")]:
         inner = ", ".join(dict.fromkeys(k.removeprefix(f"{key}.").partition(".")[0] for k in group))
         return f"--config.{key} is a group of keys ({inner}); give one, e.g. --config.{group[0]}=VALUE"
-    near = difflib.get_close_matches(key, keys, 1)
-    return f"there is no config key {key!r}" + (f"; did you mean --config.{near[0]}?" if near else "")
+    return f"there is no config key {key!r}{did_you_mean(key, keys, '--config.{}')}"
 
 
 def load(path: str) -> ConfigDict:

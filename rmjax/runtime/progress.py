@@ -1,4 +1,8 @@
-"""The progress line of long work."""
+"""The progress line of long work.
+
+Not tqdm's, of which only the rewriting in place would be left: it writes carriage returns into log files, cuts a line
+that is too long in the middle of a number, and has compiling in its rates.
+"""
 
 import math
 import shutil
@@ -8,9 +12,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
+SECONDS = 10.0  # between two lines in a log file
+
 
 class Progress:
-    """The progress line: step, time left, and whatever else there is to say of a step.
+    """The progress line: how much is done, the time left, and whatever else there is to say.
+
+        step 1200/4000  46:40 left  loss 0.5123  41.2 pairs/s
+        pairs.jsonl: 12,000/80,000  0:17 left  4,100 rows/s
 
     Rewritten in place on a terminal, where what does not fit is left out from the end; elsewhere a new line every
     `interval` seconds, and the last.
@@ -20,42 +29,68 @@ class Progress:
 
     def __init__(
         self,
-        total: int,
+        total: int | Callable[[], int | None],
+        label: str = "step",
         *,
         unit: str = "pairs",
-        interval: float = 10.0,
+        interval: float | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Up to step `total`; `unit` is what `step` counts per second."""
-        self._total, self._unit, self._interval, self._clock = total, unit, interval, clock
+        """Shows nothing yet.
+
+        Args:
+            total: of what is done at the end; or a function that counts it, None if it cannot. As counting can take a
+                moment, it is called only after `interval` seconds, and nothing is shown before.
+            label: what the line begins with.
+            unit: what the rate counts.
+            interval: seconds, SECONDS by default.
+            stream: standard output by default.
+            clock: seconds.
+        """
+        self._total = None if callable(total) else total
+        self._ask = total if callable(total) else None
+        self._label, self._unit, self._clock = label, unit, clock
+        self._interval = SECONDS if interval is None else interval
         self._stream = sys.stdout if stream is None else stream
         self._in_place = self._stream.isatty()
-        self._begun, self._printed, self._line = clock(), -math.inf, ""
-        self._groups = 0
-        # (time, step, groups so far) after each step. The first entry is the end of the first step, so that
-        # no rate has compiling in it.
+        self._begun, self._printed, self._line, self._count = clock(), -math.inf, "", 0
+        # (time, done, count so far) after each step. The first entry is the end of the first step, so that no rate has
+        # compiling in it.
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=self.WINDOW + 1)
 
-    def step(self, step: int, values: Mapping[str, float], groups: int) -> None:
-        """Shows that `step` is done, which took in `groups` groups; the rate and the time left are measured here."""
-        self._groups += groups
-        self._marks.append((self._clock(), step, self._groups))
-        (first, first_step, before), (last, last_step, after) = self._marks[0], self._marks[-1]
-        parts = [f"{name} {value:.4g}" for name, value in values.items()]
-        left = None
-        if last > first:
-            parts.append(f"{(after - before) / (last - first):.1f} {self._unit}/s")
-            left = (self._total - step) * (last - first) / (last_step - first_step)
-        self.show(step, parts, left)
+    def step(self, done: int, values: Mapping[str, float] | None = None, count: int | None = None) -> None:
+        """Shows how much is done; the rate and the time left are measured here.
 
-    def show(self, step: int, parts: Sequence[str], seconds_left: float | None = None) -> None:
-        """Shows that `step` is done, the time left (after the last step the time it took), and `parts`."""
-        now = self._clock()
-        times = [f"{clock_time(now - self._begun)} elapsed"] if step == self._total else []
-        if step < self._total and seconds_left is not None:
-            times = [f"{clock_time(seconds_left)} left"]
-        words = [f"step {step}/{self._total}", *times, *parts]
+        Args:
+            done: of the total.
+            values: what else to show, by name.
+            count: units since the last step; by default `done` counts them.
+        """
+        self._count = done if count is None else self._count + count
+        self._marks.append((self._clock(), done, self._count))
+        if self._ask:
+            if self._clock() - self._begun < self._interval:
+                return
+            self._total, self._ask = self._ask(), None
+        (first, first_done, before), (last, last_done, after) = self._marks[0], self._marks[-1]
+        parts = [f"{name} {value:.4g}" for name, value in (values or {}).items()]
+        left = None
+        if last > first and last_done > first_done:
+            rate = (after - before) / (last - first)
+            parts.append(f"{rate:,.{0 if rate >= 100 else 1}f} {self._unit}/s")
+            left = self._total and (self._total - done) * (last - first) / (last_done - first_done)
+        self.show(done, parts, left)
+
+    def show(self, done: int, parts: Sequence[str] = (), seconds_left: float | None = None) -> None:
+        """Shows how much is done, the time left (at the end the time it took), and `parts`."""
+        now, total = self._clock(), self._total
+        comma = "," if max(done, total or 0) >= 10_000 else ""
+        words = [f"{self._label} {done:{comma}}" + (f"/{total:{comma}}" if total else ""), *parts]
+        if done == total:
+            words.insert(1, f"{clock_time(now - self._begun)} elapsed")
+        elif seconds_left is not None:
+            words.insert(1, f"{clock_time(seconds_left)} left")
         if self._in_place:
             width = shutil.get_terminal_size().columns - 1  # a wrapped line would stay on screen
             while len("  ".join(words)) > width and len(words) > 1:
@@ -65,7 +100,7 @@ class Progress:
             self._stream.flush()
             return
         self._line = "  ".join(words)
-        if now - self._printed >= self._interval or step == self._total:
+        if now - self._printed >= self._interval or done == total:
             self._print(self._line)
             self._printed, self._line = now, ""
 

@@ -105,27 +105,29 @@ def run(
     if normalize:
         mean, std = contract.normalization(contract.find(model_path))
         options = dataclasses.replace(options, mean=mean, std=std)
-    found = survey.take(model_path, source, output, options)
+    surveyed = survey.survey_input(model_path, source, output, options)
     directory = hf.resolve(model_path)
     what = {
         "model": jobs.model_identity(directory),
-        "input": found.digest,
+        "input": surveyed.digest,
         "dtype": heads.compute_dtype(dtype),
         "template_kwargs": dict(template_kwargs or {}),
         "options": {name: str(value) for name, value in dataclasses.asdict(options).items()},
     }
     # Opened before the model is loaded, so that a bad place is found at once.
-    with jobs.opened(output, found.schema, what, len(found.parts)) as job:
+    with jobs.open_job(output, surveyed.schema, what, len(surveyed.parts)) as job:
         if missing := job.missing():
             model = reward_model.load_checked(model_path, dtype=dtype, template_kwargs=template_kwargs)
-            _score_missing(job, missing, found, source, lambda part: _scored(model, part, found, options, model_path))
-        counts = dict(job.join(found.rows))
+            _score_missing(
+                job, missing, surveyed, source, lambda part: _scored(model, part, surveyed, options, model_path)
+            )
+        counts = dict(job.join(surveyed.rows))
     counts.pop("read", None)
-    return found.rows, counts
+    return surveyed.rows, counts
 
 
 def _score_missing(
-    job: jobs.Job, missing: Sequence[int], found: Survey, source: str, score: Callable[[list[Any]], jobs.Scored]
+    job: jobs.Job, missing: Sequence[int], surveyed: Survey, source: str, score: Callable[[list[Any]], jobs.Scored]
 ) -> None:
     """Scores the parts of this process that are not there yet, and says how it goes.
 
@@ -137,26 +139,26 @@ def _score_missing(
 
     wanted, done, number = set(missing), 0, -1
     if processes.is_first() and (before := job.read_before(wanted)):
-        print(f"{before:,} of {found.rows:,} rows are scored already, by an earlier start", flush=True)
-    progress = Progress(len(missing), unit="rows", stream=sys.stderr) if processes.is_first() else None
-    for number, part in _read_again(job, found, source):
+        print(f"{before:,} of {surveyed.rows:,} rows are scored already, by an earlier start", flush=True)
+    progress = Progress(len(missing), "part", unit="rows", stream=sys.stderr) if processes.is_first() else None
+    for number, part in _read_again(job, surveyed, source):
         if number in wanted:
-            if survey.digest(part) != found.parts[number]:
+            if survey.digest_rows(part) != surveyed.parts[number]:
                 raise _changed(job, source, f"from {part[0][0]} on it has other rows than before")
             job.write(number, len(part), score(part))
             done += 1
             if progress is not None:  # the other processes are taken to be as fast as this one
-                progress.step(done, {}, groups=len(part) * job.turns)
+                progress.step(done, count=len(part) * job.turns)
     if progress is not None:
         progress.close()
-    if number + 1 != len(found.parts):
+    if number + 1 != len(surveyed.parts):
         raise _changed(job, source, "it has not as many rows as before")
 
 
-def _read_again(job: jobs.Job, found: Survey, source: str) -> Iterator[tuple[int, list[tuple[str, rows.Row]]]]:
+def _read_again(job: jobs.Job, surveyed: Survey, source: str) -> Iterator[tuple[int, list[tuple[str, rows.Row]]]]:
     """The parts of the input. What can no more be read could be when all rows were looked at."""
     try:
-        yield from enumerate(found.chunks(sources.open_source(source)))
+        yield from enumerate(surveyed.chunks(sources.open_source(source)))
     except ValueError as error:
         raise _changed(job, source, str(error)) from error
 
@@ -168,7 +170,7 @@ def _changed(job: jobs.Job, source: str, how: str) -> RuntimeError:
     )
 
 
-def _scored(model: Any, part: list[Any], found: Survey, options: Options, model_path: str) -> jobs.Scored:
+def _scored(model: Any, part: list[Any], surveyed: Survey, options: Options, model_path: str) -> jobs.Scored:
     """The rows that a part becomes.
 
     Raises:
@@ -178,16 +180,16 @@ def _scored(model: Any, part: list[Any], found: Survey, options: Options, model_
 
     some = [row for _, row in part]
     try:
-        scores = found.shape.score(model, some, [found.shape.read(row) or [] for row in some])
+        scores = surveyed.shape.score(model, some, [surveyed.shape.read(row) or [] for row in some])
     except BadConversation as bad:
-        raise ValueError(f"{_row_of(part, found.shape, bad.index)}: {bad.detail}") from None
-    if scores[0].keys() != found.added.keys():
+        raise ValueError(f"{_row_of(part, surveyed.shape, bad.index)}: {bad.detail}") from None
+    if scores[0].keys() != surveyed.added.keys():
         raise ValueError(
-            f"{model_path} gives {', '.join(scores[0])}, expected {', '.join(found.added)}: it is no model of ours, "
+            f"{model_path} gives {', '.join(scores[0])}, expected {', '.join(surveyed.added)}: it is no model of ours, "
             "and its outputs are no reward; see RewardModel.values"
         )
     counts = making.Counts()
-    return [new for row, x in zip(some, scores) for new in making.make(row, x, options, counts)], counts
+    return [new for row, x in zip(some, scores) for new in making.make_rows(row, x, options, counts)], counts
 
 
 def _row_of(part: Sequence[tuple[str, rows.Row]], shape: rows.Shape, conversation: int) -> str:

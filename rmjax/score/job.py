@@ -39,7 +39,7 @@ SAMPLES, SAMPLE = 16, 65_536  # pieces of a file of weights that are compared, a
 Scored = tuple[list[Row], collections.Counter[str]]  # the rows that a part becomes, and counts of what did not
 
 
-def chunks(rows: Iterable[Any], characters: Callable[[Any], int]) -> Iterator[list[Any]]:
+def cut_rows(rows: Iterable[Any], characters: Callable[[Any], int]) -> Iterator[list[Any]]:
     """Cuts rows into parts: lists of at most CHUNK that end where they have CHARACTERS."""
     chunk: list[Any] = []
     size = 0
@@ -58,8 +58,8 @@ def model_identity(directory: Path) -> dict[str, str]:
 
     Of weights the size and pieces from all over the file count, of the small files everything.
     """
-    found = {path.name: _digest(path, SAMPLES) for path in sorted(directory.glob("*.safetensors*"))}
-    return {**found, **{name: _digest(directory / name) for name in IDENTITY if (directory / name).is_file()}}
+    digests = {path.name: _digest(path, SAMPLES) for path in sorted(directory.glob("*.safetensors*"))}
+    return {**digests, **{name: _digest(directory / name) for name in IDENTITY if (directory / name).is_file()}}
 
 
 def _digest(path: Path, samples: int = 0) -> str:
@@ -76,7 +76,7 @@ def _digest(path: Path, samples: int = 0) -> str:
 
 
 @contextlib.contextmanager
-def opened(output: Path, schema: pa.Schema | None, what: dict[str, Any], parts: int) -> Iterator["Job"]:
+def open_job(output: Path, schema: pa.Schema | None, what: dict[str, Any], parts: int) -> Iterator["Job"]:
     """A job that goes on, or begins.
 
     What it has done is kept however the block ends, but for bad input that is found on the way in a job that began
@@ -94,12 +94,12 @@ def opened(output: Path, schema: pa.Schema | None, what: dict[str, Any], parts: 
     """
     what = {"version": VERSION, "rows": CHUNK, "characters": CHARACTERS, **json.loads(json.dumps(what))}
     job = Job(output, schema, Seal(parts, what))
-    made = [path for path in (job.directory, *job.directory.parents) if not path.exists()]
+    folders = [path for path in (job.directory, *job.directory.parents) if not path.exists()]
     processes.require_same("scoring job", job.seal.id, "model, input or flags")
     if processes.is_first():
         notes.read_seal(job.directory)  # first, as a lock is a file in what may be somebody else's directory
     with signals.alone(job.directory, "--output"):
-        new = list(map(str, made)) if processes.is_first() and job.begin() else None
+        new = list(map(str, folders)) if processes.is_first() and job.begin() else None
         new = processes.agree("scoring begins", new)  # of a job that goes on None
         try:
             yield job
@@ -127,21 +127,13 @@ def _remove_empty(paths: Sequence[Path]) -> None:
 
 
 class Job:
-    """The parts of one output; see `opened`.
-
-    Attributes:
-        output: the file that is made.
-        schema: of Parquet; None of JSONL.
-        seal: what the job is.
-        parts: how many there will be.
-        directory: of the parts.
-        turns: processes that share them.
-    """
+    """The parts of one output; see `open_job`."""
 
     def __init__(self, output: Path, schema: pa.Schema | None, seal: Seal):
-        self.output, self.schema, self.seal, self.parts = output, schema, seal, seal.parts
+        self.output, self.seal, self.parts = output, seal, seal.parts
+        self.schema = schema  # of Parquet; None of JSONL
         self.directory = output.absolute().with_name(f"{output.name}.parts")
-        self.turns = len(processes.gather("scoring", None))
+        self.turns = len(processes.gather("scoring", None))  # processes that share the parts
 
     def begin(self) -> bool:
         """Goes on with what is there, or begins; True if it begins.
@@ -208,12 +200,12 @@ class Job:
             raise ValueError(f"{self.note(number)} is of another job, or of another part of this one; {notes.ADVICE}")
         return note
 
-    def write(self, number: int, read: int, made: Scored) -> None:
-        """Writes what was made of the `read` rows of a part."""
-        rows, counts = made
+    def write(self, number: int, read: int, scored: Scored) -> None:
+        """Writes what was scored of the `read` rows of a part."""
+        rows, counts = scored
         with files.whole(self.part(number)) as scratch:
             write_rows(scratch, rows, self.schema)
-            size, digest = scratch.stat().st_size, notes.digest(scratch)
+            size, digest = scratch.stat().st_size, notes.digest_file(scratch)
             note = Note(self.seal.id, number, size, digest, read, len(rows), dict(counts))
             note.write(self.note(number))
 
@@ -243,9 +235,9 @@ class Job:
         return counts
 
     def _join(self, total: int) -> collections.Counter[str]:
-        found = self._notes()
+        part_notes = self._notes()
         counts: collections.Counter[str] = collections.Counter()
-        for note in found:
+        for note in part_notes:
             counts.update({"read": note.read, "rows": note.rows, **note.counts})
         if counts["read"] != total:
             raise RuntimeError(
@@ -254,7 +246,7 @@ class Job:
             )
         files.check_target(self.output, "--output")  # it may be another thing than when the job began
         with files.whole(self.output) as scratch:
-            join_parts([*zip(map(self.part, range(self.parts)), found)], scratch, self.schema)
+            join_parts([*zip(map(self.part, range(self.parts)), part_notes)], scratch, self.schema)
         self.remove()
         return counts
 
@@ -265,7 +257,7 @@ class Job:
             RuntimeError: one is damaged, or was not written.
             ValueError: one is not of this part.
         """
-        found = []
+        part_notes = []
         for number in range(self.parts):
             try:
                 note = self._noted(number)
@@ -273,8 +265,8 @@ class Job:
                 raise RuntimeError(f"{damaged}; {AGAIN}") from None
             if note is None or not self.part(number).exists():
                 raise RuntimeError(f"{(self.note if note is None else self.part)(number)} is missing; {AGAIN}")
-            found.append(note)
-        return found
+            part_notes.append(note)
+        return part_notes
 
     def remove(self, job: str = "") -> None:
         """Removes what a job has noted to have made, from its last part on, so that after a kill it still goes on.
@@ -295,5 +287,5 @@ class Job:
 
 def _is_of(note: Path, job: str) -> bool:
     with contextlib.suppress(ValueError):
-        return (found := notes.read_note(note)) is not None and found.job == job
+        return (known := notes.read_note(note)) is not None and known.job == job
     return False

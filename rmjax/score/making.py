@@ -23,25 +23,16 @@ REWARDS = ("score", "scores", "chosen_score", "rejected_score")  # what is norma
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to make.
+    """What to make of scored rows."""
 
-    Attributes:
-        best_of_n: of rows with `responses`: the best one as `response`, with its score.
-        pairs: of rows with `responses`: "best_worst" or "all" pairs of which one has the higher score; "" is none.
-        relabel: of pairs: the response of the higher score becomes `chosen`.
-        tie_threshold: pairs whose scores differ by no more are ties, and dropped where pairs are made or relabelled.
-        min_margin: pairs of a smaller margin are dropped. max_margin: of a larger one.
-        mean: is subtracted from rewards. std: they are divided by it.
-    """
-
-    best_of_n: bool = False
-    pairs: str = ""
-    relabel: bool = False
-    tie_threshold: float = 0.0
-    min_margin: float = -math.inf
-    max_margin: float = math.inf
-    mean: float = 0.0
-    std: float = 1.0
+    best_of_n: bool = False  # of rows with `responses`: the best one as `response`, with its score
+    pairs: str = ""  # of rows with `responses`: "best_worst" or "all" pairs of which one has the higher score
+    relabel: bool = False  # of pairs: the response of the higher score becomes `chosen`
+    tie_threshold: float = 0.0  # where pairs are made or relabelled: those whose scores differ by no more are dropped
+    min_margin: float = -math.inf  # pairs of a smaller margin are dropped
+    max_margin: float = math.inf  # pairs of a larger margin are dropped
+    mean: float = 0.0  # is subtracted from rewards
+    std: float = 1.0  # rewards are divided by it
 
     def check(self, shape: str) -> None:
         """Makes sure that rows of this shape can be made so.
@@ -59,8 +50,8 @@ class Options:
             ("--min_margin", f"--pairs, or {of_pairs}"): self.min_margin > -math.inf and not ends_as_pairs,
             ("--max_margin", f"--pairs, or {of_pairs}"): self.max_margin < math.inf and not ends_as_pairs,
         }
-        for (flag, goes_with), found in refused.items():
-            if found:
+        for (flag, goes_with), given in refused.items():
+            if given:
                 raise ValueError(f"{flag} goes with {goes_with}; the first row has the shape {shape!r}")
         if self.best_of_n and self.pairs:
             raise ValueError("--best_of_n and --pairs make different rows of a prompt; give one of them")
@@ -95,12 +86,14 @@ class Options:
         return self.best_of_n or bool(self.pairs)
 
 
-def columns(added: Mapping[str, pa.DataType], options: Options, prompt: pa.DataType = TEXT) -> dict[str, pa.DataType]:
+def made_columns(
+    added: Mapping[str, pa.DataType], options: Options, prompt: pa.DataType = TEXT
+) -> dict[str, pa.DataType]:
     """The columns that the output has and the input has not.
 
     Args:
         added: the columns of scores that a row gets.
-        options: what is made of it.
+        options: what is made of its scores.
         prompt: the type of the column of prompts.
     """
     if options.best_of_n:
@@ -116,7 +109,7 @@ def _of_one(name: str) -> str:
     return "score" if name == "scores" else name
 
 
-def make(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
+def make_rows(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
     """What becomes of a row and the columns of its scores; counts what is dropped, and what is turned around.
 
     A score that is not finite (of weights that overflow, say) is null, and nothing is chosen by it.
@@ -163,10 +156,10 @@ def _pairs(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[
     side = lambda text: text if as_text else [{"role": "assistant", "content": text}]
     for both in which:
         texts = {name: side(row["responses"][i]) for name, i in zip(SIDES, both)}
-        told = {f"{name}_{_of_one(score)}": x[i] for score, x in scores.items() for name, i in zip(SIDES, both)}
+        side_scores = {f"{name}_{_of_one(score)}": x[i] for score, x in scores.items() for name, i in zip(SIDES, both)}
         margin = values[both[0]] - values[both[1]]
         if _kept(margin, options, counts):
-            yield {**_rest(row), **texts, **told, "margin": margin}
+            yield {**_rest(row), **texts, **side_scores, "margin": margin}
 
 
 def _judged(row: Row, options: Options, counts: Counts) -> Iterator[Row]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,10 @@ class Damaged(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Seal:
-    """What a directory of parts belongs to.
+    """What a directory of parts belongs to."""
 
-    Attributes:
-        parts: into how many the input is cut.
-        what: everything that decides the rows, as JSON.
-    """
-
-    parts: int
-    what: dict[str, Any]
+    parts: int  # that the input is cut into
+    what: dict[str, Any]  # everything that decides the rows, as JSON
 
     @property
     def id(self) -> str:
@@ -73,36 +68,29 @@ def read_seal(directory: Path) -> Seal | None:
             )
         return None
     try:
-        found = _object(path)
+        values = _object(path)
     except Damaged as damaged:
         raise ValueError(f"{damaged}, so nobody can tell whose parts are in {directory}; {ADVICE}") from None
     if (
-        found.get("made_by") != MADE_BY
-        or type(found.get("parts")) is not int
-        or not isinstance(found.get("what"), dict)
+        values.get("made_by") != MADE_BY
+        or type(values.get("parts")) is not int
+        or not isinstance(values.get("what"), dict)
     ):
         raise ValueError(f"{path} was not written by this version of {MADE_BY}; {directory}: {ADVICE}")
-    return Seal(found["parts"], found["what"])
+    return Seal(values["parts"], values["what"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """What is known of a part.
+    """What is known of a part."""
 
-    Attributes:
-        job: Seal.id of the job that made it. part: its number.
-        bytes: size of the rows' file. sha256: its digest.
-        read: rows of the input. rows: those that they became.
-        counts: what was dropped or turned, by its reason.
-    """
-
-    job: str
-    part: int
-    bytes: int
-    sha256: str
-    read: int
-    rows: int
-    counts: Mapping[str, int]
+    job: str  # Seal.id of the job that made it
+    part: int  # its number
+    bytes: int  # of the rows' file
+    sha256: str  # of the rows' file
+    read: int  # rows of the input
+    rows: int  # that they became
+    counts: dict  # what was dropped or turned, by its reason
 
     def write(self, path: Path) -> None:
         """Writes it whole."""
@@ -110,7 +98,7 @@ class Note:
 
     def fits(self, path: Path) -> bool:
         """Whether a file is the one that was written; reads it, if the size is right."""
-        return path.stat().st_size == self.bytes and digest(path) == self.sha256
+        return path.stat().st_size == self.bytes and digest_file(path) == self.sha256
 
 
 def read_note(path: Path) -> Note | None:
@@ -121,33 +109,25 @@ def read_note(path: Path) -> Note | None:
         ValueError: it is JSON, but no note.
     """
     try:
-        found = _object(path)
+        values = _object(path)
     except FileNotFoundError:
         return None
-    kinds: dict[str, type] = {
-        "job": str,
-        "part": int,
-        "bytes": int,
-        "sha256": str,
-        "read": int,
-        "rows": int,
-        "counts": dict,
-    }
-    if found.keys() != kinds.keys() or not all(type(found[name]) is kind for name, kind in kinds.items()):
+    kinds = {field.name: field.type for field in dataclasses.fields(Note)}
+    if values.keys() != kinds.keys() or not all(type(values[name]) is kind for name, kind in kinds.items()):
         raise ValueError(f"{path} was not written by {MADE_BY}; {ADVICE}")
-    return Note(**found)
+    return Note(**values)
 
 
 def _object(path: Path) -> dict[str, Any]:
     data = path.read_bytes()
     try:
-        found = json.loads(data)
+        values = json.loads(data)
     except (ValueError, RecursionError):
         raise Damaged(f"{path} is {'no JSON' if data else 'empty'}") from None
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
-def digest(path: Path) -> str:
+def digest_file(path: Path) -> str:
     """SHA-256 of a file, as hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -159,8 +139,8 @@ def difference(before: Any, now: Any) -> str:
     names = [name for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
     short = lambda x: json.dumps(x) if len(json.dumps(x)) <= 24 else ""
     both = lambda name: [short(x.get(name)) for x in flat]
-    told = lambda was, new: f" is {new}, was {was}" if was and new else " is another"
-    return ", ".join(name + told(*both(name)) for name in names)
+    change = lambda was, new: f" is {new}, was {was}" if was and new else " is another"
+    return ", ".join(name + change(*both(name)) for name in names)
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

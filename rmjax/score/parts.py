@@ -62,10 +62,10 @@ def join_parts(parts: Sequence[tuple[Path, Note]], output: Path, schema: pa.Sche
             for table in _row_groups(_table(part, note, schema) for part, note in parts):
                 writer.write_table(table)
                 pa.default_memory_pool().release_unused()  # else the pool keeps ever more of what it was given back
-    found = output.stat().st_size if schema is None else pq.read_metadata(output).num_rows
-    if found != (expected := sum(note.bytes if schema is None else note.rows for _, note in parts)):
+    size = output.stat().st_size if schema is None else pq.read_metadata(output).num_rows
+    if size != (expected := sum(note.bytes if schema is None else note.rows for _, note in parts)):
         unit = "bytes" if schema is None else "rows"
-        raise RuntimeError(f"{output} has {found} {unit} after {expected} were written to it; {AGAIN}")
+        raise RuntimeError(f"{output} has {size} {unit} after {expected} were written to it; {AGAIN}")
 
 
 def _copy(part: Path, note: Note, file: BinaryIO) -> None:

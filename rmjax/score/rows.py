@@ -4,6 +4,7 @@ Shape letter: K responses of a row.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -21,21 +22,13 @@ MOST_RESPONSES = 16_384
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """How rows of one shape are read and scored.
-
-    Attributes:
-        name: of the shape.
-        columns: what a row needs, in words.
-        read: its conversations, the prompt with each response; None where the columns are not there.
-        score: (model, rows, what `read` gave for each) to the columns that each row gets.
-        added: the types of these columns, from the names of what the model says of a response.
-    """
+    """How rows of one shape are read and scored."""
 
     name: str
-    columns: str
-    read: Callable[[Row], list[Any] | None]
-    score: Callable[[Any, list[Row], list[list[Any]]], list[Row]]
-    added: Callable[[Sequence[str]], dict[str, pa.DataType]]
+    needs: str  # the columns that a row needs, in words
+    read: Callable[[Row], list[Any] | None]  # the prompt with each response; None where the columns are not there
+    score: Callable[[Any, list[Row], list[list[Any]]], list[Row]]  # (model, rows, what `read` gave) to new columns
+    added: Callable[[Sequence[str]], dict[str, pa.DataType]]  # their types, from the names of the model's outputs
 
 
 def turns_of(prompt: Any) -> list[Any] | None:
@@ -91,32 +84,28 @@ def _steps(row: Row) -> list[Any] | None:
     return None if texts is None else _answered(row, "".join(texts))
 
 
-def _values(model: Any, conversations: Sequence[Sequence[Any]]) -> list[dict[str, list[float]]]:
-    """What the model says of the responses of each row, by name; those of a row share their prompt."""
-    values = model.values([one for those in conversations for one in those])
-    cuts = np.cumsum([len(those) for those in conversations])[:-1]
-    parts = {name: np.split(x, cuts) for name, x in values.items()}
-    return [{name: list(map(float, x[i])) for name, x in parts.items()} for i in range(len(conversations))]
+# The columns that a row gets of what the model says of its responses, by the name that the model has for it.
+Columns = Callable[[str, Sequence[Any]], Row]
+_of_one: Columns = lambda name, values: {name: values[0]}
+_of_all: Columns = lambda name, values: {"scores" if name == "score" else name: values}
+_of_sides: Columns = lambda name, values: {f"{side}_{name}": x for side, x in zip(("chosen", "rejected"), values)}
 
 
-def _scores(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
-    return [{name: x[0] for name, x in found.items()} for found in _values(model, conversations)]
+def _scored(name: str, needs: str, read: Callable[[Row], list[Any] | None], columns: Columns) -> Shape:
+    """A shape of rows whose responses are scored; those of a row share their prompt."""
 
+    def score(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
+        values = model.values([one for those in conversations for one in those])
+        cuts = np.cumsum([len(those) for those in conversations])[:-1]
+        split = {name: np.split(x, cuts) for name, x in values.items()}
+        of_row = lambda i: [columns(name, list(map(float, x[i]))) for name, x in split.items()]
+        return [dict(itertools.chain(*map(dict.items, of_row(i)))) for i in range(len(conversations))]
 
-def _listed(name: str) -> str:
-    return "scores" if name == "score" else name
+    def added(names: Sequence[str]) -> dict[str, pa.DataType]:
+        kinds = [columns(name, [NUMBER, NUMBER]) for name in names]
+        return {name: NUMBERS if isinstance(x, list) else x for some in kinds for name, x in some.items()}
 
-
-def _lists(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
-    return [{_listed(name): x for name, x in found.items()} for found in _values(model, conversations)]
-
-
-def _sides(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
-    named = ("chosen", "rejected")
-    return [
-        {f"{side}_{name}": x[k] for name, x in found.items() for k, side in enumerate(named)}
-        for found in _values(model, conversations)
-    ]
+    return Shape(name, needs, read, score, added)
 
 
 def _verdicts(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
@@ -129,26 +118,10 @@ def _step_scores(model: Any, rows: list[Row], conversations: list[list[Any]]) ->
 
 
 NUMBER, NUMBERS = pa.float64(), pa.list_(pa.float64())
-CONVERSATION = Shape(
-    "conversation",
-    "`messages` (a list of {role, content}), or `prompt` and `response`",
-    _conversation,
-    _scores,
-    lambda names: dict.fromkeys(names, NUMBER),
-)
-RESPONSES = Shape(
-    "responses",
-    "`prompt` and `responses` (a list of texts)",
-    _responses,
-    _lists,
-    lambda names: {_listed(name): NUMBERS for name in names},
-)
-PAIR = Shape(
-    "pair",
-    "`chosen` and `rejected`: texts with a `prompt`, or lists of {role, content}",
-    _pair,
-    _sides,
-    lambda names: {f"{side}_{name}": NUMBER for name in names for side in ("chosen", "rejected")},
+RESPONSES = _scored("responses", "`prompt` and `responses` (a list of texts)", _responses, _of_all)
+PAIR = _scored("pair", "`chosen` and `rejected`: texts with a `prompt`, or lists of {role, content}", _pair, _of_sides)
+CONVERSATION = _scored(
+    "conversation", "`messages` (a list of {role, content}), or `prompt` and `response`", _conversation, _of_one
 )
 VERDICTS = Shape(
     "verdicts",
@@ -192,7 +165,7 @@ def shape_of(model: str, first: Row) -> tuple[Shape, dict[str, pa.DataType]]:
     return shape, shape.added(names)
 
 
-def characters(row: Row, shape: Shape) -> int:
+def count_characters(row: Row, shape: Shape) -> int:
     """About how long the conversations of a row are, all together."""
     total = 0
     for conversation in shape.read(row) or ():
@@ -202,7 +175,7 @@ def characters(row: Row, shape: Shape) -> int:
     return total
 
 
-def check(where: str, row: Row, shape: Shape, made: Collection[str]) -> None:
+def check_row(where: str, row: Row, shape: Shape, made: Collection[str]) -> None:
     """Makes sure that a row can be scored, and that no column of it would be changed.
 
     Args:
@@ -234,6 +207,6 @@ def _conversations(row: Row, shape: Shape, made: Collection[str]) -> list[Any]:
             f"has {len(row['responses']):,} responses, more than {MOST_RESPONSES:,}, which are scored together; write "
             "several rows of the same prompt"
         )
-    if (found := shape.read(row)) is None:
-        raise ValueError(f"has columns {', '.join(sorted(row)) or 'none'}; expected {shape.columns}")
-    return found
+    if (conversations := shape.read(row)) is None:
+        raise ValueError(f"has columns {', '.join(sorted(row)) or 'none'}; expected {shape.needs}")
+    return conversations

@@ -1,19 +1,16 @@
 """A look at every row before any is scored: whether it can be, and what the output will have."""
 
 import dataclasses
-import datetime
-import decimal
 import hashlib
 import itertools
 import json
-import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from rmjax.data.sources import matching, open_source, split_spec
+from rmjax.data.sources import local_files, open_source, plain, split_spec
 from rmjax.runtime import files
 from rmjax.runtime.command_line import check_writable
 from rmjax.score import job, making, parts, rows
@@ -22,11 +19,10 @@ from rmjax.score.rows import Row, Shape
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know, as something that is the same whenever it is read."""
-    if hasattr(value, "tolist"):  # of numpy
-        return value.tolist()
-    known = bytes | datetime.date | datetime.time | datetime.timedelta | decimal.Decimal | uuid.UUID
-    return str(value) if isinstance(value, known) else type(value).__name__
+    try:
+        return plain(value)
+    except TypeError:
+        return type(value).__name__  # str(value) might have an address in it, another one at each reading
 
 
 ENCODER = json.JSONEncoder(default=_plain, skipkeys=True)
@@ -36,27 +32,21 @@ MARGIN = 32  # lists around a row when its depth is tried: the output's row is w
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What is known of a job's input.
+    """What is known of a job's input."""
 
-    Attributes:
-        rows: how many there are.
-        parts: digest of the rows of each part that `job.chunks` cuts them into, so that those that are scored are
-            those that were looked at, whatever becomes of the file meanwhile.
-        shape: of every row.
-        added: the columns of scores that a row gets, with their types.
-        schema: of what is made of the rows, for Parquet. That of the first rows would not do: later ones may have
-            other columns, or values where these had none.
-    """
-
-    rows: int
+    rows: int  # how many there are
+    # Digest of the rows of each part that `job.cut_rows` cuts them into, so that those that are scored are those that
+    # were looked at, whatever becomes of the file meanwhile.
     parts: tuple[str, ...]
-    shape: Shape
-    added: dict[str, pa.DataType]
+    shape: Shape  # of every row
+    added: dict[str, pa.DataType]  # the columns of scores that a row gets
+    # Of what is made of the rows, for Parquet. That of the first rows would not do: later ones may have other columns,
+    # or values where these had none.
     schema: pa.Schema | None
 
     def chunks(self, source: Iterable[tuple[str, Row]]) -> Iterable[list[tuple[str, Row]]]:
         """The parts of the input."""
-        return job.chunks(source, lambda item: rows.characters(item[1], self.shape))
+        return job.cut_rows(source, lambda item: rows.count_characters(item[1], self.shape))
 
     @property
     def digest(self) -> str:
@@ -64,20 +54,20 @@ class Survey:
         return hashlib.sha256("".join(self.parts).encode()).hexdigest()
 
 
-def digest(part: Sequence[tuple[str, Row]]) -> str:
+def digest_rows(part: Sequence[tuple[str, Row]]) -> str:
     """Of rows, whatever they were read from; 7 us for a row of 1,600 characters (AMD EPYC, 2026-11-29).
 
     Raises:
         ValueError: a row of lists within lists within lists, which could be read and not written; names it.
     """
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for start in range(0, len(part), SOME):
         some = part[start : start + SOME]
         try:
-            found.update(_json([row for _, row in some]))
+            total.update(_json([row for _, row in some]))
         except RecursionError:
             raise ValueError(f"{_deep(some)}: a value has lists or objects within each other by the hundred") from None
-    return found.hexdigest()
+    return total.hexdigest()
 
 
 def _deep(part: Sequence[tuple[str, Row]]) -> str:
@@ -95,7 +85,7 @@ def _json(value: Any) -> bytes:
     return ENCODER.encode(value).encode()
 
 
-def take(model: str, source: str, output: Path, options: Options) -> Survey:
+def survey_input(model: str, source: str, output: Path, options: Options) -> Survey:
     """Reads every row, and keeps none.
 
     Raises:
@@ -103,21 +93,21 @@ def take(model: str, source: str, output: Path, options: Options) -> Survey:
             cannot be written.
     """
     check_output(source, output)
-    found = open_source(source)
-    first = next(found, None)
+    source_rows = open_source(source)
+    first = next(source_rows, None)
     if first is None:
         raise ValueError(f"{source} has no rows")
     shape, added = rows.shape_of(model, first[1])
     if shape.read(first[1]) is not None:  # else the row itself is told
         options.check(shape.name)
-    made = making.columns(added, options)
+    columns = making.made_columns(added, options)
     schema = pa.schema([]) if output.suffix == ".parquet" else None
     digests: list[str] = []
     survey = Survey(0, (), shape, added, schema)
-    for chunk in survey.chunks(_checked(itertools.chain([first], found), shape, made, options)):
+    for chunk in survey.chunks(_checked(itertools.chain([first], source_rows), shape, columns, options)):
         if schema is not None:
             schema = merged(schema, [row for _, row in chunk])
-        digests.append(digest(chunk))
+        digests.append(digest_rows(chunk))
         survey = dataclasses.replace(survey, rows=survey.rows + len(chunk))
     survey = dataclasses.replace(survey, parts=tuple(digests))
     if schema is not None:
@@ -126,11 +116,11 @@ def take(model: str, source: str, output: Path, options: Options) -> Survey:
 
 
 def _checked(
-    source: Iterable[tuple[str, Row]], shape: Shape, made: Collection[str], options: Options
+    source: Iterable[tuple[str, Row]], shape: Shape, columns: Collection[str], options: Options
 ) -> Iterator[tuple[str, Row]]:
     """Passes rows through that can be scored, before anything is made of them."""
     for where, row in source:
-        rows.check(where, row, shape, made)
+        rows.check_row(where, row, shape, columns)
         options.check_row(where, row)
         yield where, row
 
@@ -151,9 +141,7 @@ def check_output(source: str, output: Path) -> None:
 
 def _reads(source: str, path: Path) -> bool:
     """Whether a file is among those of a source."""
-    found = [file for item in split_spec(source) for file in matching(str(Path(item).expanduser()))]
-    inside = [file for folder in found if folder.is_dir() for file in folder.rglob("*")]
-    return path.exists() and any(file.exists() and path.samefile(file) for file in (*found, *inside))
+    return path.exists() and any(path.samefile(file) for item in split_spec(source) for file in local_files(item))
 
 
 def merged(schema: pa.Schema, some: Sequence[Row]) -> pa.Schema:
@@ -164,8 +152,8 @@ def merged(schema: pa.Schema, some: Sequence[Row]) -> pa.Schema:
     """
     for name in dict.fromkeys(name for row in some for name in row):
         try:
-            found = pa.schema([(name, pa.array([row.get(name) for row in some]).type)])
-            schema = pa.unify_schemas([schema, found], promote_options="permissive")
+            column = pa.schema([(name, pa.array([row.get(name) for row in some]).type)])
+            schema = pa.unify_schemas([schema, column], promote_options="permissive")
         except (pa.ArrowException, UnicodeEncodeError) as error:
             raise ValueError(f"column `{name}` fits no Parquet column ({error}); write .jsonl instead") from None
     return schema
@@ -175,6 +163,6 @@ def _made(schema: pa.Schema, added: dict[str, pa.DataType], options: Options) ->
     """The schema of what is made of rows of this one."""
     prompt = schema.field("prompt").type if "prompt" in schema.names else making.TEXT
     kept = [field for field in schema if not (options.takes_responses and field.name == "responses")]
-    schema = pa.schema([*kept, *making.columns(added, options, prompt).items()])
+    schema = pa.schema([*kept, *making.made_columns(added, options, prompt).items()])
     parts.check_schema(schema)
     return schema

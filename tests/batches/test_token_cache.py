@@ -1,6 +1,7 @@
 """The cache of token trees: what goes in comes out, once, whole, and with everything counted."""
 
 import gzip
+import io
 import itertools
 import json
 import logging
@@ -23,6 +24,8 @@ from rmjax.batches.chat import Chat
 from rmjax.batches.tasks import Example, Preferences
 from rmjax.data import ledger, sources
 from rmjax.data.formats import Layout
+from rmjax.data.sources import registered
+from rmjax.runtime import progress
 
 SPEC = "synthetic://pairs?n=400"
 
@@ -83,7 +86,7 @@ def test_a_second_build_is_a_memory_map(build, monkeypatch):
 
 def racing(monkeypatch, path, during, after=None):
     """Writes to a file when its fingerprint was taken, and once more when its rows were read."""
-    real, opened = sources.fingerprint, token_cache.opened
+    real, open_rows = sources.fingerprint, token_cache.open_rows
 
     def fingerprint(spec):
         found = real(spec)
@@ -92,11 +95,11 @@ def racing(monkeypatch, path, during, after=None):
         return found
 
     def read(item, format):
-        layout, rows = opened(item, format)
+        layout, rows = open_rows(item, format)
         return layout, itertools.chain(rows, (row for _ in "x" for row in (after(path) or ())) if after else ())
 
     monkeypatch.setattr(sources, "fingerprint", fingerprint)
-    monkeypatch.setattr(token_cache, "opened", read)
+    monkeypatch.setattr(token_cache, "open_rows", read)
 
 
 STALE = "".join(json.dumps({**r, "chosen": "stale"}) + "\n" for r in GOOD)
@@ -159,7 +162,7 @@ def test_rows_that_change_while_they_are_read_are_not_cached(build, tmp_path, mo
             kept.unlink()
     racing(monkeypatch, path, lambda _: change("INSERT INTO other VALUES (1)") and None)
     assert len(build(next(iter(cases)))) == 1  # another table is nobody's business
-    sources._REGISTERED.clear()
+    registered.REGISTERED.clear()
 
 
 def test_a_folder_that_gets_another_file_is_not_cached(build, tmp_path, monkeypatch):
@@ -287,13 +290,12 @@ def finished(directory, whole):
 
 def test_an_interrupted_build_goes_on_where_it_stopped(build, interrupted, tmp_path, monkeypatch):
     _, whole, jobs = interrupted
-    monkeypatch.setattr(token_cache, "PROGRESS_SECONDS", 0.0)
-    said = []
-    build(GOOD, progress=said.append)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    stream = io.StringIO()
+    build(GOOD, progress=stream)
     assert [where for job in jobs for where, _ in job.rows] == [f"rows.jsonl:{i}" for i in range(20, 30)]
-    assert (
-        finished(tmp_path / "cache", whole) and "30 rows" in said[-1] and "(20 of them by an earlier run)" in said[-1]
-    )
+    last = stream.getvalue().splitlines()[-1]
+    assert finished(tmp_path / "cache", whole) and "30 rows" in last and "(20 of them by an earlier run)" in last
 
 
 @pytest.mark.parametrize("remains", [*map(cut, (0, 5, 8, 0.2, 0.5, 0.8, -1)), *REMAINS[4:7], *REMAINS[8:]])
@@ -388,19 +390,20 @@ def test_what_killed_builds_left_is_removed_after_a_day(build, tmp_path):
 def test_processes_end_with_a_killed_parent(tokenizer_dir, tmp_path, number):
     script = tmp_path / "script.py"
     script.write_text(
+        "import sys\n"
         "from rmjax.batches import token_cache as cache, chat, tasks\n"
+        "from rmjax.runtime import progress\n"
         "if __name__ == '__main__':\n"
         f"    tokens = chat.Chat(chat.load_tokenizer({str(tokenizer_dir)!r}))\n"
-        "    cache.PROGRESS_SECONDS = 0.0\n"
+        "    progress.SECONDS = 0.0\n"
         f"    options = {{'workers': 2, 'cache_dir': {str(tmp_path)!r}}}\n"
-        "    options['progress'] = lambda line: print(line, flush=True)\n"
+        "    options['progress'] = sys.stdout\n"
         "    cache.build('synthetic://pairs?n=1000000', tokens, tasks.Preferences(), **options)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
     try:
-        for _ in range(3):
-            assert "rows/s" in process.stdout.readline()  # so both processes are at work
+        assert all(process.stdout.readline() for _ in range(3))  # so both processes are at work
     finally:
         process.send_signal(number)
     process.communicate(timeout=15)  # returns when nobody holds the pipe any more
@@ -448,23 +451,24 @@ def test_processes_give_the_same_groups_in_the_same_order(build, monkeypatch, tm
     alone = build(SPEC)
     monkeypatch.setattr(token_cache, "SMALL", 100)
     monkeypatch.setattr(token_cache, "CHUNK", 50)
-    monkeypatch.setattr(token_cache, "PROGRESS_SECONDS", 0.0)
-    said = []
-    many = build(SPEC, workers=1, cache_dir=tmp_path / "other", progress=said.append)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    stream = io.StringIO()
+    many = build(SPEC, workers=1, cache_dir=tmp_path / "other", progress=stream)
     assert (many.fingerprint, many.audit) == (alone.fingerprint, alone.audit)
     np.testing.assert_array_equal(many.lengths, alone.lengths)
     for i in (0, 57, len(alone) - 1):
         assert many.id(i) == alone.id(i)
         np.testing.assert_array_equal(many.group(i).tree.tokens, alone.group(i).tree.tokens)
-    assert any("rows/s" in line for line in said) and "400 rows read and tokenized" in said[-1]
+    lines = stream.getvalue().splitlines()
+    assert any("rows/s" in line for line in lines) and "400 rows read and tokenized" in lines[-1]
 
 
 def test_progress_tells_the_time_left(build, monkeypatch):
     monkeypatch.setattr(token_cache, "CHUNK", 10)
-    monkeypatch.setattr(token_cache, "PROGRESS_SECONDS", 0.0)
-    said = []
-    build(GOOD, progress=said.append)
-    assert "10 of 30 rows" in said[0] and "s left" in said[0]
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    build(GOOD, progress=(stream := io.StringIO()))
+    first, second, *_ = stream.getvalue().splitlines()
+    assert "10/30" in first and "20/30" in second and " left  " in second and "rows/s" in second
 
 
 BAD = [

@@ -37,7 +37,7 @@ def test_cohens_kappa_by_hand():
     # Of 50 items 20 twice yes, 15 twice no: 0.7 observed; 0.5 * 0.6 + 0.5 * 0.4 = 0.5 by chance.
     first = [1] * 25 + [0] * 25
     second = [1] * 20 + [0] * 5 + [1] * 10 + [0] * 15
-    assert agreement.cohen_kappa(first, second) == pytest.approx((0.7 - 0.5) / (1 - 0.5))
+    assert agreement.cohen_kappa(first, second, quadratic=False) == pytest.approx((0.7 - 0.5) / (1 - 0.5))
 
 
 @pytest.mark.parametrize("quadratic", [False, True])
@@ -58,9 +58,9 @@ def test_quadratic_weights_are_of_the_answers_not_of_their_order():
 
 
 def test_where_chance_explains_all_there_is_no_figure():
-    assert math.isnan(agreement.cohen_kappa([1, 1], [1, 1]))
+    assert math.isnan(agreement.cohen_kappa([1, 1], [1, 1], quadratic=False))
     assert math.isnan(agreement.fleiss_kappa([[2, 0], [2, 0]]))
-    assert math.isnan(agreement.krippendorff_alpha([[1, 2], [math.nan, math.nan]]))
+    assert math.isnan(agreement.krippendorff_alpha([[1, 2], [math.nan, math.nan]], "nominal"))
 
 
 def test_a_summary_of_three_people_with_gaps():
@@ -83,7 +83,7 @@ def test_pandalm_has_the_agreement_that_its_paper_prints(shared_data):
     # Wang et al. (2023), "PandaLM", arXiv:2306.05087: Cohen's kappa of the three pairs of annotators.
     path = f"{shared_data}/pandalm/testset-v1.json"
     votes = np.array([[row[f"annotator{i}"] for i in (1, 2, 3)] for _, row in sources.open_source(path)]).T
-    kappas = [agreement.cohen_kappa(votes[i], votes[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    kappas = [agreement.cohen_kappa(votes[i], votes[j], quadratic=False) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert [round(kappa, 2) for kappa in kappas] == [0.85, 0.88, 0.86]
     (found,) = agreement.summaries(path)
     assert (found.question, found.items, found.people) == ("preference", 999, 3)
@@ -99,7 +99,7 @@ def test_sources_without_annotators_have_no_agreement(tmp_path):
 def test_what_is_missing_is_named(monkeypatch, shared_data):
     monkeypatch.setitem(sys.modules, "krippendorff", None)
     with pytest.raises(ImportError, match=r"needs krippendorff: pip install 'rmjax\[agreement\]'"):
-        agreement.krippendorff_alpha([[1, 2], [1, 1]])
+        agreement.krippendorff_alpha([[1, 2], [1, 1]], "nominal")
     assert agreement.lines(f"{shared_data}/pandalm/testset-v1.json") == [
         "agreement of annotators needs krippendorff: pip install 'rmjax[agreement]'"
     ]

@@ -16,6 +16,7 @@ import transformers
 from rmjax.data import reading, sources
 from rmjax.data.__main__ import main
 from rmjax.data.records import group
+from rmjax.runtime import progress
 from rmjax.runtime.files import SCRATCH
 
 PAIRS = "synthetic://pairs?n=200"
@@ -320,10 +321,10 @@ def test_bad_rows_stop_or_are_kept(call, tmp_path):
 
 
 def test_progress_tells_the_time_left(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "REPORT_SECONDS", 0.0)
-    monkeypatch.setattr(reading, "REPORT_ROWS", 50)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setattr(reading, "SHOWN_ROWS", 50)
     said = call("convert", PAIRS, f"--output={tmp_path}/p.parquet").err
-    assert "50 of 200 rows" in said and "s left" in said
+    assert "50/200" in said and " left  " in said and "rows/s" in said
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -301,28 +301,3 @@ def test_fingerprint_follows_contents(tmp_path):
     assert before == sources.fingerprint(str(path))
     write(path, [{"n": 2}])
     assert before != sources.fingerprint(str(path))
-
-
-def test_hub_files_are_found_and_read_from_the_hubs_cache(tmp_path, monkeypatch):
-    cached = {name: write(tmp_path / name, [{"n": i}]) for i, name in enumerate(("a.jsonl", "b.jsonl"))}
-
-    class Resolved:
-        repo_id, repo_type, revision = "o/n", "dataset", "main"
-
-        def __init__(self, path):
-            self.path_in_repo = path.removeprefix("datasets/o/n/")
-
-    class FileSystem:
-        def glob(self, path):
-            assert path == "datasets/o/n/*.jsonl"
-            return ["datasets/o/n/b.jsonl", "datasets/o/n/a.jsonl"]
-
-        resolve_path = staticmethod(Resolved)
-        isdir = exists = staticmethod(lambda path: False)
-
-    download = lambda repo, path, **_: str(cached[path])
-    monkeypatch.setattr(sources.huggingface_hub, "HfFileSystem", FileSystem)
-    monkeypatch.setattr(sources.huggingface_hub, "hf_hub_download", download)
-    spec = "hf://datasets/o/n/*.jsonl"
-    assert list(sources.open_source(spec)) == [("a.jsonl:0", {"n": 0}), ("b.jsonl:0", {"n": 1})]
-    assert sources.source_name(spec) == "o/n"

@@ -62,7 +62,7 @@ def choose(task, best):
 
 
 def test_records_come_back_as_they_went(tmp_path):
-    assert labelling.write(tmp_path, RECORDS) == 3
+    assert labelling.write_project(tmp_path, RECORDS) == 3
     tasks = json.loads((tmp_path / "tasks.json").read_text())
     rows = [export(t, annotation(7, choose(t, i % 2))) for i, t in enumerate(tasks)]
     (tmp_path / "export.json").write_text(json.dumps(rows))
@@ -114,10 +114,10 @@ def test_a_configuration_that_cannot_be_is_refused():
 
 def test_records_of_other_sizes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="one has 1 responses, those before it 2"):
-        labelling.write(tmp_path, [*RECORDS, group([[user("q"), assistant("x")]], row="one")])
+        labelling.write_project(tmp_path, [*RECORDS, group([[user("q"), assistant("x")]], row="one")])
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="no records"):
-        labelling.write(tmp_path, [])
+        labelling.write_project(tmp_path, [])
 
 
 def test_votes_are_shares_with_ties_and_agreement():

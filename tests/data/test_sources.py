@@ -27,7 +27,8 @@ from rmjax.batches import token_cache
 from rmjax.batches.chat import Chat
 from rmjax.batches.tasks import Preferences
 from rmjax.data import formats, sources
-from rmjax.data.sources import buckets, queries
+from rmjax.data.sources import database as database_lib
+from rmjax.data.sources import files, listing, queries, registered
 
 
 def rows(spec):
@@ -147,7 +148,7 @@ NO_QUERIES = {
 @pytest.mark.parametrize("sql", NO_QUERIES)
 def test_what_is_no_query_is_refused_before_it_is_sent(database, tmp_path, monkeypatch, sql):
     before = database.read_bytes(), sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr(rmjax.data.sources.database, "_connect", lambda _: pytest.fail("it was sent"))
+    monkeypatch.setattr(database_lib, "_connect", lambda _: pytest.fail("it was sent"))
     with pytest.raises(ValueError, match=NO_QUERIES[sql]):
         rows(f"sqlite:///{database}?query={sql.format(tmp=tmp_path)}")
     assert before == (database.read_bytes(), sorted(path.name for path in tmp_path.iterdir()))
@@ -234,7 +235,7 @@ def test_a_password_is_not_shown():
 @pytest.fixture(autouse=True)
 def unregister():
     yield
-    sources._REGISTERED.clear()
+    registered.REGISTERED.clear()
 
 
 def test_rows_registered_by_name():
@@ -450,7 +451,7 @@ def test_patterns_are_patterns_still(tmp_path):
 def test_a_bucket_with_names_like_patterns(tmp_path, monkeypatch):
     fs = fsspec.filesystem("memory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(buckets.fsspec.core, "url_to_fs", lambda item: (fs, item.replace("s3://", "/")))
+    monkeypatch.setattr(listing.fsspec.core, "url_to_fs", lambda item: (fs, item.replace("s3://", "/")))
     monkeypatch.setattr(fs, "ukey", lambda name: name, raising=False)
     for name in ("/lr=[1]/a.jsonl", "/lr=[1]/b[1].jsonl", "/lr=1/a.jsonl", "/lr=[1]/b1.jsonl"):
         with fs.open(name, "w") as file:
@@ -469,10 +470,10 @@ def test_a_copy_that_a_power_cut_emptied_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(fs, "ukey", lambda name: name, raising=False)
     with fs.open("/cut/a.jsonl", "w") as file:
         file.write('{"n": 1}\n')
-    copy = buckets._copy(fs, "/cut/a.jsonl")
+    copy = listing._local_copy(fs, "/cut/a.jsonl")
     for left in (b"", b'{"n"'):
         copy.write_bytes(left)
-        assert buckets._copy(fs, "/cut/a.jsonl").read_bytes() == b'{"n": 1}\n'
+        assert listing._local_copy(fs, "/cut/a.jsonl").read_bytes() == b'{"n": 1}\n'
     assert [path.name for path in copy.parent.iterdir()] == ["a.jsonl"]
 
 
@@ -626,13 +627,13 @@ def test_hub_errors_say_what_to_do(hub):
 def bucket(monkeypatch, tmp_path):
     """fsspec's file system in memory, in place of a bucket's."""
     fs = fsspec.filesystem("memory")
-    monkeypatch.setitem(buckets.PACKAGES, "memory", "none")
+    monkeypatch.setitem(listing.PACKAGES, "memory", "none")
     monkeypatch.setitem(sources.SCHEMES, "memory", sources.SCHEMES["gs"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    sources._bucket_files.cache_clear()
+    listing.remote_files.cache_clear()
     yield fs
     fs.store.clear()
-    sources._bucket_files.cache_clear()
+    listing.remote_files.cache_clear()
 
 
 def test_a_bucket_is_read_by_file_glob_and_directory(bucket, tmp_path):
@@ -647,7 +648,7 @@ def test_a_bucket_is_read_by_file_glob_and_directory(bucket, tmp_path):
     copies = sorted((tmp_path / "cache").rglob("*.jsonl"))
     bucket.pipe("/bucket/set/a.jsonl", b'{"text": "c"}')  # as another run would find it
     assert sources.fingerprint("memory://bucket/set/a.jsonl") == before
-    sources._bucket_files.cache_clear()
+    listing.remote_files.cache_clear()
     assert (
         texts("memory://bucket/set/a.jsonl") == ["c"] and sources.fingerprint("memory://bucket/set/a.jsonl") != before
     )
@@ -670,9 +671,9 @@ def test_what_is_not_in_a_bucket_or_cannot_be_had_is_said(bucket, monkeypatch):
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_a_line_that_never_ends_is_not_read_whole(tmp_path, monkeypatch, suffix):
     path = lines(tmp_path / f"a{suffix}", [{"n": 1}, {"n": "x" * 5000}])
-    monkeypatch.setattr(rmjax.data.sources.files, "MOST_LINE", 5010)
+    monkeypatch.setattr(files, "MOST_LINE", 5010)
     assert len(rows(str(path))) == 2 == sources.count_rows(str(path))
-    monkeypatch.setattr(rmjax.data.sources.files, "MOST_LINE", 5000)
+    monkeypatch.setattr(files, "MOST_LINE", 5000)
     for read in (rows, sources.count_rows):
         with pytest.raises(ValueError, match=rf"{path}, line 2 is longer than 5,000 bytes"):
             read(str(path))

@@ -162,7 +162,7 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     monkeypatch.setattr(Path, "replace", lambda a, b: done.append(("name", Path(b).name)) or replace(a, b))
     record = read_one()
     store.write(tmp_path / "a.parquet", [record])
-    labelling.write(tmp_path / "tasks", [record])
+    labelling.write_project(tmp_path / "tasks", [record])
     measure.save(tmp_path / "audit.json", {"n": 1})
     for name in ("a.parquet", "tasks.json", "config.xml", "audit.json"):
         at = done.index(("name", name))

@@ -285,7 +285,9 @@ def test_one_line_says_what_was_dropped(model, tmp_path, capsys):
     text = "4 rows scored, 1 written to o; dropped: margin 1; dropped: tie 2; relabelled 1"
     assert score._summary(*told, "o") == text
     assert score._summary(7, {"rows": 7}, "o") == "7 scores in o"
-    assert [making.columns({"scores": pa.list_(pa.float64())}, Options(best_of_n=x)).keys() for x in (False, True)] == [
+    assert [
+        making.made_columns({"scores": pa.list_(pa.float64())}, Options(best_of_n=x)).keys() for x in (False, True)
+    ] == [
         {"scores"},
         {"response", "score"},
     ]

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_terminal import Clock, Terminal, screen
 from test_train import metrics, small
-from test_writers import Clock, Terminal, points, screen
+from test_writers import points
 
 from rmjax import config as config_lib
 from rmjax import objectives

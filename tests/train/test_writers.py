@@ -1,6 +1,5 @@
 """Writers: what a resumed run leaves behind equals what an uninterrupted one does."""
 
-import io
 import json
 import os
 import struct
@@ -194,107 +193,6 @@ def test_without_wandb_the_error_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_importing_needs_no_optional_package():
-    script = "import sys, rmjax.writers; print({'wandb', 'torch', 'tensorflow'} & set(sys.modules))"
+    script = "import sys, rmjax.train.writers; print({'wandb', 'torch', 'tensorflow'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_rate_and_time_left_leave_compiling_out():
-    clock, stream = Clock(), io.StringIO()
-    progress = Progress(1000, stream=stream, clock=clock, interval=0)
-    clock.now += 60  # compiles
-    progress.step(1, {"loss": 0.69314}, groups=8)
-    for step in range(2, 12):
-        clock.now += 0.5
-        progress.step(step, {"loss": 0.5, "accuracy": 0.75}, groups=8)
-    lines = stream.getvalue().splitlines()
-    assert lines[0] == "step 1/1000  loss 0.6931"
-    assert lines[-1] == "step 11/1000  8:14 left  loss 0.5  accuracy 0.75  16.0 pairs/s"
-
-
-def test_progress_follows_a_rate_that_changes():
-    clock, stream = Clock(), io.StringIO()
-    progress = Progress(10_000, stream=stream, clock=clock, unit="rows", interval=0)
-    for step in range(1, 601):
-        clock.now += 1.0 if step <= 300 else 0.25
-        progress.step(step, {}, groups=4)
-    assert stream.getvalue().splitlines()[-1] == "step 600/10000  39:10 left  16.0 rows/s"
-
-
-def test_progress_in_a_log_prints_at_intervals_and_at_the_end():
-    clock, stream = Clock(), io.StringIO()
-    progress = Progress(50, stream=stream, clock=clock, interval=10.0)
-    for step in range(1, 51):
-        clock.now += 1.0
-        progress.step(step, {}, groups=1)
-        if step == 5:
-            progress.note("step 5: saved")
-    progress.close()
-    starts = [line.split("/")[0] for line in stream.getvalue().splitlines()]
-    assert starts == ["step 1", "step 5: saved", "step 11", "step 21", "step 31", "step 41", "step 50"]
-    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
-
-
-def test_progress_that_stops_early_prints_its_last_line():
-    clock, stream = Clock(), io.StringIO()
-    progress = Progress(50, stream=stream, clock=clock)
-    for step in (1, 2, 3):
-        progress.step(step, {}, groups=1)
-    progress.close()
-    progress.close()
-    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/50", "3/50"]
-
-
-def screen(written):
-    """The lines that a terminal shows, by its rules for carriage return and erase to the end of the line."""
-    lines = []
-    for line in written.split("\n"):
-        cells = ""
-        for part in line.split("\r"):
-            text, erase, rest = part.partition("\x1b[K")
-            cells = (text if erase else text + cells[len(text) :]) + rest
-        lines.append(cells)
-    return lines
-
-
-def test_progress_on_a_terminal_rewrites_one_line(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    clock, stream = Clock(), Terminal()
-    progress = Progress(3, stream=stream, clock=clock)
-    progress.step(1, {"loss": 2.0, "a_name": 1.0, "another_that_is_long": 1.0, "b": 1.0}, groups=1)
-    assert screen(stream.getvalue())[-1] == "step 1/3  loss 2  a_name 1"  # what does not fit whole is left out
-    progress.step(2, {"loss": 2.0}, groups=1)
-    progress.note("saved")
-    clock.now += 75.0
-    progress.step(3, {"loss": 1.5}, groups=1)
-    progress.close()
-    assert screen(stream.getvalue()) == ["saved", "step 3/3  1:15 elapsed  loss 1.5", ""]
-
-
-@pytest.mark.parametrize("columns", [1, 5, 9])
-def test_progress_on_a_terminal_too_narrow_for_a_step(monkeypatch, columns):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    stream = Terminal()
-    Progress(3, stream=stream, clock=Clock()).step(1, {"loss": 2.0}, groups=1)
-    assert screen(stream.getvalue()) == ["step 1/3"[: columns - 1]]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0, "0:00"), (59.6, "1:00"), (65, "1:05"), (3725.4, "1:02:05"), (360000, "100:00:00")],
-)
-def test_clock_time(seconds, words):
-    assert clock_time(seconds) == words

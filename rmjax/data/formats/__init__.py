@@ -9,7 +9,6 @@ what was left out, and the audit counts it.
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from rmjax.data.formats.scored import SCORED
 from rmjax.data.formats.steps import STEPS
 from rmjax.data.formats.stored import STORED
 from rmjax.data.records import BadRow, Record
+from rmjax.suggestions import closest, did_you_mean
 
 __all__ = ["FORMATS", "LOOK", "Format", "Kind", "Layout", "detect", "lines"]
 
@@ -98,7 +98,7 @@ def detect(rows: Sequence[Row], name: str = "auto") -> Layout:
             format is closest.
     """
     if name != "auto" and name not in FORMATS:
-        raise ValueError(f"unknown data format {name!r}; known: {', '.join(FORMATS)}{_meant(name, FORMATS)}")
+        raise ValueError(f"unknown data format {name!r}; known: {', '.join(FORMATS)}{did_you_mean(name, FORMATS)}")
     if not rows:
         raise ValueError("there are no rows to see a format in")
     columns = dict.fromkeys(column for row in rows for column in row)
@@ -118,7 +118,7 @@ def detect(rows: Sequence[Row], name: str = "auto") -> Layout:
     for column, kind in (*form.columns.items(), *form.optional.items()):
         cells = seen.get(column, [])
         if not (cells or column not in form.columns):
-            near = _meant(column, [c for c in seen if c not in form.columns])
+            near = did_you_mean(column, [c for c in seen if c not in form.columns])
             raise ValueError(f"{form.name} needs a column {column!r} ({kind.words}); found {_columns(seen)}{near}")
         if cells and not any(map(kind.test, cells)):
             json_text = "; it holds JSON as text: write it as a list or object" if _parsed(cells[0]) is not None else ""
@@ -187,8 +187,7 @@ def _unclear(found: Sequence[Format], rows: Sequence[Row], seen: Mapping[str, li
 def _closest(seen: Mapping[str, list[Any]]) -> str:
     """The format that shares most columns, and what it lacks."""
     has = lambda column, kind: column in seen and any(map(kind.test, seen[column]))
-    near = lambda column: difflib.get_close_matches(column, seen, 1)
-    part = lambda column, kind: 1.0 if has(column, kind) else 0.4 if column in seen or near(column) else 0.0
+    part = lambda column, kind: 1.0 if has(column, kind) else 0.4 if column in seen or closest(column, seen) else 0.0
     fit = lambda form: sum(part(*item) for item in form.columns.items())
     sure = lambda form: 0.8 if fit(form) == len(form.columns) else 1.0  # its columns are there, its rows differ
     form = max(FORMATS.values(), key=lambda form: sure(form) * fit(form) / (len(form.columns) + len(seen)))
@@ -197,7 +196,7 @@ def _closest(seen: Mapping[str, list[Any]]) -> str:
         if column in seen and not has(column, kind):
             lacks.append(f"{column!r} as {kind.words}, not as {show(next(iter(seen[column]), None))}")
         elif column not in seen:
-            lacks.append(f"{column!r} ({kind.words}{_meant(column, [c for c in seen if c not in form.columns])})")
+            lacks.append(f"{column!r} ({kind.words}{did_you_mean(column, [c for c in seen if c not in form.columns])})")
     needs = f"which needs {' and '.join(lacks)}" if lacks else f"but its rows differ: {form.means}"
     return f"Closest is {form.name}, {needs}"
 
@@ -230,11 +229,6 @@ def _is_conversation_text(cell: Any) -> bool:
         and bool(turns)
         and all(isinstance(t, dict) and {"role", "from"} & set(t) for t in turns)
     )
-
-
-def _meant(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _columns(seen: Mapping[str, Sequence[Any]]) -> str:

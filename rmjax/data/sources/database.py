@@ -6,7 +6,6 @@ of a PostgreSQL server do outside its tables (write a file, send a message), the
 """
 
 import contextlib
-import dataclasses
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -15,8 +14,11 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, unquote_plus
 
 from rmjax.data.sources import queries
+from rmjax.data.sources.files import Row
+from rmjax.data.sources.parts import Part, part_of_rows
 from rmjax.runtime import passwords
 
+SCHEMES = ("sqlite", "postgresql")
 FETCH = 1024  # rows in memory at a time
 # What SQLite lets a connection do (https://sqlite.org/c3ref/c_alter_table.html), the pragmas by which SQLAlchemy finds
 # tables and their columns, and functions that read or write other files where a build of SQLite has them.
@@ -25,61 +27,12 @@ PRAGMAS = ("table_info", "table_xinfo", "table_list", "index_list", "index_info"
 FUNCTIONS = ("load_extension", "readfile", "writefile", "edit", "fts3_tokenizer")
 
 
-@dataclasses.dataclass(frozen=True)
-class Location:
-    """What a database source names.
-
-    Attributes:
-        url: an sqlalchemy.URL.
-        table: name of a table or view, "" with a query.
-        query: SQL, "" with a table.
-    """
-
-    url: Any
-    table: str
-    query: str
-
-    @property
-    def name(self) -> str:
-        """The table, or "query"."""
-        return self.table or "query"
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows, FETCH at a time; those of a table in the order of its primary key, where it has one."""
-        with _connect(self.url) as connection:
-            result = connection.execution_options(yield_per=FETCH).execute(self._statement(connection))
-            for row in result.mappings():
-                yield dict(row)
-
-    def count(self) -> int:
-        """Number of rows, as the database says."""
-        import sqlalchemy
-
-        with _connect(self.url) as connection:
-            inner = self._statement(connection)
-            inner = inner.order_by(None) if self.table else inner.columns()
-            return connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(inner.subquery())).scalar()
-
-    def _statement(self, connection: Any) -> Any:
-        import sqlalchemy
-
-        if self.query:
-            # SQLAlchemy would take ":name" for a parameter.
-            return sqlalchemy.text(queries.checked(self.query).replace(":", r"\:"))
-        inspector = sqlalchemy.inspect(connection)
-        names = sorted([*inspector.get_table_names(), *inspector.get_view_names()])
-        if self.table not in names:
-            raise ValueError(f"{_shown(self.url)} has no table {self.table!r}; it has: {', '.join(names) or 'none'}")
-        key = inspector.get_pk_constraint(self.table)["constrained_columns"]
-        everything = sqlalchemy.select(sqlalchemy.text("*")).select_from(sqlalchemy.table(self.table))
-        return everything.order_by(*map(sqlalchemy.column, key))
-
-
-def locate(item: str) -> Location:
+def database_part(item: str) -> Part:
     """Reads `sqlite:///relative.db?table=NAME`, `sqlite:////absolute.db?query=SELECT ...`, and finds out what is there.
 
     Everything after `query=` is SQL as it stands, commas and percent signs too; other options go to the driver. A
-    password is better left to the driver (for PostgreSQL, PGPASSWORD or ~/.pgpass), because sources are printed.
+    password is better left to the driver (for PostgreSQL, PGPASSWORD or ~/.pgpass), because sources are printed. Rows
+    are read FETCH at a time; those of a table in the order of its primary key, where it has one.
 
     Raises:
         FileNotFoundError: no such file.
@@ -91,29 +44,56 @@ def locate(item: str) -> Location:
     except ModuleNotFoundError as error:
         raise ValueError(f"{item} needs SQLAlchemy: pip install 'rmjax[sql]'") from error
     base, _, options = passwords.reveal(item).partition("?")
-    before, *query = re.split(r"(?:^|&)query=", options, maxsplit=1)
+    before, *sql = re.split(r"(?:^|&)query=", options, maxsplit=1)
     named = dict(parse_qsl(before))
-    table = named.pop("table", "")
+    table, query = named.pop("table", ""), "".join(sql)
     url = sqlalchemy.make_url(base).update_query_dict(named)
-    if bool(table) == bool(query):
+    if bool(table) == bool(sql):
         raise ValueError(f"{_shown(url)}: name a table with ?table=NAME, or give SQL with ?query=SELECT ...")
-    if query:
+    if sql:
         try:
-            queries.checked(query[0])
+            queries.checked(query)
         except ValueError as error:
             raise ValueError(f"{_shown(url)}: {error}") from None
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():  # SQLite would make the file
         raise FileNotFoundError(f"{_shown(url)}: no file {url.database!r}; looked from {Path.cwd()}")
-    location = Location(url, table, query[0] if query else "")
+
+    def rows() -> Iterator[Row]:
+        with _connect(url) as connection:
+            statement = _statement(connection, url, table, query)
+            result = connection.execution_options(yield_per=FETCH).execute(statement)
+            yield from map(dict, result.mappings())
+
+    def count() -> int:
+        with _connect(url) as connection:
+            inner = _statement(connection, url, table, query)
+            inner = inner.order_by(None) if table else inner.columns()
+            return connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(inner.subquery())).scalar()
+
     with _connect(url) as connection:
-        location._statement(connection)
-    return location
+        _statement(connection, url, table, query)
+    return part_of_rows(item, table or "query", rows, count)
 
 
-def name(item: str) -> str:
+def _statement(connection: Any, url: Any, table: str, query: str) -> Any:
+    import sqlalchemy
+
+    if query:
+        # SQLAlchemy would take ":name" for a parameter.
+        return sqlalchemy.text(queries.checked(query).replace(":", r"\:"))
+    inspector = sqlalchemy.inspect(connection)
+    names = sorted([*inspector.get_table_names(), *inspector.get_view_names()])
+    if table not in names:
+        raise ValueError(f"{_shown(url)} has no table {table!r}; it has: {', '.join(names) or 'none'}")
+    key = inspector.get_pk_constraint(table)["constrained_columns"]
+    everything = sqlalchemy.select(sqlalchemy.text("*")).select_from(sqlalchemy.table(table))
+    return everything.order_by(*map(sqlalchemy.column, key))
+
+
+def table_name(item: str) -> str:
     """The table that a source names, or "query"."""
-    found = re.search(r"[?&]table=([^&]+)", item)
-    return unquote_plus(found[1]) if found else "query"
+    table = re.search(r"[?&]table=([^&]+)", item)
+    return unquote_plus(table[1]) if table else "query"
 
 
 @contextlib.contextmanager

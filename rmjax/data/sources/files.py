@@ -27,7 +27,11 @@ def kind(path: Path) -> str:
 
 
 def as_object(value: Any, where: str) -> Row:
-    """The value itself, which must be an object."""
+    """The value itself.
+
+    Raises:
+        ValueError: it is no object.
+    """
     if not isinstance(value, dict):
         raise ValueError(f"{where} is a {type(value).__name__}, expected an object")
     return value
@@ -70,8 +74,8 @@ def digest(path: Path) -> str:
 
 def state(path: Path) -> tuple[int, ...]:
     """What becomes another one whenever the file is written to or replaced, even by what it held before."""
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _open(path: Path) -> BinaryIO:
@@ -134,17 +138,12 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
         yield line
 
 
-_json_counts: dict[tuple[Path, int, int], int] = {}  # rows by path, time of change and size
-
-
-def _json_key(path: Path) -> tuple[Path, int, int]:
-    stat = path.stat()
-    return path, stat.st_mtime_ns, stat.st_size
+_json_counts: dict[tuple[int, ...], int] = {}  # rows by state of a file
 
 
 def _read_json(path: Path, as_row: AsRow) -> Iterator[Row]:
     """A JSON array, one object of equally long columns, or (often so named) JSON lines."""
-    key = _json_key(path)
+    key = state(path)
     with _open(path) as file:
         text = file.read().decode("utf-8-sig")
     try:
@@ -166,7 +165,7 @@ def _read_json(path: Path, as_row: AsRow) -> Iterator[Row]:
 
 
 def _count_json(path: Path) -> int | None:
-    return _json_counts.get(_json_key(path))
+    return _json_counts.get(state(path))
 
 
 def _columns_to_rows(columns: dict[str, Any], where: str) -> list[Row]:

@@ -22,7 +22,7 @@ def checked(sql: str) -> str:
         ValueError: it is another statement than a query, or several, or cannot be told apart.
     """
     sql = sql.strip().rstrip("; \t\r\n")
-    if any("/*" in found[0][2:] for found in _QUOTED.finditer(sql) if found[0].startswith("/*")):
+    if any("/*" in quoted[0][2:] for quoted in _QUOTED.finditer(sql) if quoted[0].startswith("/*")):
         raise ValueError(f"query={sql[:60]} has a comment in a comment; leave it out")
     plain = _QUOTED.sub(" ", sql)
     words = re.findall(r"\w+", plain.upper())
