@@ -42,7 +42,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from rmjax.runtime import exits, files, ownership, processes
+from rmjax.runtime import agreement, exits, files, ownership, processes
 from rmjax.sharding import path_name
 
 HOST, AMENDED, MANIFEST = "host.json", "host-amended.json", "manifest.json"
@@ -242,7 +242,7 @@ class Checkpointer:
 
     def _first_says(self, what: str, find: Callable[[], Any]) -> Any:
         """What process 0 finds; an error of its own ends the others, see processes.py."""
-        return processes.agree(f"checkpoint {what}", find() if processes.is_first() else None)
+        return agreement.agree(f"checkpoint {what}", find() if processes.is_first() else None)
 
     def _finished(self) -> list[int]:
         return [step for step in self._sealed() if _problem(self._path(step), deep=False) is None]
@@ -324,7 +324,7 @@ class Checkpointer:
         orbax.wait_until_finished()
         if not processes.is_first():  # what this host wrote; process 0 syncs what it can see
             _sync(path / f"ocdbt.process_{processes.number()}")
-        processes.barrier("checkpoint written")
+        agreement.barrier("checkpoint written")
         if processes.is_first():
             self._require_held()
             ownership.write_text(path / HOST, host_json)
@@ -332,7 +332,7 @@ class Checkpointer:
             _write_manifest(path)
             _sync_names(self._directory)
             self._delete_replaced()
-        processes.barrier("checkpoint sealed")
+        agreement.barrier("checkpoint sealed")
 
     def _delete_replaced(self) -> None:
         begun = self._begun()

@@ -25,7 +25,7 @@ from rmjax.models.config import ModelConfig
 from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.base import Objective
 from rmjax.objectives.sums import Sums
-from rmjax.runtime import files, ownership, processes
+from rmjax.runtime import agreement, files, ownership, processes
 from rmjax.train import optim
 from rmjax.train.step import Program
 
@@ -154,7 +154,7 @@ def claim(config: ConfigDict, workdir: Path) -> str:
         run = mine or checkpoints.get("run") or ownership.new_id()
         if not mine:
             ownership.write_marker(workdir, "run", run)
-    return processes.agree("run", run)
+    return agreement.agree("run", run)
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:

@@ -449,7 +449,7 @@ def test_what_a_run_is_made_of_is_told_apart(tmp_path, cache_dir, tokenizer):
     values = {"hidden_size": 32}
 
     def made_from(chat, train="synthetic://pairs?n=50", validation="synthetic://pairs?n=20&seed=1", **other):
-        groups = [prepare.build_groups(config, chat, task, source) for source in (training, validation)]
+        groups = [prepare.build_groups(config, chat, task, source) for source in (train, validation)]
         return resume.identity(config, chat, {**values, **other}, *groups)
 
     first = made_from(Chat(tokenizer))
