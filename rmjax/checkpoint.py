@@ -22,7 +22,6 @@ import atexit
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import itertools
 import json
 import logging as python_logging
@@ -42,13 +41,12 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from rmjax.runtime import agreement, exits, files, ownership, processes
+from rmjax.runtime import agreement, exits, files, ownership, processes, sealing
+from rmjax.runtime.sealing import MANIFEST
 from rmjax.sharding import path_name
 
-HOST, AMENDED, MANIFEST = "host.json", "host-amended.json", "manifest.json"
+HOST, AMENDED = "host.json", "host-amended.json"
 UNNAMED = ".orbax-checkpoint-tmp"  # Orbax's suffix of a directory that it has not finished writing
-SMALL = 2**20  # bytes; files up to here are digested even where reading whole checkpoints would take too long
-HASH_THREADS = 4
 IN_FLIGHT = 32 * 2**20  # bytes of arrays that a process reads or writes at a time, beside the arrays themselves; or one
 CHUNK = 16 * 2**20  # bytes of the pieces that arrays are stored in; whoever needs a part of a piece reads all of it
 
@@ -167,8 +165,7 @@ class Checkpointer:
         with self._failures_named(step):
             self._require_held()
             ownership.write_text(path / AMENDED, json.dumps({"host": host, "metrics": metrics or {}}))
-            entries = json.loads((path / MANIFEST).read_text())["files"]
-            _seal(path, {**entries, AMENDED: _entry(path, AMENDED)})
+            sealing.seal_file(path, AMENDED)
             self._delete_replaced()
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict] | None:
@@ -206,7 +203,7 @@ class Checkpointer:
                 shape or dtype.
         """
         self.wait()
-        problem = self._first_says("whole", lambda: _problem(self._path(step), deep=True))
+        problem = self._first_says("whole", lambda: sealing.find_damage(self._path(step), deep=True))
         if problem:
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self._directory} cannot be used: {problem}; "
@@ -245,7 +242,7 @@ class Checkpointer:
         return agreement.agree(f"checkpoint {what}", find() if processes.is_first() else None)
 
     def _finished(self) -> list[int]:
-        return [step for step in self._sealed() if _problem(self._path(step), deep=False) is None]
+        return [step for step in self._sealed() if sealing.find_damage(self._path(step), deep=False) is None]
 
     def _best(self) -> int | None:
         ranked = [info.metrics for info in map(self._ranked, self._finished()) if info.metrics is not None]
@@ -270,12 +267,7 @@ class Checkpointer:
         steps = marker["steps"] if "steps" in marker else self._sealed()
         self._token = uuid.uuid4().hex
         self._directory.mkdir(parents=True, exist_ok=True)
-        values = {**marker, **self._owner, "run": run, "holder": self._token, "steps": steps}
-        self._write_marker(values)
-
-    def _write_marker(self, values: dict[str, Any]) -> None:
-        values = {name: x for name, x in values.items() if name not in ("version", "kind")}
-        ownership.write_marker(self._directory, "checkpoints", values.pop("run"), **values)
+        self._change_marker(**{**self._owner, "run": run, "holder": self._token, "steps": steps})
 
     def _begun(self) -> list[int]:
         """The steps of this run that were begun and are not deleted; they alone may be deleted or set aside."""
@@ -296,10 +288,10 @@ class Checkpointer:
         if step not in begun:
             if self._path(step).exists():
                 raise CheckpointError(f"{self._path(step)} is there and is no checkpoint of this run; move it away")
-            self._note([*begun, step])
+            self._change_marker(steps=sorted([*begun, step]))
 
-    def _note(self, steps: list[int]) -> None:
-        self._write_marker({**self._marker(), "steps": sorted(steps)})
+    def _change_marker(self, **values: Any) -> None:
+        ownership.change_marker(self._directory, "checkpoints", **values)
 
     def _require_held(self) -> None:
         """Makes sure that no later start writes here.
@@ -323,14 +315,14 @@ class Checkpointer:
         """In the background: waits for the files of a step, seals it, then deletes the steps it replaces."""
         orbax.wait_until_finished()
         if not processes.is_first():  # what this host wrote; process 0 syncs what it can see
-            _sync(path / f"ocdbt.process_{processes.number()}")
+            sealing.sync_directory(path / f"ocdbt.process_{processes.number()}")
         agreement.barrier("checkpoint written")
         if processes.is_first():
             self._require_held()
             ownership.write_text(path / HOST, host_json)
-            _sync(path)
-            _write_manifest(path)
-            _sync_names(self._directory)
+            sealing.seal_directory(path)
+            if "://" not in str(self._directory):
+                files.sync(self._directory)
             self._delete_replaced()
         agreement.barrier("checkpoint sealed")
 
@@ -348,7 +340,7 @@ class Checkpointer:
             except OSError as error:
                 logging.warning("could not delete the old checkpoint %s: %s", path, error)
         if deleted:
-            self._note([step for step in begun if step not in deleted])
+            self._change_marker(steps=[step for step in begun if step not in deleted])
 
     def _ranked(self, step: int) -> _Info:
         """A finished step as the policies want it; `metrics` is None where it cannot be among the best."""
@@ -357,8 +349,7 @@ class Checkpointer:
 
     def _host(self, step: int) -> dict:
         path = self._path(step)
-        amended = AMENDED in json.loads((path / MANIFEST).read_text())["files"]
-        return json.loads((path / (AMENDED if amended else HOST)).read_text())
+        return json.loads((path / (AMENDED if AMENDED in sealing.sealed_files(path) else HOST)).read_text())
 
     def _sealed(self) -> list[int]:
         """Steps with a manifest, ascending: this run's in any state, and others that are checkpoints by their contents.
@@ -374,7 +365,7 @@ class Checkpointer:
     def _newest_whole(self) -> int | None:
         problems = []
         for step in reversed(self._sealed()):
-            problem = _problem(self._path(step), deep=True)
+            problem = sealing.find_damage(self._path(step), deep=True)
             if problem is None:
                 return step
             logging.warning("the checkpoint of step %d is broken, going back to the one before: %s", step, problem)
@@ -400,13 +391,13 @@ class Checkpointer:
                 continue
             if path.name != number or not (path / MANIFEST).exists():
                 path.rmtree(missing_ok=True)
-            elif int(number) > after or _problem(path, deep=False):
+            elif int(number) > after or sealing.find_damage(path, deep=False):
                 aside = self._aside(number)
                 path.rename(aside)
                 logging.warning("moved the broken checkpoint of step %s to %s", number, aside)
         gone = [step for step in begun if not self._path(step).exists()]
         if gone:
-            self._note([step for step in begun if step not in gone])
+            self._change_marker(steps=[step for step in begun if step not in gone])
 
     def _aside(self, number: str) -> epath.Path:
         """A name for a broken step that nothing has yet."""
@@ -511,76 +502,12 @@ def _shapes(tree: Any) -> dict[str, str]:
     return {path_name(path): f"{jax.numpy.dtype(leaf.dtype)} {tuple(leaf.shape)}" for path, leaf in leaves}
 
 
-def _files(step_path: epath.Path) -> list[str]:
-    """Names of all files of a step that its manifest covers, relative to it, sorted."""
-    found = [
-        (folder.relative_to(step_path) / name).as_posix() for folder, _, names in step_path.walk() for name in names
-    ]
-    return sorted(set(found) - {MANIFEST})
-
-
-def _digest(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_manifest(step_path: epath.Path) -> None:
-    names = _files(step_path)
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        _seal(step_path, dict(zip(names, pool.map(lambda name: _entry(step_path, name), names))))
-
-
-def _entry(step_path: epath.Path, name: str) -> dict[str, Any]:
-    return {"bytes": (step_path / name).stat().length, "sha256": _digest(step_path / name)}
-
-
-def _seal(step_path: epath.Path, files: dict[str, dict[str, Any]]) -> None:
-    ownership.write_text(step_path / MANIFEST, json.dumps({"files": files}, indent=1))
-
-
-def _sync(path: epath.Path) -> None:
-    """Sends what a step has written to the disk; an object in a bucket is durable once it is there."""
-    if "://" not in str(path) and path.exists():
-        files.sync_tree(path)
-
-
-def _sync_names(directory: epath.Path) -> None:
-    if "://" not in str(directory):
-        files.sync(directory)
-
-
 def _is_checkpoint(step_path: epath.Path) -> bool:
     """Whether a folder is a finished checkpoint by what its manifest says, rather than by its name."""
     try:
-        return HOST in json.loads((step_path / MANIFEST).read_text())["files"]
+        return HOST in sealing.sealed_files(step_path)
     except (ValueError, LookupError, TypeError, OSError):
         return False
-
-
-def _problem(step_path: epath.Path, deep: bool) -> str | None:
-    """What is wrong with a step, naming the file; None where it is whole. `deep` digests large files too."""
-    try:
-        files = json.loads((step_path / MANIFEST).read_text())["files"]
-        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing, so the save was never finished"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"{MANIFEST} cannot be read: {error!r}"
-
-    def check(name: str) -> str | None:
-        path, (size, digest) = step_path / name, expected[name]
-        try:
-            found = path.stat().length
-            if found != size:
-                return f"{name} has {found} bytes, expected {size}"
-            if (deep or size <= SMALL) and _digest(path) != digest:
-                return f"{name} has other contents than were saved (SHA-256 differs)"
-        except OSError as error:
-            return f"{name} cannot be read: {error}"
-        return None
-
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return next(filter(None, pool.map(check, expected)), None)
 
 
 def _without_orbax_chatter(record: python_logging.LogRecord) -> bool:

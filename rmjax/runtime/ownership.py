@@ -63,6 +63,12 @@ def write_marker(directory: str | os.PathLike, kind: str, run: str, **values: An
     write_text(epath.Path(directory) / MARKER, json.dumps({"version": VERSION, "kind": kind, "run": run, **values}))
 
 
+def change_marker(directory: str | os.PathLike, kind: str, **changes: Any) -> None:
+    """Replaces values of a folder's marker, which need not exist yet; the others stay."""
+    values = {**(read_marker(directory, kind) or {}), **changes}
+    write_marker(directory, kind, **{name: x for name, x in values.items() if name not in ("version", "kind")})
+
+
 def write_text(path: epath.Path, text: str) -> None:
     """Writes a file whole, here or in a bucket, where an object appears whole or not at all."""
     if "://" in str(path):
@@ -209,8 +215,7 @@ def note_change(directory: Path, name: str) -> None:
     """Notes that rmjax itself has written a file of a finished folder once more."""
     with contextlib.suppress(ValueError):
         if (marker := read_marker(directory, "export")) and name in marker["files"]:
-            described = {**marker["files"], name: _description(directory / name)}
-            write_marker(directory, "export", marker["run"], files=described)
+            change_marker(directory, "export", files={**marker["files"], name: _description(directory / name)})
 
 
 def remove_tree(directory: Path) -> None:
