@@ -22,6 +22,7 @@ from rmjax import checkpoint
 from rmjax.checkpoint import Checkpointer, CheckpointError
 from rmjax.runtime import sealing
 from rmjax.runtime.ownership import MARKER
+from rmjax.runtime.step_directory import AMENDED
 
 
 def make_state(seed=0, size=8):
@@ -346,7 +347,7 @@ def test_a_finished_step_is_not_saved_over(tmp_path, caplog):
 
 
 def test_what_is_measured_later_amends_a_finished_step(tmp_path, monkeypatch):
-    checkpointer, state, amended = opened(tmp_path, 1, 1, "accuracy"), make_state(), checkpoint.AMENDED
+    checkpointer, state, amended = opened(tmp_path, 1, 1, "accuracy"), make_state(), AMENDED
     checkpointer.save(1, state, {"evaluated": False}, None)
     checkpointer.wait()
     assert checkpointer.best_step() is None
@@ -473,7 +474,7 @@ KILLED = """
         replace = pathlib.Path.replace
         pathlib.Path.replace = lambda x, target: die() if target.name == "manifest.json" else replace(x, target)
     if where == "deletion":
-        type(checkpointer._directory).rmtree = die
+        type(checkpointer._steps.path).rmtree = die
     checkpointer.save(step, state, {}, None)
     if where == "files":  # they are written by threads, which may not have begun
         while not any(x.name.startswith(str(step)) for x in pathlib.Path(directory).iterdir()):

@@ -19,7 +19,7 @@ from rmjax import config as config_lib
 from rmjax.batches.chat import Chat
 from rmjax.batches.groups import Groups
 from rmjax.batches.packing import Plan
-from rmjax.checkpoint import MANIFEST, Checkpointer
+from rmjax.checkpoint import Checkpointer
 from rmjax.inference import parameters, runs
 from rmjax.models import hf, hf_export, weight_files
 from rmjax.models.config import ModelConfig
@@ -27,6 +27,7 @@ from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.base import Objective
 from rmjax.objectives.sums import Sums
 from rmjax.runtime import agreement, files, ownership, processes
+from rmjax.runtime.sealing import MANIFEST
 from rmjax.train import optim
 from rmjax.train.step import Program
 
