@@ -73,11 +73,11 @@ class Checkpointer:
         """Opens `directory`, which need not exist; nothing is written before the first save.
 
         Args:
-            directory: of the steps, here or in a bucket.
+            directory: here or in a bucket.
             keep_latest: how many of the newest steps stay.
-            keep_best: how many of the best.
-            metric: that ranks them.
-            mode: "max" or "min".
+            keep_best: how many of the best by `metric` stay as well.
+            metric: name of a metric that `save` is given.
+            mode: "max" or "min", whichever is better.
             owner: what the marker says of the run: at least its id, as "run".
 
         Raises:
@@ -165,7 +165,7 @@ class Checkpointer:
         step = self._first_says("newest", self._steps.newest_whole_step)
         restored = None if step is None else (step, *self._read(step, abstract_state, partial=False))
         # Only now: a start that cannot go on from here takes nothing over from one that can.
-        self._first_says("taken", lambda: self._take_and_clear_up(step))
+        self._first_says("taken", lambda: self._steps.go_on_from(step))
         return restored
 
     def restore_step(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
@@ -253,11 +253,6 @@ class Checkpointer:
         """A finished step as the policies want it; `metrics` is None where it cannot be among the best."""
         score = self._steps.read_host(step)["metrics"].get(self._metric, math.nan)
         return _Info(step, {"score": self._sign * score, "step": step} if math.isfinite(score) else None)
-
-    def _take_and_clear_up(self, step: int | None) -> None:
-        if step is not None or self._steps.marked:
-            self._steps.take()
-        self._steps.clear_up(after=-1 if step is None else step)
 
     def _read(self, step: int, abstract: Any, partial: bool) -> tuple[Any, dict]:
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)

@@ -139,8 +139,9 @@ class Hub(threading.Thread):
                 await asyncio.sleep(LATE)  # until all have read it
 
     async def _serve(self) -> None:
+        self._deadline = time.monotonic() + self._seconds
         server = await asyncio.start_server(self._meet, sock=self._listener, limit=LONGEST, backlog=1024)
-        self._close, self._deadline = server.close, time.monotonic() + self._seconds
+        self._close = server.close
         for tick in itertools.count():
             if tick % 8 == 0:
                 self._tell(beat=1)
@@ -314,7 +315,8 @@ class Link(threading.Thread):
             proof = self.hello.proof(self._secret, message["nonce"]).decode()
             self._send(**vars(self.hello), proof=proof)
         elif "beat" in message:
-            self._send(position=self.at[0], step=self.at[1])
+            position, step = self.at
+            self._send(position=position, step=step)
         elif "go" in message:
             self.hosts = message["go"]
             self.joined.set()

@@ -46,15 +46,17 @@ def read_marker(directory: str | os.PathLike, kind: str) -> dict[str, Any] | Non
         return None
     try:
         values = json.loads(path.read_bytes())
-        found, _ = values["kind"], str(values["run"])
+        marked_kind, _ = values["kind"], str(values["run"])
         if values["version"] != VERSION:
             raise ValueError(f"version {values['version']}, expected {VERSION}")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({error!r}). If {directory} is yours to write to, delete that file and start again"
         ) from None
-    if found != kind:
-        raise ValueError(f"{directory} is a folder of rmjax of the kind {found!r}, expected {kind!r}; name another")
+    if marked_kind != kind:
+        raise ValueError(
+            f"{directory} is a folder of rmjax of the kind {marked_kind!r}, expected {kind!r}; name another"
+        )
     return values
 
 
@@ -112,7 +114,7 @@ def require_ours(
 
 @contextlib.contextmanager
 def new_directory(directory: Path, kind: str, run: str) -> Iterator[Path]:
-    """A directory to write into that gets its name, synced, when all went well; what replaces an older one of ours.
+    """A directory to write into that gets its name, synced, when all went well, and replaces an older one of ours.
 
     The new one is written beside the old. Files in the old one that rmjax did not write there are kept: they move into
     the new one, and one that was changed by hand since, and has a successor, becomes NAME.kept.
@@ -131,7 +133,8 @@ def new_directory(directory: Path, kind: str, run: str) -> Iterator[Path]:
     write_marker(partial, kind, run, files={})
     try:
         yield partial
-        write_marker(partial, kind, run, files=_described(partial))
+        written = {path.name: _description(path) for path in sorted(partial.iterdir()) if path.name != MARKER}
+        write_marker(partial, kind, run, files=written)
         files.sync_tree(partial)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -199,10 +202,6 @@ def _is_ours(path: Path, marker: Mapping[str, Any] | None) -> bool:
     if marker is None:
         return path.name in OLDER_EXPORT or (path.name.startswith("model-") and path.suffix == ".safetensors")
     return path.name in marker["files"] and marker["files"][path.name] == _description(path)
-
-
-def _described(directory: Path) -> dict[str, Any]:
-    return {path.name: _description(path) for path in sorted(directory.iterdir()) if path.name != MARKER}
 
 
 def _description(path: Path) -> dict[str, Any]:

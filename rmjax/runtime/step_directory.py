@@ -107,6 +107,12 @@ class StepDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._change_marker(**{**self._owner, "run": run, "holder": self._token, "steps": steps})
 
+    def go_on_from(self, step: int | None) -> None:
+        """Takes the directory over and clears up, for training that starts at a step, or anew (None)."""
+        if step is not None or self._marker():
+            self.take()
+        self.clear_up(after=-1 if step is None else step)
+
     def begin(self, step: int) -> None:
         """Notes that a step of this run is being written, before anything of it is.
 
@@ -181,11 +187,6 @@ class StepDirectory:
 
     def _change_marker(self, **values: Any) -> None:
         ownership.change_marker(self.path, "checkpoints", **values)
-
-    @property
-    def marked(self) -> bool:
-        """Whether some run has written here."""
-        return bool(self._marker())
 
     @property
     def taken(self) -> bool:
