@@ -1,29 +1,17 @@
 """Checkpoints of a run: saved by Orbax in the background, sealed with digests, verified before they are used.
 
-    directory/120/...             the arrays, as Orbax lays them out
-                  host.json       what the host remembers, and the metrics of the step
-                  host-amended.json   what replaces it, if that has changed since
-                  manifest.json   size and SHA-256 of every other file, written last
-    directory/.rmjax.json         whose checkpoints these are, who writes them now, and the steps begun (ownership.py)
-
-Orbax restores a flipped byte without a word, and can name a step that lacks files as the latest one. So a
-step counts as finished only with its manifest, and as whole only when every file has the digest noted there.
+Orbax restores a flipped byte without a word, and can name a step that lacks files as the latest one. So a step counts
+as finished only with its manifest, and as whole only when every file has the digest noted there (step_directory.py).
 
 Orbax's CheckpointManager is not used, only its policies: it changes files after its last callback and deletes
 older steps right then, which leaves no moment for a manifest between the last byte of a step and the deletion
 of those that it replaces.
-
-Only steps that the marker names are ever deleted, replaced or set aside; other files and folders in the directory stay,
-whatever their names. Everything of a step is synced before it is sealed. Each start of a run takes the directory over
-under a token of its own; one that finds another token there ends before it writes: locks do not reach buckets.
 """
 
 import atexit
 import contextlib
 import dataclasses
 import datetime
-import hashlib
-import itertools
 import json
 import logging as python_logging
 import math
@@ -31,7 +19,6 @@ import os
 import re
 import tempfile
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -42,21 +29,12 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from rmjax.runtime import exits, files, ownership, processes
+from rmjax.runtime import agreement, processes, sealing
+from rmjax.runtime.step_directory import CheckpointError, StepDirectory
 from rmjax.sharding import path_name
 
-HOST, AMENDED, MANIFEST = "host.json", "host-amended.json", "manifest.json"
-UNNAMED = ".orbax-checkpoint-tmp"  # Orbax's suffix of a directory that it has not finished writing
-SMALL = 2**20  # bytes; files up to here are digested even where reading whole checkpoints would take too long
-HASH_THREADS = 4
 IN_FLIGHT = 32 * 2**20  # bytes of arrays that a process reads or writes at a time, beside the arrays themselves; or one
 CHUNK = 16 * 2**20  # bytes of the pieces that arrays are stored in; whoever needs a part of a piece reads all of it
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or what is there cannot be used."""
-
-    exit_code = exits.BAD_INPUT  # of what is there; command_line.under_way knows when it is the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +73,11 @@ class Checkpointer:
         """Opens `directory`, which need not exist; nothing is written before the first save.
 
         Args:
-            directory: of the steps, here or in a bucket.
+            directory: here or in a bucket.
             keep_latest: how many of the newest steps stay.
-            keep_best: how many of the best.
-            metric: that ranks them.
-            mode: "max" or "min".
+            keep_best: how many of the best by `metric` stay as well.
+            metric: name of a metric that `save` is given.
+            mode: "max" or "min", whichever is better.
             owner: what the marker says of the run: at least its id, as "run".
 
         Raises:
@@ -114,6 +92,7 @@ class Checkpointer:
         path = epath.Path(directory)
         self._directory = path if path.is_absolute() else path.absolute()  # Orbax takes no other
         self._orbax_directory = _plain_name(self._directory)
+        self._steps = StepDirectory(self._directory, owner or {})
         self._metric, self._sign = metric, 1 if mode == "max" else -1
         best = policies.BestN(get_metric_fn=_rank, n=keep_best, keep_checkpoints_without_metrics=False)
         self._keep = policies.AnyPreservationPolicy([policies.LatestN(keep_latest), best])
@@ -121,7 +100,6 @@ class Checkpointer:
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future] | None = None  # a step being written, and its end
         self._ends_before_exit = False
-        self._owner, self._token = dict(owner or {}), ""
         python_logging.getLogger("absl").addFilter(_without_orbax_chatter)
 
     def save(self, step: int, state: Any, host: dict, metrics: dict[str, float] | None) -> None:
@@ -134,7 +112,7 @@ class Checkpointer:
             CheckpointError: this save, or the one before it, failed (a full disk); finished steps stay.
         """
         self.wait()
-        if self._first_says("saved", lambda: step in self._sealed()):
+        if self._first_says("saved", lambda: step in self._steps.sealed_steps()):
             logging.warning("step %d is already saved in %s; it is left as it is", step, self._directory)
             return
         host_json = json.dumps({"host": host, "metrics": metrics or {}})
@@ -151,8 +129,7 @@ class Checkpointer:
                     self._ends_before_exit = True
             pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), state)
             self._orbax.save(self._orbax_directory / str(step), args=ocp.args.PyTreeSave(state, save_args=pieces))
-            done = self._background.submit(self._finish, self._orbax, self._path(step), host_json)
-            self._saving = step, done
+            self._saving = step, self._background.submit(self._finish, self._orbax, step, host_json)
 
     def amend(self, step: int, host: dict, metrics: dict[str, float] | None) -> None:
         """Replaces the host and the metrics of a finished step, at one moment; its arrays stay as they are.
@@ -163,12 +140,8 @@ class Checkpointer:
         self.wait()
         if not processes.is_first():
             return
-        path = self._path(step)
         with self._failures_named(step):
-            self._require_held()
-            ownership.write_text(path / AMENDED, json.dumps({"host": host, "metrics": metrics or {}}))
-            entries = json.loads((path / MANIFEST).read_text())["files"]
-            _seal(path, {**entries, AMENDED: _entry(path, AMENDED)})
+            self._steps.amend(step, json.dumps({"host": host, "metrics": metrics or {}}))
             self._delete_replaced()
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict] | None:
@@ -189,10 +162,10 @@ class Checkpointer:
                 other arrays, shapes or dtypes; every difference is named.
         """
         self.close()
-        step = self._first_says("newest", self._newest_whole)
+        step = self._first_says("newest", self._steps.newest_whole_step)
         restored = None if step is None else (step, *self._read(step, abstract_state, partial=False))
         # Only now: a start that cannot go on from here takes nothing over from one that can.
-        self._first_says("taken", lambda: self._take_and_clear_up(step))
+        self._first_says("taken", lambda: self._steps.go_on_from(step))
         return restored
 
     def restore_step(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
@@ -206,7 +179,7 @@ class Checkpointer:
                 shape or dtype.
         """
         self.wait()
-        problem = self._first_says("whole", lambda: _problem(self._path(step), deep=True))
+        problem = self._first_says("whole", lambda: sealing.find_damage(self._steps.step_path(step), deep=True))
         if problem:
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self._directory} cannot be used: {problem}; "
@@ -216,7 +189,11 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The finished steps, ascending. Large files are only checked for their size."""
-        return self._first_says("steps", self._finished)
+        return self._first_says("steps", self._steps.finished_steps)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The metrics that were saved with a finished step."""
+        return self._first_says("metrics", lambda: self._steps.read_host(step)["metrics"])
 
     def best_step(self) -> int | None:
         """The best of the steps that are still here; None where none has the metric."""
@@ -242,177 +219,40 @@ class Checkpointer:
 
     def _first_says(self, what: str, find: Callable[[], Any]) -> Any:
         """What process 0 finds; an error of its own ends the others, see processes.py."""
-        return processes.agree(f"checkpoint {what}", find() if processes.is_first() else None)
-
-    def _finished(self) -> list[int]:
-        return [step for step in self._sealed() if _problem(self._path(step), deep=False) is None]
+        return agreement.agree(f"checkpoint {what}", find() if processes.is_first() else None)
 
     def _best(self) -> int | None:
-        ranked = [info.metrics for info in map(self._ranked, self._finished()) if info.metrics is not None]
+        ranked = [info.metrics for info in map(self._ranked, self._steps.finished_steps()) if info.metrics is not None]
         return max(ranked, key=_rank)["step"] if ranked else None
 
-    def _marker(self) -> dict[str, Any]:
-        return ownership.read_marker(self._directory, "checkpoints") or {}
-
-    def _take(self) -> None:
-        """Takes the directory over for this start of the run; whoever wrote there before fails at its next save.
-
-        Raises:
-            CheckpointError: it is another run's by now.
-        """
-        marker = self._marker()
-        run = self._owner.get("run", marker.get("run", ""))
-        if marker.get("run", run) not in ("", run):
-            raise CheckpointError(
-                f"{self._directory} has the checkpoints of another run by now, whose workdir is "
-                f"{marker.get('workdir')}; give each run its own config.checkpoint.dir"
-            )
-        steps = marker["steps"] if "steps" in marker else self._sealed()
-        self._token = uuid.uuid4().hex
-        self._directory.mkdir(parents=True, exist_ok=True)
-        values = {**marker, **self._owner, "run": run, "holder": self._token, "steps": steps}
-        self._write_marker(values)
-
-    def _write_marker(self, values: dict[str, Any]) -> None:
-        values = {name: x for name, x in values.items() if name not in ("version", "kind")}
-        ownership.write_marker(self._directory, "checkpoints", values.pop("run"), **values)
-
-    def _begun(self) -> list[int]:
-        """The steps of this run that were begun and are not deleted; they alone may be deleted or set aside."""
-        return list(self._marker().get("steps", ()))
-
     def _begin(self, step: int) -> None:
-        """Clears up, and notes that a step of this run is being written, before anything of it is.
-
-        Raises:
-            CheckpointError: something else has its name.
-        """
-        if not self._token:
-            self._take()
-        self._require_held()
+        if not self._steps.taken:
+            self._steps.take()
         if self._orbax is None:
-            self._clear_up()
-        begun = self._begun()
-        if step not in begun:
-            if self._path(step).exists():
-                raise CheckpointError(f"{self._path(step)} is there and is no checkpoint of this run; move it away")
-            self._note([*begun, step])
+            self._steps.clear_up()
+        self._steps.begin(step)
 
-    def _note(self, steps: list[int]) -> None:
-        self._write_marker({**self._marker(), "steps": sorted(steps)})
-
-    def _require_held(self) -> None:
-        """Makes sure that no later start writes here.
-
-        Raises:
-            CheckpointError: one does.
-        """
-        if self._token and self._marker().get("holder") != self._token:
-            raise CheckpointError(
-                f"another start has taken over {self._directory}; this one ends, and leaves what is there as it is"
-            )
-
-    def metrics(self, step: int) -> dict[str, float]:
-        """The metrics that were saved with a finished step."""
-        return self._first_says("metrics", lambda: self._host(step)["metrics"])
-
-    def _path(self, step: int) -> epath.Path:
-        return self._directory / str(step)
-
-    def _finish(self, orbax: ocp.AsyncCheckpointer, path: epath.Path, host_json: str) -> None:
+    def _finish(self, orbax: ocp.AsyncCheckpointer, step: int, host_json: str) -> None:
         """In the background: waits for the files of a step, seals it, then deletes the steps it replaces."""
         orbax.wait_until_finished()
         if not processes.is_first():  # what this host wrote; process 0 syncs what it can see
-            _sync(path / f"ocdbt.process_{processes.number()}")
-        processes.barrier("checkpoint written")
+            sealing.sync_directory(self._steps.step_path(step) / f"ocdbt.process_{processes.number()}")
+        agreement.barrier("checkpoint written")
         if processes.is_first():
-            self._require_held()
-            ownership.write_text(path / HOST, host_json)
-            _sync(path)
-            _write_manifest(path)
-            _sync_names(self._directory)
+            self._steps.finish(step, host_json)
             self._delete_replaced()
-        processes.barrier("checkpoint sealed")
+        agreement.barrier("checkpoint sealed")
 
     def _delete_replaced(self) -> None:
-        begun = self._begun()
-        infos = [self._ranked(step) for step in self._finished() if step in begun]
+        begun = self._steps.begun_steps()
+        infos = [self._ranked(step) for step in self._steps.finished_steps() if step in begun]
         kept = self._keep.should_preserve(infos, context=policies.PreservationContext())
-        deleted = []
-        for step in [info.step for info, keep in zip(infos, kept) if not keep]:
-            path = self._path(step)
-            try:
-                (path / MANIFEST).unlink()  # first, so that half a deletion is not taken for a broken save
-                path.rmtree()
-                deleted.append(step)
-            except OSError as error:
-                logging.warning("could not delete the old checkpoint %s: %s", path, error)
-        if deleted:
-            self._note([step for step in begun if step not in deleted])
+        self._steps.delete(info.step for info, keep in zip(infos, kept) if not keep)
 
     def _ranked(self, step: int) -> _Info:
         """A finished step as the policies want it; `metrics` is None where it cannot be among the best."""
-        score = self._host(step)["metrics"].get(self._metric, math.nan)
+        score = self._steps.read_host(step)["metrics"].get(self._metric, math.nan)
         return _Info(step, {"score": self._sign * score, "step": step} if math.isfinite(score) else None)
-
-    def _host(self, step: int) -> dict:
-        path = self._path(step)
-        amended = AMENDED in json.loads((path / MANIFEST).read_text())["files"]
-        return json.loads((path / (AMENDED if amended else HOST)).read_text())
-
-    def _sealed(self) -> list[int]:
-        """Steps with a manifest, ascending: this run's in any state, and others that are checkpoints by their contents.
-
-        (The latter are copies, or of a version that made no markers.)
-        """
-        if not self._directory.exists():
-            return []
-        begun = set(self._begun())
-        paths = [path for path in self._directory.iterdir() if path.name.isdecimal() and (path / MANIFEST).exists()]
-        return sorted(int(path.name) for path in paths if int(path.name) in begun or _is_checkpoint(path))
-
-    def _newest_whole(self) -> int | None:
-        problems = []
-        for step in reversed(self._sealed()):
-            problem = _problem(self._path(step), deep=True)
-            if problem is None:
-                return step
-            logging.warning("the checkpoint of step %d is broken, going back to the one before: %s", step, problem)
-            problems.append(f"\n  step {step}: {problem}")
-        if problems:
-            raise CheckpointError(
-                f"every checkpoint in {self._directory} is broken; restore the files from a copy, or move "
-                f"the directory away to start again from the beginning:{''.join(problems)}"
-            )
-        return None
-
-    def _take_and_clear_up(self, step: int | None) -> None:
-        if step is not None or self._marker():
-            self._take()
-        self._clear_up(after=-1 if step is None else step)
-
-    def _clear_up(self, after: float = math.inf) -> None:
-        """Deletes unfinished steps; sets broken ones aside: those later than `after`, or seen at a glance."""
-        begun = self._begun()
-        for path in self._directory.iterdir() if begun else ():
-            number = path.name.partition(UNNAMED)[0]
-            if not number.isdecimal() or int(number) not in begun:
-                continue
-            if path.name != number or not (path / MANIFEST).exists():
-                path.rmtree(missing_ok=True)
-            elif int(number) > after or _problem(path, deep=False):
-                aside = self._aside(number)
-                path.rename(aside)
-                logging.warning("moved the broken checkpoint of step %s to %s", number, aside)
-        gone = [step for step in begun if not self._path(step).exists()]
-        if gone:
-            self._note([step for step in begun if step not in gone])
-
-    def _aside(self, number: str) -> epath.Path:
-        """A name for a broken step that nothing has yet."""
-        names = {path.name for path in self._directory.iterdir()}
-        tries = itertools.chain([f"broken-{number}"], (f"broken-{number}-{i}" for i in itertools.count(2)))
-        return self._directory / next(name for name in tries if name not in names)
 
     def _read(self, step: int, abstract: Any, partial: bool) -> tuple[Any, dict]:
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
@@ -435,7 +275,7 @@ class Checkpointer:
             )
         with ocp.Checkpointer(_handler(restore_concurrent=_most_read(abstract, metadata))) as reader:
             state = reader.restore(self._orbax_directory / str(step), args=args)
-        return state, self._first_says("host", lambda: self._host(step)["host"])
+        return state, self._first_says("host", lambda: self._steps.read_host(step)["host"])
 
     @contextlib.contextmanager
     def _failures_named(self, step: int) -> Iterator[None]:
@@ -448,10 +288,9 @@ class Checkpointer:
                     orbax.close()
             # Gives the space back; if it cannot, the next start does. One that does not have the directory must not.
             with contextlib.suppress(OSError, CheckpointError, ValueError):
-                if processes.is_first() and self._token:
-                    self._require_held()
-                    self._clear_up()
-            last = self._finished()[-1:]
+                if processes.is_first() and self._steps.taken:
+                    self._steps.clear_up()
+            last = self._steps.finished_steps()[-1:]
             raise CheckpointError(
                 f"saving the checkpoint of step {step} in {self._directory} failed: {error} "
                 f"({f'step {last[0]} is the last one there' if last else 'there is none before it'}; "
@@ -509,78 +348,6 @@ def _shapes(tree: Any) -> dict[str, str]:
     """The arrays of a tree by path, in words: {'params/score/kernel': 'float32 (8, 1)'}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_name(path): f"{jax.numpy.dtype(leaf.dtype)} {tuple(leaf.shape)}" for path, leaf in leaves}
-
-
-def _files(step_path: epath.Path) -> list[str]:
-    """Names of all files of a step that its manifest covers, relative to it, sorted."""
-    found = [
-        (folder.relative_to(step_path) / name).as_posix() for folder, _, names in step_path.walk() for name in names
-    ]
-    return sorted(set(found) - {MANIFEST})
-
-
-def _digest(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_manifest(step_path: epath.Path) -> None:
-    names = _files(step_path)
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        _seal(step_path, dict(zip(names, pool.map(lambda name: _entry(step_path, name), names))))
-
-
-def _entry(step_path: epath.Path, name: str) -> dict[str, Any]:
-    return {"bytes": (step_path / name).stat().length, "sha256": _digest(step_path / name)}
-
-
-def _seal(step_path: epath.Path, files: dict[str, dict[str, Any]]) -> None:
-    ownership.write_text(step_path / MANIFEST, json.dumps({"files": files}, indent=1))
-
-
-def _sync(path: epath.Path) -> None:
-    """Sends what a step has written to the disk; an object in a bucket is durable once it is there."""
-    if "://" not in str(path) and path.exists():
-        files.sync_tree(path)
-
-
-def _sync_names(directory: epath.Path) -> None:
-    if "://" not in str(directory):
-        files.sync(directory)
-
-
-def _is_checkpoint(step_path: epath.Path) -> bool:
-    """Whether a folder is a finished checkpoint by what its manifest says, rather than by its name."""
-    try:
-        return HOST in json.loads((step_path / MANIFEST).read_text())["files"]
-    except (ValueError, LookupError, TypeError, OSError):
-        return False
-
-
-def _problem(step_path: epath.Path, deep: bool) -> str | None:
-    """What is wrong with a step, naming the file; None where it is whole. `deep` digests large files too."""
-    try:
-        files = json.loads((step_path / MANIFEST).read_text())["files"]
-        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing, so the save was never finished"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"{MANIFEST} cannot be read: {error!r}"
-
-    def check(name: str) -> str | None:
-        path, (size, digest) = step_path / name, expected[name]
-        try:
-            found = path.stat().length
-            if found != size:
-                return f"{name} has {found} bytes, expected {size}"
-            if (deep or size <= SMALL) and _digest(path) != digest:
-                return f"{name} has other contents than were saved (SHA-256 differs)"
-        except OSError as error:
-            return f"{name} cannot be read: {error}"
-        return None
-
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return next(filter(None, pool.map(check, expected)), None)
 
 
 def _without_orbax_chatter(record: python_logging.LogRecord) -> bool:

@@ -15,7 +15,7 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rmjax.runtime import processes
+from rmjax.runtime import agreement
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the mesh axes that the rows of a batch are split over
@@ -56,7 +56,7 @@ def path_name(path: Sequence[Any]) -> str:
 def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh of axes `data`, `fsdp`, `tensor`; one entry may be -1 and takes what is left.
 
-    Processes that share it all make it, and are connected then (processes.py).
+    Processes that share it all make it, and are connected then (agreement.py).
 
     Raises:
         ValueError: the axes do not multiply to the number of devices.
@@ -75,7 +75,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"config.mesh must multiply to {len(devices)} (one axis may be -1)"
         )
     mesh = Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
-    processes.connect(mesh)
+    agreement.connect_mesh(mesh)
     return mesh
 
 

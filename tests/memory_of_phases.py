@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from rmjax.runtime import processes
+from rmjax.runtime import agreement, processes
 
 SEQUENCES = [np.arange(5, 30), np.arange(40, 80)]
 
@@ -71,7 +71,7 @@ def main(model: str, tokenizer: str, directory: str) -> None:
     peaks.start()
 
     def phase(name: str) -> None:
-        processes.barrier(name)
+        agreement.barrier(name)
         peaks.phase = name
 
     with jax.set_mesh(mesh):

@@ -20,7 +20,9 @@ import pytest
 
 from rmjax import checkpoint
 from rmjax.checkpoint import Checkpointer, CheckpointError
+from rmjax.runtime import sealing
 from rmjax.runtime.ownership import MARKER
+from rmjax.runtime.step_directory import AMENDED
 
 
 def make_state(seed=0, size=8):
@@ -105,12 +107,12 @@ def test_arrays_may_be_donated_right_after_save(tmp_path):
 def test_save_returns_while_files_are_written_and_the_old_step_stays_until_the_new_one_is_sealed(tmp_path, monkeypatch):
     checkpointer, write, proceed = (
         opened(tmp_path, keep_latest=1),
-        checkpoint._write_manifest,
+        sealing.seal_directory,
         threading.Event(),
     )
     checkpointer.save(1, make_state(1), {}, None)
     checkpointer.wait()
-    monkeypatch.setattr(checkpoint, "_write_manifest", lambda path: proceed.wait(60) and write(path))
+    monkeypatch.setattr(sealing, "seal_directory", lambda path: proceed.wait(60) and write(path))
     checkpointer.save(2, make_state(2), {}, None)
     assert checkpointer.steps() == [1]
     proceed.set()
@@ -220,7 +222,7 @@ def test_the_number_of_a_broken_step_can_be_saved_again(tmp_path, two_saves):
 
 
 def test_a_flipped_byte_in_large_files_is_found_by_restore(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(checkpoint, "SMALL", 0)
+    monkeypatch.setattr(sealing, "SMALL", 0)
     checkpointer, state = opened(tmp_path), {"w": jnp.arange(100.0)}
     for step in (1, 2):
         checkpointer.save(step, state, {}, None)
@@ -345,7 +347,7 @@ def test_a_finished_step_is_not_saved_over(tmp_path, caplog):
 
 
 def test_what_is_measured_later_amends_a_finished_step(tmp_path, monkeypatch):
-    checkpointer, state, amended = opened(tmp_path, 1, 1, "accuracy"), make_state(), checkpoint.AMENDED
+    checkpointer, state, amended = opened(tmp_path, 1, 1, "accuracy"), make_state(), AMENDED
     checkpointer.save(1, state, {"evaluated": False}, None)
     checkpointer.wait()
     assert checkpointer.best_step() is None
@@ -354,7 +356,7 @@ def test_what_is_measured_later_amends_a_finished_step(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left"):
-        patch.setattr(checkpoint, "_seal", full)
+        patch.setattr(sealing, "seal_file", full)
         checkpointer.amend(1, {"evaluated": True}, {"accuracy": 0.9})
     assert (tmp_path / "1" / amended).exists()
     assert checkpointer.restore(abstract(state))[2] == {"evaluated": False}  # what is not sealed does not count
@@ -438,7 +440,7 @@ def test_a_manifest_that_cannot_be_written_is_a_failed_save(tmp_path, monkeypatc
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", full)
+    monkeypatch.setattr(sealing, "seal_directory", full)
     checkpointer.save(2, make_state(2), {}, None)
     with pytest.raises(CheckpointError, match=r"step 2 in .* failed: .*No space left on device.*step 1 is the last"):
         checkpointer.save(3, make_state(3), {}, None)
@@ -460,18 +462,19 @@ KILLED = """
     import os, pathlib, signal, sys
     import jax, jax.numpy as jnp
     from rmjax import checkpoint
+    from rmjax.runtime import sealing
     directory, step, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     state = {"w": jnp.full(2**21, step, jnp.int32)}
     die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     checkpointer = checkpoint.Checkpointer(directory, keep_latest=1)
     checkpointer.restore(jax.eval_shape(lambda: state))
     if where == "digests":
-        checkpoint._digest = die
+        sealing._digest = die
     if where == "manifest":
         replace = pathlib.Path.replace
         pathlib.Path.replace = lambda x, target: die() if target.name == "manifest.json" else replace(x, target)
     if where == "deletion":
-        type(checkpointer._directory).rmtree = die
+        type(checkpointer._steps.path).rmtree = die
     checkpointer.save(step, state, {}, None)
     if where == "files":  # they are written by threads, which may not have begun
         while not any(x.name.startswith(str(step)) for x in pathlib.Path(directory).iterdir()):
@@ -550,14 +553,15 @@ def test_a_program_that_ends_without_close_finishes_its_save_or_says_that_it_can
         import sys, time
         import jax.numpy as jnp
         from rmjax import checkpoint
+        from rmjax.runtime import sealing
 
-        write_manifest = checkpoint._write_manifest
+        seal = sealing.seal_directory
 
         def slow(path):
             time.sleep(0.5)  # the main thread has ended by then
-            write_manifest(path)
+            seal(path)
 
-        checkpoint._write_manifest = slow
+        sealing.seal_directory = slow
         checkpoint.Checkpointer(sys.argv[1], keep_latest=1).save(1, {"w": jnp.ones(8)}, {}, None)
         """,
         tmp_path,

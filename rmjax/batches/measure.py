@@ -15,7 +15,7 @@ from rmjax.batches.groups import Groups
 from rmjax.batches.packing import Plan
 from rmjax.data import ledger
 from rmjax.runtime import files
-from rmjax.statistics import first_where, spearman
+from rmjax.statistics import first_where
 
 VERSION = 1  # of the layout of the values
 BINS = 40

@@ -19,7 +19,7 @@ from rmjax.inference.reward_model import RewardModel
 from rmjax.models import hf
 from rmjax.models.config import ModelConfig
 from rmjax.objectives.base import Objective
-from rmjax.runtime import processes
+from rmjax.runtime import agreement, processes
 
 GOLDEN = 4  # responses whose scores the contract keeps
 # Metrics in the rewards' unit.
@@ -98,14 +98,14 @@ def write(
         if processes.is_first():
             chat.tokenizer.save_pretrained(partial)
             contract.write(partial, {**terms, "golden": rows})  # so that loading replays the tokens
-        processes.barrier("tokenizer written")
+        agreement.barrier("tokenizer written")
         mesh = next((x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)), None)
         for array in arrays:
             array.delete()
         written = RewardModel.load(partial, dtype="float32", mesh=mesh)
         outputs, norms = written.replay(rows), written.norms()
         scored = [{**row, "outputs": values.tolist()} for row, values in zip(rows, outputs)]
-        processes.barrier("golden rows replayed")  # nobody reads the contract that is replaced
+        agreement.barrier("golden rows replayed")  # nobody reads the contract that is replaced
         if processes.is_first():
             contract.write(partial, {**terms, "golden": scored, "weight_norms": norms})
             if card is not None:

@@ -19,7 +19,7 @@ from rmjax.models.config import ModelConfig
 from rmjax.models.families import FAMILIES
 from rmjax.models.families.base import SCORE, SCORE_BIAS, Row
 from rmjax.models.hf_tables import INDEX, WEIGHTS, convert, expected_rows
-from rmjax.runtime import ownership, processes
+from rmjax.runtime import agreement, ownership, processes
 
 PIECE = 32 * 2**20  # bytes of a tensor that are on the host, and whole on a device, at a time
 CODES = {np.dtype(jnp.float32): "F32", np.dtype(jnp.bfloat16): "BF16", np.dtype(jnp.float16): "F16"}
@@ -89,9 +89,9 @@ def save(
         if processes.is_first():
             (partial / "config.json").write_text(json.dumps(written, indent=2) + "\n")
         if also is not None:
-            processes.barrier("weights written")
+            agreement.barrier("weights written")
             also(partial)
-            processes.barrier("export complete")
+            agreement.barrier("export complete")
 
 
 def config_json(

@@ -56,11 +56,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--helpfull", "--helpshort", action="help", help=argparse.SUPPRESS)  # as absl's commands
 
     def error(self, message: str) -> NoReturn:
-        """Says what is wrong.
-
-        Raises:
-            ValueError: always.
-        """
+        """Raises ValueError, which `outcome` prints."""
         raise ValueError(f"{self._explained(message)}; --help shows commands that run")
 
     def _explained(self, message: str) -> str:
@@ -75,9 +71,9 @@ class Parser(argparse.ArgumentParser):
 def parser(module: str, doc: str | None) -> Parser:
     """The parser of a command that is the module `module`, whose docstring is its help; --debug is there."""
     raw = argparse.RawDescriptionHelpFormatter
-    made = Parser(prog=f"python -m {module}", description=doc, formatter_class=raw, allow_abbrev=False)
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error as well")
-    return made
+    command = Parser(prog=f"python -m {module}", description=doc, formatter_class=raw, allow_abbrev=False)
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error as well")
+    return command
 
 
 @contextlib.contextmanager
@@ -94,9 +90,9 @@ def outcome(
     Args:
         debug: prints the traceback, too.
         log: file for the traceback of a run that failed, in a folder of rmjax's own; bad input leaves none.
-        stopped: what is said on Ctrl-C.
+        stopped: the message on Ctrl-C.
         at_once: errors after which other threads are not waited for.
-        tell: is told the paragraph and the code before it is printed; see processes.fail.
+        tell: is called with the paragraph and the code before they take effect, as processes.fail.
 
     Raises:
         SystemExit: with the code.
@@ -203,9 +199,8 @@ def check_writable(path: Path, flag: str) -> None:
 
 def code_of(error: Exception) -> int:
     """The exit code of an error."""
-    known = getattr(error, "exit_code", None)
-    if known is not None:
-        return known
+    if (code := getattr(error, "exit_code", None)) is not None:
+        return code
     if isinstance(error, OSError) and error.errno in MACHINE:
         return exits.FAILED
     return exits.BAD_INPUT if isinstance(error, INPUT) else exits.FAILED

@@ -46,21 +46,29 @@ def read_marker(directory: str | os.PathLike, kind: str) -> dict[str, Any] | Non
         return None
     try:
         values = json.loads(path.read_bytes())
-        found, _ = values["kind"], str(values["run"])
+        marked_kind, _ = values["kind"], str(values["run"])
         if values["version"] != VERSION:
             raise ValueError(f"version {values['version']}, expected {VERSION}")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({error!r}). If {directory} is yours to write to, delete that file and start again"
         ) from None
-    if found != kind:
-        raise ValueError(f"{directory} is a folder of rmjax of the kind {found!r}, expected {kind!r}; name another")
+    if marked_kind != kind:
+        raise ValueError(
+            f"{directory} is a folder of rmjax of the kind {marked_kind!r}, expected {kind!r}; name another"
+        )
     return values
 
 
 def write_marker(directory: str | os.PathLike, kind: str, run: str, **values: Any) -> None:
     """Writes the marker of a folder, whole."""
     write_text(epath.Path(directory) / MARKER, json.dumps({"version": VERSION, "kind": kind, "run": run, **values}))
+
+
+def change_marker(directory: str | os.PathLike, kind: str, **changes: Any) -> None:
+    """Replaces values of a folder's marker, which need not exist yet; the others stay."""
+    values = {**(read_marker(directory, kind) or {}), **changes}
+    write_marker(directory, kind, **{name: x for name, x in values.items() if name not in ("version", "kind")})
 
 
 def write_text(path: epath.Path, text: str) -> None:
@@ -106,7 +114,7 @@ def require_ours(
 
 @contextlib.contextmanager
 def new_directory(directory: Path, kind: str, run: str) -> Iterator[Path]:
-    """A directory to write into that gets its name, synced, when all went well; what replaces an older one of ours.
+    """A directory to write into that gets its name, synced, when all went well, and replaces an older one of ours.
 
     The new one is written beside the old. Files in the old one that rmjax did not write there are kept: they move into
     the new one, and one that was changed by hand since, and has a successor, becomes NAME.kept.
@@ -125,7 +133,8 @@ def new_directory(directory: Path, kind: str, run: str) -> Iterator[Path]:
     write_marker(partial, kind, run, files={})
     try:
         yield partial
-        write_marker(partial, kind, run, files=_described(partial))
+        written = {path.name: _description(path) for path in sorted(partial.iterdir()) if path.name != MARKER}
+        write_marker(partial, kind, run, files=written)
         files.sync_tree(partial)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -195,10 +204,6 @@ def _is_ours(path: Path, marker: Mapping[str, Any] | None) -> bool:
     return path.name in marker["files"] and marker["files"][path.name] == _description(path)
 
 
-def _described(directory: Path) -> dict[str, Any]:
-    return {path.name: _description(path) for path in sorted(directory.iterdir()) if path.name != MARKER}
-
-
 def _description(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if size <= DIGESTED else None
@@ -209,8 +214,7 @@ def note_change(directory: Path, name: str) -> None:
     """Notes that rmjax itself has written a file of a finished folder once more."""
     with contextlib.suppress(ValueError):
         if (marker := read_marker(directory, "export")) and name in marker["files"]:
-            described = {**marker["files"], name: _description(directory / name)}
-            write_marker(directory, "export", marker["run"], files=described)
+            change_marker(directory, "export", files={**marker["files"], name: _description(directory / name)})
 
 
 def remove_tree(directory: Path) -> None:

@@ -19,7 +19,7 @@ from typing import TextIO
 
 from absl import logging
 
-from rmjax.runtime import exits, processes
+from rmjax.runtime import agreement, exits, processes
 
 CODES: dict[int, int] = {signal.SIGTERM: exits.AGAIN, signal.SIGINT: exits.INTERRUPTED}
 
@@ -59,7 +59,7 @@ class Stop:
         """
         self._questions += 1
         self._step = self._step if step is None else step
-        self._agreed = self._agreed or processes.stop_agreed(bool(self.signal), self._questions, self._step)
+        self._agreed = self._agreed or agreement.stop_agreed(bool(self.signal), self._questions, self._step)
         return self._agreed
 
     @contextlib.contextmanager

@@ -24,7 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rmjax.runtime import command_line, exits, files, processes, signals
+from rmjax.runtime import agreement, command_line, exits, files, processes, signals
 from rmjax.score import notes
 from rmjax.score.notes import AGAIN, Note, Seal
 from rmjax.score.parts import join_parts, write_rows
@@ -95,12 +95,12 @@ def open_job(output: Path, schema: pa.Schema | None, what: dict[str, Any], parts
     what = {"version": VERSION, "rows": CHUNK, "characters": CHARACTERS, **json.loads(json.dumps(what))}
     job = Job(output, schema, Seal(parts, what))
     folders = [path for path in (job.directory, *job.directory.parents) if not path.exists()]
-    processes.require_same("scoring job", job.seal.id, "model, input or flags")
+    agreement.require_same("scoring job", job.seal.id, "model, input or flags")
     if processes.is_first():
         notes.read_seal(job.directory)  # first, as a lock is a file in what may be somebody else's directory
     with signals.alone(job.directory, "--output"):
         new = list(map(str, folders)) if processes.is_first() and job.begin() else None
-        new = processes.agree("scoring begins", new)  # of a job that goes on None
+        new = agreement.agree("scoring begins", new)  # of a job that goes on None
         try:
             yield job
         except Exception as error:
@@ -133,7 +133,7 @@ class Job:
         self.output, self.seal, self.parts = output, seal, seal.parts
         self.schema = schema  # of Parquet; None of JSONL
         self.directory = output.absolute().with_name(f"{output.name}.parts")
-        self.turns = len(processes.gather("scoring", None))  # processes that share the parts
+        self.turns = len(agreement.gather("scoring", None))  # processes that share the parts
 
     def begin(self) -> bool:
         """Goes on with what is there, or begins; True if it begins.
@@ -227,11 +227,11 @@ class Job:
             ValueError: what is no file has the output's name by now, or what is not of this job that of a note.
         """
         counts: collections.Counter[str] = collections.Counter()
-        processes.barrier("scored")
+        agreement.barrier("scored")
         if processes.is_first():
             with command_line.under_way():  # whatever is wrong now, what is scored is kept
                 counts = self._join(total)
-        processes.barrier("joined")
+        agreement.barrier("joined")
         return counts
 
     def _join(self, total: int) -> collections.Counter[str]:

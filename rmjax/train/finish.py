@@ -24,7 +24,7 @@ from rmjax.models.config import ModelConfig
 from rmjax.objectives.base import Objective
 from rmjax.report import card, card_values
 from rmjax.report import run as run_report
-from rmjax.runtime import exits, files, processes
+from rmjax.runtime import agreement, exits, files, processes
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
 
@@ -126,10 +126,10 @@ def write(
     lines = files.read_json_lines(workdir / "metrics.jsonl") if processes.is_first() else []
     found = (x for x in reversed(lines) if x["step"] == step and "validation/loss" in x)
     metrics = next(found, {"step": step, **saved})
-    metrics = processes.agree("metrics", metrics)
+    metrics = agreement.agree("metrics", metrics)
     judged = model.reward_model(params, mesh, config.model.compute_dtype)
     evaluation = measure(judged, sets, tests, workdir / "export", step)
-    verdict = processes.agree("quality", gate.judge(config.gate.to_dict(), evaluation, lines))  # lines are the first's
+    verdict = agreement.agree("quality", gate.judge(config.gate.to_dict(), evaluation, lines))  # lines are the first's
     if processes.is_first():
         files.write_json(workdir / "evaluation.json", evaluation)
         files.write_json(workdir / "quality.json", verdict)

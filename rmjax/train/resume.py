@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +19,15 @@ from rmjax import config as config_lib
 from rmjax.batches.chat import Chat
 from rmjax.batches.groups import Groups
 from rmjax.batches.packing import Plan
-from rmjax.checkpoint import MANIFEST, Checkpointer
+from rmjax.checkpoint import Checkpointer
 from rmjax.inference import parameters, runs
 from rmjax.models import hf, hf_export, weight_files
 from rmjax.models.config import ModelConfig
 from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.base import Objective
 from rmjax.objectives.sums import Sums
-from rmjax.runtime import files, ownership, processes
+from rmjax.runtime import agreement, files, ownership, processes
+from rmjax.runtime.sealing import MANIFEST
 from rmjax.train import optim
 from rmjax.train.step import Program
 
@@ -56,8 +58,8 @@ def check_workdir(config: ConfigDict, workdir: Path) -> list[str]:
         What changed and may change, as "config.optim.learning_rate: 1e-05 before, 5e-06 now".
 
     Raises:
-        ValueError: what changed may not; names the keys. Or a directory is another run's or somebody else's, or where
-            no package reaches.
+        ValueError: a key changed that may not; a directory is another run's or somebody else's; or it is in a place
+            that needs a package.
     """
     checkpoints = runs.checkpoint_directory(config, workdir)
     try:
@@ -65,31 +67,41 @@ def check_workdir(config: ConfigDict, workdir: Path) -> list[str]:
     except ImportError as error:
         raise ValueError(f"config.checkpoint.dir={config.checkpoint.dir!r} needs a package: {error}") from error
     path = workdir / "config.json"
-    known = _older_config(path)
-    mine = ownership.require_ours(workdir, "run", "--workdir", older=lambda: known is not None)
+    older = _older_config(path)
+    mine = ownership.require_ours(workdir, "run", "--workdir", older=lambda: older is not None)
     hf_export.require_replaceable(workdir / "export", "the export in --workdir")  # now, not after the training
-    if path.exists() and known is None:
+    if path.exists() and older is None:
         raise ValueError(f"{path} is no run's config; put it back, or choose another --workdir")
-    marker = _checkpoint_marker(config, checkpoints, workdir, known)
-    if marker is not None and marker["run"]:
+    named = None if older is None else epath.Path(older["checkpoint"].get("dir") or workdir / "checkpoints")
+    marker = ownership.require_ours(
+        checkpoints,
+        "checkpoints",
+        "config.checkpoint.dir",
+        older=lambda: named == checkpoints and _has_steps_only(named),
+    )
+    if marker and marker["run"]:
         _require_same_run(marker, mine, checkpoints, workdir)
-    if marker is not None and "config" in marker:
+    if marker and "config" in marker:
         before, saved = marker["config"], checkpoints
-    elif known is not None:
-        before, saved = path.read_text(), epath.Path(known["checkpoint"].get("dir") or workdir / "checkpoints")
+    elif named is not None:
+        before, saved = path.read_text(), named
     else:
         return []
-    if not _has_checkpoint(saved):
+    if not (saved.is_dir() and any((step / MANIFEST).exists() for step in saved.iterdir())):
         return []
+    moved = saved == checkpoints  # wherever the checkpoints were, they are here now
+    where = workdir if marker is None or marker.get("workdir") == str(workdir.absolute()) else checkpoints
+    return _allowed_changes(config_lib.differences(before, config_lib.to_json(config)), moved, where)
+
+
+def _allowed_changes(differences: list[str], moved: bool, where: os.PathLike) -> list[str]:
     of: dict[str, list[str]] = {REFUSED: [], LOGGED: [], FREE: []}
-    for difference in config_lib.differences(before, config_lib.to_json(config)):
+    for difference in differences:
         key = difference.removeprefix("config.").partition(":")[0]
-        if key == "checkpoint.dir" and saved == checkpoints:
-            continue  # they were moved, and are here
-        of[next(what for pattern, what in CHANGES if re.fullmatch(pattern, key))].append(difference)
+        if key != "checkpoint.dir" or not moved:
+            of[next(what for pattern, what in CHANGES if re.fullmatch(pattern, key))].append(difference)
     if of[REFUSED]:
         undo = "\n  ".join(of[REFUSED])
-        where = workdir if marker is None or marker.get("workdir") == str(workdir.absolute()) else checkpoints
         raise ValueError(f"{where} holds a run of another config; choose another --workdir, or undo:\n  {undo}")
     return of[LOGGED]
 
@@ -98,47 +110,32 @@ def _older_config(path: Path) -> dict[str, Any] | None:
     """The config in a workdir; None where there is none that is a run's."""
     try:
         values = json.loads(path.read_text())
-        return values if {"checkpoint", "objective", "optim"} <= values.keys() else None
+        known = {"checkpoint", "objective", "optim"} <= values.keys() and isinstance(values["checkpoint"], dict)
+        return values if known else None
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
 
-def _checkpoint_marker(
-    config: ConfigDict, checkpoints: epath.Path, workdir: Path, known: dict[str, Any] | None
-) -> dict[str, Any] | None:
-    """The marker of the directory of checkpoints; None where there is none yet."""
-
-    def older() -> bool:  # the workdir of an older version names it, and nothing else is in it
-        named = known is not None and epath.Path(known["checkpoint"].get("dir") or workdir / "checkpoints")
-        names = [x.name for x in checkpoints.iterdir() if x.name not in ownership.NOBODYS]
-        return named == checkpoints and all(re.fullmatch(r"\d+(\.orbax.*)?|broken-\d+", name) for name in names)
-
-    return ownership.require_ours(checkpoints, "checkpoints", "config.checkpoint.dir", older=older)
+def _has_steps_only(checkpoints: epath.Path) -> bool:
+    """Whether a directory without a marker is one of checkpoints that a version of rmjax without markers made."""
+    names = [path.name for path in checkpoints.iterdir() if path.name not in ownership.NOBODYS]
+    return all(re.fullmatch(r"\d+(\.orbax.*)?|broken-\d+", name) for name in names)
 
 
 def _require_same_run(
     marker: dict[str, Any], mine: dict[str, Any] | None, checkpoints: epath.Path, workdir: Path
 ) -> None:
-    """Compares whose checkpoints these are with whose workdir this is.
+    """Raises ValueError where the checkpoints are another run's.
 
     A workdir that was lost (a new machine, checkpoints in a bucket) is known by its path.
-
-    Raises:
-        ValueError: another run's.
     """
     theirs = marker.get("workdir")
-    if mine is not None and mine["run"] == marker["run"]:
-        return
-    if mine is None and theirs == str(workdir.absolute()):
+    if mine["run"] == marker["run"] if mine else theirs == str(workdir.absolute()):
         return
     raise ValueError(
         f"{checkpoints} has the checkpoints of another run, whose workdir is {theirs}; give each run its own "
         f"config.checkpoint.dir. (If that run has moved here, copy its {ownership.MARKER} into {workdir})"
     )
-
-
-def _has_checkpoint(checkpoints: epath.Path) -> bool:
-    return checkpoints.is_dir() and any((path / MANIFEST).exists() for path in checkpoints.iterdir())
 
 
 def claim(config: ConfigDict, workdir: Path) -> str:
@@ -154,7 +151,7 @@ def claim(config: ConfigDict, workdir: Path) -> str:
         run = mine or checkpoints.get("run") or ownership.new_id()
         if not mine:
             ownership.write_marker(workdir, "run", run)
-    return processes.agree("run", run)
+    return agreement.agree("run", run)
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
@@ -293,16 +290,8 @@ def restore_or_init(
 ) -> tuple[dict[str, Any], Host, int]:
     """The newest whole checkpoint, or freshly loaded or initialised parameters; and the step to go on from.
 
-    Args:
-        config: the config.
-        checkpointer: of the run.
-        program: has the shapes and shardings of the state.
-        model: of `init_from`.
-        objective: the objective.
-        made_from: see `identity`.
-        plan: of training.
-        bad: a step after the checkpoint, whose rows are left out as are those of all steps between (PaLM,
-            arXiv:2204.02311, section 5.1).
+    The rows of a `bad` step after the checkpoint are left out, as are those of all steps between (PaLM,
+    arXiv:2204.02311, section 5.1). `made_from` is `identity`; `program` has the shapes and shardings of the state.
 
     Raises:
         ValueError: the checkpoint was made from something else.

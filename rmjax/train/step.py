@@ -23,7 +23,7 @@ from rmjax.models import heads
 from rmjax.models.config import ModelConfig
 from rmjax.objectives.base import Objective, Outcomes
 from rmjax.objectives.sums import Sums, fraction
-from rmjax.runtime import processes
+from rmjax.runtime import agreement
 from rmjax.train import host_state, optim
 
 
@@ -268,6 +268,6 @@ def compile_program(
         return sharding.bytes_per_device(of(remat).state) + kept * item
 
     if not limit:  # all processes must settle on the same, so the smallest device decides
-        limit = min(processes.gather("memory", memory.limit(mesh.local_devices[0])))
+        limit = min(agreement.gather("memory", memory.limit(mesh.local_devices[0])))
     fit = memory.settle(choices, compile_step, least, limit)
     return dataclasses.replace(of(fit.remat), step=fit.compiled), split(fit.micro_rows), fit.line

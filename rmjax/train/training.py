@@ -37,7 +37,7 @@ from rmjax.models import decoder, hf
 from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.base import Objective
 from rmjax.objectives.sums import Sums
-from rmjax.runtime import command_line, ownership, passwords, processes, signals
+from rmjax.runtime import agreement, command_line, ownership, passwords, processes, signals
 from rmjax.runtime.exits import InputError
 from rmjax.runtime.signals import Stop, Stopped
 from rmjax.train import dry_run as dry_runs
@@ -403,10 +403,10 @@ def _run(
         hf.check(hf.resolve(config.model.init_from), parameters.model_params(shapes), model)
     print(parameter_overview.get_parameter_overview(shapes, include_stats="sharding" if dry_run else False))
 
-    with processes.first_then_others("data"):
+    with agreement.first_then_others("data"):
         train_groups, validation_groups = prepare.read_groups(config, chat, objective.task)
     data = [train_groups.fingerprint, validation_groups.fingerprint]
-    processes.require_same("config and data", [config_lib.to_json(config), *data], "config or data")
+    agreement.require_same("config and data", [config_lib.to_json(config), *data], "config or data")
     lines = ledger.lines(train_groups, validation_groups)
     print("\n".join(lines), flush=True)
     plan = prepare.plan_training(config, train_groups)
@@ -414,7 +414,7 @@ def _run(
     sets = {"validation": validation_groups}
     if config.eval.train_groups:
         sets["train_slice"] = train_groups.sample(config.eval.train_groups, config.seed)
-    with processes.first_then_others("benchmarks"):
+    with agreement.first_then_others("benchmarks"):
         tests = evaluating.read_benchmarks(config, chat, objective.task)
 
     def compiled() -> tuple[Program, Split, dict[str, Split]]:
@@ -455,7 +455,7 @@ def _run(
                 resume.save_config(config, workdir)
                 _save_audit(workdir / "audit.json", train_groups, plan, validation_groups, objective.task)
             program, train, evaluations = compiling.result()
-            processes.barrier("compiled")  # devices wait for a late process less patiently
+            agreement.barrier("compiled")  # devices wait for a late process less patiently
             work = work_of_steps(train, model, parameters.model_params(shapes))
             described = Model(chat, values, model, objective)
 

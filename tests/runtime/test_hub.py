@@ -7,9 +7,8 @@ import threading
 import time
 
 import pytest
-from jaxlib import _jax
 
-from rmjax.runtime import exits, hub, processes
+from rmjax.runtime import exits, hub, sockets
 
 
 def free_port():
@@ -17,12 +16,20 @@ def free_port():
         return server.getsockname()[1]
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(hub, "BEAT", 0.05)
+    monkeypatch.setattr(hub, "LATE", 0.5)
+
+
 class Member:
     """A link, and why it ended."""
 
-    def __init__(self, port, number, secret=""):
+    def __init__(self, port, number, count, secret="", host="host", version="v"):
         self.ends, self.ended = [], threading.Event()
-        self.link = hub.Link(hub.connect(f"localhost:{port}", 5), number, self.end, secret)
+        hello = hub.Hello(number, count, host, version)
+        self.link = hub.Link(sockets.connect_to(f"localhost:{port}", 5), hello, self.end, secret)
+        self.link.start()
 
     def end(self, end):
         self.ends.append(end)
@@ -38,12 +45,13 @@ def roll(count, seconds=20.0, numbers=None, of=None, versions=None, secrets=None
     """A hub for `count` processes, and those `numbers` that come; the first of the `secrets` is the hub's."""
     port = free_port()
     secrets = secrets or [""] * (count + 1)
-    server = hub.Hub(hub.listen(f"x:{port}"), count, seconds, f"x:{port}", secrets[0], standing)
+    server = hub.Hub(sockets.listen_on(f"x:{port}"), count, seconds, f"x:{port}", secrets[0], standing)
     server.start()
     numbers = range(count) if numbers is None else numbers
-    members = [Member(port, number, secrets[1 + i]) for i, number in enumerate(numbers)]
-    for i, member in enumerate(members):
-        member.link.hello(of or count, f"host-{i}", versions[i] if versions else "v")
+    members = [
+        Member(port, number, of or count, secrets[1 + i], f"host-{i}", versions[i] if versions else "v")
+        for i, number in enumerate(numbers)
+    ]
     try:
         yield members
     finally:
@@ -55,20 +63,6 @@ def roll(count, seconds=20.0, numbers=None, of=None, versions=None, secrets=None
 
 def joined(members):
     assert all(member.link.joined.wait(10) for member in members)
-
-
-def at_once(*calls):
-    results = [None] * len(calls)
-
-    def run(i):
-        results[i] = calls[i]()
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    return results
 
 
 # The roll
@@ -122,19 +116,18 @@ def test_a_closed_connection_is_a_lost_process():
         members[1].link._socket.shutdown(socket.SHUT_RDWR)
         for member in (members[0], members[2]):
             end = member.why()
-            assert (end.number, end.host, end.code, end.lost) == (1, "host-1", exits.AGAIN, True)
-            assert "closed" in end.why
+            assert (end.number, end.code) == (1, exits.AGAIN)
+            assert end.why.startswith("process 1 on host-1 was lost: its connection closed")
 
 
 def test_silence_is_a_lost_process(monkeypatch):
-    monkeypatch.setattr(hub, "BEAT", 0.1)
     monkeypatch.setattr(hub, "SILENCE", 1.0)
     with roll(2) as members:
         joined(members)
         time.sleep(1.5)  # beats keep them
         assert not members[0].ends
         monkeypatch.setattr(members[1].link, "_send", lambda **_: None)
-        assert (members[0].why().number, members[0].why().lost) == (1, True)
+        assert members[0].why().number == 1 and "was lost: nothing was heard of it" in members[0].why().why
         monkeypatch.undo()
 
 
@@ -144,22 +137,17 @@ def test_a_failure_is_told_to_all_with_its_code():
         members[2].link.fail("no space left", 1)
         members[1].link.fail("what followed", 1)
         for member in members:
-            assert member.why() == hub.End(2, "host-2", "no space left", 1, False)
+            assert member.why() == hub.End(2, "process 2 on host-2 failed: no space left", 1)
 
 
 def test_an_endless_error_is_told_too():
     with roll(2) as members:
         joined(members)
-        members[1].link.fail("\N{SNOWMAN}" * 10**6, 1)
-        assert members[0].why().why.startswith("\N{SNOWMAN}") and not members[0].why().lost
+        members[1].link.fail("\N{GRINNING FACE}" * 10**6, 1)
+        assert members[0].why().why.startswith("process 1 on host-1 failed: \N{GRINNING FACE}")
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(hub, "BEAT", 0.05)
-
-
-def test_who_stands_still_while_others_wait_is_told_of_and_then_given_up(quick, caplog):
+def test_who_stands_still_while_others_wait_is_told_of_and_then_given_up(caplog):
     with roll(3, standing=0.4) as members, caplog.at_level("WARNING"):
         joined(members)
         for member in members:
@@ -168,14 +156,14 @@ def test_who_stands_still_while_others_wait_is_told_of_and_then_given_up(quick, 
         assert not caplog.records
         members[0].link.at = members[2].link.at = 8, 4
         end = members[0].why()
-        assert (end.number, end.host, end.code, end.lost) == (1, "host-1", exits.AGAIN, True)
+        assert (end.number, end.code) == (1, exits.AGAIN) and end.why.startswith("process 1 on host-1 was lost: its")
         assert "its main thread stands still at step 3, and the others have waited for it for" in end.why
         assert members[1].why() == end  # it is told as well
         (record,) = caplog.records
         assert "process 1 on host-1: its main thread stands still at step 3" in record.getMessage()
 
 
-def test_who_is_late_but_moves_is_not_told_of(quick, caplog):
+def test_who_is_late_but_moves_is_not_told_of(caplog):
     with roll(2, standing=0.5) as members, caplog.at_level("WARNING"):
         joined(members)
         for position in range(10):
@@ -195,25 +183,24 @@ def test_a_mistake_in_the_hub_is_called_that(monkeypatch, broken):
         monkeypatch.setattr(hub.Hub, broken, fails)
         for member in members:
             end = member.why()
-            assert (end.number, end.code, end.lost) == (0, exits.FAILED, False)
-            assert end.why == "the thread by which the processes keep in touch met KeyError: 'a bug of ours'"
+            assert (end.number, end.code) == (-1, exits.FAILED)
+            assert end.why == "the thread of process 0 by which all keep in touch met KeyError: 'a bug of ours'"
         monkeypatch.undo()
 
 
 def test_a_hub_that_is_none_is_called_that():
     with socket.create_server(("127.0.0.1", 0)) as server:
         for said in (b"HTTP/1.1 400 Bad Request\r\n\r\n", b'{"end": 3}\n', b"[" * 10**5 + b"\n", b""):
-            member = Member(server.getsockname()[1], 1)
-            member.link.hello(2, "host", "v")
+            member = Member(server.getsockname()[1], 1, 2)
             with server.accept()[0] as other:
                 other.sendall(said)
-            assert member.why().lost and member.why().code == exits.AGAIN
+            assert "process 0 on its host was lost" in member.why().why and member.why().code == exits.AGAIN
             assert "no hub" in member.why().why or "no run of rmjax" in member.why().why
 
 
 # Strangers
 
-HELLO = {"hello": 1, "of": 2, "host": "h", "version": "v", "proof": "0" * 64}
+HELLO = {"number": 1, "count": 2, "host": "h", "version": "v", "proof": "0" * 64}
 hello = lambda **values: json.dumps({**HELLO, **values}).encode() + b"\n"
 SENT = {
     "nothing": b"",
@@ -227,20 +214,20 @@ SENT = {
     "null": b"null\n",
     "text": b'"hello"\n',
     "nan": b"NaN\n",
-    "half a message": b'{"hello": 1, "of"',
+    "half a message": b'{"number": 1, "count"',
     "deep lists": b"[" * 50_000 + b"]" * 50_000 + b"\n",
-    "deep objects": b'{"hello": ' * 10_000 + b"1" + b"}" * 10_000 + b"\n",
+    "deep objects": b'{"number": ' * 10_000 + b"1" + b"}" * 10_000 + b"\n",
     "a line without end": b"x" * 2**20,
-    "a number without end": b'{"hello": ' + b"9" * 10_000 + b"}\n",
-    "a number and no more": b'{"hello": 1}\n',
-    "true": b'{"hello": true}\n',
-    "true for a number": hello(hello=True),
-    "text for a number": hello(hello="1"),
-    "a fraction": hello(hello=0.5),
-    "nan for a number": hello(hello=float("nan")),
-    "infinity for a count": hello(of=float("inf")),
-    "null for a number": hello(hello=None),
-    "a list for a number": hello(hello=[1]),
+    "a number without end": b'{"number": ' + b"9" * 10_000 + b"}\n",
+    "a number and no more": b'{"number": 1}\n',
+    "true": b'{"number": true}\n',
+    "true for a number": hello(number=True),
+    "text for a number": hello(number="1"),
+    "a fraction": hello(number=0.5),
+    "nan for a number": hello(number=float("nan")),
+    "infinity for a count": hello(count=float("inf")),
+    "null for a number": hello(number=None),
+    "a list for a number": hello(number=[1]),
     "an object for a host": hello(host={"a": 1}),
     "a number for a version": hello(version=3),
     "a number for a proof": hello(proof=0),
@@ -248,16 +235,17 @@ SENT = {
     "an empty proof": hello(proof=""),
     "all but the proof": json.dumps({k: v for k, v in HELLO.items() if k != "proof"}).encode() + b"\n",
     "an unknown key": hello(more=1),
-    "no proof of a wrong count": hello(of=3),
-    "no proof of a taken number": hello(hello=0),
-    "no proof of a negative number": hello(hello=-1),
-    "no proof of a huge number": hello(hello=10**18),
+    "a greeting in another form": b'{"hello": [1, 2, "h", "v"]}\n',
+    "no proof of a wrong count": hello(count=3),
+    "no proof of a taken number": hello(number=0),
+    "no proof of a negative number": hello(number=-1),
+    "no proof of a huge number": hello(number=10**18),
     "no proof of another version": hello(version="w"),
-    "a beat": b'{"beat": 5, "step": 5}\n',
+    "a beat": b'{"position": 5, "step": 5}\n',
     "a failure": b'{"failed": "ha", "code": 2}\n',
     "a good-bye": b'{"bye": 1}\n',
-    "an end": b'{"end": [0, "h", "ha", 2, false]}\n',
-    "much at once": b'{"hello": 1}\n{"failed": "ha", "code": 2}\n' * 1000,
+    "an end": b'{"end": [0, "ha", 2]}\n',
+    "much at once": b'{"number": 1}\n{"failed": "ha", "code": 2}\n' * 1000,
 }
 
 
@@ -265,13 +253,11 @@ SENT = {
 def gathering(secret):
     """A hub that waits for process 1 of 2; process 0 is there."""
     port = free_port()
-    server = hub.Hub(hub.listen(f"x:{port}"), 2, 20, "x", secret)
+    server = hub.Hub(sockets.listen_on(f"x:{port}"), 2, 20, "x", secret)
     server.start()
-    first = Member(port, 0, secret)
-    first.link.hello(2, "host-0", "v")
+    first = Member(port, 0, 2, secret)
     yield server, port, first
-    second = Member(port, 1, secret)
-    second.link.hello(2, "host-1", "v")
+    second = Member(port, 1, 2, secret)
     joined([first, second])
     assert not first.ends and not second.ends
     first.link.leave()
@@ -283,7 +269,7 @@ def gathering(secret):
 @pytest.mark.parametrize("secret", ["", "s3cret"])
 @pytest.mark.parametrize("sent", SENT)
 def test_what_a_stranger_sends_drops_its_connection_and_nothing_else(sent, secret):
-    with gathering(secret) as (server, port, _), hub.connect(f"localhost:{port}", 5) as stranger:
+    with gathering(secret) as (server, port, _), sockets.connect_to(f"localhost:{port}", 5) as stranger:
         with contextlib.suppress(OSError):  # it may be dropped by then
             stranger.sendall(SENT[sent])
             stranger.shutdown(socket.SHUT_WR)
@@ -295,8 +281,8 @@ def test_what_a_stranger_sends_drops_its_connection_and_nothing_else(sent, secre
 
 def test_a_greeting_that_was_overheard_serves_nobody_else():
     with gathering("s3cret") as (server, port, _):
-        said = hub.proof("s3cret", "another nonce", HELLO).decode()
-        with hub.connect(f"localhost:{port}", 5) as stranger:
+        said = hub.Hello(1, 2, "h", "v").proof("s3cret", "another nonce").decode()
+        with sockets.connect_to(f"localhost:{port}", 5) as stranger:
             stranger.sendall(hello(proof=said))
             while stranger.recv(2**16):
                 pass
@@ -306,26 +292,24 @@ def test_a_greeting_that_was_overheard_serves_nobody_else():
 def test_many_connections_that_say_nothing_keep_nobody_out():
     with gathering("") as (server, port, _), contextlib.ExitStack() as stack:
         for _ in range(3 * hub.STRANGERS):
-            stack.enter_context(hub.connect(f"localhost:{port}", 5))
+            stack.enter_context(sockets.connect_to(f"localhost:{port}", 5))
         time.sleep(0.3)
         assert len(server._strangers) <= hub.STRANGERS + 2
 
 
 def test_who_says_nothing_is_dropped_in_time(monkeypatch):
     monkeypatch.setattr(hub, "SILENCE", 0.3)
-    monkeypatch.setattr(hub, "BEAT", 0.05)
-    with gathering("") as (_, port, _), hub.connect(f"localhost:{port}", 5) as stranger:
+    with gathering("") as (_, port, _), sockets.connect_to(f"localhost:{port}", 5) as stranger:
         while stranger.recv(2**16):
             pass
 
 
 def test_nobody_is_let_in_when_all_are_there():
     port = free_port()
-    server = hub.Hub(hub.listen(f"x:{port}"), 1, 20, "x")
+    server = hub.Hub(sockets.listen_on(f"x:{port}"), 1, 20, "x")
     server.start()
-    with hub.connect(f"localhost:{port}", 5) as stranger:
-        member = Member(port, 0)
-        member.link.hello(1, "host", "v")
+    with sockets.connect_to(f"localhost:{port}", 5) as stranger:
+        member = Member(port, 0, 1)
         joined([member])
         while stranger.recv(2**16):
             pass
@@ -334,64 +318,3 @@ def test_nobody_is_let_in_when_all_are_there():
     member.link.leave()
     server.join(5)
     assert not server.is_alive()
-
-
-# What they agree on, by JAX's own key-value store
-
-
-@contextlib.contextmanager
-def meetings(count):
-    """Clients of one store, as many processes would have."""
-    address = f"127.0.0.1:{free_port()}"
-    service = _jax.get_distributed_runtime_service(address, count)
-    clients = [_jax.get_distributed_runtime_client(address, n, init_timeout=20) for n in range(count)]
-    at_once(*(client.connect for client in clients))
-    yield [processes.Meeting(client, n, count) for n, client in enumerate(clients)]
-    at_once(*(client.shutdown for client in clients))
-    service.shutdown()
-
-
-def test_all_gather_what_each_has():
-    with meetings(3) as met:
-        for turn in range(3):
-            calls = [lambda m=m, n=n, t=turn: m.gather("a name", [t, n]) for n, m in enumerate(met)]
-            assert at_once(*calls) == [[[turn, 0], [turn, 1], [turn, 2]]] * 3
-        left = dict(met[0].client.key_value_dir_get("rmjax"))
-        assert len(left) == 3 and all("/3/" in key for key in left)  # the store does not grow
-
-
-def test_threads_gather_under_names_of_their_own():
-    with meetings(2) as met:
-        turns = lambda m, name: [m.gather(name, name) for _ in range(20)]
-        both = at_once(*(lambda m=m, name=name: turns(m, name) for name in ("a", "b") for m in met))
-        assert both == [[["a", "a"]] * 20] * 2 + [[["b", "b"]] * 20] * 2
-
-
-@pytest.mark.parametrize("asked", [(10**6, 20, 25), (20, 20, 20), (1, 10**6, 10**6)])
-def test_all_stop_at_the_same_step(asked):
-    with meetings(3) as met:
-
-        def steps(meeting, requested, pause):
-            for step in range(1, 1000):
-                if meeting.stop_agreed(step >= requested, step):
-                    return step
-                time.sleep(pause)
-            return None
-
-        for _ in range(2):  # another run is not stopped by what the first was told
-            stops = at_once(
-                lambda: steps(met[0], asked[0], 0.001),
-                lambda: steps(met[1], asked[1], 0.003),
-                lambda: steps(met[2], asked[2], 0.002),
-            )
-            assert len(set(stops)) == 1 and stops[0] > min(asked)
-
-
-def test_nobody_stops_where_nobody_is_asked():
-    with meetings(2) as met:
-        assert not any(at_once(*(lambda m=m: any(m.stop_agreed(False, n) for n in range(1, 50)) for m in met)))
-        met[0].close()  # one is enough
-        for meeting in met:
-            meeting._stops[0].join(5)
-            assert not meeting._stops[0].is_alive() and not meeting.stop_agreed(False, 50)
-        met[1].close()

@@ -20,7 +20,7 @@ import quick
 import yaml
 
 from rmjax import checkpoint
-from rmjax.runtime import exits, processes
+from rmjax.runtime import agreement, exits, processes
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -32,7 +32,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-# Who they are
+# Alone
 
 
 @pytest.fixture
@@ -44,46 +44,6 @@ def environment(monkeypatch):
 
 
 TOLD = {"JAX_COORDINATOR_ADDRESS": "host-a:1234", "JAX_NUM_PROCESSES": 4, "JAX_PROCESS_ID": 2}
-STEP = {
-    "SLURM_JOB_ID": 7,
-    "SLURM_NTASKS": 2,
-    "SLURM_PROCID": 1,
-    "SLURM_LOCALID": 0,
-    "SLURM_STEP_NODELIST": "node[003-004]",
-}
-
-
-@pytest.mark.parametrize(
-    ("values", "place"),
-    [
-        ({}, None),
-        (TOLD, ("host-a:1234", 4, 2, None)),
-        ({**TOLD, "JAX_NUM_PROCESSES": 1, "JAX_PROCESS_ID": 0}, None),
-        ({"JAX_COORDINATOR_ADDRESS": "host-a:1234"}, None),
-        ({"SLURM_JOB_ID": 7, "SLURM_NTASKS": 2, "SLURM_PROCID": 0}, None),  # the batch script itself
-        ({**STEP, "SLURM_NTASKS": 1, "SLURM_PROCID": 0}, None),
-        ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, ("node003:61447", 2, 1, None)),
-        ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_LOCALID": 1}, ("node003:61447", 2, 1, [1])),
-    ],
-)
-def test_each_finds_its_place(environment, values, place):
-    environment(**values)
-    assert processes._place() == (place and processes.Place(*place))
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"JAX_PROCESS_ID": ""}, "lacks JAX_PROCESS_ID"),
-        ({"JAX_COORDINATOR_ADDRESS": ""}, "lacks JAX_COORDINATOR_ADDRESS"),
-        ({"JAX_PROCESS_ID": 4}, "JAX_NUM_PROCESSES=4, JAX_PROCESS_ID=4: expected"),
-        ({"JAX_COORDINATOR_ADDRESS": "host-a"}, "host-a: expected HOST:PORT"),
-    ],
-)
-def test_half_of_what_is_needed_is_refused(environment, values, message):
-    environment(**{**TOLD, **values})
-    with pytest.raises(ValueError, match=message):
-        processes._place()
 
 
 @pytest.mark.parametrize("name", ["RMJAX_JOIN_SECONDS", "RMJAX_STALL_MINUTES"])
@@ -123,10 +83,10 @@ def test_a_single_process_needs_nobody(environment):
     environment()
     processes.start()
     processes.fail("nothing", 1)
-    assert (processes.number(), processes.is_first(), processes.agree("x", 3)) == (0, True, 3)
-    assert processes.stop_agreed(True, 1) and not processes.stop_agreed(False, 1)
-    with processes.first_then_others("data"):
-        processes.require_same("x", [1], "data")
+    assert (processes.number(), processes.is_first(), agreement.agree("x", 3)) == (0, True, 3)
+    assert agreement.stop_agreed(True, 1) and not agreement.stop_agreed(False, 1)
+    with agreement.first_then_others("data"):
+        agreement.require_same("x", [1], "data")
     processes.finish()
 
 
@@ -411,7 +371,7 @@ def test_every_process_reads_only_its_rows():
 
 SAVES = """
     import os, signal, sys
-    from rmjax.runtime import processes
+    from rmjax.runtime import agreement, processes
     processes.start()
     import jax, numpy as np
     from rmjax import sharding
@@ -428,14 +388,14 @@ SAVES = """
     assert (step, host) == (2, {"step": 2})
     for shard in state["w"].addressable_shards:
         np.testing.assert_array_equal(np.asarray(shard.data), np.arange(2, 10)[shard.index])
-    barrier = processes.barrier
+    barrier = agreement.barrier
 
     def die(name):
         if name == "checkpoint written" and processes.number() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         barrier(name)
 
-    processes.barrier = die
+    agreement.barrier = die
     checkpointer.save(3, place(3), {}, None)
     checkpointer.wait()
 """
@@ -459,12 +419,12 @@ def test_a_step_that_lost_a_process_while_it_was_saved_is_none(tmp_path):
 
 LATE = """
     import sys, time
-    from rmjax.runtime import processes
+    from rmjax.runtime import agreement, processes
     processes.start()
     import jax, jax.numpy as jnp, numpy as np
     from rmjax import sharding
     if sys.argv[1] == "unconnected":
-        processes.connect = lambda mesh: None
+        agreement.connect_mesh = lambda mesh: None
     mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": -1})
     x = sharding.place(np.ones((8, 8), np.float32), sharding.named(mesh, sharding.BATCH, "tensor"))
     if processes.number():
@@ -529,24 +489,24 @@ FOREIGN = """
     told = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, count, number = (os.environ.pop(name) for name in told)
     jax.distributed.initialize(address, int(count), int(number))
-    from rmjax.runtime import processes
+    from rmjax.runtime import agreement, processes
     if sys.argv[1] == "started":
         processes.start()
     assert (processes.number(), processes.count()) == (int(number), 2)
-    assert processes.gather("a", processes.number() * 3) == [0, 3] and processes.agree("b", int(number) + 5) == 5
-    processes.barrier("c")
-    processes.require_same("d", 1, "data")
+    assert agreement.gather("a", processes.number() * 3) == [0, 3] and agreement.agree("b", int(number) + 5) == 5
+    agreement.barrier("c")
+    agreement.require_same("d", 1, "data")
     try:
-        processes.require_same("e", number, "data")
+        agreement.require_same("e", number, "data")
         raise AssertionError
     except ValueError as error:
         assert "process 1 on" in str(error)
     for n in range(1, 1000):
-        if processes.stop_agreed(n == 5 and number == "1", n):
+        if agreement.stop_agreed(n == 5 and number == "1", n):
             break
         time.sleep(0.01)
-    assert 5 < n < 1000 and len(set(processes.gather("n", n))) == 1
-    with processes.first_then_others("f"):
+    assert 5 < n < 1000 and len(set(agreement.gather("n", n))) == 1
+    with agreement.first_then_others("f"):
         pass
     if sys.argv[2:]:
         from pathlib import Path
@@ -554,8 +514,8 @@ FOREIGN = """
         from rmjax.runtime.config_file import load
         config = load("configs/bt_tiny.py")
         config.update_from_flattened_dict(eval(sys.argv[3]))
-        barrier, loop, names = processes.barrier, train.loop, []
-        processes.barrier = lambda name: (names.append(name), barrier(name))
+        barrier, loop, names = agreement.barrier, train.loop, []
+        agreement.barrier = lambda name: (names.append(name), barrier(name))
 
         def looped(*args):
             assert "compiled" in names  # nobody begins before all have compiled

@@ -417,7 +417,7 @@ def test_checkpoints_can_be_elsewhere(tmp_path, cache_dir):
     config = small(cache_dir, checkpoint__dir="gs://bucket/run")
     assert str(runs.checkpoint_directory(config, tmp_path)) == "gs://bucket/run"
     checkpointer = Checkpointer(runs.checkpoint_directory(config, tmp_path), keep_latest=1)
-    assert str(checkpointer._path(3)) == "gs://bucket/run/3"
+    assert str(checkpointer._steps.step_path(3)) == "gs://bucket/run/3"
     assert str(runs.checkpoint_directory(small(cache_dir), tmp_path)) == str(tmp_path / "checkpoints")
     config = small(cache_dir, checkpoint__dir=str(tmp_path / "elsewhere"))
     resume.save_config(config, tmp_path)

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from tensorboardX.crc32c import crc32c
 
 from rmjax.runtime import processes
-from rmjax.runtime.progress import Progress, clock_time
 from rmjax.train.writers import (
     JsonlWriter,
     TensorBoardWriter,

@@ -1,0 +1,193 @@
+"""What the processes of a run tell each other, through the key-value store of JAX's runtime, which process 0 keeps.
+
+A single process agrees with itself: every function here returns at once.
+"""
+
+import atexit
+import contextlib
+import itertools
+import json
+import math
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax._src import distributed  # its key-value store has no public name
+
+from rmjax.runtime import processes
+from rmjax.runtime.processes import FOR_EVER, LEAVE_SECONDS
+
+OVER = "over"
+
+
+class Meeting:
+    """The processes that share a key-value store."""
+
+    def __init__(self, client: Any, number: int, count: int):
+        """`client` is JAX's, connected."""
+        self.client, self._number, self._count = client, number, count
+        self._uses: dict[str, int] = {}
+        self._stopping: Stopping | None = None
+        self._runs = itertools.count()
+
+    def gather(self, name: str, value: Any) -> list[Any]:
+        """See `gather`."""
+        use = self._uses[name] = self._uses.get(name, 0) + 1
+        key, mine = f"rmjax/{name}/{use}", lambda use: f"rmjax/{name}/{use}/{self._number}"
+        self.client.key_value_set(mine(use), json.dumps(value))
+        self.client.wait_at_barrier(key, FOR_EVER)
+        values = dict(self.client.key_value_dir_get(key))
+        if use > 1:  # all have come here, so they have read the values of the last time
+            self.client.key_value_delete(mine(use - 1))
+        return [json.loads(values[f"{key}/{n}"]) for n in range(self._count)]
+
+    def stop_agreed(self, requested: bool, position: int) -> bool:
+        """See `stop_agreed`."""
+        if self._stopping is None or position == 1:  # of another run than the last
+            self.close()
+            self._stopping = Stopping(self, f"stop {next(self._runs)}")
+        return self._stopping.agreed(requested, position)
+
+    def close(self) -> None:
+        """Ends what waits for a stop."""
+        if self._stopping:
+            self._stopping.close()
+
+
+class Stopping(threading.Thread):
+    """Waits until any process of a run is asked to stop; all settle on the first position that none has come to."""
+
+    def __init__(self, meeting: Meeting, key: str):
+        """`key` is of the run."""
+        super().__init__(name=key, daemon=True)
+        self._meeting, self._key, self._changed = meeting, key, threading.Condition()
+        self._frozen = self._asked = False
+        self._position, self._stop_at = 0, math.inf
+        self.start()
+        atexit.register(self.close)  # before JAX's own: a thread that wakes later than Python aborts the process
+
+    def close(self) -> None:
+        """Ends the thread, as the run is over."""
+        if self.is_alive():
+            self._say(OVER)
+            self.join(LEAVE_SECONDS)
+
+    def agreed(self, requested: bool, position: int) -> bool:
+        """See `stop_agreed`. While all tell each other their positions, none may come to another."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._frozen)
+            self._position = position
+        if requested and not self._asked:
+            self._asked = True
+            self._say("stop")
+        return position >= self._stop_at
+
+    def _say(self, what: str) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
+            self._meeting.client.key_value_set(f"rmjax/{self._key}", what)
+
+    def run(self) -> None:
+        """Waits, in its own thread, until somebody is asked, the run is over, or the runtime shuts down."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            if self._meeting.client.blocking_key_value_get(f"rmjax/{self._key}", FOR_EVER) == OVER:
+                return
+            with self._changed:
+                self._frozen = True
+            self._stop_at = max(self._meeting.gather(f"{self._key}: positions", self._position)) + 1
+            with self._changed:
+                self._frozen = False
+                self._changed.notify_all()
+
+
+_meeting: Meeting | None = None
+
+
+def _met() -> Meeting:
+    """The meeting of these processes, of which there are several."""
+    global _meeting
+    if _meeting is None or _meeting.client is not distributed.global_state.client:
+        _meeting = Meeting(distributed.global_state.client, processes.number(), processes.count())
+    return _meeting
+
+
+def gather(name: str, value: Any) -> list[Any]:
+    """What every process has for `value`, in their order; waits for all.
+
+    Args:
+        name: of the occasion; all processes must come to the same ones, those of one name in the same order and from
+            one thread.
+        value: plain JSON, and small.
+    """
+    return [value] if processes.count() == 1 else _met().gather(name, value)
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here."""
+    gather(name, None)
+
+
+def agree(name: str, value: Any) -> Any:
+    """Process 0's value on all; waits for it."""
+    return gather(name, value if processes.is_first() else None)[0]
+
+
+def require_same(name: str, value: Any, what: str) -> None:
+    """Makes sure that all processes have the same.
+
+    Raises:
+        ValueError: one has another value; `what` says of what.
+    """
+    values = gather(name, value)
+    if others := [n for n, x in enumerate(values) if x != values[0]]:
+        hosts = gather(f"{name}: hosts", socket.gethostname())
+        raise ValueError(
+            f"process {others[0]} on {hosts[others[0]]} has other {what} than process 0 on {hosts[0]}; "
+            "start all with the same command, on the same files"
+        )
+
+
+@contextlib.contextmanager
+def first_then_others(name: str) -> Iterator[None]:
+    """Process 0 goes through the block before the others, who find on a shared file system what it made."""
+    if not processes.is_first():
+        barrier(name)
+    yield
+    if processes.is_first():
+        barrier(name)
+
+
+def stop_agreed(requested: bool, position: int, step: int = 0) -> bool:
+    """Whether to stop at this position, where any process was asked to: the same answer on all for the same one.
+
+    Costs nothing while nobody asks. The position is a later one than that of the request: the first that no process
+    has come to yet. Where a process stays behind, the others are told of it, see `hub.Hub`.
+
+    Args:
+        requested: whether this process was asked to stop.
+        position: how often this was called in this run, from 1; every process calls it as often.
+        step: of training, for people.
+    """
+    if processes.count() == 1:
+        return requested
+    processes.moved(position, step)
+    return _met().stop_agreed(requested, position)
+
+
+def connect_mesh(mesh: jax.sharding.Mesh) -> None:
+    """Connects the processes of a mesh of CPUs for whatever they will compute together; all call it alike.
+
+    Gloo, by which CPUs reduce, connects a group of devices when a program first needs it, and gives up where one comes
+    30 s later than the others. In the first program of a run that is who compiles while the others read theirs from
+    the cache, and JAX's cache on CPUs serves process 0 only. Once connected, they wait for as long as it takes.
+    """
+    devices = mesh.devices.flat
+    if devices[0].platform != "cpu" or len({device.process_index for device in devices}) == 1:
+        return
+    groups = [axes for n in range(len(mesh.axis_names)) for axes in itertools.combinations(mesh.axis_names, n + 1)]
+    sums = lambda: [jax.lax.psum(jax.lax.axis_index(mesh.axis_names), axes) for axes in groups]
+    spec = jax.sharding.PartitionSpec()
+    compiled = jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=(), out_specs=spec, check_vma=False)).lower().compile()
+    barrier("connect")
+    jax.block_until_ready(compiled())
