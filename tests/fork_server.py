@@ -21,7 +21,7 @@ IMPORTS = (
     *("pyarrow.compute", "transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers"),
     *("orbax.checkpoint", "huggingface_hub.hf_file_system"),
 )
-SECONDS = 120  # of one command
+SECONDS = 600  # of one command: a run among them takes two minutes on a busy machine
 AT_ONCE = 2
 
 
