@@ -88,7 +88,7 @@ ARGUMENTS = [
     arguments(f"rmjax.benchmark {TINY} --lengths=a.json", "--lengths=a.json: row 1 is", a__json=b"[[1,2,3],[1,0,3]]"),
     arguments(f"rmjax.benchmark {TINY} --lengths=b.json", "--lengths=b.json holds dict", b__json=b"{}"),
     arguments(f"rmjax.benchmark {TINY} --lengths=c.json", "--lengths=c.json is not JSON", c__json=b"\xff\xfe[]"),
-    arguments(f"rmjax.benchmark {TINY} --json=.", "--json: . is a directory"),
+    arguments(f"rmjax.benchmark {TINY} --json=.", "is a directory; name another"),
     arguments(f"rmjax.benchmark {TINY} --json=file/x.json", "--json=file/x.json", file=b"x"),
     arguments(f"rmjax.benchmark {TINY} --compare=plan.row_token=3", "there is no config key 'plan.row_token'"),
     arguments(f"rmjax.benchmark {TINY} --compare=gone.py", "there is no config file 'gone.py'"),

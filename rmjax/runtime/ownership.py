@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from rmjax.runtime import files
@@ -173,6 +174,8 @@ def _finish_swap(directory: Path, old: Path) -> None:
             target = directory / f"{path.name}.kept{'' if number == 1 else number}"
             number += 1
         path.rename(target)
+        if target.name != path.name:
+            logging.warning("%s was changed since it was written; it is now %s", path.name, target)
     old.rmdir()
     files.sync(directory)
 
