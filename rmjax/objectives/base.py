@@ -1,6 +1,6 @@
 """What an objective is: the one interface between what is learnt and everything else.
 
-    records -> task (data/tasks.py) -> batches -> model -> outputs -> sums -> loss and metrics
+    records -> task (batches/tasks.py) -> batches -> model -> outputs -> sums -> loss and metrics
 
 An objective is a frozen dataclass; its fields are the keys of `config.objective` with the same names, and what it
 is given wrong it refuses in `__post_init__` with a ValueError that names the key. It knows no models.
@@ -18,7 +18,7 @@ import numpy as np
 from rmjax.batches.tasks import Task
 from rmjax.objectives.sums import Sums, ratios
 
-Batch = Mapping[str, jax.Array]  # see data/loader.py: Shape.fields
+Batch = Mapping[str, jax.Array]  # see batches/loader.py: Shape.fields
 Params = Mapping[str, Any]  # the objective's own parameters, float32; {} for most
 
 
@@ -61,7 +61,7 @@ class Objective:
 
         Args:
             outputs: of the model: float32 [B, E, A], scores of the scored tokens; 0 where `end` is -1.
-            batch: see data/loader.py.
+            batch: see batches/loader.py.
             params: see `params`.
         """
         raise NotImplementedError
