@@ -194,7 +194,7 @@ def test_without_wandb_the_error_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_importing_needs_no_optional_package():
-    script = "import sys, rmjax.writers; print({'wandb', 'torch', 'tensorflow'} & set(sys.modules))"
+    script = "import sys, rmjax.train.writers; print({'wandb', 'torch', 'tensorflow'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
 
