@@ -50,7 +50,7 @@ def visible_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
 
 
 class RandomGroups:
-    """Pairs of which the first response is preferred; a source of groups as `data/groups.py` has. n pairs.
+    """Pairs of which the first response is preferred; a source of groups as `batches/groups.py` has. n pairs.
 
     A pair is drawn when it is asked for, the same whenever it is. Its responses differ from their first token on.
 
@@ -60,7 +60,7 @@ class RandomGroups:
         sources: names of the sources.
         source: int32 [n] which of them each pair is from.
         lengths: int64 [n] tokens of each tree: one more than the triple's, since the last token of the prompt is in
-            both branches (data/trees.py).
+            both branches (batches/trees.py).
         conversations: int64 [n, 2] tokens of each conversation.
         unshared: int64 [n] tokens of both.
         ends: int64 [n] scored tokens.

@@ -203,7 +203,7 @@ def progress(name: str, total: int) -> Callable[[int], None]:
 
 
 def against_gold(model: "RewardModel", source: str, sets: dict[str, Any]) -> dict[str, Any]:
-    """The model as a proxy of the gold model whose scores are in `source`; see evaluation/gold.py.
+    """The model as a proxy of the gold model whose scores are in `source`; see evaluate/gold.py.
 
     Raises:
         ValueError: no row has gold scores, or a model that scores no responses.

@@ -89,7 +89,7 @@ def _rates(task: Task) -> bool:
 def run_benchmark(
     model: RewardModel, benchmark: Benchmark, groups: Groups, *, progress: Tell = lambda done: None
 ) -> dict[str, Any]:
-    """The official numbers, with intervals; see evaluation/benchmarks.py."""
+    """The official numbers, with intervals; see evaluate/benchmarks.py."""
     learnt = model.objective.task if model.objective else None
     if benchmark.rule is None:
         found = measured(model, groups, learnt, worst=0, progress=progress)

@@ -93,7 +93,7 @@ class LanguageModel(nnx.Module):
     def __call__(
         self, batch: Mapping[str, jax.Array], *, remat: str = "full", scan: bool = True
     ) -> dict[str, jax.Array]:
-        """Compares each token's prediction with the token at the next index, its target in a tree (data/trees.py).
+        """Compares each token's prediction with the token at the next index, its target in a tree (batches/trees.py).
 
         Args:
             batch: int32 `tokens`, `positions`, `visible_from`, `visible_until` [B, T], and `loss_weight` [B, T]: 0
