@@ -21,7 +21,6 @@ from rmjax.batches.random_groups import RandomGroups
 from rmjax.hardware import memory, topology
 from rmjax.hardware.collectives import collectives
 from rmjax.inference.parameters import abstract_model
-from rmjax.models import config as model_config
 from rmjax.train.step import compile_program
 
 KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -39,13 +38,12 @@ def measure(name: str, values: dict, hardware: str) -> list[str]:
     mesh = sharding.make_mesh(config.mesh, topology.devices(hardware))
     config.plan.rows_per_step = 2 * mesh.size  # two micro-batches, since nearly every run has several
     config.duration = "2 steps"
-    model, objective = model_config.from_hf(values), objectives.make(config.objective)
-    graph, params = abstract_model(config, model, objective, mesh)
-    groups = RandomGroups(np.full((40 * mesh.size, 3), 400), model.vocab)
+    model = abstract_model(config, objectives.make(config.objective), mesh, values)
+    groups = RandomGroups(np.full((40 * mesh.size, 3), 400), model.config.vocab)
     plan = prepare.plan_training(config, groups)
     limit, begun = topology.memory(hardware), time.perf_counter()
     try:
-        program, *_ = compile_program(config, model, graph, objective, params, mesh, groups, plan, limit)
+        program, *_ = compile_program(config, model, groups, plan, limit)
     except ValueError:
         return [name, hardware, str(mesh.size), "does not fit", "", "", "", f"{time.perf_counter() - begun:.0f}"]
     seconds = time.perf_counter() - begun

@@ -117,7 +117,6 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     from rmjax.batches import loader
     from rmjax.hardware import memory
     from rmjax.inference.parameters import abstract_model
-    from rmjax.models import config as model_config
     from rmjax.models import hf
     from rmjax.train import optim
     from rmjax.train.step import build_program
@@ -127,15 +126,14 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     # No matrix product is recomputed, on either side.
     config.model.remat, config.optim.schedule, config.optim.warmup = memory.POLICIES[0], "constant", "0 steps"
     config.optim.update(job["optim"])
-    objective, model = objectives.make(config.objective), model_config.from_hf(hf.read_config(job["model"]))
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    graph, shapes = abstract_model(config, model, objective, mesh)
+    model = abstract_model(config, objectives.make(config.objective), mesh, hf.read_config(job["model"]))
     with jax.set_mesh(mesh):
-        program = build_program(config, graph, objective, shapes, mesh, plan)
+        program = build_program(config, model, plan)
         begin = time.perf_counter()
         step = program.lower(shape, mesh).compile()
         compile_s = time.perf_counter() - begin
-        params, _ = hf.load(job["model"], program.state["params"], model, seed=0, require_head=True)
+        params, _ = hf.load(job["model"], program.state["params"], model.config, seed=0, require_head=True)
         opt = jax.jit(optim.make(config.optim, config.seed).init, out_shardings=program.shardings["opt"])(params)
         state, one = {"params": params, "opt": opt}, sharding.named(mesh)
         batches = loader.batches(split.groups, plan, shape, sharding.named(mesh, sharding.BATCH))

@@ -17,7 +17,6 @@ from rmjax.batches import loader, prepare
 from rmjax.batches.random_groups import RandomGroups
 from rmjax.inference.parameters import abstract_model
 from rmjax.kernels import tree_attention
-from rmjax.models import config as model_config
 from rmjax.models import heads
 from rmjax.train import optim
 from rmjax.train.step import build_program
@@ -39,18 +38,17 @@ def train(sizes, *, rows=8, vocabulary=96, **shape):
     # Adam divides by the size of the gradient: without this, rounding decides where a parameter with none goes.
     config.optim.eps = 1e-4
     values = {"vocab_size": vocabulary, **config.model.scratch.to_dict(), **shape}
-    model, objective = model_config.from_hf(values), objectives.make(config.objective)
     with config.unlocked():
         config.model.scratch.update(values)
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), jax.devices()[: int(np.prod(sizes))])
-    graph, shapes = abstract_model(config, model, objective, mesh)
+    model = abstract_model(config, objectives.make(config.objective), mesh, values)
     lengths = np.random.default_rng(0).integers(4, 12, (200, 3))
     groups = RandomGroups(lengths, vocabulary)
     plan = prepare.plan_training(config, groups)
     batches = prepare.batch_shape(groups, plan, sizes[0] * sizes[1], 4)
     with jax.set_mesh(mesh):
-        program = build_program(config, graph, objective, shapes, mesh, plan)
-        params = jax.device_put(START(model), program.shardings["params"])
+        program = build_program(config, model, plan)
+        params = jax.device_put(START(model.config), program.shardings["params"])
         tx = optim.make(config.optim, config.seed)
         opt = jax.jit(tx.init, out_shardings=program.shardings["opt"])(params)
         step = program.lower(batches, mesh).compile()

@@ -9,12 +9,33 @@ import grain
 import jax
 import numpy as np
 
-from rmjax.batches.groups import Group
+from rmjax.batches.groups import Group, Groups
 from rmjax.batches.packing import Plan
 from rmjax.batches.tasks import Axes
 from rmjax.sharding import assemble
 
 Batch = dict[str, np.ndarray]
+
+
+class BatchSource(Protocol):
+    """What the training loop takes its batches from, in order of the steps: a plan (`PlannedBatches`) is one."""
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        ...
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """The batch of a step on the devices, arrays [M, B, ...]; see `Shape.fields`."""
+        ...
+
+    def digest(self, steps: int) -> str:
+        """Fingerprint of what the first `steps` steps are trained on; a resumed run compares it."""
+        ...
+
+    def names(self, step: int) -> list[str]:
+        """Ids of the groups of a step."""
+        ...
 
 
 class GroupSource(Protocol):
@@ -195,3 +216,26 @@ def batches(
     placed = _stacked(sharding)
     for batch in dataset.to_iter_dataset(options):
         yield {name: _placed(x, local, shape.rows, placed) for name, x in batch.items()}
+
+
+class PlannedBatches:
+    """The batches of a plan, read ahead by threads (see `batches`)."""
+
+    def __init__(self, groups: Groups, plan: Plan, shape: Shape, sharding: jax.sharding.NamedSharding):
+        self.steps = plan.steps
+        self._groups, self._plan = groups, plan
+        self._from = lambda step: batches(groups, plan, shape, sharding, step)
+        self._ahead: Iterator[dict[str, jax.Array]] = iter(())  # the batches from step `_next` on
+        self._next = plan.steps
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        if step != self._next:
+            self._ahead = self._from(step)
+        self._next = step + 1
+        return next(self._ahead)
+
+    def digest(self, steps: int) -> str:
+        return self._plan.digest(steps)
+
+    def names(self, step: int) -> list[str]:
+        return [self._groups.id(int(i)) for row in self._plan.rows(step) for i in row]

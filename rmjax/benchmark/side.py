@@ -33,7 +33,7 @@ from rmjax.models import decoder, heads, hf
 from rmjax.models.config import ModelConfig
 from rmjax.runtime.progress import Progress
 from rmjax.train import optim
-from rmjax.train.step import Move, Program, compile_program, update
+from rmjax.train.step import Move, Program, compile_program, make_step
 
 WARMUP = 3  # steps before those that are measured
 VOCABULARY = 4096  # of a `model.scratch` that leaves its size to a tokenizer
@@ -149,7 +149,7 @@ class Side:
         config: as it is trained.
         left_out: pairs of the file that no row can hold.
         parameters: all, and without the embedding.
-        model, mesh, groups, plan: as in a run.
+        abstract, mesh, groups, plan: as in a run; `model` are the sizes.
         work: of each group.
         program, shape: after `compile`: the compiled step and what it was compiled for, the shape of its batches.
         compile_s: seconds that took, with every setting that was tried.
@@ -177,11 +177,10 @@ class Side:
         self.name, self.source = name, config.model.init_from or "config.model.scratch"
         values = model_values(config)
         self.config = resolved(config, values, WARMUP + steps)
-        self.model = model_config.from_hf(values)
-        self.objective = objectives.make(self.config.objective)
         self.mesh = sharding.make_mesh(self.config.mesh)
-        self.graph, self.shapes = abstract_model(self.config, self.model, self.objective, self.mesh)
-        optim.check(self.config.optim, self.shapes)
+        self.abstract = abstract_model(self.config, objectives.make(self.config.objective), self.mesh, values)
+        self.model = self.abstract.config
+        optim.check(self.config.optim, self.abstract.shapes)
         trees, row = RandomGroups(triples, self.model.vocab).lengths, self.config.plan.row_tokens
         if trees.min() > row:
             raise ValueError(
@@ -191,7 +190,7 @@ class Side:
         random = make_groups(self.config, triples[trees <= row], WARMUP + steps, self.model.vocab)
         self.groups = cast(Groups, random)  # they have all that planning and loading read
         self.plan = prepare.plan_training(self.config, self.groups)
-        params = parameters.model_params(self.shapes)
+        params = parameters.model_params(self.abstract.shapes)
         self.parameters = model_config.parameter_count(params)
         useful = flops.useful(self.model, params, random.conversations)
         hardware = flops.hardware(self.model, params, random.lengths, random.ends, random.visible_pairs)
@@ -200,9 +199,7 @@ class Side:
     def compile(self) -> str:
         """Compiles the step as a run does; returns what was settled on, in a line."""
         begun = time.perf_counter()
-        self.program, split, line = compile_program(
-            self.config, self.model, self.graph, self.objective, self.shapes, self.mesh, self.groups, self.plan
-        )
+        self.program, split, line = compile_program(self.config, self.abstract, self.groups, self.plan)
         self.compile_s, self.shape = time.perf_counter() - begun, split.shape
         self.compiled_bytes = sum(memory.of(self.program.step))
         return line
@@ -214,7 +211,7 @@ class Side:
             self._held = other._held
         else:
             with jax.set_mesh(self.mesh):
-                params, _ = parameters.init_params(self.config, self.model, self.objective, program.state["params"])
+                params, _ = parameters.init_params(self.config, self.abstract)
                 tx = optim.make(self.config.optim, self.config.seed)
                 opt = jax.jit(tx.init, out_shardings=program.shardings["opt"])(params)
                 self._held = {"state": {"params": params, "opt": opt}}
@@ -261,14 +258,16 @@ class Side:
         if self.config.optim.state_on == "host":
             return None
         place, shardings = sharding.named(self.mesh), self.program.shardings
-        tx = optim.make(self.config.optim, self.config.seed)
+        halves = make_step(self.config, self.abstract, self.plan)
 
         def second_half(state: Any, grads: Any, move: Move) -> tuple[Any, jax.Array]:
-            params, opt = update(state["params"], state["opt"], grads, move, tx=tx, config=self.config)
+            params, opt = halves.update(state["params"], state["opt"], grads, move)
             return {"params": params, "opt": opt}, move.norm
 
         several = self.shape.micro > 1  # then gradients are added in float32
-        ones = lambda: jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32 if several else x.dtype), self.shapes)
+        ones = lambda: jax.tree.map(
+            lambda x: jnp.ones(x.shape, jnp.float32 if several else x.dtype), self.abstract.shapes
+        )
         with jax.set_mesh(self.mesh):
             grads = jax.jit(ones, out_shardings=shardings["params"])()
             one, rate = np.float32(1), np.float32(self.config.optim.learning_rate)

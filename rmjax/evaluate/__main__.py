@@ -156,7 +156,7 @@ def load(path: str, args: argparse.Namespace) -> "tuple[RewardModel, int | None]
     mesh = sharding.make_mesh(args.mesh, jax.devices()) if args.mesh else None
     if (place := runs.find(path)) is not None:
         opened = runs.open_checkpoint(place, mesh)
-        return runs.reward_model(opened, args.dtype), opened.step
+        return runs.reward_model(opened.model, opened.chat, opened.params, args.dtype), opened.step
     return load_checked(path, dtype=args.dtype, template_kwargs=args.template_kwargs, mesh=mesh), None
 
 

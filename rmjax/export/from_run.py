@@ -67,7 +67,7 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
         data = before["data_fingerprint"]
         golden: Any = [(row["token_ids"], row["at"]) for row in before["golden"][1:]]  # the first is made up
     else:
-        train, validation = prepare.read_groups(config, opened.chat, opened.objective.task)
+        train, validation = prepare.read_groups(config, opened.chat, opened.model.objective.task)
         data, golden = train.fingerprint, export.golden_sequences(validation)
     evaluation, quality = _measured(workdir, opened.step)
     described = lambda terms, values: card.text(
@@ -82,10 +82,10 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
     export.write(
         Path(args.output),
         opened.params,
-        objective=opened.objective,
+        objective=opened.model.objective,
         config=config,
-        values=opened.values,
-        model=opened.model,
+        values=opened.model.values,
+        model=opened.model.config,
         chat=opened.chat,
         metrics=of_step[-1] if of_step else {"step": float(opened.step)},
         data=data,

@@ -1,5 +1,6 @@
 """A config becomes a model: its Hugging Face values, the shapes of its parameters, and their first values."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,31 @@ from ml_collections import ConfigDict
 
 from rmjax import sharding
 from rmjax.kernels import tree_attention
+from rmjax.models import config as model_config
 from rmjax.models import heads, hf
 from rmjax.models.config import ModelConfig
 from rmjax.objectives.base import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractModel:
+    """A model before it has parameters.
+
+    Attributes:
+        objective: what it learns.
+        mesh: the devices of its parameters.
+        values: of its Hugging Face config.json.
+        config: its sizes.
+        graph: of `nnx.split`.
+        shapes: of all parameters, the objective's under "objective", with their shardings.
+    """
+
+    objective: Objective
+    mesh: jax.sharding.Mesh
+    values: dict[str, Any]
+    config: ModelConfig
+    graph: Any
+    shapes: Any
 
 
 def model_values(config: ConfigDict, vocabulary: int) -> dict[str, Any]:
@@ -38,13 +61,14 @@ def model_values(config: ConfigDict, vocabulary: int) -> dict[str, Any]:
 
 
 def abstract_model(
-    config: ConfigDict, model: ModelConfig, objective: Objective, mesh: jax.sharding.Mesh
-) -> tuple[Any, Any]:
-    """The model's structure, and shapes with shardings of all parameters; nothing is allocated.
+    config: ConfigDict, objective: Objective, mesh: jax.sharding.Mesh, values: dict[str, Any]
+) -> AbstractModel:
+    """The model of a config and these Hugging Face config values (`model_values`); nothing is allocated.
 
     Raises:
-        ValueError: a form of attention that does not serve.
+        ValueError: values that no model here has, or a form of attention that does not serve.
     """
+    model = model_config.from_hf(values)
     platform = mesh.devices.flat[0].platform
     dtype = heads.compute_dtype(config.model.compute_dtype, platform)
     form, why = tree_attention.choose(config.model.attention, platform, model.head_dim, dtype)
@@ -62,26 +86,21 @@ def abstract_model(
     )
     own = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in objective.params().items()}
     shapes = with_own(shapes, own)
-    return graph, sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
+    shapes = sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
+    return AbstractModel(objective, mesh, values, model, graph, shapes)
 
 
-def init_params(config: ConfigDict, model: ModelConfig, objective: Objective, shapes: Any) -> tuple[Any, str]:
-    """Loads or initialises the parameters, sharded from the start; the second says where the head came from.
-
-    Args:
-        config: the config.
-        model: the model's shapes.
-        objective: its own parameters are under "objective", if it has any.
-        shapes: shapes with shardings of all parameters.
-    """
-    own = {name: sharding.place(x, shapes["objective"][name].sharding) for name, x in objective.params().items()}
-    shapes = model_params(shapes)
+def init_params(config: ConfigDict, model: AbstractModel) -> tuple[Any, str]:
+    """Loads or initialises the parameters, sharded from the start; the second says where the head came from."""
+    objective, shapes = model.objective, model_params(model.shapes)
+    first = objective.params()
+    own = {name: sharding.place(x, model.shapes["objective"][name].sharding) for name, x in first.items()}
     if config.model.init_from:
-        params, head = hf.load(hf.resolve(config.model.init_from), shapes, model, seed=config.seed)
+        params, head = hf.load(hf.resolve(config.model.init_from), shapes, model.config, seed=config.seed)
     else:
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
         kind = {"seed": config.seed, "architecture": objective.architecture}
-        init = lambda: heads.init(model, len(objective.labels), config.model.param_dtype, **kind)
+        init = lambda: heads.init(model.config, len(objective.labels), config.model.param_dtype, **kind)
         params, head = jax.jit(init, out_shardings=shardings)(), "new"
     return with_own(params, own), head
 

@@ -16,11 +16,9 @@ from rmjax.batches import prepare
 from rmjax.batches.chat import Chat, set_pad_token
 from rmjax.checkpoint import Checkpointer
 from rmjax.inference import parameters
+from rmjax.inference.parameters import AbstractModel
 from rmjax.inference.reward_model import Kind, RewardModel
-from rmjax.models import config as model_config
 from rmjax.models import heads
-from rmjax.models.config import ModelConfig
-from rmjax.objectives.base import Objective
 from rmjax.runtime import ownership
 
 
@@ -34,29 +32,23 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A checkpoint of a run and what it is one of.
+    """An opened checkpoint.
 
     Attributes:
-        workdir: of the run.
-        config: its config.
-        step: of the checkpoint.
-        chat: tokenizer and template, as they were trained with.
-        values: Hugging Face config values of the model.
-        model: its shapes.
-        objective: what was trained.
-        params: the parameters, with the objective's own.
-        mesh: that they are on.
+        workdir: of its run.
+        config: of its run.
+        step: after which it was saved.
+        chat: tokenizer and template that the run trained with.
+        model: shapes, objective and devices.
+        params: the parameters, the objective's under "objective".
     """
 
     workdir: Path
     config: ConfigDict
     step: int
     chat: Chat
-    values: dict[str, Any]
-    model: ModelConfig
-    objective: Objective
+    model: AbstractModel
     params: Any
-    mesh: jax.sharding.Mesh
 
 
 def find(path: str | Path) -> Place | None:
@@ -112,8 +104,7 @@ def open_checkpoint(place: Place, mesh: jax.sharding.Mesh | None = None) -> Open
         chat = prepare.open_chat(config, Path(scratch))
     values = parameters.model_values(config, len(chat.tokenizer))
     set_pad_token(chat, values["vocab_size"])
-    model = model_config.from_hf(values)
-    _, shapes = parameters.abstract_model(config, model, objective, mesh)
+    model = parameters.abstract_model(config, objective, mesh, values)
     keep = config.checkpoint
     directory = checkpoint_directory(config, place.workdir)
     checkpointer = Checkpointer(
@@ -121,10 +112,10 @@ def open_checkpoint(place: Place, mesh: jax.sharding.Mesh | None = None) -> Open
     )
     step = _step(checkpointer, place.step, directory)
     try:
-        state, _ = checkpointer.restore_step(step, {"params": shapes})
+        state, _ = checkpointer.restore_step(step, {"params": model.shapes})
     except RuntimeError as error:
         raise ValueError(str(error)) from error
-    return Opened(place.workdir, config, step, chat, values, model, objective, state["params"], mesh)
+    return Opened(place.workdir, config, step, chat, model, state["params"])
 
 
 def _step(checkpointer: Checkpointer, wanted: str, directory: epath.Path) -> int:
@@ -147,11 +138,18 @@ def _mesh(config: ConfigDict) -> jax.sharding.Mesh:
         return sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
 
 
-def reward_model(opened: Opened, dtype: str = "auto") -> RewardModel:
-    """The model of a checkpoint, as RewardModel.load gives that of an export; `dtype` is of the computation."""
-    kind = Kind.trained(opened.objective, jax.device_get(opened.params.get("objective", {})))
-    dtype = heads.compute_dtype(dtype, opened.mesh.devices.flat[0].platform)
-    return RewardModel(opened.chat, opened.model, parameters.model_params(opened.params), opened.mesh, dtype, kind)
+def reward_model(model: AbstractModel, chat: Chat, params: Any, dtype: str = "auto") -> RewardModel:
+    """The reward model of a run's parameters, which it shares; like that of `RewardModel.load` for an export.
+
+    Args:
+        model: of the run.
+        chat: of the run.
+        params: the parameters, the objective's under "objective".
+        dtype: of the computation, as config.model.compute_dtype.
+    """
+    kind = Kind.trained(model.objective, jax.device_get(params.get("objective", {})))
+    dtype = heads.compute_dtype(dtype, model.mesh.devices.flat[0].platform)
+    return RewardModel(chat, model.config, parameters.model_params(params), model.mesh, dtype, kind)
 
 
 def checkpoint_directory(config: ConfigDict, workdir: Path) -> epath.Path:

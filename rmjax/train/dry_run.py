@@ -28,6 +28,7 @@ from rmjax.evaluate import benchmarks
 from rmjax.hardware import flops, memory, topology
 from rmjax.hardware.collectives import Collective, collectives
 from rmjax.inference import parameters
+from rmjax.inference.parameters import AbstractModel
 from rmjax.models import heads, hf
 from rmjax.models.config import ModelConfig, parameter_count
 from rmjax.train.step import Program
@@ -118,24 +119,23 @@ def target(config: ConfigDict, name: str) -> tuple[ConfigDict, list[Any] | None,
     return config, devices, topology.memory(name)
 
 
-def report(
-    name: str, config: ConfigDict, mesh: jax.sharding.Mesh, model: ModelConfig, program: Program, train: Split
-) -> list[str]:
+def report(name: str, config: ConfigDict, model: AbstractModel, program: Program, train: Split) -> list[str]:
     """What a compiled step needs of the hardware, in lines.
 
     Args:
         name: of the hardware.
-        config, mesh, model: of the run.
+        config, model: of the run.
         program: with its step compiled.
         train: what the step is compiled for.
     """
+    mesh = model.mesh
     devices: list[Any] = mesh.devices.flatten().tolist()
     found, unknown = collectives(program.step.as_text(), mesh.size)
     links = {group: topology.link(name, [devices[i] for i in group]) for group in {x.group for x in found}}
     work = Work(
-        flops=step_flops(model, program.state["params"], train.groups, train.plan) / mesh.size,
+        flops=step_flops(model.config, program.state["params"], train.groups, train.plan) / mesh.size,
         peak=cast(float, flops.peak(devices[0].device_kind)),
-        traffic=traffic(config, mesh, model, program, train),
+        traffic=traffic(config, mesh, model.config, program, train),
         bandwidth=topology.bandwidth(name),
         network=sum(x.times * x.sent / links[x.group] for x in found),
     )

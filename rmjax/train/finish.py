@@ -1,6 +1,5 @@
 """What a run leaves: its model measured, judged, exported and described; once, of the step that is exported."""
 
-import dataclasses
 import functools
 import platform
 from collections.abc import Mapping, Sequence
@@ -17,11 +16,9 @@ from rmjax.batches.groups import Groups
 from rmjax.evaluate import evaluating, gate
 from rmjax.evaluate.benchmarks import Benchmark
 from rmjax.export import write as export
-from rmjax.inference import parameters
-from rmjax.inference.reward_model import Kind, RewardModel
-from rmjax.models import heads
-from rmjax.models.config import ModelConfig
-from rmjax.objectives.base import Objective
+from rmjax.inference import runs
+from rmjax.inference.parameters import AbstractModel
+from rmjax.inference.reward_model import RewardModel
 from rmjax.report import card, card_values
 from rmjax.report import run as run_report
 from rmjax.runtime import agreement, exits, files, processes
@@ -33,28 +30,6 @@ class NotGoodEnough(RuntimeError):
     """The model fails the quality gate, and config.gate.exit_code asks to say so."""
 
     exit_code = exits.NOT_GOOD_ENOUGH
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """What a run's parameters are the parameters of."""
-
-    chat: Chat
-    values: dict[str, Any]  # of a Hugging Face config.json
-    config: ModelConfig
-    objective: Objective
-
-    def reward_model(self, params: Any, mesh: jax.sharding.Mesh, dtype: str) -> RewardModel:
-        """The model that these parameters make; it shares them.
-
-        Args:
-            params: of a run's state, with the objective's own.
-            mesh: that they are on.
-            dtype: of the computation, as config.model.compute_dtype.
-        """
-        kind = Kind.trained(self.objective, jax.device_get(params.get("objective", {})))
-        dtype = heads.compute_dtype(dtype, mesh.devices.flat[0].platform)
-        return RewardModel(self.chat, self.config, parameters.model_params(params), mesh, dtype, kind)
 
 
 def measure(
@@ -95,9 +70,9 @@ def measure(
 def write(
     config: ConfigDict,
     workdir: Path,
-    model: Model,
+    model: AbstractModel,
+    chat: Chat,
     params: Any,
-    mesh: jax.sharding.Mesh,
     step: int,
     sets: Mapping[str, Groups],
     tests: Sequence[tuple[Benchmark, Groups]],
@@ -111,8 +86,8 @@ def write(
         config: of the run.
         workdir: gets evaluation.json, quality.json, environment.json, export/, report.html and report/.
         model: what was trained.
+        chat: of the run.
         params: of the exported step; deleted once they are written.
-        mesh: that they are on.
         step: the exported one.
         sets: "validation", and "train_slice" if there is one.
         tests: the benchmarks of config.eval.benchmarks.
@@ -127,13 +102,13 @@ def write(
     found = (x for x in reversed(lines) if x["step"] == step and "validation/loss" in x)
     metrics = next(found, {"step": step, **saved})
     metrics = agreement.agree("metrics", metrics)
-    judged = model.reward_model(params, mesh, config.model.compute_dtype)
+    judged = runs.reward_model(model, chat, params, config.model.compute_dtype)
     evaluation = measure(judged, sets, tests, workdir / "export", step)
     verdict = agreement.agree("quality", gate.judge(config.gate.to_dict(), evaluation, lines))  # lines are the first's
     if processes.is_first():
         files.write_json(workdir / "evaluation.json", evaluation)
         files.write_json(workdir / "quality.json", verdict)
-        files.write_json(workdir / "environment.json", environment(mesh))
+        files.write_json(workdir / "environment.json", environment(model.mesh))
     told = {"evaluation": evaluation, "quality": verdict, "parameters": sum(x.size for x in jax.tree.leaves(params))}
     told["base_model"] = card_values.base_model(config)
     name = f"{Path(config.model.init_from).name or model.values['model_type']}-{config.objective.name}".replace(
@@ -149,7 +124,7 @@ def write(
         config=config,
         values=model.values,
         model=model.config,
-        chat=model.chat,
+        chat=chat,
         metrics=metrics,
         data=data,
         golden=export.golden_sequences(sets["validation"]),

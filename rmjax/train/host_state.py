@@ -6,7 +6,7 @@ for each parameter's update.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -14,8 +14,6 @@ from optax import MaskedNode
 
 from rmjax.sharding import path_name
 from rmjax.train.optim import parameter_of
-
-Update = Callable[..., tuple[Any, Any]]  # (params, opt, grads, move) -> (params, opt)
 
 
 def on_host(shardings: Any, params: Any) -> Any:
@@ -44,8 +42,9 @@ def together(parts: Collection[Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class HostStep:
-    """A step (state, batch, number, halted) -> (state, sums, halted), to be lowered, compiled and called as a jitted
-    one. Its memory is that of the gradients; the updates need one parameter's state instead of the activations.
+    """A `Step` around which the optimizer state stays on the host; lowered, compiled and called like a jitted one.
+
+    Its memory is that of the gradients; the updates need one parameter's state instead of the activations.
 
     Attributes:
         gradients: (params, batch, number, halted) -> (grads, sums, halted, move), jitted.
@@ -60,22 +59,29 @@ class HostStep:
     home: Any
 
     @classmethod
-    def make(cls, gradients: Any, update: Update, params: Any, on_device: Any, home: Any) -> "HostStep":
-        """Jits both.
+    def wrap(cls, step: Any, params: Any, shardings: dict[str, Any], replicated: Any) -> tuple["HostStep", Any]:
+        """Jits both halves of a step.
 
         Args:
-            gradients: see above; jitted already, with its shardings.
-            update: what is done to any part of the parameters.
-            params: their shapes with shardings.
-            on_device: see above.
-            home: see above.
+            step: a `Step`.
+            params: shapes of the parameters, with shardings.
+            shardings: of {"params", "opt"} on the devices.
+            replicated: the sharding of scalars.
+
+        Returns:
+            The step, and the shardings of {"params", "opt"} between steps.
         """
         names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        shardings = jax.tree.map(lambda x: x.sharding, params)
+        of_params, on_device = shardings["params"], shardings["opt"]
+        home = on_host(on_device, params)
         jitted = lambda name: jax.jit(
-            update, donate_argnums=(0, 1), out_shardings=(only(shardings, name, names), only(on_device, name, names))
+            step.update,
+            donate_argnums=(0, 1),
+            out_shardings=(only(of_params, name, names), only(on_device, name, names)),
         )
-        return cls(gradients, {name: jitted(name) for name in names}, on_device, home)
+        gradients = jax.jit(step.gradients, out_shardings=(of_params, replicated, replicated, replicated))
+        wrapped = cls(gradients, {name: jitted(name) for name in names}, on_device, home)
+        return wrapped, {"params": of_params, "opt": home}
 
     def lower(self, state: Any, *rest: Any) -> "HostStep":
         """With the gradients lowered for these arguments."""
@@ -86,11 +92,10 @@ class HostStep:
         return dataclasses.replace(self, gradients=self.gradients.compile())
 
     def memory_analysis(self) -> Any:
-        """That of the gradients."""
         return self.gradients.memory_analysis()
 
     def as_text(self) -> str:
-        """That of the gradients, in which nearly everything is sent that is sent."""
+        """HLO of the gradients' program, which has nearly all communication."""
         return self.gradients.as_text()
 
     def __call__(self, state: Any, *rest: Any) -> tuple[Any, Any, Any]:

@@ -21,10 +21,9 @@ from rmjax.batches.groups import Groups
 from rmjax.batches.packing import Plan
 from rmjax.checkpoint import Checkpointer
 from rmjax.inference import parameters, runs
+from rmjax.inference.parameters import AbstractModel
 from rmjax.models import hf, hf_export, weight_files
-from rmjax.models.config import ModelConfig
 from rmjax.objectives import sums as sums_lib
-from rmjax.objectives.base import Objective
 from rmjax.objectives.sums import Sums
 from rmjax.runtime import agreement, files, ownership, processes
 from rmjax.runtime.sealing import MANIFEST
@@ -282,8 +281,7 @@ def restore_or_init(
     config: ConfigDict,
     checkpointer: Checkpointer,
     program: Program,
-    model: ModelConfig,
-    objective: Objective,
+    model: AbstractModel,
     made_from: dict[str, str],
     plan: Plan,
     bad: int | None = None,
@@ -304,7 +302,7 @@ def restore_or_init(
         host.stopped = bool(config.checkpoint.patience) and host.waits >= config.checkpoint.patience
         print(f"continuing from step {start}", flush=True)
     else:
-        params, head = parameters.init_params(config, model, objective, program.state["params"])
+        params, head = parameters.init_params(config, model)
         if "score" in params:
             print(f"score head: {head}, norm {float(jnp.linalg.norm(params['score']['kernel'])):.4g}", flush=True)
         tx = optim.make(config.optim, config.seed)

@@ -19,8 +19,8 @@ from rmjax.batches.packing import Plan
 from rmjax.batches.prepare import Split
 from rmjax.hardware import memory
 from rmjax.inference import parameters
+from rmjax.inference.parameters import AbstractModel
 from rmjax.models import heads
-from rmjax.models.config import ModelConfig
 from rmjax.objectives.base import Objective, Outcomes
 from rmjax.objectives.sums import Sums, fraction
 from rmjax.runtime import agreement
@@ -89,72 +89,73 @@ class Move(NamedTuple):
     goes_on: jax.Array
 
 
-def gradients(
-    params: Any, batch: Any, step: jax.Array, halted: jax.Array, *, loss: Any, rate: optim.Schedule, config: ConfigDict
-) -> tuple[Any, Sums, jax.Array, Move]:
-    """The first half of a step. A loss or gradient that is not finite is counted.
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity, since jax.jit hashes its methods
+class Step:
+    """One optimizer step, `train_step`.
 
-    Args:
-        params: the parameters.
-        batch: arrays [M, B, ...].
-        step: int32 scalar, the step's number from 0.
-        halted: bool scalar, whether an earlier step asked to stop: then the state stays as it was. The loop reads a
-            step's sums only after it has started the next one.
+    Its two halves are apart for those who run them apart (host_state.py, the benchmark).
+
+    Attributes:
         loss: (params, micro-batch) -> loss [2], outcomes.
         rate: learning rate of a step.
+        tx: see `optim.make`.
         config: the config.
-
-    Returns:
-        Summed gradients and sums, as `accumulate` gives them, the latter with `grad_norm`, `learning_rate` and
-        `nonfinite_count`; `halted` for the next step; and what `update` needs to know.
     """
-    grads, sums = accumulate(loss, params, batch)
-    grads = optim.trainable(config.optim, grads)
-    weight = jnp.maximum(sums["loss"][1], jnp.finfo(jnp.float32).tiny)
-    norm, lr = optax.tree.norm(mean(grads, weight)), rate(step)
-    finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"][0])
-    move = Move(weight, norm, lr, step, finite & ~halted)
-    extra = {"grad_norm": (norm, 1), "learning_rate": (lr, 1), "nonfinite_count": (~finite, 0)}
-    halted = halted | (~finite & (config.on_nonfinite == "stop"))
-    sums |= {name: fraction(*value) for name, value in extra.items()}
-    return grads, sums, halted, move
+
+    loss: Callable[[Any, Any], tuple[jax.Array, Outcomes]]
+    rate: optim.Schedule
+    tx: optax.GradientTransformation
+    config: ConfigDict
+
+    def train_step(
+        self, state: dict[str, Any], batch: Any, number: jax.Array, halted: jax.Array
+    ) -> tuple[dict[str, Any], Sums, jax.Array]:
+        """Trains on one batch.
+
+        Args:
+            state: {"params", "opt"}.
+            batch: arrays [M, B, ...].
+            number: int32 scalar, of the step, from 0.
+            halted: bool scalar, whether an earlier step asked to stop: then the state stays as it was. The loop reads
+                a step's sums only after it has started the next one.
+
+        Returns:
+            The new state; the step's sums as `accumulate` gives them, with `grad_norm`, `learning_rate` and
+            `nonfinite_count`; `halted` for the next step.
+        """
+        grads, sums, halted, move = self.gradients(state["params"], batch, number, halted)
+        params, opt = self.update(state["params"], state["opt"], grads, move)
+        return {"params": params, "opt": opt}, sums, halted
+
+    def gradients(
+        self, params: Any, batch: Any, number: jax.Array, halted: jax.Array
+    ) -> tuple[Any, Sums, jax.Array, Move]:
+        """The first half: summed gradients, and what `update` needs to know. Counts what is not finite."""
+        grads, sums = accumulate(self.loss, params, batch)
+        grads = optim.trainable(self.config.optim, grads)
+        weight = jnp.maximum(sums["loss"][1], jnp.finfo(jnp.float32).tiny)
+        norm, lr = optax.tree.norm(mean(grads, weight)), self.rate(number)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"][0])
+        move = Move(weight, norm, lr, number, finite & ~halted)
+        extra = {"grad_norm": (norm, 1), "learning_rate": (lr, 1), "nonfinite_count": (~finite, 0)}
+        halted = halted | (~finite & (self.config.on_nonfinite == "stop"))
+        sums |= {name: fraction(*value) for name, value in extra.items()}
+        return grads, sums, halted, move
+
+    def update(self, params: Any, opt: Any, grads: Any, move: Move) -> tuple[Any, Any]:
+        """The second half: moves parameters and optimizer state, or leaves both as they were.
+
+        All three trees may be parts, see `optim.make`; `grads` and `move` are those of `gradients`.
+        """
+        grads = optim.clipped(self.config.optim, mean(grads, move.weight), move.norm)
+        updates, moved_opt = self.tx.update(grads, opt, params)
+        moved = optim.apply(params, updates, move.rate, self.config.seed, move.step)
+        return jax.tree.map(lambda a, b: jnp.where(move.goes_on, a, b), (moved, moved_opt), (params, opt))
 
 
 def mean(grads: Any, weight: jax.Array) -> Any:
     """Sums of gradients, divided, in float32."""
     return jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
-
-
-def update(params: Any, opt: Any, grads: Any, move: Move, *, tx: Any, config: ConfigDict) -> tuple[Any, Any]:
-    """The second half of a step: moves parameters and optimizer state, or leaves both as they were.
-
-    All three may be parts, see `optim.make`; `grads` and `move` are what `gradients` gives.
-    """
-    grads = optim.clipped(config.optim, mean(grads, move.weight), move.norm)
-    updates, moved_opt = tx.update(grads, opt, params)
-    moved = optim.apply(params, updates, move.rate, config.seed, move.step)
-    return jax.tree.map(lambda a, b: jnp.where(move.goes_on, a, b), (moved, moved_opt), (params, opt))
-
-
-def train_step(
-    state: dict[str, Any], batch: Any, step: jax.Array, halted: jax.Array, *, first: Any, second: Any
-) -> tuple[dict[str, Any], Sums, jax.Array]:
-    """One optimizer step.
-
-    Args:
-        state: {"params", "opt"}.
-        batch: see `gradients`.
-        step: see `gradients`.
-        halted: see `gradients`.
-        first: `gradients` of this run.
-        second: `update` of this run.
-
-    Returns:
-        The new state, and the step's sums and `halted` as `gradients` gives them.
-    """
-    grads, sums, halted, move = first(state["params"], batch, step, halted)
-    params, opt = second(state["params"], state["opt"], grads, move)
-    return {"params": params, "opt": opt}, sums, halted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,50 +191,42 @@ class Program:
             return dataclasses.replace(self, evaluate=self.evaluate.lower(self.state["params"], batch).compile())
 
 
-def build_program(
-    config: ConfigDict, graph: Any, objective: Objective, params: Any, mesh: jax.sharding.Mesh, plan: Plan
-) -> Program:
-    """Builds the jitted step and evaluation; `params` are shapes with shardings, `config.model.remat` is not "auto"."""
-    tx = optim.make(config.optim, config.seed)
+def make_step(config: ConfigDict, model: AbstractModel, plan: Plan) -> Step:
+    """The step of a run with this plan; `config.model.remat` is not "auto"."""
     warmup, decay = (prepare.steps_in(d, plan, least=0) for d in (config.optim.warmup, config.optim.decay))
     rate = optim.schedule(config.optim, plan.steps, warmup, decay)
-    loss = lambda p, b: loss_and_outcomes(p, b, graph, objective, config)
-    replicated = sharding.named(mesh)
-    opt = jax.eval_shape(tx.init, params)
-    of_params = jax.tree.map(lambda x: x.sharding, params)
-    shardings = {"params": of_params, "opt": optim.state_shardings(opt, params, replicated)}
-    first: Any = functools.partial(gradients, loss=loss, rate=rate, config=config)
-    second = functools.partial(update, tx=tx, config=config)
-    step: Any = functools.partial(train_step, first=first, second=second)
-    evaluate = lambda p, batch: loss(p, jax.tree.map(lambda x: x[0], batch))
+    loss = lambda params, micro: loss_and_outcomes(params, micro, model.graph, model.objective, config)
+    return Step(loss, rate, optim.make(config.optim, config.seed), config)
+
+
+def build_program(config: ConfigDict, model: AbstractModel, plan: Plan) -> Program:
+    """Builds the jitted step and evaluation; `config.model.remat` is not "auto"."""
+    halves = make_step(config, model, plan)
+    replicated = sharding.named(model.mesh)
+    opt = jax.eval_shape(halves.tx.init, model.shapes)
+    shardings = {
+        "params": jax.tree.map(lambda x: x.sharding, model.shapes),
+        "opt": optim.state_shardings(opt, model.shapes, replicated),
+    }
+    step: Any = halves.train_step
+    evaluate = lambda params, batch: halves.loss(params, jax.tree.map(lambda x: x[0], batch))
     if not config.debug:
         if config.optim.state_on == "host":
-            first = jax.jit(first, out_shardings=(of_params, replicated, replicated, replicated))
-            on_device, home = shardings["opt"], host_state.on_host(shardings["opt"], params)
-            step = host_state.HostStep.make(first, second, params, on_device, home)
-            shardings["opt"] = home
+            step, shardings = host_state.HostStep.wrap(halves, model.shapes, shardings, replicated)
         else:
             step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated, replicated))
         evaluate = jax.jit(evaluate, out_shardings=replicated)
-    state = sharding.with_shardings({"params": params, "opt": opt}, shardings)
+    state = sharding.with_shardings({"params": model.shapes, "opt": opt}, shardings)
     return Program(step, evaluate, state, shardings, config.model.remat)
 
 
 def compile_program(
-    config: ConfigDict,
-    model: ModelConfig,
-    graph: Any,
-    objective: Objective,
-    params: Any,
-    mesh: jax.sharding.Mesh,
-    groups: Groups,
-    plan: Plan,
-    limit: int = 0,
+    config: ConfigDict, model: AbstractModel, groups: Groups, plan: Plan, limit: int = 0
 ) -> tuple[Program, Split, str]:
     """Compiles the step for the plan's batches with the cheapest settings that fit the devices (memory.py).
 
     Args:
-        config, model, graph, objective, params, mesh, groups, plan: of the run; see `abstract_model` for the shapes.
+        config, model, groups, plan: of the run.
         limit: bytes of a device; 0 is what it reports, which devices that are not here cannot.
 
     Returns:
@@ -242,32 +235,33 @@ def compile_program(
     Raises:
         ValueError: no settings fit.
     """
+    mesh = model.mesh
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     most_rows = -(-int(np.diff(plan.step_start).max()) // row_devices)
     choices = memory.candidates(config.model.remat, config.plan.micro_rows, plan.row_tokens, most_rows)
 
     @functools.cache
-    def of(remat: str) -> Program:
+    def build_with_remat(remat: str) -> Program:
         settled = config.copy_and_resolve_references()
         settled.model.remat = remat
-        return build_program(settled, graph, objective, params, mesh, plan)
+        return build_program(settled, model, plan)
 
     split = lambda rows: Split(groups, plan, prepare.batch_shape(groups, plan, row_devices, rows))
     if config.debug:
         remat, rows = next(choices)
-        return of(remat), split(rows), "step: not compiled (config.debug)"
+        return build_with_remat(remat), split(rows), "step: not compiled (config.debug)"
 
     def compile_step(remat: str, rows: int) -> Any:
         with jax.set_mesh(mesh):
-            return of(remat).lower(split(rows).shape, mesh).compile()
+            return build_with_remat(remat).lower(split(rows).shape, mesh).compile()
 
     item = jnp.dtype(heads.compute_dtype(config.model.compute_dtype, mesh.devices.flat[0].platform)).itemsize
 
     def least(remat: str, rows: int) -> int:
-        kept = memory.kept(model, remat) * (model.layers - 1) * rows * plan.row_tokens // mesh.shape["tensor"]
-        return sharding.bytes_per_device(of(remat).state) + kept * item
+        values = memory.kept(model.config, remat) * (model.config.layers - 1) * rows * plan.row_tokens
+        return sharding.bytes_per_device(build_with_remat(remat).state) + values // mesh.shape["tensor"] * item
 
     if not limit:  # all processes must settle on the same, so the smallest device decides
         limit = min(agreement.gather("memory", memory.limit(mesh.local_devices[0])))
     fit = memory.settle(choices, compile_step, least, limit)
-    return dataclasses.replace(of(fit.remat), step=fit.compiled), split(fit.micro_rows), fit.line
+    return dataclasses.replace(build_with_remat(fit.remat), step=fit.compiled), split(fit.micro_rows), fit.line

@@ -1,4 +1,4 @@
-"""The training run, top to bottom: config, model, loop, export. `prepare.py` makes its data, `step.py` its step."""
+"""The training run in order of time, and its loop. `prepare.py` makes its data, `step.py` its step."""
 
 import collections
 import contextlib
@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 from rmjax import config as config_lib
 from rmjax import objectives, sharding
 from rmjax.batches import loader, measure, prepare
-from rmjax.batches.chat import set_pad_token
+from rmjax.batches.chat import Chat, set_pad_token
 from rmjax.batches.groups import Groups
+from rmjax.batches.loader import BatchSource, PlannedBatches
 from rmjax.batches.packing import Plan
 from rmjax.batches.prepare import Split
 from rmjax.batches.tasks import Task
@@ -31,18 +32,15 @@ from rmjax.evaluate import outcomes as outcomes_lib
 from rmjax.evaluate.benchmarks import Benchmark
 from rmjax.export import write as export
 from rmjax.inference import parameters, runs
-from rmjax.inference.parameters import abstract_model
-from rmjax.models import config as model_config
+from rmjax.inference.parameters import AbstractModel, abstract_model
 from rmjax.models import decoder, hf
 from rmjax.objectives import sums as sums_lib
-from rmjax.objectives.base import Objective
 from rmjax.objectives.sums import Sums
 from rmjax.runtime import agreement, command_line, ownership, passwords, processes, signals
 from rmjax.runtime.exits import InputError
 from rmjax.runtime.signals import Stop, Stopped
 from rmjax.train import dry_run as dry_runs
 from rmjax.train import finish, optim, resume
-from rmjax.train.finish import Model
 from rmjax.train.resume import Host
 from rmjax.train.step import Program, build_program, compile_program
 from rmjax.train.watch import Watch, reward_drift, work_of_steps
@@ -56,7 +54,7 @@ class NonFiniteError(RuntimeError):
     """A NaN or an infinity in a step's loss or gradients."""
 
 
-class GoBack(Exception):
+class RollBack(Exception):
     """The step `bad` is not finite, and config.on_nonfinite is "rollback"."""
 
     def __init__(self, bad: int):
@@ -64,264 +62,7 @@ class GoBack(Exception):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Loop
-# ----------------------------------------------------------------------------------------------------
-
-
-def evaluate(
-    program: Program,
-    params: Any,
-    split: Split,
-    objective: Objective,
-    mesh: jax.sharding.Mesh,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
-    """Metrics over every group of the split, each exactly once; None if `stop` is true before all are computed."""
-    loss, outcomes = np.zeros(2), []
-    for batch in loader.batches(split.groups, split.plan, split.shape, sharding.named(mesh, sharding.BATCH)):
-        if stop():
-            return None
-        batch_loss, batch_outcomes = jax.device_get(program.evaluate(params, batch))
-        loss += batch_loss
-        outcomes.append(batch_outcomes)
-    joined = {name: np.concatenate([batch[name] for batch in outcomes]) for name in outcomes[0]}
-    return outcomes_lib.evaluation_metrics(objective.task, joined, loss)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Everything the loop needs, made once."""
-
-    config: ConfigDict
-    mesh: jax.sharding.Mesh
-    objective: Objective
-    program: Program
-    train: Split
-    evaluations: dict[str, Split]  # by the name that their metrics carry
-    tests: list[tuple[Benchmark, Groups]]  # the benchmarks of config.eval.benchmarks
-    model: Model
-    checkpointer: Checkpointer
-    writers: Writers
-    watch: Watch
-    stop: Stop
-    id: str
-
-    @property
-    def steps_block(self) -> bool:
-        """Whether a step must end before the next one starts: several CPU devices of one process can deadlock."""
-        return self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
-
-    def every(self, duration: str) -> int:
-        """A duration of the config in steps."""
-        return prepare.steps_in(duration, self.train.plan)
-
-    @functools.cached_property
-    def task(self) -> Task:
-        """That of the objective, which checks its template whenever it is asked for."""
-        return self.objective.task
-
-    def step_sums(self, sums: Sums) -> Sums:
-        """A step's sums on the host, with its metrics from its outcomes [M, B, ...]."""
-        outcomes = {name: x.reshape(-1, *x.shape[2:]) for name, x in sums.pop("outcomes").items()}
-        return {**outcomes_lib.step_sums(self.task, outcomes), **sums_lib.to_host(sums)}
-
-    def evaluate(self, state: dict[str, Any], host: Host, step: int) -> dict[str, float] | None:
-        """Evaluates every split and writes one line; None if the run is to stop before that is done."""
-        values: dict[str, float] = {}
-        for name, split in self.evaluations.items():
-            parts = (split, self.objective, self.mesh, self.stop.agreed)
-            if (found := evaluate(self.program, state["params"], *parts)) is None:
-                return None
-            values |= {f"{name}/{key}": value for key, value in found.items()}
-        model = self.model.reward_model(state["params"], self.mesh, self.config.model.compute_dtype)
-        for test, groups in self.tests:
-            if self.stop.agreed():
-                return None
-            values |= evaluating.flat(test, evaluating.run_benchmark(model, test, groups))
-        if step == 0:
-            host.rewards = {name: value for name, value in values.items() if name.endswith("/reward_mean")}
-        values |= reward_drift(values, host.rewards)
-        self.writers.write(step, values)
-        return values
-
-    def write_window(self, host: Host, step: int) -> None:
-        """Writes the training line of the steps since the last one."""
-        values = sums_lib.to_metrics(host.window) if host.window else {}
-        values.pop("nonfinite_count", None)
-        values["skipped_steps"] = float(host.skipped)
-        host.window = {}
-        self.writers.write(step, {f"train/{key}": value for key, value in values.items()})
-
-    def settle(self, state: dict[str, Any], host: Host, done: int, evaluates: bool, saved: bool = False) -> None:
-        """Evaluates if that is due and saves; if the run is to stop meanwhile, the next start evaluates.
-
-        Args:
-            state: after `done` steps.
-            host: changes.
-            done: the number of steps.
-            evaluates: whether an evaluation is due.
-            saved: whether the state is saved already, and only the evaluation is not.
-        """
-        values = self.evaluate(state, host, done) if evaluates else None
-        host.unevaluated = evaluates and values is None
-        if values is not None:
-            self.watch.progress.note(f"step {done}: {in_words(values, self)}")
-            rule = self.config.checkpoint
-            host.judge(values.get(rule.metric), rule.mode, rule.patience)
-            if host.stopped and host.window:
-                self.write_window(host, done)
-        if not saved:
-            self.save(state, host, done, values)
-        elif values is not None:
-            self.checkpointer.amend(done, host.to_json(), values)
-        self.watch.resume()
-
-    def save(self, state: dict[str, Any], host: Host, done: int, values: dict[str, float] | None = None) -> None:
-        """Starts saving the state after `done` steps, and the values of its evaluation if there was one."""
-        host.rows = self.train.plan.digest(done)
-        self.writers.sync()  # the next start goes on with the lines up to here
-        self.checkpointer.save(done, state, host.to_json(), values)
-
-    def not_finite(self, state: dict[str, Any], host: Host, step: int) -> None:
-        """Does with a step that is not finite what config.on_nonfinite says."""
-        split = self.train
-        rows = [split.groups.id(int(i)) for row in split.plan.rows(step) for i in row]
-        shown = ", ".join(rows[:20]) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
-        what = f"step {step}: the loss or a gradient is NaN or infinite. Its groups: {shown}"
-        if self.config.on_nonfinite == "skip":
-            host.skipped += 1
-            logging.warning("%s. It was skipped; %d so far", what, host.skipped)
-        elif self.config.on_nonfinite == "rollback":
-            logging.warning("%s", what)
-            raise GoBack(step)
-        else:
-            if step not in self.checkpointer.steps():
-                self.save(state, host, step)
-            self.checkpointer.wait()
-            raise NonFiniteError(
-                f"{what}. The state from before it is saved as checkpoint {step}. Look at these rows, lower "
-                "config.optim.learning_rate, or set config.on_nonfinite=skip, or rollback to leave out the rows since "
-                "the last checkpoint as well; the same workdir goes on from there."
-            )
-
-
-def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
-    """Trains from step `start` to the end of the plan or an early stop; returns the number of steps done.
-
-    While the devices compute a step, the host reads the sums of the one before and sends the next batch.
-    """
-    config, plan = run.config, run.train.plan
-    log_every, eval_every = run.every(config.log.every), run.every(config.eval.every)
-    save_every = run.every(config.checkpoint.every or config.eval.every)
-    watch, progress = run.watch, run.watch.progress
-    if start == 0:
-        before = run.evaluate(state, host, 0)
-        if before is None:
-            raise Stopped(0)
-        if config.checkpoint.metric not in before:
-            names = ", ".join(sorted(before))
-            raise InputError(f"config.checkpoint.metric={config.checkpoint.metric!r} is not measured; there is {names}")
-        progress.note(f"before training: {in_words(before, run)}")
-    done, saved = host.next_step(start), start
-    if host.unevaluated:
-        run.settle(state, host, done, evaluates=True, saved=done == saved)
-        saved = done
-    elif host.stopped or done == plan.steps:
-        progress.note("the run is done: nothing is trained, only exported")
-    rows, everywhere = sharding.named(run.mesh, sharding.BATCH), sharding.named(run.mesh)
-    ahead = watch.batches(loader.batches(run.train.groups, plan, run.train.shape, rows, done), done)
-    batch, halted = next(ahead, None), sharding.place(np.bool_(False), everywhere)
-    unread: list[tuple[int, Any]] = []
-
-    def read(step: int, sums: Any) -> None:
-        sums = run.step_sums(jax.device_get(sums))
-        if sums["nonfinite_count"][0]:
-            run.not_finite(state, host, step)
-        else:
-            host.count(sums)
-        watch.done(step + 1, sums_lib.to_metrics(sums))
-        if (step + 1) % log_every == 0 or step + 1 == plan.steps:
-            run.write_window(host, step + 1)
-            run.writers.timing(step + 1, watch.scalars())
-
-    stops = False
-    for step in range(done, plan.steps):
-        if host.stopped or host.unevaluated or (stops := run.stop.agreed(step + 1)):
-            break
-        with watch.step(step + 1):
-            state, sums, halted = run.program.step(state, batch, sharding.place(np.int32(step), everywhere), halted)
-        watch.follow(step + 1, sums)
-        unread.append((step, sums))
-        batch = next(ahead, None)
-        done = step + 1
-        evaluates, saves = done % eval_every == 0 or done == plan.steps, done % save_every == 0
-        while len(unread) > (0 if evaluates or saves or run.steps_block else 1):
-            read(*unread.pop(0))
-        if evaluates or saves:
-            run.settle(state, host, done, evaluates)
-            saved = done
-    while unread:
-        read(*unread.pop(0))
-    if stops and done > saved:
-        run.save(state, host, done)
-    run.checkpointer.wait()
-    if stops or host.unevaluated:
-        raise Stopped(done)
-    if host.stopped:
-        progress.note(
-            f"stopped early: {config.checkpoint.metric} has not improved on {host.best} for {host.waits} evaluations"
-        )
-    return done
-
-
-def through(
-    opened: Callable[[int], contextlib.AbstractContextManager[Run]],
-    begin: Callable[[int], tuple[dict[str, Any], Host, int]],
-    state: dict[str, Any],
-    host: Host,
-    start: int,
-) -> tuple[Run, int]:
-    """Trains to the end, from the newest checkpoint again wherever the loop asks to go back; returns the steps done.
-
-    Args:
-        opened: the run with its writers, for a step to start from.
-        begin: what to start with instead, given the bad step.
-        state: what to start with, as are `host` and `start`.
-        host: see `state`.
-        start: see `state`.
-    """
-    tries: collections.Counter[int] = collections.Counter()
-    while True:
-        with opened(start) as job:
-            try:
-                # Nothing goes to or from the devices unless it is asked for.
-                with command_line.under_way(), job.stop.left_to_loop(), jax.transfer_guard("disallow"):
-                    return job, loop(job, state, host, start)
-            except GoBack as found:
-                bad = found.bad
-        with command_line.under_way():  # the loop's arrays are gone with its frame, so there is room for others
-            state, host, start = begin(bad)
-        tries[start] += 1
-        if tries[start] > MOST_ROLLBACKS:
-            raise NonFiniteError(
-                f"step {bad} is not finite, and {MOST_ROLLBACKS} times before a step after checkpoint {start} was not: "
-                "leaving out rows does not help. Lower config.optim.learning_rate; the same workdir goes on from there."
-            )
-
-
-def in_words(values: dict[str, float], run: Run) -> str:
-    """The metrics a person looks at after an evaluation, in one line."""
-    metric = run.config.checkpoint.metric.rpartition("/")[2]
-    names = dict.fromkeys((*run.objective.shown, metric))
-    found = {name: values.get(f"validation/{name}") for name in names}
-    parts = {name: value for name, value in found.items() if value is not None}  # NaN is null in metrics.jsonl
-    text = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
-    seen, new = values.get(f"train_slice/{metric}"), parts.get(metric)
-    return f"validation {text}" + ("" if seen is None or new is None else f"; {metric} in training {seen - new:+.3g}")
-
-
-# ----------------------------------------------------------------------------------------------------
-# Run
+# The run, in order of time
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -379,14 +120,15 @@ def _run(
     note: Callable[..., Path] = lambda path, made=False: path,
     changes: Sequence[str] = (),
 ) -> None:
+    # ---- Config and devices: what is cheap to check is checked first
     objective = objectives.make(config.objective)
     config, devices, limit = dry_runs.target(config, topology)
     mesh = sharding.make_mesh(config.mesh, devices)
-    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if dry_run and config.debug:
         raise ValueError("config.debug compiles nothing, so there is nothing for --dry_run to show; leave one out")
     prepare.check_sources(config, benchmarks.sources_of(config.eval.benchmarks))
 
+    # ---- Tokenizer and model: names and shapes only
     with tempfile.TemporaryDirectory() as scratch:
         chat = prepare.open_chat(config, Path(scratch))
     values = parameters.model_values(config, len(chat.tokenizer))
@@ -394,42 +136,37 @@ def _run(
     if changed:
         print(f"pad token: {chat.tokenizer.pad_token!r} ({pad}), because the tokenizer's could be mistaken for text")
     export.check_tokenizer(chat, values)
-    model = model_config.from_hf(values)
-    graph, shapes = abstract_model(config, model, objective, mesh)
-    optim.check(config.optim, shapes)
+    model = abstract_model(config, objective, mesh, values)
+    optim.check(config.optim, model.shapes)
     if config.model.remat != "auto":
         decoder.saved_names(config.model.remat)
     if config.model.init_from and not topology:
-        hf.check(hf.resolve(config.model.init_from), parameters.model_params(shapes), model)
-    print(parameter_overview.get_parameter_overview(shapes, include_stats="sharding" if dry_run else False))
+        hf.check(hf.resolve(config.model.init_from), parameters.model_params(model.shapes), model.config)
+    shown = "sharding" if dry_run else False
+    print(parameter_overview.get_parameter_overview(model.shapes, include_stats=shown))
 
+    # ---- Data
     with agreement.first_then_others("data"):
         train_groups, validation_groups = prepare.read_groups(config, chat, objective.task)
-    data = [train_groups.fingerprint, validation_groups.fingerprint]
-    agreement.require_same("config and data", [config_lib.to_json(config), *data], "config or data")
-    lines = ledger.lines(train_groups, validation_groups)
-    print("\n".join(lines), flush=True)
-    plan = prepare.plan_training(config, train_groups)
-    print("\n".join(prepare.describe_plan(train_groups, plan)), flush=True)
+    fingerprints = [train_groups.fingerprint, validation_groups.fingerprint]
+    agreement.require_same("config and data", [config_lib.to_json(config), *fingerprints], "config or data")
+    print("\n".join(ledger.lines(train_groups, validation_groups)), flush=True)
     sets = {"validation": validation_groups}
     if config.eval.train_groups:
         sets["train_slice"] = train_groups.sample(config.eval.train_groups, config.seed)
     with agreement.first_then_others("benchmarks"):
         tests = evaluating.read_benchmarks(config, chat, objective.task)
 
-    def compiled() -> tuple[Program, Split, dict[str, Split]]:
-        program, train, line = compile_program(config, model, graph, objective, shapes, mesh, train_groups, plan, limit)
-        axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        print(f"mesh: {axes} on {mesh.size} devices\n{prepare.describe_shape(train.shape)}\n{line}", flush=True)
-        evaluations = prepare.plan_evaluations(config, sets, row_devices, train.shape.rows // row_devices)
-        return program.with_evaluation(next(iter(evaluations.values())).shape, mesh), train, evaluations
+    # ---- Plan
+    plan = prepare.plan_training(config, train_groups)
+    print("\n".join(prepare.describe_plan(train_groups, plan)), flush=True)
 
+    # ---- Compile
     if dry_run:
-        program, train, _ = compiled()
+        program, train, _ = _compile(config, model, train_groups, plan, sets, limit)
         if topology:
-            print("\n".join(dry_runs.report(topology, config, mesh, model, program, train)))
+            print("\n".join(dry_runs.report(topology, config, model, program, train)))
         return
-
     checkpointer = Checkpointer(
         runs.checkpoint_directory(config, workdir),
         keep_latest=config.checkpoint.keep_latest,
@@ -438,59 +175,295 @@ def _run(
         mode=config.checkpoint.mode,
         owner={"run": run_id, "workdir": str(workdir.absolute()), "config": config_lib.to_json(config)},
     )
-    with (
-        contextlib.closing(checkpointer),
-        ThreadPoolExecutor(1) as pool,
-    ):
-        compiling = pool.submit(compiled)  # while the weights are read
-        with jax.set_mesh(mesh):
-            shell = build_program(config, graph, objective, shapes, mesh, plan)
-            made_from = resume.identity(config, chat, values, train_groups, validation_groups)
-            begin = functools.partial(
-                resume.restore_or_init, config, checkpointer, shell, model, objective, made_from, plan
+    with contextlib.closing(checkpointer), ThreadPoolExecutor(1) as pool, jax.set_mesh(mesh):
+        compiling = pool.submit(_compile, config, model, train_groups, plan, sets, limit)
+
+        # ---- Restore: weights or a checkpoint are read while the step is compiled
+        states = build_program(config, model, plan)  # for the shapes and shardings of the state
+        made_from = resume.identity(config, chat, values, train_groups, validation_groups)
+        restore = functools.partial(resume.restore_or_init, config, checkpointer, states, model, made_from, plan)
+        state, host, start = restore()
+        print("".join(f"changed since the last start: {change}\n" for change in changes), end="", flush=True)
+        if processes.is_first():
+            resume.save_config(config, workdir)
+            _save_audit(workdir / "audit.json", train_groups, plan, validation_groups, objective.task)
+        program, train, evaluations = compiling.result()
+        agreement.barrier("compiled")  # devices wait for a late process less patiently
+
+        # ---- Loop: from the newest checkpoint again after each step that rolls back
+        source = PlannedBatches(train.groups, train.plan, train.shape, sharding.named(mesh, sharding.BATCH))
+        work = work_of_steps(train, model.config, parameters.model_params(model.shapes))
+        rollbacks: collections.Counter[int] = collections.Counter()
+        while True:
+            watch = Watch.open(config, workdir, work, objective.shown, mesh)
+            writers = Writers.open(workdir, config, start)
+            with contextlib.closing(writers), contextlib.closing(watch):
+                for path in writers.made():
+                    note(path, made=True)
+                job = Run(
+                    config, model, chat, program, source, train, evaluations, tests, checkpointer, writers, watch, stop
+                )
+                try:
+                    # Nothing goes to or from the devices unless it is asked for.
+                    with command_line.under_way(), stop.left_to_loop(), jax.transfer_guard("disallow"):
+                        last = loop(job, state, host, start)
+                    break
+                except RollBack as error:
+                    bad = error.bad
+            with command_line.under_way():  # the loop's arrays are gone with its frame, so there is room for others
+                state, host, start = restore(bad)
+            rollbacks[start] += 1
+            if rollbacks[start] > MOST_ROLLBACKS:
+                raise NonFiniteError(
+                    f"step {bad} is not finite, and {MOST_ROLLBACKS} times before a step after checkpoint {start} was "
+                    "not: leaving out rows does not help. Lower config.optim.learning_rate; the same workdir goes on "
+                    "from there."
+                )
+
+        # ---- Finish
+        del state  # makes room for the export
+        with command_line.under_way():
+            conclude(job, workdir, last, run_id)
+
+
+def _compile(
+    config: ConfigDict, model: AbstractModel, train: Groups, plan: Plan, sets: dict[str, Groups], limit: int
+) -> tuple[Program, Split, dict[str, Split]]:
+    """Compiles step and evaluation, and prints what was chosen; see `compile_program` for `limit`."""
+    program, split, line = compile_program(config, model, train, plan, limit)
+    axes = " x ".join(f"{axis} {size}" for axis, size in model.mesh.shape.items())
+    print(f"mesh: {axes} on {model.mesh.size} devices\n{prepare.describe_shape(split.shape)}\n{line}", flush=True)
+    row_devices = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
+    evaluations = prepare.plan_evaluations(config, sets, row_devices, split.shape.rows // row_devices)
+    return program.with_evaluation(next(iter(evaluations.values())).shape, model.mesh), split, evaluations
+
+
+# ----------------------------------------------------------------------------------------------------
+# Loop
+# ----------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    program: Program,
+    params: Any,
+    split: Split,
+    task: Task,
+    mesh: jax.sharding.Mesh,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Metrics over every group of the split, each exactly once; None if `stop` is true before all are computed."""
+    loss, outcomes = np.zeros(2), []
+    for batch in loader.batches(split.groups, split.plan, split.shape, sharding.named(mesh, sharding.BATCH)):
+        if stop():
+            return None
+        batch_loss, batch_outcomes = jax.device_get(program.evaluate(params, batch))
+        loss += batch_loss
+        outcomes.append(batch_outcomes)
+    joined = {name: np.concatenate([batch[name] for batch in outcomes]) for name in outcomes[0]}
+    return outcomes_lib.evaluation_metrics(task, joined, loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything the loop needs, made once."""
+
+    config: ConfigDict
+    model: AbstractModel
+    chat: Chat
+    program: Program
+    source: BatchSource
+    train: Split  # what `source` was planned from
+    evaluations: dict[str, Split]  # by the name that their metrics carry
+    tests: list[tuple[Benchmark, Groups]]  # the benchmarks of config.eval.benchmarks
+    checkpointer: Checkpointer
+    writers: Writers
+    watch: Watch
+    stop: Stop
+
+    @property
+    def steps_block(self) -> bool:
+        """Whether a step must end before the next one starts: several CPU devices of one process can deadlock."""
+        mesh = self.model.mesh
+        return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+
+    def every(self, duration: str) -> int:
+        """A duration of the config in steps."""
+        return prepare.steps_in(duration, self.train.plan)
+
+    @functools.cached_property
+    def task(self) -> Task:
+        return self.model.objective.task  # once, since it checks its template whenever it is asked for
+
+    def step_sums(self, sums: Sums) -> Sums:
+        """A step's sums on the host, with its metrics from its outcomes [M, B, ...]."""
+        outcomes = {name: x.reshape(-1, *x.shape[2:]) for name, x in sums.pop("outcomes").items()}
+        return {**outcomes_lib.step_sums(self.task, outcomes), **sums_lib.to_host(sums)}
+
+    def evaluate(self, state: dict[str, Any], host: Host, step: int) -> dict[str, float] | None:
+        """Evaluates every split and writes one line; None if the run is to stop before that is done."""
+        values: dict[str, float] = {}
+        for name, split in self.evaluations.items():
+            metrics = evaluate(self.program, state["params"], split, self.task, self.model.mesh, self.stop.agreed)
+            if metrics is None:
+                return None
+            values |= {f"{name}/{key}": value for key, value in metrics.items()}
+        model = runs.reward_model(self.model, self.chat, state["params"], self.config.model.compute_dtype)
+        for test, groups in self.tests:
+            if self.stop.agreed():
+                return None
+            values |= evaluating.flat(test, evaluating.run_benchmark(model, test, groups))
+        if step == 0:
+            host.rewards = {name: value for name, value in values.items() if name.endswith("/reward_mean")}
+        values |= reward_drift(values, host.rewards)
+        self.writers.write(step, values)
+        return values
+
+    def write_window(self, host: Host, step: int) -> None:
+        """Writes the training line of the steps since the last one."""
+        values = sums_lib.to_metrics(host.window) if host.window else {}
+        values.pop("nonfinite_count", None)
+        values["skipped_steps"] = float(host.skipped)
+        host.window = {}
+        self.writers.write(step, {f"train/{key}": value for key, value in values.items()})
+
+    def settle(self, state: dict[str, Any], host: Host, done: int, evaluates: bool, saved: bool = False) -> None:
+        """Evaluates if that is due and saves; if the run is to stop meanwhile, the next start evaluates.
+
+        Args:
+            state: after `done` steps.
+            host: changes.
+            done: the number of steps.
+            evaluates: whether an evaluation is due.
+            saved: whether the state is saved already, and only the evaluation is not.
+        """
+        values = self.evaluate(state, host, done) if evaluates else None
+        host.unevaluated = evaluates and values is None
+        if values is not None:
+            self.watch.progress.note(f"step {done}: {in_words(values, self)}")
+            rule = self.config.checkpoint
+            host.judge(values.get(rule.metric), rule.mode, rule.patience)
+            if host.stopped and host.window:
+                self.write_window(host, done)
+        if not saved:
+            self.save(state, host, done, values)
+        elif values is not None:
+            self.checkpointer.amend(done, host.to_json(), values)
+        self.watch.resume()
+
+    def save(self, state: dict[str, Any], host: Host, done: int, values: dict[str, float] | None = None) -> None:
+        """Starts saving the state after `done` steps, and the values of its evaluation if there was one."""
+        host.rows = self.source.digest(done)
+        self.writers.sync()  # the next start goes on with the lines up to here
+        self.checkpointer.save(done, state, host.to_json(), values)
+
+    def not_finite(self, state: dict[str, Any], host: Host, step: int) -> None:
+        """Handles a step that is not finite as config.on_nonfinite says: stop, skip, or roll back."""
+        rows = self.source.names(step)
+        shown = ", ".join(rows[:20]) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
+        what = f"step {step}: the loss or a gradient is NaN or infinite. Its groups: {shown}"
+        if self.config.on_nonfinite == "skip":
+            host.skipped += 1
+            logging.warning("%s. It was skipped; %d so far", what, host.skipped)
+        elif self.config.on_nonfinite == "rollback":
+            logging.warning("%s", what)
+            raise RollBack(step)
+        else:
+            if step not in self.checkpointer.steps():
+                self.save(state, host, step)
+            self.checkpointer.wait()
+            raise NonFiniteError(
+                f"{what}. The state from before it is saved as checkpoint {step}. Look at these rows, lower "
+                "config.optim.learning_rate, or set config.on_nonfinite=skip, or rollback to leave out the rows since "
+                "the last checkpoint as well; the same workdir goes on from there."
             )
-            first = begin()
-            print("".join(f"changed since the last start: {change}\n" for change in changes), end="", flush=True)
-            if processes.is_first():
-                resume.save_config(config, workdir)
-                _save_audit(workdir / "audit.json", train_groups, plan, validation_groups, objective.task)
-            program, train, evaluations = compiling.result()
-            agreement.barrier("compiled")  # devices wait for a late process less patiently
-            work = work_of_steps(train, model, parameters.model_params(shapes))
-            described = Model(chat, values, model, objective)
 
-            @contextlib.contextmanager
-            def opened(start: int) -> Iterator[Run]:
-                watching = Watch.open(config, workdir, work, objective.shown, mesh)
-                with contextlib.closing(Writers.open(workdir, config, start)) as writers, contextlib.closing(watching):
-                    for path in writers.made():
-                        note(path, made=True)
-                    parts = (
-                        program,
-                        train,
-                        evaluations,
-                        tests,
-                        described,
-                        checkpointer,
-                        writers,
-                        watching,
-                        stop,
-                        run_id,
-                    )
-                    yield Run(config, mesh, objective, *parts)
 
-            job, last = through(opened, begin, *first)
-            del first  # makes room for the export
-            with command_line.under_way():
-                conclude(job, workdir, last)
+def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
+    """Trains from step `start` to the end of the batches or an early stop; returns the number of steps done.
+
+    While the devices compute a step, the host reads the sums of the one before and sends the next batch.
+    """
+    config, source = run.config, run.source
+    log_every, eval_every = run.every(config.log.every), run.every(config.eval.every)
+    save_every = run.every(config.checkpoint.every or config.eval.every)
+    watch, progress = run.watch, run.watch.progress
+    if start == 0:
+        before = run.evaluate(state, host, 0)
+        if before is None:
+            raise Stopped(0)
+        if config.checkpoint.metric not in before:
+            names = ", ".join(sorted(before))
+            raise InputError(f"config.checkpoint.metric={config.checkpoint.metric!r} is not measured; there is {names}")
+        progress.note(f"before training: {in_words(before, run)}")
+    done, saved = host.next_step(start), start
+    if host.unevaluated:
+        run.settle(state, host, done, evaluates=True, saved=done == saved)
+        saved = done
+    elif host.stopped or done == source.steps:
+        progress.note("the run is done: nothing is trained, only exported")
+    everywhere = sharding.named(run.model.mesh)
+    ahead = watch.batches((source.batch(step) for step in range(done, source.steps)), done)
+    batch, halted = next(ahead, None), sharding.place(np.bool_(False), everywhere)
+    unread: list[tuple[int, Any]] = []
+
+    def read(step: int, sums: Any) -> None:
+        sums = run.step_sums(jax.device_get(sums))
+        if sums["nonfinite_count"][0]:
+            run.not_finite(state, host, step)
+        else:
+            host.count(sums)
+        watch.done(step + 1, sums_lib.to_metrics(sums))
+        if (step + 1) % log_every == 0 or step + 1 == source.steps:
+            run.write_window(host, step + 1)
+            run.writers.timing(step + 1, watch.scalars())
+
+    stops = False
+    for step in range(done, source.steps):
+        if host.stopped or host.unevaluated or (stops := run.stop.agreed(step + 1)):
+            break
+        with watch.step(step + 1):
+            state, sums, halted = run.program.step(state, batch, sharding.place(np.int32(step), everywhere), halted)
+        watch.follow(step + 1, sums)
+        unread.append((step, sums))
+        batch = next(ahead, None)
+        done = step + 1
+        evaluates, saves = done % eval_every == 0 or done == source.steps, done % save_every == 0
+        while len(unread) > (0 if evaluates or saves or run.steps_block else 1):
+            read(*unread.pop(0))
+        if evaluates or saves:
+            run.settle(state, host, done, evaluates)
+            saved = done
+    while unread:
+        read(*unread.pop(0))
+    if stops and done > saved:
+        run.save(state, host, done)
+    run.checkpointer.wait()
+    if stops or host.unevaluated:
+        raise Stopped(done)
+    if host.stopped:
+        progress.note(
+            f"stopped early: {config.checkpoint.metric} has not improved on {host.best} for {host.waits} evaluations"
+        )
+    return done
+
+
+def in_words(values: dict[str, float], run: Run) -> str:
+    """The metrics a person looks at after an evaluation, in one line."""
+    metric = run.config.checkpoint.metric.rpartition("/")[2]
+    names = dict.fromkeys((*run.model.objective.shown, metric))
+    found = {name: values.get(f"validation/{name}") for name in names}
+    parts = {name: value for name, value in found.items() if value is not None}  # NaN is null in metrics.jsonl
+    text = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
+    seen, new = values.get(f"train_slice/{metric}"), parts.get(metric)
+    return f"validation {text}" + ("" if seen is None or new is None else f"; {metric} in training {seen - new:+.3g}")
 
 
 # ----------------------------------------------------------------------------------------------------
-# Export
+# Finish
 # ----------------------------------------------------------------------------------------------------
 
 
-def conclude(run: Run, workdir: Path, last: int) -> None:
+def conclude(run: Run, workdir: Path, last: int, run_id: str) -> None:
     """Measures and exports the best or the last step, and says where everything is and whether it is good enough.
 
     Raises:
@@ -504,14 +477,14 @@ def conclude(run: Run, workdir: Path, last: int) -> None:
         run.config,
         workdir,
         run.model,
+        run.chat,
         state["params"],
-        run.mesh,
         step,
         sets,
         run.tests,
         run.train.groups.fingerprint,
         run.checkpointer.metrics(step),
-        run.id,
+        run_id,
     )
     steps = ", ".join(map(str, run.checkpointer.steps()))
     tensorboard = f" and {workdir / 'tensorboard'}" if run.config.log.tensorboard else ""

@@ -21,7 +21,6 @@ from rmjax.hardware import memory, topology
 from rmjax.inference.parameters import abstract_model
 from rmjax.kernels.tree_attention import block_of, tree_attention
 from rmjax.kernels.visible import visible
-from rmjax.models import config as model_config
 from rmjax.train import dry_run
 from rmjax.train.step import compile_program
 
@@ -226,23 +225,22 @@ def compile_config(config, name):
     """The step of a config as `--dry_run --topology` compiles it, with groups of random tokens for its data."""
     mesh = sharding.make_mesh(config.mesh, topology.devices(name))
     objective = objectives.make(config.objective)
-    model = model_config.from_hf(MODELS[config.model.init_from])
-    graph, params = abstract_model(config, model, objective, mesh)
+    model = abstract_model(config, objective, mesh, MODELS[config.model.init_from])
     tokens, responses, ends = GROUPS[config.objective.name]
-    groups = Learnt(np.random.default_rng(0).integers(tokens // 6, tokens // 2, (4096, 3)), model.vocab)
+    groups = Learnt(np.random.default_rng(0).integers(tokens // 6, tokens // 2, (4096, 3)), model.config.vocab)
     groups.fields, groups.responses = objective.task.fields, np.full(len(groups), responses)
     groups.ends = np.full(len(groups), ends)
     plan = prepare.plan_training(config, groups)
     limit = topology.memory(name)
-    program, split, line = compile_program(config, model, graph, objective, params, mesh, groups, plan, limit)
-    return program, split, model, mesh, line
+    program, split, line = compile_program(config, model, groups, plan, limit)
+    return program, split, model, line
 
 
 def fits(config, name):
     """Asserts that the step fits with 5 % to spare and runs our kernels; prints what was chosen."""
-    program, split, model, mesh, line = compile_config(config, name)
+    program, split, model, line = compile_config(config, name)
     assert sum(memory.of(program.step)) < 0.95 * topology.memory(name)
-    report = dry_run.report(name, config, mesh, model, program, split)
+    report = dry_run.report(name, config, model, program, split)
     print(line, *report, sep="\n")
     return program.step
 

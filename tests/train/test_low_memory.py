@@ -1,5 +1,6 @@
 """bfloat16 parameters and moments: stochastic rounding, low-memory Adam against float32 Adam, and state on the host."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -273,16 +274,18 @@ def host_steps(c, host, steps=4):
     shapes = sharding.with_shardings(p, sharding.param_shardings(mesh, p))
     p, tx = jax.device_put(p, jax.tree.map(lambda x: x.sharding, shapes)), optim.make(c.optim)
     here = optim.state_shardings(jax.eval_shape(tx.init, p), shapes, sharding.named(mesh))
-    home = host_state.on_host(here, p) if host else here
+
+    class Step(step.Step):
+        def gradients(self, params, batch, number, halted):
+            grads = jax.tree.map(lambda x: (jnp.sin(x.astype(jnp.float32) * batch)).astype(x.dtype), params)
+            one = jnp.float32(1)
+            return grads, {}, halted, step.Move(one, optax.tree.norm(grads), one / 100, number, ~halted)
+
+    of_params, one = jax.tree.map(lambda x: x.sharding, shapes), sharding.named(mesh)
+    program, homes = host_state.HostStep.wrap(Step(None, None, tx, c), shapes, {"params": of_params, "opt": here}, one)
+    home = homes["opt"] if host else here
+    program = dataclasses.replace(program, home=home)
     state = {"params": p, "opt": jax.jit(tx.init, out_shardings=home)(p)}
-
-    def gradients(p, batch, number, halted):
-        grads = jax.tree.map(lambda x: (jnp.sin(x.astype(jnp.float32) * batch)).astype(x.dtype), p)
-        one = jnp.float32(1)
-        return grads, {}, halted, step.Move(one, optax.tree.norm(grads), one / 100, number, ~halted)
-
-    update = lambda *args: step.update(*args, tx=tx, config=c)
-    program = host_state.HostStep.make(jax.jit(gradients), update, shapes, here, home)
     for n in range(steps):
         before, halted = state, jnp.bool_(n == 2)
         state, _, _ = program(state, jnp.float32(n), jnp.int32(n), halted)

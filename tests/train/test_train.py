@@ -18,6 +18,7 @@ from small_runs import ROOT, column, metrics, same_run
 
 from rmjax import objectives, sharding
 from rmjax.batches import prepare
+from rmjax.inference import parameters
 from rmjax.models import config as model_config
 from rmjax.models import heads
 from rmjax.runtime.ownership import MARKER
@@ -90,15 +91,13 @@ def test_metrics_hold_every_validation_pair_and_no_times(finished):
 
 def program_pieces(config, micro_rows):
     """State and batches of the small run in this process."""
-    model = model_config.from_hf({"vocab_size": 768, **config.model.scratch.to_dict()})
-    graph, shapes = heads.abstract(model, 1)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    shapes = sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
-    objective = objectives.make(config.objective)
-    params = heads.init(model, 1, seed=0)
+    values = {"vocab_size": 768, **config.model.scratch.to_dict()}
+    model = parameters.abstract_model(config, objectives.make(config.objective), mesh, values)
+    params = heads.init(model.config, 1, seed=0)
     config.model.remat = "none"
-    loss = lambda p, b: step.loss_and_outcomes(p, b, graph, objective, config)
-    return params, loss, mesh, shapes, graph, objective
+    loss = lambda p, b: step.loss_and_outcomes(p, b, model.graph, model.objective, config)
+    return params, loss, model
 
 
 def small_split(config, tmp_path, micro_rows):
@@ -110,7 +109,7 @@ def small_split(config, tmp_path, micro_rows):
 
 def test_micro_batches_do_not_change_the_gradient(cache_dir, tmp_path):  # NUMERICS 9
     config = small(cache_dir, plan__rows_per_step=4)
-    params, loss, *_ = program_pieces(config, 1)
+    params, loss, _ = program_pieces(config, 1)
     results = []
     for micro_rows in (4, 2, 1):
         split = small_split(config, tmp_path, micro_rows)
@@ -128,7 +127,7 @@ def test_micro_batches_do_not_change_the_gradient(cache_dir, tmp_path):  # NUMER
 
 def test_evaluation_does_not_depend_on_the_batch_shape(cache_dir, tmp_path):  # NUMERICS 18
     config = small(cache_dir)
-    params, loss, mesh, _, _, objective = program_pieces(config, 1)
+    params, loss, model = program_pieces(config, 1)
     chat = prepare.open_chat(config, tmp_path)
     _, validation = prepare.read_groups(config, chat, objectives.make(config.objective).task)
     program = step.Program(None, jax.jit(lambda p, b: loss(p, jax.tree.map(lambda x: x[0], b))), None, None)
@@ -136,7 +135,7 @@ def test_evaluation_does_not_depend_on_the_batch_shape(cache_dir, tmp_path):  # 
     for micro_rows, row_tokens in ((1, 256), (3, 256), (2, 512)):
         config.plan.row_tokens = row_tokens
         split = prepare.plan_evaluations(config, {"v": validation}, 1, micro_rows)["v"]
-        values.append(training.evaluate(program, params, split, objective, mesh))
+        values.append(training.evaluate(program, params, split, model.objective.task, model.mesh))
     for other in values[1:]:
         assert other["pairs"] == values[0]["pairs"] == len(validation)
         for name, value in other.items():
@@ -145,14 +144,14 @@ def test_evaluation_does_not_depend_on_the_batch_shape(cache_dir, tmp_path):  # 
 
 def test_donated_state_is_gone_and_nothing_else_is(cache_dir, tmp_path):  # NUMERICS 25
     config = small(cache_dir)
-    params, _, mesh, shapes, graph, objective = program_pieces(config, 1)
+    params, _, model = program_pieces(config, 1)
     split = small_split(config, tmp_path, 4)
-    with jax.set_mesh(mesh):
-        program = step.build_program(config, graph, objective, shapes, mesh, split.plan)
+    with jax.set_mesh(model.mesh):
+        program = step.build_program(config, model, split.plan)
         state = {"params": params, "opt": optim.make(config.optim).init(params)}
         state = jax.device_put(state, program.shardings)
         copy = jax.tree.map(np.array, state["params"])  # a view would keep the buffers
-        rows = sharding.named(mesh, sharding.BATCH)
+        rows = sharding.named(model.mesh, sharding.BATCH)
         batch = next(prepare.loader.batches(split.groups, split.plan, split.shape, rows))
         new, sums, halted = program.step(state, batch, jnp.int32(5), jnp.bool_(False))
         kept = [sharding.path_name(p) for p, x in jax.tree_util.tree_leaves_with_path(state) if not x.is_deleted()]
