@@ -95,7 +95,6 @@ def other_config(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
     """The config of the other side.
 
     Args:
-        config: of the first side.
         changes: "FILE.py", which replaces it, and "KEY=VALUE", as behind "--config.".
 
     Raises:
@@ -133,8 +132,6 @@ def run(configs: Sequence[ConfigDict], lengths: str, steps: int, peak: float = 0
     """Measures one config, or two that take turns.
 
     Args:
-        configs: the sides.
-        lengths: see `read_lengths`.
         steps: measured steps of each side.
         peak: FLOP/s of one device; 0 is its data sheet's.
 
@@ -196,7 +193,6 @@ def figures(side: "Side", times: np.ndarray, peak: float) -> dict[str, Any]:
     """What is reported of one side.
 
     Args:
-        side: after its steps.
         times: float64 [steps, 2], see `take_turns`.
         peak: FLOP/s of one device, or 0.
     """

@@ -107,10 +107,7 @@ def make_groups(config: ConfigDict, triples: np.ndarray, steps: int, vocabulary:
     The last step of an epoch is part of one, and would be measured as a slow step.
 
     Args:
-        config: the config.
         triples: int64 [n, 3] prompt, chosen, rejected.
-        steps: of the run.
-        vocabulary: V.
 
     Raises:
         ValueError: a tree is longer than a row.
@@ -126,7 +123,6 @@ class Work(NamedTuple):
     """What groups hold and cost: of each, float64 [n], or of several together.
 
     Attributes:
-        pairs: preference pairs.
         tokens: of the trees.
         unshared: tokens of the conversations, each whole.
         useful: FLOPs, see flops.py.
@@ -166,10 +162,8 @@ class Side:
         """Plans; nothing is allocated.
 
         Args:
-            name: see above.
             config: of a run; what it says of data, tokenizer and weights is not read.
             triples: int64 [n, 3] prompt, chosen, rejected.
-            steps: to be measured.
 
         Raises:
             ValueError: a config that cannot be used, or rows too short for any pair.
@@ -331,7 +325,6 @@ def time_attention(
         where: `positions`, `visible_from`, `visible_until`, int32 [B, T].
         model: of which the heads, their width and the layers' windows count.
         dtype: of queries, keys and values, which are random.
-        form: of attention.
         mesh: over which rows and heads are split.
     """
     rows, tokens = where["positions"].shape

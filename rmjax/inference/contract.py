@@ -66,11 +66,8 @@ def make(
         architecture: of the export, a name in RULES.
         decoding: how scores are had from the head's outputs, in words.
         own: what the objective itself learnt (a tie parameter, cut points).
-        labels: names of the head's outputs.
         metrics: validation metrics of the exported step; `reward_mean` and `reward_std` among them.
-        data: fingerprint of the training data.
         max_length: tokens of a conversation in training.
-        over_long: what was done with longer ones.
         estimates: metrics with 95 % intervals, {"validation/accuracy": {"value", "low", "high"}}.
     """
     tokenizer = chat.tokenizer
@@ -198,7 +195,6 @@ def check(terms: dict[str, Any], chat: Chat, values: Mapping[str, Any]) -> None:
     """Makes sure that this tokenizer renders and splits as the model was trained, and that padding is still told apart.
 
     Args:
-        terms: the contract.
         chat: tokenizer and template of the directory.
         values: its config.json, by whose pad token transformers finds the scored token.
 
@@ -256,7 +252,6 @@ def check_outputs(terms: dict[str, Any], outputs: Sequence[np.ndarray]) -> None:
     """Compares replayed float32 outputs of the golden rows with the contract's.
 
     Args:
-        terms: the contract.
         outputs: [scored tokens, A] for each golden row.
 
     Raises:

@@ -44,9 +44,7 @@ class Inference:
     Attributes:
         config: shapes of the decoder.
         params: its parameters, sharded over `mesh`.
-        mesh: of the devices.
         dtype: of the computation, float32 or bfloat16.
-        architecture: see heads.make.
         labels: outputs of the head, A.
     """
 
@@ -98,8 +96,6 @@ class Inference:
         """The objective's outcomes (objectives/base.py) of labelled groups, in rows of the engine's own.
 
         Args:
-            groups: of the objective's own task.
-            objective: is asked.
             own: its own parameters.
         """
         row, most = row_tokens(int(groups.lengths.max())), int(groups.responses.max())

@@ -44,7 +44,6 @@ class Traffic:
         state: parameters and optimizer state.
         weights: of the layers, in the compute dtype, as the device multiplies with them.
         kept: for the backward pass of a micro-batch.
-        micro: micro-batches of a step.
     """
 
     state: int
@@ -86,7 +85,6 @@ def target(config: ConfigDict, name: str) -> tuple[ConfigDict, list[Any] | None,
     """What the hardware of a dry run changes of a run.
 
     Args:
-        config: of the run.
         name: of the hardware (topology.py); "" is what is here.
 
     Returns:
@@ -120,14 +118,7 @@ def target(config: ConfigDict, name: str) -> tuple[ConfigDict, list[Any] | None,
 
 
 def report(name: str, config: ConfigDict, model: AbstractModel, program: Program, train: Split) -> list[str]:
-    """What a compiled step needs of the hardware, in lines.
-
-    Args:
-        name: of the hardware.
-        config, model: of the run.
-        program: with its step compiled.
-        train: what the step is compiled for.
-    """
+    """What a compiled step needs of the hardware, in lines."""
     mesh = model.mesh
     devices: list[Any] = mesh.devices.flatten().tolist()
     found, unknown = collectives(program.step.as_text(), mesh.size)

@@ -38,11 +38,7 @@ def measure(
     """The evaluation of a run's model: every set and benchmark, with intervals.
 
     Args:
-        model: of the exported step.
         sets: by name, of the objective's own task.
-        tests: the benchmarks.
-        where: the export.
-        step: the exported one.
 
     Returns:
         evaluation.json; under "errors" why a set or a benchmark could not be measured.
@@ -83,17 +79,11 @@ def write(
     """Measures, judges, exports and describes a run's model; every process of a run must call it.
 
     Args:
-        config: of the run.
         workdir: gets evaluation.json, quality.json, environment.json, export/, report.html and report/.
-        model: what was trained.
-        chat: of the run.
         params: of the exported step; deleted once they are written.
-        step: the exported one.
         sets: "validation", and "train_slice" if there is one.
-        tests: the benchmarks of config.eval.benchmarks.
         data: fingerprint of the training data.
         saved: metrics that the exported step was saved with; they count where metrics.jsonl has lost its line.
-        run: id of the run.
 
     Returns:
         The verdict of the quality gate, and the metrics of the exported step.

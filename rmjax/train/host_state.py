@@ -17,12 +17,7 @@ from rmjax.train.optim import parameter_of
 
 
 def on_host(shardings: Any, params: Any) -> Any:
-    """Shardings of an optimizer state in the memory of the host; what belongs to no parameter stays on the devices.
-
-    Args:
-        shardings: of the state, on the devices.
-        params: the parameters, or their shapes.
-    """
+    """Shardings of an optimizer state in the memory of the host; what belongs to no parameter stays on the devices."""
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     moved = lambda path, s: s if parameter_of(path, names) is None else s.with_memory_kind("pinned_host")
     return jax.tree_util.tree_map_with_path(moved, shardings)
@@ -63,7 +58,6 @@ class HostStep:
         """Jits both halves of a step.
 
         Args:
-            step: a `Step`.
             params: shapes of the parameters, with shardings.
             shardings: of {"params", "opt"} on the devices.
             replicated: the sharding of scalars.

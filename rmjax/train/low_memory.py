@@ -22,13 +22,7 @@ PARAMS, NU = 0, 1  # what is rounded in a step; each has random numbers of its o
 
 
 def seed_of(seed: int, step: jax.Array, what: int) -> jax.Array:
-    """A random uint32 scalar for the rounding of a step, so that a resumed run rounds as an uninterrupted one.
-
-    Args:
-        seed: `config.seed`.
-        step: int32 scalar.
-        what: PARAMS or NU.
-    """
+    """A random uint32 scalar for the rounding of a step, so that a resumed run rounds as an uninterrupted one."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), what)
     return jax.random.bits(key, (), jnp.uint32)
 
@@ -49,10 +43,6 @@ def random_words(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     Twelve integer operations a number and no memory traffic, since they are computed where they are used. Threefry,
     jax.random's generator, takes over a hundred: with two roundings a parameter it would be the largest part of the
     optimizer. The numbers of the hardware generators (rbg) depend on the sharding. Indices repeat after 2**32.
-
-    Args:
-        seed: uint32 scalar.
-        shape: of the result.
     """
     index = jnp.broadcast_to(seed, shape)
     for axis in range(len(shape)):
@@ -119,7 +109,6 @@ def stored(
         transformation: its state is a named tuple with `count`, `mu` and perhaps `nu`.
         mu_dtype: float32 or bfloat16.
         nu_dtype: the same.
-        seed: of the rounding.
     """
     dtypes = {"mu": mu_dtype, "nu": nu_dtype}
     fields = lambda state: [name for name in dtypes if name in state._fields]

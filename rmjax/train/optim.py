@@ -26,9 +26,7 @@ def schedule(config: ConfigDict, total: int, warmup: int, decay: int) -> Schedul
     moves the parameters.
 
     Args:
-        config: `config.optim`.
         total: optimizer steps of the run, from the plan.
-        warmup: steps of warm-up.
         decay: steps of decay, for wsd.
 
     Raises:
@@ -68,10 +66,6 @@ def make(config: ConfigDict, seed: int = 0) -> optax.GradientTransformation:
     in float32 whatever the dtype of parameters and gradients. Nothing here depends on more than one parameter, so trees
     of some of them (`optax.MaskedNode` for the others) get the same updates. Frozen parameters have no state, and their
     update is their gradient, which `trainable` has made 0.
-
-    Args:
-        config: `config.optim`.
-        seed: of stochastic rounding.
     """
     factors = by_rules(config.lr_factors, "lr_factors")
     scale = lambda updates, _: jax.tree.map(lambda u, f: u * jnp.asarray(f, u.dtype), updates, factors(updates))
@@ -142,9 +136,6 @@ def apply(params: Any, updates: Any, rate: jax.Array, seed: int, step: jax.Array
     Args:
         params: float32 or bfloat16.
         updates: what `make` gives, float32.
-        rate: float32 scalar, the learning rate.
-        seed: `config.seed`.
-        step: int32 scalar.
     """
     moved = jax.tree.map(lambda p, u: p.astype(jnp.float32) - rate * u, params, updates)
     return low_memory.round_as(moved, params, low_memory.seed_of(seed, step, low_memory.PARAMS))
@@ -163,9 +154,7 @@ def state_shardings(state: Any, params: Any, replicated: Any) -> Any:
     parameters.
 
     Args:
-        state: the optimizer state, or its shapes.
         params: the parameters, or their shapes, with shardings.
-        replicated: the sharding of everything else.
     """
     known = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
 

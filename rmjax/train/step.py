@@ -77,8 +77,6 @@ class Move(NamedTuple):
     Attributes:
         weight: what the sums of gradients are divided by.
         norm: of the divided gradients, all together.
-        rate: the learning rate.
-        step: the step's number.
         goes_on: whether anything is to move.
     """
 
@@ -99,7 +97,6 @@ class Step:
         loss: (params, micro-batch) -> loss [2], outcomes.
         rate: learning rate of a step.
         tx: see `optim.make`.
-        config: the config.
     """
 
     loss: Callable[[Any, Any], tuple[jax.Array, Outcomes]]
@@ -226,7 +223,6 @@ def compile_program(
     """Compiles the step for the plan's batches with the cheapest settings that fit the devices (memory.py).
 
     Args:
-        config, model, groups, plan: of the run.
         limit: bytes of a device; 0 is what it reports, which devices that are not here cannot.
 
     Returns:

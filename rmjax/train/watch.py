@@ -43,11 +43,7 @@ LARGE_REWARD = 128.0
 
 
 class Watch:
-    """What the training loop feeds; it prints the progress line and warnings. (Only the first process is heard.)
-
-    Attributes:
-        progress: the progress line.
-    """
+    """What the training loop feeds; it prints the progress line and warnings. (Only the first process is heard.)"""
 
     def __init__(
         self,
@@ -65,15 +61,8 @@ class Watch:
         """What the run's steps are made of, and where it runs.
 
         Args:
-            work: see `work_of_steps`.
-            progress: where lines go.
-            shown: metrics on the progress line.
-            devices: of this process.
             peak: FLOP/s of all devices of the run; None where it is not known.
-            large_reward: a reward that is warned of.
-            profile: of some steps.
             first: whether this is the process that speaks for all; another one warns where it is its data that is late.
-            clock: seconds.
         """
         self.progress = progress
         self._work, self._shown, self._devices, self._peak = work, shown, devices, peak
@@ -95,15 +84,7 @@ class Watch:
         shown: Sequence[str],
         mesh: jax.sharding.Mesh,
     ) -> "Watch":
-        """The watch of a run, as its config says.
-
-        Args:
-            config: the run's.
-            workdir: gets `profile/`.
-            work: see `work_of_steps`.
-            shown: metrics on the progress line.
-            mesh: all devices.
-        """
+        """The watch of a run, as its config says."""
         steps = config_lib.profile_steps(config.profile.steps)
         peak = flops.peak(mesh.devices.flat[0].device_kind)
         first = processes.is_first()
@@ -287,11 +268,6 @@ class Profile:
 def work_of_steps(split: Split, model: ModelConfig, params: Any) -> dict[str, np.ndarray]:
     """What each step of a plan holds and costs, in the terms of `rmjax.benchmark`.
 
-    Args:
-        split: groups and plan.
-        model: the decoder.
-        params: of the model, or their shapes.
-
     Returns:
         float64 [steps] each: `pairs` (`groups`, where some have not two responses); `tokens` of their trees;
         `unshared_tokens`, of all conversations, each whole; `useful_flops`, see flops.py.
@@ -337,7 +313,6 @@ def reward_drift(values: Mapping[str, float], first: Mapping[str, float]) -> dic
     """How far mean rewards have moved since the evaluation before training; a preference loss leaves them free.
 
     Args:
-        values: of an evaluation.
         first: `reward_mean` by name, as in `values`, of the first one.
 
     Returns:

@@ -194,7 +194,6 @@ class Writers:
 
         Args:
             workdir: gets metrics.jsonl, timings.jsonl and tensorboard/.
-            config: the run's ConfigDict.
             start: the step restored; 0 is a run from the beginning, which also writes step 0 anew.
         """
         if not processes.is_first():
