@@ -52,6 +52,20 @@ class Tree:
         """The token sequence of each scored token: what it sees, in order."""
         return [self.tokens[self.path(e)] for e in self.end]
 
+    def distinct(self) -> tuple["Tree", np.ndarray]:
+        """The tree without what stands in it twice, and int [E], the scored token there for each one here.
+
+        A tree with several scored tokens in a response stays whole; of equal ones the first counts.
+        """
+        if len(self.end) == 1:
+            return self, np.zeros(1, np.int64)
+        sequences, index = distinct(self.sequences())
+        if len(sequences) == len(index):
+            return self, index
+        if len(np.unique(self.end_slot)) < len(self.end):
+            return self, np.unique(index, return_index=True)[1][index]
+        return build_tree(sequences), index
+
 
 def common_prefix(sequences: Sequence[np.ndarray]) -> int:
     """Number of leading tokens that all sequences share."""
@@ -61,6 +75,14 @@ def common_prefix(sequences: Sequence[np.ndarray]) -> int:
     for s in sequences[1:]:
         differs |= first != s[:shortest]
     return int(differs.argmax()) if differs.any() else shortest
+
+
+def distinct(sequences: Sequence[Tokens]) -> tuple[list[np.ndarray], np.ndarray]:
+    """The distinct sequences in order, and int [n], which of them each one is."""
+    arrays = [np.asarray(s, np.int32) for s in sequences]
+    first: dict[bytes, int] = {}
+    index = np.array([first.setdefault(array.tobytes(), len(first)) for array in arrays], np.int64)
+    return [arrays[i] for i in np.unique(index, return_index=True)[1]], index
 
 
 def build_tree(sequences: Sequence[Tokens]) -> Tree:
@@ -116,7 +138,9 @@ def _branches(arrays: list[np.ndarray], members: list[int], shared: int) -> list
 
 
 def parts(tree: Tree, most: int) -> list[Tree]:
-    """The tree in several of at most `most` tokens, where its sequences allow; what they share is then repeated.
+    """The tree in several of at most `most` tokens, where its sequences allow; what all share is then repeated.
+
+    What only some share is not counted as shared, so a part may have fewer tokens than it could.
 
     Args:
         tree: with one scored token for each response, in order; one with several is left whole.
@@ -127,12 +151,18 @@ def parts(tree: Tree, most: int) -> list[Tree]:
     """
     if len(tree) <= most or len(np.unique(tree.end_slot)) < len(tree.end):
         return [tree]
+    return build_trees(tree.sequences(), most)
+
+
+def build_trees(sequences: Sequence[np.ndarray], most: int) -> list[Tree]:
+    """Trees of neighbouring sequences, each of at most `most` tokens; see `parts`."""
+    shared = max(common_prefix(sequences) - 1, 0)  # nodes split one token before the sequences differ
     runs: list[list[np.ndarray]] = []
     used = most
-    for sequence in tree.sequences():
-        if used + len(sequence) > most:
+    for sequence in sequences:
+        if used + len(sequence) - shared > most:
             runs.append([])
-            used = 0
+            used = shared
         runs[-1].append(sequence)
-        used += len(sequence)
+        used += len(sequence) - shared
     return [build_tree(run) for run in runs]

@@ -15,12 +15,13 @@ from rmjax import sharding
 from rmjax.batches import loader, packing
 from rmjax.batches.groups import Group, Groups
 from rmjax.batches.tasks import Axes
-from rmjax.batches.trees import Tree
+from rmjax.batches.trees import Tree, parts
 from rmjax.kernels.tree_attention import choose
 from rmjax.models import heads
 from rmjax.models.config import ModelConfig
 from rmjax.objectives.base import Objective
 
+LONGEST_ROW = 8_192  # tokens of a row, unless one conversation alone is longer
 LEAST_ROW = 256  # rows are a power of two of tokens from here on, so that few shapes are ever compiled
 BATCH_TOKENS = {"cpu": 8_192}  # per device and call
 DEFAULT_BATCH_TOKENS = 32_768
@@ -37,6 +38,18 @@ class Unlabelled:
         return Group(self.trees[index], {}, 0.0, "")
 
 
+@dataclasses.dataclass
+class Work:
+    """Tokens that were computed, and those of all conversations, each whole."""
+
+    computed: int = 0
+    unshared: int = 0
+
+    def add(self, computed: int, unshared: int) -> None:
+        self.computed += computed
+        self.unshared += unshared
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inference:
     """A model that is asked, not trained.
@@ -46,6 +59,7 @@ class Inference:
         params: its parameters, sharded over `mesh`.
         dtype: of the computation, float32 or bfloat16.
         labels: outputs of the head, A.
+        work: of `trees` so far.
     """
 
     config: ModelConfig
@@ -54,9 +68,12 @@ class Inference:
     dtype: str
     architecture: str
     labels: int
+    work: Work = dataclasses.field(default_factory=Work)
 
     def trees(self, trees: Sequence[Tree], progress: Callable[[int], None] = lambda done: None) -> list[np.ndarray]:
-        """Outputs [scored tokens, A] of each tree, in the order of its scored tokens.
+        """Outputs [scored tokens, A] of each tree, in the order of its scored tokens; equal sequences get equal ones.
+
+        What is equal is computed once. A tree of more than LONGEST_ROW tokens is computed in parts.
 
         Those of a language model are [scored tokens, 1]: the mean negative log-likelihood of what each sees after the
         first token, itself last; float64, so that verdicts on one long question can be compared.
@@ -74,18 +91,26 @@ class Inference:
                 f"token {largest} has no row in the model's embedding of {self.config.vocab}; the tokenizer is another "
                 "model's, or has tokens that were added after training"
             )
-        found: dict[int, np.ndarray] = {}
-        for plan, batch, raw in self._batches(trees, row_tokens(max(map(len, trees), default=0))) if trees else ():
+        distinct = [tree.distinct() for tree in trees]
+        cut = [parts(tree, LONGEST_ROW) for tree, _ in distinct]
+        stops = np.cumsum([len(pieces) for pieces in cut])
+        pieces = [piece for several in cut for piece in several]
+        self.work.add(sum(map(len, pieces)), sum(int(tree.positions[tree.end].sum()) + len(tree.end) for tree in trees))
+        outputs: dict[int, np.ndarray] = {}
+        for plan, batch, raw in self._batches(pieces, row_tokens(max(map(len, pieces)))) if pieces else ():
             for b, groups in enumerate(plan):
                 start = 0
                 for g, index in enumerate(groups):
                     if self.architecture == "CausalLM":
-                        found[index] = _mean_nll(trees[index], raw[b, start:])
+                        outputs[index] = _mean_nll(pieces[index], raw[b, start:])
                     else:
-                        found[index] = raw[b][batch["end_group"][b] == g]
-                    start += len(trees[index])
-            progress(len(found))
-        return [found[i] for i in range(len(trees))]
+                        outputs[index] = raw[b][batch["end_group"][b] == g]
+                    start += len(pieces[index])
+            progress(int(np.searchsorted(stops, len(outputs), side="right")))
+        joined = [
+            np.concatenate([outputs[i] for i in range(stop - len(several), stop)]) for several, stop in zip(cut, stops)
+        ]
+        return [values[index] for values, (_, index) in zip(joined, distinct)]
 
     def _batches(self, trees: Sequence[Tree], row: int) -> Any:
         """Yields (groups of each row, the batch on the host, what `heads.read` makes of it)."""

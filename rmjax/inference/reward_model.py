@@ -15,10 +15,10 @@ from rmjax import objectives, sharding
 from rmjax.batches.chat import Chat, Labelled, load_tokenizer
 from rmjax.batches.groups import Groups
 from rmjax.batches.tasks import Example
-from rmjax.batches.trees import Tokens, build_tree, parts
+from rmjax.batches.trees import Tokens, Tree, build_tree, build_trees, distinct
 from rmjax.data.records import BadRow, Conversation, check_conversation
-from rmjax.inference import contract, engine
-from rmjax.inference.engine import Inference
+from rmjax.inference import contract
+from rmjax.inference.engine import LONGEST_ROW, Inference
 from rmjax.judging.verdicts import Judgements
 from rmjax.models import heads, hf
 from rmjax.models.config import ModelConfig, from_hf
@@ -26,7 +26,6 @@ from rmjax.objectives.base import Objective
 from rmjax.objectives.pairwise import average_orders
 
 GROUPS = 2048  # packed together
-LONGEST_ROW = 8_192  # tokens of a row, unless one conversation alone is longer
 ARCHITECTURES = ("SequenceClassification", "TokenClassification", "CausalLM")
 
 
@@ -231,16 +230,18 @@ class RewardModel:
         Raises:
             ValueError: a token that the embedding has no row for, or a sequence without tokens.
         """
-        outputs = np.zeros((len(sequences), max(1, len(self.labels))), np.float32)
         if not sequences:
-            return outputs
-        row = engine.row_tokens(max(len(s) for s in sequences))
-        runs = _runs(sequences, prompts, row)
-        for members, values in zip(
-            runs, self.inference.trees([build_tree([sequences[m] for m in run]) for run in runs])
-        ):
-            outputs[members] = values
-        return outputs
+            return np.zeros((0, max(1, len(self.labels))), np.float32)
+        if any(len(sequence) == 0 for sequence in sequences):
+            raise ValueError("a sequence has no tokens")
+        trees: list[Tree] = []
+        index, count = np.zeros(len(sequences), np.int64), 0
+        for run in _runs(sequences, prompts):
+            different, which = distinct([sequences[m] for m in run])
+            trees += build_trees(different, LONGEST_ROW)
+            index[run] = count + which
+            count += len(different)
+        return np.concatenate(self.inference.trees(trees))[index]
 
     def score_tokens(self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None) -> list[float]:
         """The first output of each token sequence; see `outputs`."""
@@ -263,20 +264,14 @@ class RewardModel:
     def answers(self, groups: Groups, progress: Callable[[int], None] = lambda done: None) -> list[np.ndarray]:
         """Outputs [scored tokens, A] of each group, in the order of its scored tokens; see also `replay`.
 
-        A tree that is longer than a row needs to be is computed in parts, which changes no output.
-
         Args:
             groups: read with this model's tokenizer and template.
             progress: is told now and then how many groups are done.
         """
         outputs: list[np.ndarray] = []
         for start in range(0, len(groups), GROUPS):
-            whole = [groups.group(i).tree for i in range(start, min(start + GROUPS, len(groups)))]
-            split = [parts(tree, LONGEST_ROW) for tree in whole]
-            sizes = np.cumsum([len(pieces) for pieces in split])
-            tell = lambda done: progress(start + int(np.searchsorted(sizes, done, side="right")))  # noqa: B023
-            found = iter(self.inference.trees([part for pieces in split for part in pieces], tell))
-            outputs += [np.concatenate([next(found) for _ in pieces]) for pieces in split]
+            trees = [groups.group(i).tree for i in range(start, min(start + GROUPS, len(groups)))]
+            outputs += self.inference.trees(trees, lambda done: progress(start + done))  # noqa: B023
         return outputs
 
     def outcomes(self, groups: Groups) -> dict[str, np.ndarray]:
@@ -364,18 +359,14 @@ def _norms(params: dict[str, jax.Array], out: jax.sharding.Sharding) -> dict[str
     return jax.lax.with_sharding_constraint({name: norm(name, x) for name, x in params.items()}, out)
 
 
-def _runs(sequences: Sequence[Tokens], prompts: Sequence[Any] | None, row: int) -> list[list[int]]:
-    """Neighbours with equal prompts, as long as their unshared tokens surely fit a row and are at most 64."""
+def _runs(sequences: Sequence[Tokens], prompts: Sequence[Any] | None) -> list[list[int]]:
+    """Neighbours with equal prompts."""
     runs: list[list[int]] = []
-    used = 0
-    for i, sequence in enumerate(sequences):
-        joins = bool(runs) and prompts is not None and prompts[runs[-1][0]] == prompts[i]
-        if joins and used + len(sequence) <= row and len(runs[-1]) < 64:
+    for i in range(len(sequences)):
+        if runs and prompts is not None and prompts[runs[-1][0]] == prompts[i]:
             runs[-1].append(i)
-            used += len(sequence)
         else:
             runs.append([i])
-            used = len(sequence)
     return runs
 
 

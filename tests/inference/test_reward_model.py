@@ -1,6 +1,7 @@
 """RewardModel and exports against transformers: scores, pooling, contracts, and what is refused."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import runpy
@@ -122,11 +123,55 @@ def test_a_score_does_not_depend_on_its_neighbours(family, loaded):  # NUMERICS 
     np.testing.assert_allclose(scores[[0, 0]], scores[[8, 9]], atol=1e-5)
 
 
+def counted(model, *arguments):
+    """The first outputs, and the tokens that were computed and those of all sequences, each whole."""
+    before = dataclasses.replace(model.inference.work)
+    outputs = model.outputs(*arguments)[:, 0]
+    return outputs, model.inference.work.computed - before.computed, model.inference.work.unshared - before.unshared
+
+
 def test_prompts_are_shared_between_neighbours_only():
     sequences, prompts = [[1, 2, 3], [1, 2, 4], [1, 2, 5], [1, 2, 6]], ["p", "p", "q", "p"]
-    assert reward_model._runs(sequences, prompts, 256) == [[0, 1], [2], [3]]
-    assert reward_model._runs(sequences, None, 256) == [[0], [1], [2], [3]]
-    assert reward_model._runs(sequences, ["p"] * 4, 8) == [[0, 1], [2, 3]]
+    assert reward_model._runs(sequences, prompts) == [[0, 1], [2], [3]]
+    assert reward_model._runs(sequences, None) == [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "count"),
+    [(100, 20, 8), (985, 58, 8), (30, 300, 24), (7, 3, 500)],  # 8 x 1,043 and 24 x 330 tokens are far above a row
+)
+def test_a_prompt_and_each_response_are_computed_once(loaded, prompt, response, count):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.integers(5, 300, shape).astype(np.int32)
+    shared, answers = draw(prompt), draw(count, response)
+    answers[:, 0] = np.arange(count) % 290 + 5  # so that hardly any two begin alike
+    answers[count // 2] = answers[0]
+    sequences = [np.concatenate([shared, answer]) for answer in answers]
+    outputs, computed, unshared = counted(loaded["qwen2"], sequences, ["the prompt"] * count)
+    assert unshared == count * (prompt + response)
+    distinct = count - 1
+    # The prompt's last token is repeated in each branch.
+    most = prompt - 1 + distinct * (response + 1)
+    assert computed == most if count < 290 else most - 2 * count < computed < most
+    assert outputs[0] == outputs[count // 2]
+    alone = [loaded["qwen2"].outputs([sequences[i]])[0, 0] for i in (0, 1, count - 1)]
+    np.testing.assert_allclose(outputs[[0, 1, count - 1]], alone, atol=1e-5)
+
+
+def test_a_tree_longer_than_a_row_repeats_its_prompt_in_each_part(loaded, monkeypatch):
+    monkeypatch.setattr(reward_model, "LONGEST_ROW", 256)
+    rng = np.random.default_rng(0)
+    sequences = [np.concatenate([np.arange(5, 105), rng.integers(105, 300, 50)]).astype(np.int32) for _ in range(7)]
+    outputs, computed, _ = counted(loaded["qwen2"], sequences, ["p"] * 7)
+    assert 3 * 100 + 7 * 50 <= computed <= 3 * 100 + 7 * 51  # three in a row, twice, and one
+    alone = [loaded["qwen2"].outputs([sequence])[0, 0] for sequence in sequences]
+    np.testing.assert_allclose(outputs, alone, atol=1e-5)
+
+
+def test_equal_responses_get_equal_scores_wherever_they_stand(loaded):
+    conversations = [chat_of("Which?", text) for text in ("a tree", "b", "a tree", "c c c c", "b", "a tree")]
+    scores = loaded["llama"].score(conversations)
+    assert scores[0] == scores[2] == scores[5] and scores[1] == scores[4] and len(set(scores)) == 3
 
 
 def test_many_conversations_in_several_batches(loaded, monkeypatch):
