@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -34,6 +35,7 @@ class Model:
 
     def __init__(self, log=None):
         self.asked, self.log = [], log
+        self.inference = SimpleNamespace(work=SimpleNamespace(computed=0, unshared=0))
 
     def values(self, conversations):
         """The numbers."""

@@ -241,6 +241,7 @@ class RewardModel:
             trees += build_trees(different, LONGEST_ROW)
             index[run] = count + which
             count += len(different)
+            self.inference.work.add(0, sum(len(sequences[m]) for m in run) - sum(map(len, different)))
         return np.concatenate(self.inference.trees(trees))[index]
 
     def score_tokens(self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None) -> list[float]:

@@ -76,6 +76,7 @@ TIES = flags.DEFINE_float(
 )
 LEAST = flags.DEFINE_float("min_margin", -math.inf, "Drop pairs with a smaller margin (chosen minus rejected score).")
 MOST = flags.DEFINE_float("max_margin", math.inf, "Drop pairs with a larger margin.")
+COMPUTED, UNSHARED = "tokens computed", "tokens unshared"  # counts of a part
 
 
 def run(
@@ -178,7 +179,8 @@ def _scored(model: Any, part: list[Any], surveyed: Survey, options: Options, mod
     """
     from rmjax.inference.reward_model import BadConversation
 
-    some = [row for _, row in part]
+    some, work = [row for _, row in part], model.inference.work
+    computed, unshared = work.computed, work.unshared
     try:
         scores = surveyed.shape.score(model, some, [surveyed.shape.read(row) or [] for row in some])
     except BadConversation as bad:
@@ -188,7 +190,7 @@ def _scored(model: Any, part: list[Any], surveyed: Survey, options: Options, mod
             f"{model_path} gives {', '.join(scores[0])}, expected {', '.join(surveyed.added)}: it is no model of ours, "
             "and its outputs are no reward; see RewardModel.values"
         )
-    counts = making.Counts()
+    counts = +making.Counts({COMPUTED: work.computed - computed, UNSHARED: work.unshared - unshared})
     return [new for row, x in zip(some, scores) for new in making.make_rows(row, x, options, counts)], counts
 
 
@@ -240,9 +242,12 @@ def _memory_explained() -> Iterator[None]:
 def _summary(read: int, counts: Mapping[str, int], output: str) -> str:
     """One line: 4 rows scored, 2 written to out.jsonl; relabelled 1; dropped: tie 2."""
     written = counts["rows"]
-    more = "".join(f"; {reason} {n:,}" for reason, n in sorted(counts.items()) if reason != "rows")
-    if written == read and not more:
-        return f"{read} scores in {output}"
+    others = sorted((reason, n) for reason, n in counts.items() if reason not in ("rows", COMPUTED, UNSHARED))
+    more = "".join(f"; {reason} {n:,}" for reason, n in others)
+    if counts.get(COMPUTED):  # none by a start that had nothing left to score, of a version that counted none
+        more += f"; {counts[COMPUTED]:,} tokens computed, {counts.get(UNSHARED, 0):,} if no prompt were shared"
+    if written == read and not others:
+        return f"{read} scores in {output}{more}"
     return f"{read} rows scored, {written} written to {output}{more}"
 
 

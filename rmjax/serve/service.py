@@ -88,6 +88,8 @@ class Service:
         self._warming = threading.Thread(target=self.warm_up, name="warming up", daemon=True)
         waiting = prometheus_client.Gauge("rmjax_waiting", "Sequences in the queue.", **make)
         waiting.set_function(lambda: self.batcher.waiting)
+        computed = prometheus_client.Gauge("rmjax_tokens_computed", "Tokens computed; less than all if shared.", **make)
+        computed.set_function(lambda: self.model.inference.work.computed)
 
     def _told(self, requests: int, tokens: int, seconds: float) -> None:
         self._sizes.observe(requests)

@@ -112,7 +112,8 @@ def test_rows_and_their_order_are_kept(kinds, chunk, model_dir, loaded, fast, tm
         pq.write_table(pa.Table.from_pylist(ROWS), source)
     else:
         write_jsonl(source, ROWS)
-    assert score.run(str(model_dir), str(source), output) == (len(ROWS), {"rows": len(ROWS)})
+    read, counts = score.run(str(model_dir), str(source), output)
+    assert (read, counts["rows"]) == (len(ROWS), len(ROWS))
     found = pq.read_table(output).to_pylist() if here == "parquet" else read_jsonl(output)
     same_rows(found, expected(loaded, ROWS))
     assert os.listdir(output.parent) == [output.name]
@@ -178,7 +179,8 @@ def test_one_chunk_is_in_memory(model_dir, loaded, fast, tmp_path, monkeypatch):
     scored = lambda conversations: sizes.append(len(conversations)) or {"score": np.zeros(len(conversations))}
     monkeypatch.setattr(loaded, "values", scored)
     source = write_jsonl(tmp_path / "in.jsonl", [row(i) for i in range(50)])
-    assert score.run(str(model_dir), str(source), tmp_path / "out.parquet") == (50, {"rows": 50})
+    read, counts = score.run(str(model_dir), str(source), tmp_path / "out.parquet")
+    assert (read, counts["rows"]) == (50, 50)
     assert sizes == [8] * 6 + [2]
     assert pq.read_table(tmp_path / "out.parquet")["id"].to_pylist() == list(range(50))
 
@@ -279,7 +281,8 @@ def test_a_contract_is_replayed_first(model_dir, loaded, source):
     output = source.with_name("out.jsonl")
     try:
         contract.write(model_dir, {**terms, "golden": [{**golden[0], "outputs": wanted.tolist()}]})
-        assert score.run(str(model_dir), str(source), output) == (len(ROWS), {"rows": len(ROWS)})
+        read, counts = score.run(str(model_dir), str(source), output)
+        assert (read, counts["rows"]) == (len(ROWS), len(ROWS))
         output.unlink()
         contract.write(model_dir, {**terms, "golden": [{**golden[0], "outputs": (wanted + 2e-4).tolist()}]})
         with pytest.raises(ValueError, match="golden row 0 scores"):

@@ -51,7 +51,9 @@ def known(sequence):
 @pytest.fixture
 def stand_in(model):
     """A model with the tokenizer of the real one, whose rewards are known and cost nothing."""
-    kept = {name: getattr(model, name) for name in ("chat", "config", "labels", "objective", "decode", "mesh")}
+    kept = {
+        name: getattr(model, name) for name in ("chat", "config", "labels", "objective", "decode", "mesh", "inference")
+    }
     return SimpleNamespace(**kept, outputs=lambda sequences, prompts=None: np.array([[known(s)] for s in sequences]))
 
 
