@@ -30,7 +30,9 @@ def test_its_checkpoint_scores_as_its_export_does():
     assert opened.step == 10
     exported = load_checked(RUN / "export").score(talks)
     assert np.ptp(exported) > 1e-4
-    np.testing.assert_allclose(runs.reward_model(opened).score(talks), exported, atol=1e-5)
+    np.testing.assert_allclose(
+        runs.reward_model(opened.model, opened.chat, opened.params).score(talks), exported, atol=1e-5
+    )
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def command(*argv):
 def test_any_checkpoint_is_opened_and_scores_as_its_export(run, tmp_path):
     step = runs.open_checkpoint(runs.find(run)).step
     opened = runs.open_checkpoint(runs.find(run / "checkpoints" / str(step)))
-    ours = runs.reward_model(opened, "float32").score(TALK)
+    ours = runs.reward_model(opened.model, opened.chat, opened.params, "float32").score(TALK)
     assert ours == pytest.approx(RewardModel.load(run / "export", dtype="float32").score(TALK), abs=1e-5)
     from_run.export_and_push(command(f"--run={run}", f"--output={tmp_path / 'again'}", f"--step={step}"))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):

@@ -85,7 +85,9 @@ def test_its_checkpoint_gives_the_same_outputs(exported):
     _, directory = exported
     opened = runs.open_checkpoint(runs.find(directory.parent))
     golden = contract.read(directory)["golden"]
-    for row, outputs in zip(golden, runs.reward_model(opened, "float32").replay(golden), strict=True):
+    for row, outputs in zip(
+        golden, runs.reward_model(opened.model, opened.chat, opened.params, "float32").replay(golden), strict=True
+    ):
         np.testing.assert_allclose(outputs, row["outputs"], atol=1e-5)
     assert verify.verify(directory)[-1].startswith("all agree with the contract")
 

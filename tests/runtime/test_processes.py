@@ -623,7 +623,14 @@ def test_two_processes_export_what_one_does(one, two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("start", "count", "devices"), [("two", 1, 1), ("two", 1, 8), ("one", 2, 2)])
+@pytest.mark.parametrize(
+    ("start", "count", "devices"),
+    [
+        pytest.param("two", 1, 1, marks=pytest.mark.release),
+        ("two", 1, 8),
+        pytest.param("one", 2, 2, marks=pytest.mark.release),
+    ],
+)
 def test_a_run_goes_on_with_other_processes(start, count, devices, one, two, cache, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(two[0] if start == "two" else one, workdir)
@@ -704,7 +711,7 @@ def make_model(directory, **values):
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-@pytest.mark.slow
+@pytest.mark.release  # minutes: it takes a model large enough to show in the memory of a process
 def test_no_process_holds_the_whole_model(tmp_path):
     """Each phase's peak, less a constant, is below 0.7 of the model's bytes; half are shards on CPU devices.
 

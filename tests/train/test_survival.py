@@ -218,7 +218,10 @@ def flip_a_byte(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [cut_short, Path.unlink, flip_a_byte])
+@pytest.mark.parametrize(
+    "damage",
+    [flip_a_byte, *(pytest.param(damage, marks=pytest.mark.release) for damage in (cut_short, Path.unlink))],
+)
 def test_a_broken_latest_checkpoint_falls_back_and_says_so(whole, tmp_path, cache_dir, damage):
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
