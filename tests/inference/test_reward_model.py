@@ -15,8 +15,8 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from conftest import CHATML
 from safetensors.numpy import load_file
+from small_tokenizers import CHATML
 
 import rmjax
 from rmjax.batches.chat import PROBE, Chat, load_tokenizer

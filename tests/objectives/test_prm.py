@@ -78,9 +78,8 @@ def test_each_step_is_scored_where_its_last_character_is(tokenizer, separator, s
     assert len(group.tree.end) == len(steps) and not group.tree.end_slot.any()
 
 
-@pytest.mark.parametrize("name", ["minimind", "qwen-derived"])
-def test_scored_tokens_of_real_tokenizers(shared_data, name):
-    chat = Chat(transformers.AutoTokenizer.from_pretrained(str(shared_data / "tokenizers" / name)))
+def test_scored_tokens_where_the_template_thinks(thinking_dir):
+    chat = Chat(transformers.AutoTokenizer.from_pretrained(str(thinking_dir)))
     steps = ("Janet has 16 − 3 = 13 eggs.", "日本語🙂 step", "She makes $26.\n", "The answer is 26")
     given = record(("\n\n", steps))
     (group,) = labelled(chat, [given])
