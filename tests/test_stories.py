@@ -18,7 +18,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from safetensors.numpy import save_file
 from tiny_models import tree_rows
@@ -193,6 +192,8 @@ def next_token_losses(logits, tokens):
 
 
 def test_loss_on_its_own_greedy_text(model_dir, tokenizer):
+    import torch
+
     reference = transformers.AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32).eval()
     prompt = [BOS, *encode(tokenizer, "Once upon a time")]
     steps = 1 + STORY_TOKENS - len(prompt)
@@ -290,6 +291,8 @@ def train(workdir, model_dir, pairs):
 
 def transformers_accuracy(export, pairs):
     """Share of pairs whose chosen response scores higher in transformers, each conversation alone."""
+    import torch
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(export))
     kind = transformers.AutoModelForSequenceClassification
     model = kind.from_pretrained(str(export), dtype=torch.float32).eval()

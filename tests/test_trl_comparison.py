@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -31,6 +30,8 @@ def job(tmp_path):
 
 def losses_of_torch(job, pairs, steps):
     """What TRL's RewardTrainer does in these steps, each on all pairs, written out."""
+    import torch
+
     model = transformers.AutoModelForSequenceClassification.from_pretrained(job["model"], dtype=torch.float32)
     named, optim = list(model.named_parameters()), job["optim"]
     decayed = [p for name, p in named if "norm" not in name and "bias" not in name]

@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-from sklearn.metrics import cohen_kappa_score
 
 from rmjax.data import agreement, sources
 
@@ -43,6 +42,8 @@ def test_cohens_kappa_by_hand():
 
 @pytest.mark.parametrize("quadratic", [False, True])
 def test_cohens_kappa_is_that_of_scikit_learn(quadratic):
+    from sklearn.metrics import cohen_kappa_score
+
     rng = np.random.default_rng(0)
     first = rng.integers(0, 5, 200)
     second = np.clip(first + rng.integers(-1, 2, 200), 0, 4)
@@ -51,6 +52,8 @@ def test_cohens_kappa_is_that_of_scikit_learn(quadratic):
 
 
 def test_quadratic_weights_are_of_the_answers_not_of_their_order():
+    from sklearn.metrics import cohen_kappa_score
+
     # 1 and 5 are 16 times as far apart as 1 and 2, also where nobody says 3 or 4.
     first, second = [1, 1, 2, 5, 5, 2], [1, 2, 2, 5, 1, 2]
     expected = cohen_kappa_score(first, second, weights="quadratic", labels=[1, 2, 3, 4, 5])
@@ -65,6 +68,8 @@ def test_where_chance_explains_all_there_is_no_figure():
 
 
 def test_a_summary_of_three_people_with_gaps():
+    from sklearn.metrics import cohen_kappa_score
+
     items = [{"a": 1, "b": 1}, {"a": 2, "b": 2, "c": 2}, {"b": 1, "c": 2}, {"a": 0, "c": 0}, {"a": 1}]
     found = agreement.summarise("preference", items)
     assert (found.items, found.people) == (4, 3)
@@ -81,6 +86,8 @@ def test_a_summary_of_three_people_with_gaps():
 
 
 def test_votes_in_columns_are_those_of_scikit_learn(small_sets):
+    from sklearn.metrics import cohen_kappa_score
+
     path = f"{small_sets}/votes.json"
     votes = [[row[f"annotator{i}"] for _, row in sources.open_source(path)] for i in (1, 2, 3)]
     expected = np.mean([cohen_kappa_score(*pair) for pair in itertools.combinations(votes, 2)])

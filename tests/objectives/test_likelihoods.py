@@ -7,9 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from scipy.optimize import minimize
 from small_sets import compared_four
 
 from rmjax.objectives import likelihoods
@@ -72,6 +69,8 @@ def summed_over_rankings(scores, pairs):
 
 def fit(loss, parameters, start=None):
     """The parameters that minimise `loss`, a jax function of a float64 vector, and its value there."""
+    from scipy.optimize import minimize
+
     with jax.enable_x64(True):
         value_and_grad = jax.jit(jax.value_and_grad(loss))
         numpy = lambda x: tuple(np.asarray(y, np.float64) for y in value_and_grad(jnp.asarray(x)))
@@ -166,6 +165,9 @@ def test_focal_is_finite_for_any_difference(gamma):  # NUMERICS 10
 
 
 def test_focal_is_what_internlm2_says():
+    import torch
+    import torch.nn.functional as F
+
     d = torch.linspace(-4, 4, 9, dtype=torch.float64)
     p = torch.sigmoid(d)
     for gamma in (0.5, 1.0, 2.0):
@@ -174,6 +176,8 @@ def test_focal_is_what_internlm2_says():
 
 
 def test_barrier_is_the_published_one_inside_and_goes_on_outside():
+    import torch
+
     s = torch.tensor([-4.9, -2.0, 0.0, 1.0, 4.5], dtype=torch.float64, requires_grad=True)
     published = -torch.log(s + 5) - torch.log(5 - s)
     (slope,) = torch.autograd.grad(published.sum(), s)
@@ -246,6 +250,9 @@ def test_forests_are_summed_over_all_rankings_that_agree(name):
 
 
 def test_other_partial_orders_are_the_product_of_their_choices():
+    import torch
+    import torch.nn.functional as F
+
     s = np.array([0.3, -1.2, 0.8])  # 0 and 2 are above 1, and not ordered
     expected = -F.logsigmoid(torch.tensor([s[0] - s[1], s[2] - s[1]])).sum().item()
     assert loss_of(s, wins_of(((0, 1), (2, 1)), 3)) == pytest.approx(expected, rel=1e-5)
@@ -275,6 +282,9 @@ def test_ties_are_efrons_as_statsmodels_has_them(ranks, loglikelihood):
 
 
 def test_a_tie_of_two_by_hand():
+    import torch
+    import torch.nn.functional as F
+
     s = torch.tensor([0.3, -1.2])
     expected = -(F.logsigmoid(s[0] - s[1]) + F.logsigmoid(s[1] - s[0])).item() - math.log(2)  # -log(2 p q)
     assert loss_of(s.numpy(), *labels((1, 1))) == pytest.approx(expected, rel=1e-5)
@@ -306,6 +316,9 @@ def test_order_decides_soft_labels_and_votes_for_what_has_most():
 
 
 def test_absent_responses_and_empty_groups_count_nothing():
+    import torch
+    import torch.nn.functional as F
+
     scores = jnp.array([[1.0, -2.0, 50.0, 0.0], [1.0, 2.0, 3.0, 4.0]])
     above, tied = np.zeros((2, 4, 4), bool), np.zeros((2, 4, 4), bool)
     above[0, 0, 1] = True

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-import torch
 from made_up_answers import metrics_of
 from ml_collections import ConfigDict
 from tiny_models import make_hf_model
@@ -210,6 +209,8 @@ def test_packing_changes_nothing(model):
 
 
 def test_the_loss_is_that_of_transformers(model):
+    import torch
+
     reference, params, step = model
     groups = random_groups(2, 5)
     for one in groups:
