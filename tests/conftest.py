@@ -1,31 +1,17 @@
-"""Fixtures: real data where it is, and a small tokenizer made on the spot."""
+"""Fixtures: small data and tokenizers made on the spot, and public files where they are."""
 
 import collections
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rmjax.runtime import compile_cache
 
 FAST = "not slow and not release"  # what addopts in pyproject.toml asks for
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-
-# ChatML. The role's newline stands before the content, so a response that begins with a newline merges with
-# it.
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-TEXT = [
-    "user\nWhat is a tree?\n\nA tree is a plant.\n\n",
-    "assistant\nA graph without cycles is a tree too.\n\n\nsystem\nBe brief, and be kind.\n",
-    "first question first answer second question second answer 0 1 2 3 4 5 6 7 8 9",
-]
+PUBLIC = Path(__file__).parents[2] / "shared" / "data"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,38 +45,46 @@ def user_cache(tmp_path_factory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    if not SHARED.is_dir():
-        pytest.skip(f"real data is not here ({SHARED})")
-    return SHARED
+def public_file() -> Callable[[str], Path]:
+    """Where a public file is, for what is said of that file itself; the test is skipped where it is not."""
+
+    def find(name: str) -> Path:
+        if not (PUBLIC / name).exists():
+            pytest.skip(f"needs the public file {name} in ../shared/data, beside the checkout")
+        return PUBLIC / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def small_sets(tmp_path_factory) -> Path:
+    """The folder of the files that small_sets.py makes."""
+    import small_sets
+
+    return small_sets.write(tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory) -> Path:
     """A saved byte-level BPE that, like Qwen's, takes a run of newlines as one token, with a ChatML
     template."""
-    tokenizer = Tokenizer(models.BPE())
-    pieces = Regex(r"\s*[\r\n]+|\s?\w+|\s?[^\s\w]+|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "<|reserved_special_token_0|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXT * 4, trainer)
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    fast.chat_template = CHATML
-    path = tmp_path_factory.mktemp("tokenizer")
-    fast.save_pretrained(path)
-    return path
+    import small_tokenizers
+
+    return small_tokenizers.save(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session", params=["RUNS", "APART"])
+def thinking_dir(request, tmp_path_factory) -> Path:
+    """A saved tokenizer with a template that thinks: runs of newlines are one token, or each newline is."""
+    import small_tokenizers
+
+    pieces = getattr(small_tokenizers, request.param)
+    return small_tokenizers.save(tmp_path_factory.mktemp("thinking"), small_tokenizers.THINKING, pieces)
 
 
 @pytest.fixture
 def tokenizer(tokenizer_dir):
     """The small tokenizer, a fresh one for each test."""
+    import transformers
+
     return transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir))

@@ -1,8 +1,8 @@
 """A small pretrained model, stories260K of llama2.c: converted, its loss, and what training makes of it.
 
-The model and the pairs are read from the shared data and skipped where they are absent. Sizes on disk are those of
-llama2.c's version 0: seven int32, then float32 tensors, all layers of a kind together; its rotary embedding turns
-neighbouring channels, Hugging Face's turns channels half a head apart.
+The model and the pairs are public files, of which the figures here are known; skipped where they are absent. Sizes on
+disk are those of llama2.c's version 0: seven int32, then float32 tensors, all layers of a kind together; its rotary
+embedding turns neighbouring channels, Hugging Face's turns channels half a head apart.
 """
 
 import hashlib
@@ -18,7 +18,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from safetensors.numpy import save_file
 from tiny_models import tree_rows
@@ -115,15 +114,15 @@ def make_tokenizer(pieces):
 
 
 @pytest.fixture(scope="session")
-def pieces(shared_data):
-    return read_pieces(shared_data / "stories260K" / "tok512.bin")
+def pieces(public_file):
+    return read_pieces(public_file("stories260K/tok512.bin"))
 
 
 @pytest.fixture(scope="session")
-def model_dir(shared_data, pieces, tmp_path_factory):
+def model_dir(public_file, pieces, tmp_path_factory):
     """stories260K as a Hugging Face directory."""
     path = tmp_path_factory.mktemp("stories260K")
-    values, tensors = read_weights(shared_data / "stories260K" / "stories260K.bin")
+    values, tensors = read_weights(public_file("stories260K/stories260K.bin"))
     (path / "config.json").write_text(json.dumps(values))
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -156,10 +155,10 @@ def by_scores(text, pieces):
         tokens[best : best + 2] = [ids[joined[best]]]
 
 
-def test_tokenizer_is_that_of_llama2_c(shared_data, pieces, tokenizer):
+def test_tokenizer_is_that_of_llama2_c(public_file, pieces, tokenizer):
     texts = ["Once upon a time", "\n\n  two  spaces ", "naïve – “quoted” … 中文 🙂"]
     for name in ("en", "zh"):
-        rows = json.loads((shared_data / "llama-factory" / f"dpo_{name}_demo.json").read_text())
+        rows = json.loads(public_file(f"llama-factory/dpo_{name}_demo.json").read_text())
         texts += [row["chosen"]["value"][:400] for row in rows[:20]]
     for text in texts:
         assert encode(tokenizer, text) == by_scores(text, pieces)
@@ -193,6 +192,8 @@ def next_token_losses(logits, tokens):
 
 
 def test_loss_on_its_own_greedy_text(model_dir, tokenizer):
+    import torch
+
     reference = transformers.AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32).eval()
     prompt = [BOS, *encode(tokenizer, "Once upon a time")]
     steps = 1 + STORY_TOKENS - len(prompt)
@@ -219,10 +220,10 @@ def test_loss_on_its_own_greedy_text(model_dir, tokenizer):
 # ----------------------------------------------------------------------------------------------------
 
 
-def human_pairs(shared_data, tokenizer):
+def human_pairs(public_file, tokenizer):
     """PandaLM's pairs on which two of three annotators agree and whose tree fits a row, by prompt."""
     groups = {}
-    for row in json.loads((shared_data / "pandalm" / "testset-v1.json").read_text()):
+    for row in json.loads(public_file("pandalm/testset-v1.json").read_text()):
         votes = [row[f"annotator{i}"] for i in (1, 2, 3)]
         texts = [row["response1"], row["response2"]]
         usable = all(isinstance(text, str) and text.strip() for text in texts) and texts[0] != texts[1]
@@ -242,10 +243,10 @@ def renderings(tokenizer, pair):
 
 
 @pytest.fixture(scope="session")
-def pairs(shared_data, tokenizer):
+def pairs(public_file, tokenizer):
     """300 pairs to train on and all those with other prompts, both in the order of the data."""
     training, validation = [], []
-    for group in human_pairs(shared_data, tokenizer):
+    for group in human_pairs(public_file, tokenizer):
         room = 300 - len(training)
         training, validation = training + group[:room], validation + ([] if room else group)
     assert len(training) == 300 and len(validation) > 250
@@ -290,6 +291,8 @@ def train(workdir, model_dir, pairs):
 
 def transformers_accuracy(export, pairs):
     """Share of pairs whose chosen response scores higher in transformers, each conversation alone."""
+    import torch
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(export))
     kind = transformers.AutoModelForSequenceClassification
     model = kind.from_pretrained(str(export), dtype=torch.float32).eval()

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-trl_cpu, trl_side = (importlib.import_module(name) for name in ("trl_cpu", "trl_side"))
+trl_cpu = importlib.import_module("trl_cpu")
 
 TRIPLES = [[20, 5, 9], [7, 12, 3], [31, 4, 4], [1, 8, 6], [12, 30, 2], [5, 1, 1]]
 SMALL = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "vocab_size": 97, "pad_token_id": 96}
@@ -25,12 +24,14 @@ def job(tmp_path):
     job |= {"shape": {**trl_cpu.SHAPE, **SMALL}, "vocabulary": SMALL["pad_token_id"], "pairs_per_step": 2}
     job["optim"] = {**trl_cpu.OPTIM, "learning_rate": 1e-2, "weight_decay": 0.1, "clip_norm": 0.5}
     trl_cpu.write_pairs(Path(job["pairs"]), TRIPLES, job["vocabulary"])
-    trl_side.make(job)
+    importlib.import_module("trl_side").make(job)  # which imports torch
     return job
 
 
 def losses_of_torch(job, pairs, steps):
     """What TRL's RewardTrainer does in these steps, each on all pairs, written out."""
+    import torch
+
     model = transformers.AutoModelForSequenceClassification.from_pretrained(job["model"], dtype=torch.float32)
     named, optim = list(model.named_parameters()), job["optim"]
     decayed = [p for name, p in named if "norm" not in name and "bias" not in name]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 
 from rmjax.batches.trees import build_tree
@@ -40,8 +39,8 @@ def make_hf_model(
     seed: int = 0,
     dtype: str = "float32",
     **overrides: Any,
-) -> torch.nn.Module:
-    """Saves a tiny random model as a Hugging Face directory and returns it, in float32 and eval mode.
+) -> Any:
+    """Saves a tiny random model as a Hugging Face directory and returns it, a torch module in float32 and eval mode.
 
     Every parameter is random, norms and biases too, so that none can be left out without being seen.
 
@@ -53,6 +52,8 @@ def make_hf_model(
         dtype: of the weights on disk; the returned model has the same rounded values.
         overrides: values of the config.
     """
+    import torch
+
     values = {**SIZES, **FAMILIES[family], **overrides}
     config = transformers.AutoConfig.for_model(family, **values, **({"num_labels": 1} if head else {}))
     kind = transformers.AutoModelForSequenceClassification if head else transformers.AutoModelForCausalLM

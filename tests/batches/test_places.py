@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+from small_tokenizers import THINKING
 from tokenizers import processors
 
 from rmjax.batches import places
@@ -110,25 +111,32 @@ def test_a_turn_without_text_is_not_learnt(tokenizer):
     assert texts_learnt(Chat(tokenizer), conversation) == ["no<|im_end|>"]
 
 
-@pytest.fixture(scope="session")
-def qwen3(shared_data):
-    return Chat(load_tokenizer(shared_data / "tokenizers" / "qwen-derived"))
+ANSWERS = [  # in a template that thinks; what is learnt of the last turn, and of an earlier one
+    ("four", "four<|im_end|>", "four<|im_end|>"),  # the empty thinking block is the template's
+    ("<think>\nit is 4\n</think>\n\n4", "<think>\nit is 4\n</think>\n\n4<|im_end|>", "4<|im_end|>"),
+    ("<think>is it 4?</think>4", "is it 4?\n</think>\n\n4<|im_end|>", "4<|im_end|>"),  # 4 is in the thinking too
+    ("\nfour \n", "four \n<|im_end|>", "\n\nfour \n<|im_end|>"),  # one token with the header's newline
+    ("<think></think>4", "4<|im_end|>", "4<|im_end|>"),
+]
 
 
-@pytest.mark.parametrize(
-    ("answer", "last", "earlier"),
-    [
-        ("four", "four<|im_end|>", "four<|im_end|>"),  # the empty thinking block is the template's
-        ("<think>\nit is 4\n</think>\n\n4", "<think>\nit is 4\n</think>\n\n4<|im_end|>", "4<|im_end|>"),
-        ("<think>is it 4?</think>4", "is it 4?\n</think>\n\n4<|im_end|>", "4<|im_end|>"),  # 4 is in the thinking too
-        ("\nfour \n", "four \n<|im_end|>", "\n\nfour \n<|im_end|>"),  # one token with the header's newline
-        ("<think></think>4", "4<|im_end|>", "4<|im_end|>"),
-    ],
-)
-def test_thinking_in_qwen3(qwen3, answer, last, earlier):
-    assert texts_learnt(qwen3, talk("2+2?", answer)) == [last]
+@pytest.mark.parametrize(("answer", "last", "earlier"), ANSWERS)
+def test_thinking(answer, last, earlier, tokenizer):
+    tokenizer.chat_template = THINKING
+    chat = Chat(tokenizer)
+    assert texts_learnt(chat, talk("2+2?", answer)) == [last]
     # Of an earlier turn the template drops the thinking.
-    assert texts_learnt(qwen3, talk("2+2?", answer, "4", "sure")) == [earlier, "sure<|im_end|>"]
+    assert texts_learnt(chat, talk("2+2?", answer, "4", "sure")) == [earlier, "sure<|im_end|>"]
+
+
+def test_thinking_is_that_of_qwen3(public_file, tokenizer):
+    """Its published template and vocabulary, on the same answers."""
+    qwen3 = Chat(load_tokenizer(public_file("tokenizers/qwen-derived")))
+    for answer, last, earlier in ANSWERS:
+        conversation = talk("2+2?", answer, "2+2?", answer, system="be brief")
+        shown = qwen3.tokenizer.apply_chat_template(conversation, tokenize=False)
+        assert tokenizer.apply_chat_template(conversation, chat_template=THINKING, tokenize=False) == shown
+        assert texts_learnt(qwen3, conversation) == [earlier, last]
 
 
 def test_a_response_that_was_cut_does_not_learn_to_end_there(tokenizer):

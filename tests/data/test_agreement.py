@@ -1,11 +1,11 @@
 """Agreement of annotators, against published worked examples, scikit-learn and a paper's figures for real votes."""
 
+import itertools
 import math
 import sys
 
 import numpy as np
 import pytest
-from sklearn.metrics import cohen_kappa_score
 
 from rmjax.data import agreement, sources
 
@@ -42,6 +42,8 @@ def test_cohens_kappa_by_hand():
 
 @pytest.mark.parametrize("quadratic", [False, True])
 def test_cohens_kappa_is_that_of_scikit_learn(quadratic):
+    from sklearn.metrics import cohen_kappa_score
+
     rng = np.random.default_rng(0)
     first = rng.integers(0, 5, 200)
     second = np.clip(first + rng.integers(-1, 2, 200), 0, 4)
@@ -50,6 +52,8 @@ def test_cohens_kappa_is_that_of_scikit_learn(quadratic):
 
 
 def test_quadratic_weights_are_of_the_answers_not_of_their_order():
+    from sklearn.metrics import cohen_kappa_score
+
     # 1 and 5 are 16 times as far apart as 1 and 2, also where nobody says 3 or 4.
     first, second = [1, 1, 2, 5, 5, 2], [1, 2, 2, 5, 1, 2]
     expected = cohen_kappa_score(first, second, weights="quadratic", labels=[1, 2, 3, 4, 5])
@@ -64,6 +68,8 @@ def test_where_chance_explains_all_there_is_no_figure():
 
 
 def test_a_summary_of_three_people_with_gaps():
+    from sklearn.metrics import cohen_kappa_score
+
     items = [{"a": 1, "b": 1}, {"a": 2, "b": 2, "c": 2}, {"b": 1, "c": 2}, {"a": 0, "c": 0}, {"a": 1}]
     found = agreement.summarise("preference", items)
     assert (found.items, found.people) == (4, 3)
@@ -79,9 +85,21 @@ def test_a_summary_of_three_people_with_gaps():
     assert "(4 items, 3 annotators)" in str(found)
 
 
-def test_pandalm_has_the_agreement_that_its_paper_prints(shared_data):
+def test_votes_in_columns_are_those_of_scikit_learn(small_sets):
+    from sklearn.metrics import cohen_kappa_score
+
+    path = f"{small_sets}/votes.json"
+    votes = [[row[f"annotator{i}"] for _, row in sources.open_source(path)] for i in (1, 2, 3)]
+    expected = np.mean([cohen_kappa_score(*pair) for pair in itertools.combinations(votes, 2)])
+    (found,) = agreement.summaries(path)
+    assert (found.question, found.items, found.people) == ("preference", 120, 3)
+    assert found.cohen == pytest.approx(expected) and 0.2 < expected < 0.9
+    assert found.fleiss == pytest.approx(expected, abs=0.05) and found.alpha == pytest.approx(found.fleiss, abs=0.01)
+
+
+def test_pandalm_has_the_agreement_that_its_paper_prints(public_file):
     # Wang et al. (2023), "PandaLM", arXiv:2306.05087: Cohen's kappa of the three pairs of annotators.
-    path = f"{shared_data}/pandalm/testset-v1.json"
+    path = str(public_file("pandalm/testset-v1.json"))
     votes = np.array([[row[f"annotator{i}"] for i in (1, 2, 3)] for _, row in sources.open_source(path)]).T
     kappas = [agreement.cohen_kappa(votes[i], votes[j], quadratic=False) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert [round(kappa, 2) for kappa in kappas] == [0.85, 0.88, 0.86]
@@ -96,10 +114,10 @@ def test_sources_without_annotators_have_no_agreement(tmp_path):
     assert agreement.lines(str(tmp_path / "a.jsonl")) == []
 
 
-def test_what_is_missing_is_named(monkeypatch, shared_data):
+def test_what_is_missing_is_named(monkeypatch, small_sets):
     monkeypatch.setitem(sys.modules, "krippendorff", None)
     with pytest.raises(ImportError, match=r"needs krippendorff: pip install 'rmjax\[agreement\]'"):
         agreement.krippendorff_alpha([[1, 2], [1, 1]], "nominal")
-    assert agreement.lines(f"{shared_data}/pandalm/testset-v1.json") == [
+    assert agreement.lines(f"{small_sets}/votes.json") == [
         "agreement of annotators needs krippendorff: pip install 'rmjax[agreement]'"
     ]

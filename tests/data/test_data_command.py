@@ -1,4 +1,4 @@
-"""`python -m rmjax.data`: the real commands on generated and on real rows."""
+"""`python -m rmjax.data`: the real commands on generated rows and on small sets in the shape of public ones."""
 
 import contextlib
 import json
@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import transformers
+from small_sets import SETS
 
-from rmjax.data import reading, sources
+from rmjax.data import agreement, reading, sources
 from rmjax.data.__main__ import main
 from rmjax.data.records import group
 from rmjax.runtime import progress
@@ -93,14 +94,14 @@ def test_inspect_marks_every_step(call, tmp_path, tokenizer_dir):
 @pytest.mark.parametrize(
     ("name", "form", "says"),
     [
-        ("pandalm/testset-v1.json", "annotated_pair", ["response2       text or true/false", "empty_response 54"]),
-        ("open-assistant/en_100_tree.jsonl", "ranked_tree", ["100 rows, 211 groups"]),
-        ("finegrained-rlhf/dev_feedback.json.gz", "comparisons", ["500 rows, 500 groups", "response 4 of 4"]),
-        ("nemo-aligner/test-rm.jsonl", "nemo_text", ["helpfulness 4", "quality missing"]),
+        ("votes.json", "annotated_pair", ["response2       text or true/false", "empty_response 6"]),
+        ("trees.jsonl", "ranked_tree", ["10 rows, 18 groups"]),
+        ("comparisons.json.gz", "comparisons", ["24 rows, 24 groups", "response 4 of 4"]),
+        ("attributes.jsonl", "nemo_text", ["helpfulness 4", "quality missing"]),
     ],
 )
-def test_inspect_of_real_rows(call, shared_data, name, form, says):
-    shown = call("inspect", shared_data / name).out
+def test_inspect_of_a_set(call, small_sets, name, form, says):
+    shown = call("inspect", small_sets / name).out
     assert f"format: {form}\n" in shown and all(text in shown for text in says)
 
 
@@ -147,30 +148,29 @@ def test_convert_reads_back_equal(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["pandalm/testset-v1.json", "open-assistant/en_100_tree.jsonl", "finegrained-rlhf/dev_feedback.json.gz",
-     "unieval/topical_chat.json", "nemo-aligner/test-rm.jsonl", "llama-factory/kto_en_demo.json"],
-)  # fmt: skip
-def test_real_rows_read_back_equal(call, shared_data, tmp_path, name):
-    call("convert", shared_data / name, f"--output={tmp_path}/new/")
-    before, after = (list(reading.records(str(x))) for x in (shared_data / name, tmp_path / "new"))
+    ["votes.json", "trees.jsonl", "comparisons.json.gz", "talk_axes.json", "attributes.jsonl", "booleans.json"],
+)
+def test_a_set_reads_back_equal(call, small_sets, tmp_path, name):
+    call("convert", small_sets / name, f"--output={tmp_path}/new/")
+    before, after = (list(reading.records(str(x))) for x in (small_sets / name, tmp_path / "new"))
     assert len(before) == len(after) > 0
     for first, second in zip(before, after):
         same(first, second)
 
 
-def test_split_keeps_prompts_on_one_side_and_every_record(call, shared_data, tmp_path):
-    source = shared_data / "pandalm/testset-v1.json"
+def test_split_keeps_prompts_on_one_side_and_every_record(call, small_sets, tmp_path):
+    source = small_sets / "votes.json"
     arguments = ["split", source, "--split=train=0.7,validation=0.2,test=0.1"]
     shown = call(*arguments, f"--output={tmp_path}/a", "--seed=1").out
-    assert "testset-v1 / tie" in shown and "testset-v1 / preference" in shown
+    assert "votes / tie" in shown and "votes / preference" in shown
     parts = {name: list(reading.records(f"{tmp_path}/a/{name}.parquet")) for name in ("train", "validation", "test")}
     prompts = [{reading.prompt_text(record) for record in part} for part in parts.values()]
     assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
     assert sorted(repr(r.conversations) for part in parts.values() for r in part) == sorted(
         repr(r.conversations) for r in reading.records(str(source))
     )
-    # The largest prompt has 18 rows.
-    assert [abs(len(part) - share * 939) < 18 for part, share in zip(parts.values(), (0.7, 0.2, 0.1))] == [True] * 3
+    # A prompt has five rows.
+    assert [abs(len(part) - share * 110) < 5 for part, share in zip(parts.values(), (0.7, 0.2, 0.1))] == [True] * 3
     call(*arguments, f"--output={tmp_path}/b", "--seed=1")
     call(*arguments, f"--output={tmp_path}/c", "--seed=2")
     read = lambda name: pq.read_table(tmp_path / name / "test.parquet")
@@ -372,20 +372,31 @@ def test_audit_of_a_config_is_what_the_run_would_see(call, tmp_path):
     assert found["sets"]["validation"]["groups"] > 500 and found["shared"]["validation"]["prompts"] == 0
 
 
-def test_audit_says_what_training_would_refuse(call, shared_data):
-    shown = call("audit", shared_data / "pandalm/testset-v1.json").out
-    assert "Training would refuse data: 60 of 999 rows (6.0%) cannot be used" in shown
-    assert "Comparisons: preferred 742, soft 113, tie 84" in shown
+def usable_votes():
+    rows = SETS["votes.json"]
+    rows = [row for row in rows if all(x not in ("", True) for x in (row["response1"], row["response2"]))]
+    return [[row[f"annotator{i}"] for i in (1, 2, 3)] for row in rows]
+
+
+def test_audit_says_what_training_would_refuse(call, small_sets):
+    shown = call("audit", small_sets / "votes.json").out
+    assert "Training would refuse data: 10 of 120 rows (8.3%) cannot be used" in shown
+    agreed = [given[0] for given in usable_votes() if len(set(given)) == 1]
+    ties = agreed.count(0)
+    said = f"preferred {len(agreed) - ties}, soft {110 - len(agreed)}, tie {ties}"
+    assert f"Comparisons: {said}" in shown and 10 < ties < 20
     assert "the longer response is preferred in" in shown
 
 
-def test_audit_counts_what_readme_states_of_real_rows(call, shared_data):
-    found = json.loads(call("audit", shared_data / "open-assistant/en_100_tree.jsonl", "--json").out)
-    assert found["sets"]["data"]["labels"]["comparisons"]["preferred"] == 751
-    found = json.loads(call("audit", shared_data / "finegrained-rlhf/dev_feedback.json.gz", "--json").out)
+def test_audit_counts_the_comparisons_of_rankings(call, small_sets):
+    found = json.loads(call("audit", small_sets / "trees.jsonl", "--json").out)
+    # Two trees have no order of their three last replies.
+    assert found["sets"]["data"]["labels"]["comparisons"]["preferred"] == 8 * (1 + 3) + 2 * 1
+    found = json.loads(call("audit", small_sets / "comparisons.json.gz", "--json").out)
+    given = [verdict for row in SETS["comparisons.json.gz"] for verdict in row["preference"]]
     counts = found["sets"]["data"]["labels"]["comparisons"]
-    assert counts["preferred"] + counts["tie"] == 3000 and counts["tie"] == 384
-    assert found["sets"]["data"]["responses"] == {"values": [4], "counts": [500]}
+    assert counts["preferred"] + counts["tie"] == len(given) == 6 * 24 and counts["tie"] == given.count(0)
+    assert found["sets"]["data"]["responses"] == {"values": [4], "counts": [24]}
 
 
 def test_audit_without_labels_is_of_conversations_to_imitate(call, tmp_path, tokenizer_dir):
@@ -400,12 +411,13 @@ def test_audit_without_labels_is_of_conversations_to_imitate(call, tmp_path, tok
     assert found["labels"]["fields"]["loss_weight"]["share"] == pytest.approx(share)
 
 
-def test_audit_of_verdicts(call, shared_data):
-    found = json.loads(call("audit", shared_data / "pandalm/testset-v1.json", "--objective=pairwise", "--json").out)
+def test_audit_of_verdicts(call, small_sets):
+    found = json.loads(call("audit", small_sets / "votes.json", "--objective=pairwise", "--json").out)
     measured = found["sets"]["data"]
-    assert sum(measured["labels"]["comparisons"].values()) == 939 and measured["labels"]["kind"] == "verdicts"
+    assert sum(measured["labels"]["comparisons"].values()) == 110 and measured["labels"]["kind"] == "verdicts"
     curve = measured["length"]["curve"]
-    assert measured["length"]["comparisons"] == sum(curve["counts"]) == 855
+    untied = sum(given != [0, 0, 0] for given in usable_votes())
+    assert measured["length"]["comparisons"] == sum(curve["counts"]) == untied
     assert np.average(curve["mean"], weights=curve["counts"]) == pytest.approx(measured["length"]["auc"], abs=1e-6)
 
 
@@ -427,10 +439,11 @@ def test_convert_to_label_studio(call, tmp_path):
     assert "is not two whole numbers" in call(*arguments, "--scale=low", rc=2).err
 
 
-def test_annotators_agreement_is_shown(call, shared_data):
+def test_annotators_agreement_is_shown(call, small_sets):
+    (found,) = agreement.summaries(str(small_sets / "votes.json"))
     for command in (("inspect", "--show=0"), ("audit",)):
-        out, _ = call(command[0], shared_data / "pandalm" / "testset-v1.json", *command[1:])
-        assert "Fleiss" in out and "Krippendorff" in out and "0.864" in out
+        out, _ = call(command[0], small_sets / "votes.json", *command[1:])
+        assert "Fleiss" in out and "Krippendorff" in out and f"{found.alpha:.3f}" in out
 
 
 def test_inspect_names_the_row_that_is_too_deep(tmp_path, capsys):

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import scipy.stats
 from format_rows import NAMED, ROWS, assistant, user
 
 from rmjax.data import formats
@@ -87,6 +86,8 @@ def test_compare_by_hand():
 
 
 def test_compare_agrees_with_scipys_ranks():
+    import scipy.stats
+
     scores = np.random.default_rng(0).integers(0, 4, (50, 6)).astype(float)
     for row in scores:
         said = compare(row)

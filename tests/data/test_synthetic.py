@@ -10,11 +10,6 @@ import sys
 
 import numpy as np
 import pytest
-from scipy import sparse
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from transformers import AutoTokenizer, Qwen2Config
 
 from rmjax.data import synthetic
 from rmjax.data.records import BadRow, pair
@@ -66,6 +61,8 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(directory):
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(directory)
 
 
@@ -177,6 +174,8 @@ def test_topics_are_as_frequent_on_either_side(ordinary):
 
 
 def test_neither_length_nor_place_tells(ordinary):
+    from sklearn.metrics import roc_auc_score
+
     def place(text):
         return next(i for i, word in enumerate(text.split()) if topics(word))
 
@@ -190,6 +189,10 @@ def test_neither_length_nor_place_tells(ordinary):
 
 @pytest.mark.parametrize("features", ["difference", "concatenation"])
 def test_a_bag_of_words_does_not_tell(ordinary, features):
+    from scipy import sparse
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
     rng = np.random.default_rng(0)
     flipped = rng.random(len(ordinary)) < 0.5
     columns = [("rejected", "chosen") if flip else ("chosen", "rejected") for flip in flipped]
@@ -252,6 +255,8 @@ def test_template_is_chatml_without_any_token_added(tokenizer):
 
 
 def test_tokens_are_the_same_beside_a_qwen2_model(directory, tokenizer, tmp_path):
+    from transformers import AutoTokenizer, Qwen2Config
+
     tokenizer.save_pretrained(tmp_path)
     Qwen2Config(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     beside = AutoTokenizer.from_pretrained(tmp_path)

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import sparse
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
 
 from rmjax.data import formats, synthetic
 from rmjax.train import training
@@ -116,6 +113,10 @@ def test_neither_length_nor_place_tells(rows):
 
 
 def test_a_bag_of_words_does_not_tell(rows):
+    from scipy import sparse
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
     rng = np.random.default_rng(0)
     pairs = [(row, *((i, j) if rng.random() < 0.5 else (j, i)), i) for row, i, j in decided(rows[:2500])]
     texts = [

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 import tiny_models
-import torch
 import transformers
 
 from rmjax import sharding
@@ -105,6 +104,8 @@ def test_a_pairwise_judge_is_asked_in_both_orders(base, rows, tmp_path):
 
 def log_likelihood(model, tokens, start):
     """Of the tokens from `start` on, by transformers."""
+    import torch
+
     ids = torch.tensor([tokens])
     with torch.no_grad():
         logits = torch.log_softmax(model(ids).logits[0].double(), -1)

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from rmjax.data import records
 from rmjax.evaluate import gold
@@ -33,6 +32,8 @@ def value(compared, name):
 
 
 def test_ranks_against_scipy():
+    import scipy.stats
+
     groups, true = both()
     true = [np.round(x, 1) for x in true]
     groups = [dataclasses.replace(g, scores=np.round(g.scores)) for g in groups]

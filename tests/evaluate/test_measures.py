@@ -8,9 +8,6 @@ import time
 
 import numpy as np
 import pytest
-import scipy.stats
-import sklearn.calibration
-import sklearn.metrics
 from made_up_answers import group, judged, metrics_of, pairs, rankings, value
 
 from rmjax.data import records
@@ -70,6 +67,8 @@ def test_what_cannot_be_measured_is_refused(groups, says):
 
 
 def test_a_share_of_one_has_the_exact_binomial_end():
+    import scipy.stats
+
     found = Estimates(np.arange(7))
     found.share("all", np.arange(7), np.ones(7), np.ones(7))
     found.share("none", np.arange(7), np.zeros(7), np.ones(7))
@@ -79,6 +78,8 @@ def test_a_share_of_one_has_the_exact_binomial_end():
 
 
 def test_accuracy_has_the_width_of_the_binomial_interval_and_of_scipys_bootstrap():
+    import scipy.stats
+
     groups = pairs(600, noise=0.5)
     verdict, _, _ = flat(groups)
     found = measures.preferences(groups)["metrics"]["accuracy"]
@@ -101,6 +102,8 @@ def test_groups_of_one_prompt_widen_the_interval():
 
 def test_intervals_cover_the_truth():
     """Of 150 data sets 95 % should hold it; a binomial share of 150 is within 0.9 and 0.987 in 99 % of the cases."""
+    import scipy.stats
+
     rng, hits = np.random.default_rng(3), {"share": 0, "pearson": 0, "spearman": 0, "auc": 0}
     rho, shift = 0.6, 1.0
     truth = {
@@ -168,6 +171,9 @@ def test_outcomes_of_a_judge_are_measured_as_its_groups():
 
 
 def test_accuracy_nll_and_reliability_against_scikit_learn():
+    import sklearn.calibration
+    import sklearn.metrics
+
     groups = pairs(500)
     found = measures.preferences(groups)
     verdict, p, _ = flat(groups)
@@ -188,6 +194,8 @@ def test_accuracy_nll_and_reliability_against_scikit_learn():
 
 
 def test_correlation_with_the_length_against_scipy():
+    import scipy.stats
+
     groups = [*pairs(80), *rankings(20)]
     rewards, tokens = (np.concatenate([getattr(g, x) for g in groups]) for x in ("scores", "tokens"))
     found = value(measures.preferences(groups), "reward_length_correlation")
@@ -367,6 +375,8 @@ def test_certain_judges_have_a_finite_loss():
 
 
 def test_best_of_n_against_all_subsets():
+    import scipy.stats
+
     groups = rankings(12, k=5)
     found = measures.preferences(groups)["best_of_n"]
     assert found["n"] == [1, 2, 4] and found["random"] == [0.5] * 3
@@ -390,6 +400,8 @@ def test_best_of_n_against_all_subsets():
 
 
 def test_the_rank_of_wins_is_the_rank_of_the_score_that_the_labels_come_from():
+    import scipy.stats
+
     gold = np.random.default_rng(0).integers(0, 4, (20, 6)).astype(float)
     groups = [group(scores=np.zeros(6), prompt=i, **records.compare(s)) for i, s in enumerate(gold)]
     (stack,) = scored.stacks(groups)

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from made_up_answers import metrics_of, sums_of
-from sklearn.calibration import calibration_curve
 
 from rmjax.evaluate import calibration
 from rmjax.evaluate.estimates import Estimates
@@ -22,6 +21,8 @@ def calibration_error(confidence, right, weight):
 
 
 def test_calibration_error_is_the_weighted_gap_of_the_bins():
+    from sklearn.calibration import calibration_curve
+
     rng = np.random.default_rng(0)
     confidence = rng.uniform(0, 1, 500)
     right = (rng.uniform(size=500) < confidence**2).astype(float)

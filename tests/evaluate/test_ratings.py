@@ -5,8 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import scipy.stats
-import sklearn.metrics
 from made_up_answers import metrics_of, rated, stepped, value
 
 from rmjax.evaluate import measures
@@ -16,6 +14,9 @@ from rmjax.objectives.prm import ProcessReward
 
 
 def test_attributes_against_scikit_learn_and_scipy():
+    import scipy.stats
+    import sklearn.metrics
+
     scores, labels, given = rated()
     found = measures.attributes(scores, labels, **given)
     for i, name in enumerate("ab"):
@@ -87,6 +88,8 @@ def test_labels_that_are_no_ratings_and_attributes_without_labels():
 
 
 def test_steps_against_scikit_learn_and_the_objective():
+    import sklearn.metrics
+
     p, label, response, prompt = stepped()
     found, right = measures.steps(p, label, response, prompt), label >= 0.5
     assert value(found, "auc") == pytest.approx(sklearn.metrics.roc_auc_score(right, p))

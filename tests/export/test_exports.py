@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from rmjax.data import formats
@@ -51,6 +50,8 @@ def exported(request, tmp_path_factory):
 
 def hf_logits(directory, kind, ids):
     """What transformers' class makes of token ids: logits [1, T or nothing, A], in float32."""
+    import torch
+
     auto = getattr(transformers, f"AutoModelFor{kind}")
     model, notes = auto.from_pretrained(str(directory), dtype=torch.float32, output_loading_info=True)
     assert not any(notes[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), notes
@@ -59,6 +60,8 @@ def hf_logits(directory, kind, ids):
 
 
 def test_golden_rows_in_transformers(exported):
+    import torch
+
     name, directory = exported
     terms, values = contract.read(directory), hf.read_config(directory)
     kind = values["architectures"][0].partition("For")[2]
@@ -93,6 +96,8 @@ def test_its_checkpoint_gives_the_same_outputs(exported):
 
 
 def test_the_score_command_reads_it(exported, tmp_path):
+    import torch
+
     name, directory = exported
     model = reward_model.load_checked(directory)
     rows = {

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
-import torch
 import transformers
-from conftest import CHATML
 from safetensors.numpy import load_file
+from small_tokenizers import CHATML
 
 import rmjax
 from rmjax.batches.chat import PROBE, Chat, load_tokenizer
@@ -85,17 +84,19 @@ def hf_model(directory):
     return transformers.AutoModelForSequenceClassification.from_pretrained(str(directory), dtype="float32").eval()
 
 
-@torch.no_grad()
 def hf_scores(directory, conversations, *, batched, **template_kwargs):
     """Scores by transformers alone, as docs/scoring.md says."""
+    import torch
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory))
     model = hf_model(directory)
     assert model.config.num_labels == 1
     texts = [tokenizer.apply_chat_template(c, tokenize=False, **template_kwargs) for c in conversations]
     scores = []
-    for part in [texts] if batched else [[text] for text in texts]:
-        batch = tokenizer(part, return_tensors="pt", padding=True, add_special_tokens=False)
-        scores += model(**batch).logits[:, 0].tolist()
+    with torch.no_grad():
+        for part in [texts] if batched else [[text] for text in texts]:
+            batch = tokenizer(part, return_tensors="pt", padding=True, add_special_tokens=False)
+            scores += model(**batch).logits[:, 0].tolist()
     return scores
 
 
@@ -336,6 +337,8 @@ def copied(written, tmp_path):
 
 
 def test_golden_rows_equal_transformers(written, loaded):
+    import torch
+
     terms = contract.read(written)
     assert (terms["reward_mean"], terms["reward_std"]) == (0.5, 2.0)
     golden = terms["golden"]
@@ -535,6 +538,8 @@ def test_an_export_says_what_it_is(exported):  # NUMERICS 16, 17
 
 
 def test_the_scored_token_is_the_last_of_the_rendering(exported, plain_texts):  # NUMERICS 2
+    import torch
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(exported))
     ids = tokenizer.apply_chat_template(plain_texts[0], return_dict=False)
     assert tokenizer.decode(ids[-2:]) == "<|im_end|>\n"

@@ -262,8 +262,8 @@ def test_the_task_is_a_value():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
-def test_pandalm_votes_as_verdicts(shared_data):
-    rows = json.loads((shared_data / "pandalm" / "testset-v1.json").read_text())
+def test_votes_as_verdicts(small_sets, thinking_dir):
+    rows = json.loads((small_sets / "votes.json").read_text())
     texts = lambda row: (row["response1"], row["response2"])
     rows = [row for row in rows if all(isinstance(x, str) and x.strip() for x in texts(row))]
     rows = [row for row in rows if row["response1"] != row["response2"]]
@@ -279,8 +279,8 @@ def test_pandalm_votes_as_verdicts(shared_data):
         np.testing.assert_allclose(example.labels["verdict"][0], [votes.count(i) / 3 for i in (1, 2, 0)], rtol=1e-6)
         majority["AB "[int(example.labels["verdict"][0].argmax())]] += 1
         expected[{1: "A", 2: "B", 0: " "}[max((1, 2, 0), key=votes.count)]] += 1
-    assert majority == expected and len(rows) > 900
-    chat = Chat(transformers.AutoTokenizer.from_pretrained(str(shared_data / "tokenizers" / "minimind")))
+    assert majority == expected and len(rows) > 100
+    chat = Chat(transformers.AutoTokenizer.from_pretrained(str(thinking_dir)))
     for example, made in zip(examples[:50], chat.groups(examples[:50])):
         ids = chat.encode([chat.render(c) for c in example.conversations])
         assert [s.tolist() for s in made.tree.sequences()] == ids
@@ -502,8 +502,8 @@ def test_majorities_and_feedback():
         verdicts.better_conversations(make_pair(), SMALL, feedback="x", both_orders=True)
 
 
-def test_real_ratings_are_written_and_read_back(shared_data):
-    with gzip.open(shared_data / "prometheus" / "mt_bench_eval.json.gz", "rt") as file:
+def test_ratings_are_written_and_read_back(small_sets):
+    with gzip.open(small_sets / "judges.json.gz", "rt") as file:
         rows = json.load(file)
     template, counts, expected = verdicts.load_template("", "judge_score"), collections.Counter(), collections.Counter()
     for row in rows:
@@ -514,4 +514,4 @@ def test_real_ratings_are_written_and_read_back(shared_data):
             counts[verdict] += 1
             expected[Verdict("score", float(score))] += 1
             assert answer[slice(*verdict_span(answer, "score"))] == str(score) and answer.startswith(feedback.rstrip())
-    assert counts == expected and counts.total() == 960
+    assert counts == expected and counts.total() == 72 and len(counts) == 5

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from rmjax.kernels.cross_entropy import CHUNK, cross_entropy
 
@@ -54,6 +53,8 @@ def test_equals_the_plain_form(chunk):
 
 
 def test_equals_torch():
+    import torch
+
     x, table, targets, weight = inputs(v=53)
     (loss, (nll, correct)), grads = weighted(cross_entropy, chunk=10)(x, table, targets, weight)
     leaves = [torch.tensor(a, requires_grad=True) for a in (x, table)]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import quick
 import tiny_models
-import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from tiny_models import PAD, SIZES, make_hf_model, random_groups, tree_rows
@@ -36,6 +35,8 @@ def trained_batch():
 
 def in_transformers(model, batch):
     """[B, T] losses of the trained tokens, where their targets are likeliest, and the weighted sum of the losses."""
+    import torch
+
     nll, correct = (np.zeros(batch["tokens"].shape, np.float32) for _ in range(2))
     total = 0.0
     for r, row in enumerate(ROWS):
@@ -59,6 +60,8 @@ def open_model(directory, architecture, outputs=0):
 
 def auto(architecture, directory):
     """The export in transformers, which has exactly the names that it wants."""
+    import torch
+
     kind = getattr(transformers, f"AutoModelFor{architecture}")
     model, report = kind.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report
@@ -71,6 +74,8 @@ MODELS = [pytest.param(*m, marks=[] if m[0] == "qwen2" or m[0] == "mistral" else
 
 @pytest.mark.parametrize(("family", "tied"), MODELS)
 def test_language_model_is_that_of_transformers(family, tied, tmp_path):
+    import torch
+
     reference = make_hf_model(family, tmp_path / "base", head=False, tie_word_embeddings=tied)
     config, graphdef, params = open_model(tmp_path / "base", "CausalLM")
     batch = trained_batch()
@@ -132,6 +137,8 @@ CLASSIFIERS = [
 
 @pytest.mark.parametrize(("family", "architecture", "outputs"), CLASSIFIERS)
 def test_classifiers_score_the_same_in_transformers(family, architecture, outputs, tmp_path):
+    import torch
+
     make_hf_model(family, tmp_path / "base", head=False)
     config, graphdef, params = open_model(tmp_path / "base", architecture, outputs)
     labels = [f"name {i}" for i in range(outputs)]

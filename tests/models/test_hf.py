@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-import torch
 import transformers
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -40,6 +39,8 @@ def our_scores(graphdef, params):
 
 def scores_in_transformers(model):
     """All conversations as one batch, padded on the right."""
+    import torch
+
     longest = max(map(len, CONVERSATIONS))
     tokens = torch.tensor([c + [PAD] * (longest - len(c)) for c in CONVERSATIONS])
     with torch.no_grad():
@@ -47,6 +48,8 @@ def scores_in_transformers(model):
 
 
 def export(directory, source, params, config, dtype="float32", **options):
+    import torch
+
     hf.save(directory, params, hf.read_config(source), config, dtype=dtype, pad_token_id=PAD, **options)
     kind = transformers.AutoModelForSequenceClassification
     model, report = kind.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
@@ -99,6 +102,8 @@ def test_export_scores_the_same_in_transformers(family, tmp_path):
 
 @pytest.mark.parametrize("form", ["v4", "v5"])
 def test_config_is_read_by_both_versions_of_transformers(form, tmp_path):
+    import torch
+
     make_hf_model("llama", tmp_path, rope_parameters=LLAMA3)
     source = hf.read_config(tmp_path)
     if form == "v4":

@@ -12,9 +12,7 @@ import numpy as np
 import optax
 import pytest
 import quick
-import torch
 from tiny_models import make_hf_model, random_groups, tree_rows
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rmjax.models import heads, hf
 from rmjax.models.config import MOST, REQUIRED, from_hf, parameter_count
@@ -65,6 +63,8 @@ def flat(params):
 
 def torch_pass(model):
     """Hidden states and score of every conversation alone, and the Bradley-Terry loss over the pairs."""
+    import torch
+
     hidden, scores = [], []
     for conversation in (c for pair in PAIRS for c in pair):
         out = model.model(torch.tensor([conversation]))
@@ -141,6 +141,8 @@ def test_gradients(case):
 
 
 def test_ten_adamw_steps(case):
+    import torch
+
     model = copy.deepcopy(case.torch_model)  # the other tests of this case see the weights that were loaded
     betas = (ADAM["b1"], ADAM["b2"])
     theirs = torch.optim.AdamW(
@@ -297,6 +299,7 @@ ROPES = [
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: "-".join(map(str, rope.values())))
 def test_rope_frequencies_are_those_of_transformers(rope):
     import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     reference = transformers.LlamaConfig(**TINY, head_dim=64, rope_parameters=dict(rope))
     expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](reference, "cpu")

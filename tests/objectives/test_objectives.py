@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from made_up_answers import metrics_of, sums_of
 from ml_collections import ConfigDict
 
@@ -49,12 +47,18 @@ def loss_of(objective, scores, wins, **kwargs):
 
 
 def test_plain_loss_is_minus_log_sigmoid_of_the_difference():
+    import torch
+    import torch.nn.functional as F
+
     scores, wins = pairs()
     expected = -F.logsigmoid(torch.tensor(scores[..., 0] - scores[..., 1])).mean().item()
     assert loss_of(BradleyTerry(), scores, wins) == pytest.approx(expected, abs=1e-6)
 
 
 def test_margin_is_per_pair_and_scaled():  # NUMERICS 8: (B,1) - (B,) must not broadcast to (B,B)
+    import torch
+    import torch.nn.functional as F
+
     scores, wins = pairs()
     margin = np.random.default_rng(1).uniform(0, 2, scores.shape[:2]).astype(np.float32)
     full = np.zeros_like(wins)
@@ -74,6 +78,9 @@ def test_shapes_that_would_broadcast_are_refused():
 
 
 def test_soft_labels_and_smoothing_are_binary_cross_entropy():
+    import torch
+    import torch.nn.functional as F
+
     scores, wins = pairs()
     p = np.random.default_rng(2).uniform(0, 1, scores.shape[:2]).astype(np.float32)
     wins[..., 0, 1], wins[..., 1, 0] = p, 1 - p
@@ -92,6 +99,9 @@ def test_centring_adds_the_squared_sum():
 
 
 def test_ties_half_and_skipped():
+    import torch
+    import torch.nn.functional as F
+
     scores, wins = pairs()
     wins[0, 0], ties = 0, np.zeros_like(wins)
     ties[0, 0, 0, 1] = ties[0, 0, 1, 0] = 1
@@ -106,6 +116,9 @@ def test_ties_half_and_skipped():
 
 
 def test_groups_of_three_are_their_pairs():
+    import torch
+    import torch.nn.functional as F
+
     scores = np.array([[[2.0, 1.0, -1.0]]], np.float32)
     wins = np.zeros((1, 1, 3, 3), np.float32)
     wins[0, 0, 0, 1] = wins[0, 0, 0, 2] = wins[0, 0, 2, 1] = 1
@@ -117,6 +130,9 @@ def test_groups_of_three_are_their_pairs():
 
 
 def test_weights_and_absent_groups():
+    import torch
+    import torch.nn.functional as F
+
     scores, wins = pairs(b=1, g=3)
     d = torch.tensor(scores[0, :, 0] - scores[0, :, 1])
     expected = (-F.logsigmoid(d) * torch.tensor([2.0, 0.0, 0.5])).sum().item() / 2.5
@@ -140,6 +156,9 @@ def test_reward_statistics():  # NUMERICS 20
 
 
 def test_loss_and_gradient_are_finite_for_any_difference():  # NUMERICS 10
+    import torch
+    import torch.nn.functional as F
+
     both = jax.jit(jax.value_and_grad(lambda flat, batch: BradleyTerry().loss_sums(flat, batch, {})[0]))
     for difference in (-1e4, -90.0, 0.0, 90.0, 1e4):
         value, gradient = both(*make_batch([[[difference, 0.0]]], [[[[0, 1], [0, 0]]]]))
@@ -209,6 +228,9 @@ def rankings_of_four(b=2, g=3, seed=5):
 
 
 def test_scaled_multiplies_the_loss_of_a_pair_by_its_strength():
+    import torch
+    import torch.nn.functional as F
+
     scores, wins, ties, margin = pairs_with_ties()
     margin[0, 0] = 0  # a pair whose source does not say how strong it is counts once
     won = torch.tensor(wins[..., 0, 1] > 0)
@@ -230,6 +252,9 @@ def test_a_smoothed_label_is_a_soft_one_with_and_without_a_margin():
 
 
 def test_focal_and_barrier_as_published():  # Cai et al. 2024, arXiv:2403.17297
+    import torch
+    import torch.nn.functional as F
+
     scores, wins = pairs()
     chosen, rejected = (torch.tensor(scores[..., i], dtype=torch.float64).clamp(-4.9, 4.9) for i in (0, 1))
     p = torch.sigmoid(chosen - rejected)
@@ -297,6 +322,9 @@ def test_two_responses_are_the_same_whichever_way_rankings_are_read():
 
 
 def test_a_ranking_counts_once_and_its_penalty_is_the_mean_over_its_pairs():
+    import torch
+    import torch.nn.functional as F
+
     scores = np.array([[[2.0, 1.0, -1.0, 0.5], [0.3, 0.1, 0.0, 0.0]]], np.float32)
     wins = np.zeros((1, 2, 4, 4), np.float32)
     wins[0, 0][np.triu_indices(4, 1)] = 1

@@ -6,9 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sklearn.metrics
-import torch
-import torch.nn.functional as F
 from made_up_answers import metrics_of, sums_of
 from ml_collections import ConfigDict
 
@@ -58,6 +55,9 @@ def both_orders(verdict):
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("smoothing", [0.0, 0.15])
 def test_loss_is_the_cross_entropy_of_torch(classes, smoothing):
+    import torch
+    import torch.nn.functional as F
+
     z, verdict, _, weight = random_case(classes)
     hard = np.eye(classes)[verdict.argmax(-1)]
     for labels in (verdict, hard):
@@ -101,6 +101,9 @@ def test_strength_as_soft_label(classes, verdict, strength, expected):
 
 
 def test_metrics_are_those_of_sklearn():
+    import sklearn.metrics
+    import torch
+
     z, verdict, _, _ = random_case(b=4, g=50)
     labels, decisions = both_orders(np.eye(3)[verdict.argmax(-1)]).argmax(-1), z.reshape(-1, 3).argmax(-1)
     values = measure(Pairwise(), z, verdict)
@@ -216,6 +219,9 @@ def test_gradients_by_finite_differences(classes, options):
 
 @pytest.mark.parametrize("size", [1e4, 88.0, 0.0])
 def test_finite_for_any_output(size):
+    import torch
+    import torch.nn.functional as F
+
     flat, batch = make_batch(np.array([[[[size, -size, 0.0], [-size, size, 0.0]]]], np.float32), [[B]])
     value, gradient = jax.value_and_grad(lambda x: Pairwise().loss_sums(x, batch, {})[0])(jnp.asarray(flat))
     expected = F.cross_entropy(torch.tensor([[size, -size, 0.0]], dtype=torch.float64), torch.tensor([1]))
@@ -233,6 +239,8 @@ def test_shapes_that_would_broadcast_are_refused():
 
 
 def test_decoded_outputs_are_the_softmax_by_name():
+    import torch
+
     outputs = np.array([[1.0, 2.0, 0.5], [1e4, -1e4, 0.0]], np.float32)
     decoded = Pairwise().decode(outputs, {})
     assert tuple(decoded) == Pairwise().labels == ("A", "B", "tie")

@@ -11,11 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
-import scipy.stats
-import sklearn.metrics
-import torch
-import torch.nn.functional as F
 from made_up_answers import metrics_of, sums_of
 from ml_collections import ConfigDict
 
@@ -76,6 +71,8 @@ def values_of(objective, outputs, batch, params=None):
 
 def torch_mean(losses, label, weight):
     """Weighted mean over the labels that are there, of torch losses [n, A]."""
+    import torch
+
     here = ~np.isnan(label)
     weights = torch.tensor(np.where(here, weight[:, None], 0))
     return ((losses.nan_to_num() * weights).sum() / weights.sum()).item()
@@ -85,12 +82,17 @@ def torch_mean(losses, label, weight):
 
 
 def normalised(label):
+    import torch
+
     low, high = np.array(SCALES).T
     return torch.tensor((label - (low + high) / 2) / ((high - low) / 2), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("delta", [0.3, 2.0])
 def test_mse_and_huber_are_torchs_on_the_normalised_scale(delta):  # NUMERICS 8 and 11: B, G, K, A are all above 1
+    import torch
+    import torch.nn.functional as F
+
     outputs, batch = make_batch(make(), whole=False)
     f, label, weight = flat(outputs, batch)
     target = normalised(label)
@@ -101,6 +103,9 @@ def test_mse_and_huber_are_torchs_on_the_normalised_scale(delta):  # NUMERICS 8 
 
 
 def test_categorical_is_torchs_cross_entropy_of_each_attribute():
+    import torch
+    import torch.nn.functional as F
+
     objective = make("categorical")
     outputs, batch = make_batch(objective)
     f, label, weight = flat(outputs, batch)
@@ -117,6 +122,9 @@ def test_categorical_is_torchs_cross_entropy_of_each_attribute():
 
 
 def test_a_label_between_two_bins_is_divided_between_them():
+    import torch
+    import torch.nn.functional as F
+
     objective = Pointwise(loss="categorical")
     target = np.array(objective.targets(jnp.array([2.25, 4.0, 0.0]), 0))
     np.testing.assert_allclose(target, [[0, 0, 0.75, 0.25, 0], [0, 0, 0, 0, 1], [1, 0, 0, 0, 0]], atol=1e-7)
@@ -167,6 +175,9 @@ def test_ordinal_is_finite_for_any_output(f):  # NUMERICS 10
 
 
 def test_hl_gauss_targets_are_the_papers():
+    import scipy.special
+    import scipy.stats
+
     # Farebrother et al. 2024, appendix A: differences of the normal's cdf at the edges of the bins, over their sum.
     objective = Pointwise(scales=(0, 4), loss="hl_gauss", sigma=0.75)
     centres = objective.levels(0)
@@ -184,6 +195,9 @@ def test_hl_gauss_targets_are_the_papers():
 
 
 def test_hl_gauss_is_torchs_cross_entropy_with_these_targets():
+    import torch
+    import torch.nn.functional as F
+
     objective = Pointwise(scales=(1, 10), loss="hl_gauss", bins=19, sigma=2.0)
     assert len(objective.labels) == 19 + 12 and objective.labels[0] == "score=-2" and objective.labels[7] == "score=1.5"
     rng = np.random.default_rng(1)
@@ -286,6 +300,9 @@ def test_sums_add_over_any_split(loss):  # NUMERICS 9 and 18
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_metrics_are_sklearns_and_scipys(loss):
+    import scipy.stats
+    import sklearn.metrics
+
     objective = make(loss)
     outputs, batch = make_batch(objective, b=4)
     batch["weight"][:] = 1
@@ -319,6 +336,8 @@ def test_metrics_are_sklearns_and_scipys(loss):
 
 
 def test_kappa_counts_as_sklearn_does_and_correlations_know_where_they_are_undefined():
+    import sklearn.metrics
+
     def estimate(of, x, y):
         found = Estimates(np.zeros(len(x), int))
         found.add("x", of, moments.second(found, np.arange(len(x)), np.asarray(x, float), np.asarray(y, float)))

@@ -6,11 +6,8 @@ import math
 import jax
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 import transformers
 from made_up_answers import metrics_of, sums_of
-from transformers.loss.loss_utils import ForTokenClassification
 
 from rmjax import objectives
 from rmjax.batches import loader
@@ -78,9 +75,8 @@ def test_each_step_is_scored_where_its_last_character_is(tokenizer, separator, s
     assert len(group.tree.end) == len(steps) and not group.tree.end_slot.any()
 
 
-@pytest.mark.parametrize("name", ["minimind", "qwen-derived"])
-def test_scored_tokens_of_real_tokenizers(shared_data, name):
-    chat = Chat(transformers.AutoTokenizer.from_pretrained(str(shared_data / "tokenizers" / name)))
+def test_scored_tokens_where_the_template_thinks(thinking_dir):
+    chat = Chat(transformers.AutoTokenizer.from_pretrained(str(thinking_dir)))
     steps = ("Janet has 16 − 3 = 13 eggs.", "日本語🙂 step", "She makes $26.\n", "The answer is 26")
     given = record(("\n\n", steps))
     (group,) = labelled(chat, [given])
@@ -198,6 +194,9 @@ def responses_of(batch):
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_loss_is_torchs_cross_entropy(soft):  # NUMERICS 8: rows, groups and responses are all above 1
+    import torch
+    import torch.nn.functional as F
+
     outputs, batch = make_batch(soft=soft)
     here = batch["mask"][..., 0] > 0
     label = batch["value"][here][:, 0]
@@ -209,6 +208,9 @@ def test_loss_is_torchs_cross_entropy(soft):  # NUMERICS 8: rows, groups and res
 
 
 def test_hard_labels_are_transformers_token_classification_loss():
+    import torch
+    from transformers.loss.loss_utils import ForTokenClassification
+
     outputs, batch = make_batch()
     batch["weight"][:] = 1
     labels = np.where(batch["mask"][..., 0] > 0, batch["value"][..., 0], -100).astype(np.int64)
@@ -219,6 +221,8 @@ def test_hard_labels_are_transformers_token_classification_loss():
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_metrics_by_plain_loops(soft):
+    import torch
+
     outputs, batch = make_batch(soft=soft)
     p = torch.softmax(torch.tensor(outputs), -1)[..., 1].numpy()
     table = {name: [] for name in ("accuracy", "accuracy_incorrect", "accuracy_correct", "first_error_accuracy")}
@@ -318,6 +322,8 @@ def test_shapes_that_would_broadcast_are_refused():
 
 @pytest.mark.parametrize("difference", [-1e4, 0.0, 1e4])
 def test_finite_for_any_output(difference):  # NUMERICS 10
+    import torch
+
     outputs, batch = make_batch()
     outputs[..., 1] = outputs[..., 0] + difference
     assert all(map(math.isfinite, values_of(outputs, batch).values()))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-import torch
 from made_up_answers import metrics_of
 from ml_collections import ConfigDict
 from tiny_models import make_hf_model
@@ -210,6 +209,8 @@ def test_packing_changes_nothing(model):
 
 
 def test_the_loss_is_that_of_transformers(model):
+    import torch
+
     reference, params, step = model
     groups = random_groups(2, 5)
     for one in groups:
@@ -261,25 +262,23 @@ def test_what_cannot_be_used_is_refused(keys, said):
         SFT(**keys)
 
 
-# Real rows
+# Rows of every kind
 
 
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("llama-factory/dpo_en_demo.json", {}, ""),
-        ("llama-factory/kto_en_demo.json", {"turns": "last"}, ""),
-        ("pandalm/testset-v1.json", {"target": "pair"}, "better"),
-        ("unieval/topical_chat.json", {"target": "score", "attributes": ("overall",)}, "score"),
+        ("pairs.json", {}, ""),
+        ("booleans.json", {"turns": "last"}, ""),
+        ("votes.json", {"target": "pair"}, "better"),
+        ("talk_axes.json", {"target": "score", "attributes": ("overall",)}, "score"),
     ],
 )
-def test_real_rows(name, options, expected, shared_data, tmp_path):
-    rows = json.loads((shared_data / name).read_text())[:24]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    chat = Chat(load_tokenizer(shared_data / "tokenizers" / "minimind"), max_length=4096)
+def test_what_is_learnt_of_a_set(name, options, expected, small_sets, thinking_dir, tmp_path):
+    chat = Chat(load_tokenizer(thinking_dir), max_length=4096)
     objective = SFT(**options)
     built = token_cache.build(
-        str(tmp_path / "rows.json"), chat, objective.task, workers=0, cache_dir=tmp_path, max_bad_fraction=0.5
+        str(small_sets / name), chat, objective.task, workers=0, cache_dir=tmp_path, max_bad_fraction=0.5
     )
     assert len(built) >= 12
     for i in range(len(built)):

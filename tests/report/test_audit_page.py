@@ -7,7 +7,6 @@ import re
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from rmjax.batches import measure, packing, token_cache
 from rmjax.batches.chat import Chat
@@ -146,6 +145,8 @@ def test_margins_soft_labels_and_agreement(build):
 
 
 def test_attributes_against_scipy(scores):
+    import scipy.stats
+
     found = measure.measure(scores, names=("help", "style"))
     value = np.array([scores.group(i).labels["value"][0] for i in range(len(scores))])
     mask = np.array([scores.group(i).labels["mask"][0] for i in range(len(scores))]) > 0
@@ -165,6 +166,8 @@ def test_attributes_against_scipy(scores):
 
 
 def test_steps_are_those_of_the_rows(steps):
+    import scipy.stats
+
     groups, labels = steps
     found = measure.measure(groups)["labels"]
     judged = [x for row in labels for x in row if x is not None]

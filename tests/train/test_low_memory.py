@@ -12,7 +12,6 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-import scipy.stats
 from test_train import ROOT, column, finish, launch, same_run
 
 from rmjax import sharding
@@ -76,6 +75,8 @@ def test_random_words_are_uniform():
 
     One seed would not do: it passes where a mixer is uneven for every third.
     """
+    import scipy.stats
+
     words = jax.jit(lambda n: low_memory.random_words(low_memory.seed_of(0, n, low_memory.NU), (256, 512)))
     p_values = []
     for n in range(200):

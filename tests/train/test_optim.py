@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 import transformers
 
 from rmjax import sharding
@@ -21,6 +20,8 @@ def config(**values):
 
 
 def torch_rates(make, steps):
+    import torch
+
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = make(optimizer)
     rates = []
@@ -95,6 +96,8 @@ def run(c, steps=5, lr=0.1, p=None):
 
 
 def torch_run(decayed, factors, clip, steps=5, lr=0.1, wd=0.1):
+    import torch
+
     start = flat(params())
     weights = {k: torch.tensor(x, requires_grad=True) for k, x in start.items()}
     sets = [

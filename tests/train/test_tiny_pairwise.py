@@ -7,12 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import transformers
-from scipy import sparse
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.tree import DecisionTreeClassifier
 
 from rmjax.data import synthetic
 from rmjax.data.synthetic import TOPICS
@@ -59,6 +54,8 @@ def test_strengths_are_how_often_the_better_reply_has_the_word(generated):
 
 
 def test_lengths_tell_nothing(generated):
+    from sklearn.tree import DecisionTreeClassifier
+
     def features(rows):
         _, first, second = np.array([[len(text.split()) for text in texts(row)] for row in rows]).T
         return np.stack([first, second, first - second, abs(first - second)], 1)
@@ -74,6 +71,10 @@ def test_lengths_tell_nothing(generated):
 
 @pytest.mark.parametrize("parts", [(0,), (1, 2), (0, 1, 2)], ids=["prompt", "replies", "all"])
 def test_a_linear_model_of_the_words_tells_nothing(generated, parts):
+    from scipy import sparse
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
     counts = [CountVectorizer().fit([texts(row)[p] for row in generated[0]]) for p in parts]
     features = lambda rows: sparse.hstack([c.transform([texts(r)[p] for r in rows]) for p, c in zip(parts, counts)])
     model = LogisticRegression(C=0.1, max_iter=200).fit(features(generated[0]), list(map(label, generated[0])))
@@ -87,6 +88,8 @@ def test_prompts_of_other_seeds_are_others(generated):
 
 @pytest.mark.slow
 def test_the_tiny_config_reaches_its_score_and_its_export_judges(tmp_path, generated):
+    import torch
+
     config = runpy.run_path(str(CONFIG))["get_config"]()
     config.data.cache_dir = str(tmp_path / "cache")
     training.run(config, tmp_path / "run")

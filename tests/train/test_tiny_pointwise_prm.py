@@ -7,11 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import sparse
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
-from sklearn.metrics import mean_squared_error
-from sklearn.tree import DecisionTreeClassifier
 
 from rmjax.data import formats, synthetic
 from rmjax.data.synthetic.scores import MANNERS, SUBJECTS
@@ -59,6 +54,9 @@ def steps():
 
 def bags(*columns):
     """Word counts of several columns of texts, side by side."""
+    from scipy import sparse
+    from sklearn.feature_extraction.text import CountVectorizer
+
     tables = [CountVectorizer(token_pattern=r"\w+").fit_transform(column) for column in columns]
     return sparse.hstack(tables).tocsr()
 
@@ -94,6 +92,9 @@ def test_scores_follow_the_rule_but_for_the_noise(scores):
 
 def test_scores_baselines(scores):
     """A constant and the length have the labels' variance; the rule has the planted noise."""
+    from sklearn.linear_model import LinearRegression, Ridge
+    from sklearn.metrics import mean_squared_error
+
     for name in ATTRIBUTES:
         rows = [row for row in scores if row[name] is not None]
         label = np.array([row[name] for row in rows], float)
@@ -125,6 +126,9 @@ def test_steps_follow_the_rule_but_for_the_noise(steps):
 
 def test_steps_baselines(steps):
     """Neither the majority, the length, a linear model of the words, nor the response alone gets near the rule."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.tree import DecisionTreeClassifier
+
     label, rule, length, seen, prompt, before, now, chains = [], [], [], [], [], [], [], []
     for row in steps:
         wrong, so_far = first_wrong(row), []

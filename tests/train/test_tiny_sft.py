@@ -9,11 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import transformers
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 
 from rmjax.data import synthetic
 from rmjax.data.synthetic.ratings import BAD, GOOD, SUBJECTS
@@ -39,6 +35,10 @@ def test_the_planted_rule_and_its_noise():
 
 
 def test_neither_length_nor_words_tell_the_rating():
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
     train_rows, test_rows = (list(synthetic.rows("ratings", n=3000, seed=seed)) for seed in (0, 1))
     good = lambda rows: np.array([row["score"] == GOOD for row in rows])
     lengths = [len(row["response"]) for row in test_rows]
@@ -56,6 +56,8 @@ def column(workdir, name):
 
 def written(export, rows):
     """What transformers writes after the demo's question about these rows, greedily."""
+    import torch
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(export)
     model = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     texts = []

@@ -1,10 +1,10 @@
-"""Real preference data through real tokenizers, with the traps it is known to hold; skipped where it is
-absent."""
+"""Rows in the shape of public ones, with the traps that those hold, through a template that thinks."""
 
 import json
 
 import numpy as np
 import pytest
+from small_sets import SETS
 
 from rmjax.batches import groups as groups_lib
 from rmjax.batches import token_cache
@@ -13,9 +13,9 @@ from rmjax.batches.tasks import Example, Preferences
 from rmjax.data import ledger, sources
 
 
-@pytest.fixture(scope="session", params=["minimind", "qwen-derived"])
-def chat(request, shared_data):
-    chat = Chat(load_tokenizer(shared_data / "tokenizers" / request.param), max_length=16384)
+@pytest.fixture(scope="session")
+def chat(thinking_dir):
+    chat = Chat(load_tokenizer(thinking_dir), max_length=16384)
     set_pad_token(chat)
     return chat
 
@@ -45,24 +45,16 @@ def reference(chat, conversation):
     return chat.tokenizer.apply_chat_template(conversation, return_dict=False)
 
 
-@pytest.mark.parametrize(
-    ("name", "rows", "prompts"),
-    [
-        ("llama-factory/dpo_en_demo.json", 299, 294),
-        ("llama-factory/dpo_zh_demo.json", 300, 289),
-        ("medicalgpt/dpo_zh_500.jsonl", 499, 499),
-    ],
-)
-def test_conversations(build, chat, shared_data, name, rows, prompts):
-    path = shared_data / name
-    groups = build(path)
-    assert len(groups) == groups.audit.rows == rows and not groups.audit.reasons
-    raw = [row for _, row in sources.open_source(str(path))]
-    for i in range(0, rows, 23):
+@pytest.mark.parametrize("name", ["pairs.json", "chinese_pairs.json", "pairs_of_texts.jsonl"])
+def test_conversations(build, chat, small_sets, name):
+    raw = SETS[name]
+    groups = build(small_sets / name)
+    assert len(groups) == groups.audit.rows == len(raw) and not groups.audit.reasons
+    for i in range(len(raw)):
         expected = [reference(chat, turns(raw[i], response)) for response in ("chosen", "rejected")]
         assert [path.tolist() for path in groups.group(i).tree.sequences()] == expected
     # Prompts repeat across rows; a split keeps them together.
-    assert len(np.unique(groups.prompt_ids)) == prompts
+    assert len(np.unique(groups.prompt_ids)) == len({json.dumps(row["conversations"]) for row in raw})
     train, validation = groups_lib.split(groups, 0.2, 0)
     assert ledger.shared_prompts(train, validation) == 0
     assert (groups.unshared > groups.lengths).all()
@@ -79,15 +71,14 @@ def ranked(node, history=()):
         yield from ranked(reply, history)
 
 
-def test_open_assistant(build, chat, shared_data):
-    path = shared_data / "open-assistant" / "en_100_tree.jsonl"
-    found = [group for _, row in sources.open_source(str(path)) for group in ranked(row["prompt"])]
-    groups = build(path)
-    assert len(groups) == len(np.unique(groups.prompt_ids)) == len(found) == 211
-    assert groups.comparisons.sum() == 751
-    # One message has replies of which some were not ranked; the rest of its tree is used.
-    assert {reason: (c.rows, c.kept) for reason, c in groups.audit.reasons.items()} == {"no_label": (1, 1)}
-    for i in range(0, 211, 17):
+def test_open_assistant(build, chat, small_sets):
+    found = [group for row in SETS["trees.jsonl"] for group in ranked(row["prompt"])]
+    groups = build(small_sets / "trees.jsonl")
+    assert len(groups) == len(np.unique(groups.prompt_ids)) == len(found) == 18
+    assert groups.comparisons.sum() == 8 * 4 + 2
+    # Two messages have replies of which one was not ranked; the rest of their trees is used.
+    assert {reason: (c.rows, c.kept) for reason, c in groups.audit.reasons.items()} == {"no_label": (2, 2)}
+    for i in range(18):
         history, replies = found[i]
         group = groups.group(i)
         expected = [reference(chat, [*history, {"role": "assistant", "content": r["text"]}]) for r in replies]
@@ -101,17 +92,15 @@ def votes(row):
     return [given.count(v) / 3 for v in (1, 2, 0)]
 
 
-def test_pandalm(build, shared_data, tmp_path):
-    path = shared_data / "pandalm" / "testset-v1.json"
-    raw = [row for _, row in sources.open_source(str(path))]
-    groups = build(path, ties="keep")
+def test_pandalm(build, small_sets, tmp_path):
+    raw = SETS["votes.json"]
+    groups = build(small_sets / "votes.json", ties="keep")
     counted = {reason: count.rows for reason, count in groups.audit.reasons.items()}
-    assert counted.pop("wrong_type") == 6  # JSON `true`
-    assert counted.pop("empty_response") == 54
-    rendered_alike = counted.pop("identical_responses", 0)
-    assert not counted and len(groups) == 999 - 60 - rendered_alike
-    assert len(np.unique(groups.prompt_ids)) <= 170
-    for i in range(0, len(groups), 31):
+    assert counted.pop("wrong_type") == 4  # JSON `true`
+    assert counted.pop("empty_response") == 6
+    assert not counted and len(groups) == 110
+    assert len(np.unique(groups.prompt_ids)) == 24
+    for i in range(len(groups)):
         group = groups.group(i)
         said = [group.labels["wins"][0, 1], group.labels["wins"][1, 0], group.labels["ties"][0, 1]]
         shares = votes(raw[int(group.id.split(":")[1])])
@@ -123,8 +112,9 @@ def test_pandalm(build, shared_data, tmp_path):
         build(write(tmp_path / "own.jsonl", own))
 
 
-def test_a_response_that_begins_with_a_newline(chat):
-    # The template's "assistant\n" and the newline are one token in Qwen's vocabulary, two in minimind's.
+def test_a_response_that_begins_with_a_newline(chat, request):
+    # The template's "assistant\n" and the newline are one token in Qwen's vocabulary, two in others'.
+    joins_newlines = request.node.callspec.params["thinking_dir"] == "RUNS"
     template = chat.tokenizer.chat_template
     turn = "'<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n'"
     chat.tokenizer.chat_template = "{% for m in messages %}{{" + turn + "}}{% endfor %}"
@@ -133,7 +123,7 @@ def test_a_response_that_begins_with_a_newline(chat):
         answers = ("yes", "\nyes")
         *both, prompt = chat.encode([*(f"{start}{answer}<|im_end|>\n" for answer in answers), start])
         merges = len(chat.encode(["\n\n"])[0]) == 1
-        assert merges == (chat.tokenizer.vocab_size > 100_000)
+        assert merges == joins_newlines
         assert both[0][: len(prompt)] == prompt and (both[1][: len(prompt)] != prompt) == merges
         asked = [{"role": "user", "content": "q"}]
         both_asked = tuple((*asked, {"role": "assistant", "content": answer}) for answer in answers)
@@ -143,9 +133,20 @@ def test_a_response_that_begins_with_a_newline(chat):
         chat.tokenizer.chat_template = template
 
 
-def test_what_conversations_share_is_tokenized_as_it_is_alone(chat, shared_data):
-    rows = [row for _, row in sources.open_source(f"{shared_data}/llama-factory/dpo_en_demo.json")]
-    texts = [chat.render(turns(row, response)) for row in rows[:60] for response in ("chosen", "rejected")]
+def test_what_conversations_share_is_tokenized_as_it_is_alone(chat):
+    assert_tokenized_alone(chat, SETS["pairs.json"])
+
+
+@pytest.mark.parametrize("name", ["minimind", "qwen-derived"])
+def test_public_tokenizers_on_public_rows(public_file, name):
+    """Vocabularies of 6,400 and 151,669 entries on texts that nobody wrote for a test."""
+    chat = Chat(load_tokenizer(public_file(f"tokenizers/{name}")), max_length=16384)
+    path = public_file("llama-factory/dpo_en_demo.json")
+    assert_tokenized_alone(chat, [row for _, row in sources.open_source(str(path))][:60])
+
+
+def assert_tokenized_alone(chat, rows):
+    texts = [chat.render(turns(row, response)) for row in rows for response in ("chosen", "rejected")]
     texts += [text[: len(text) * 2 // 3] for text in texts] + [
         text.replace("<|im_end|>", "<|im_end|>\n") for text in texts
     ]

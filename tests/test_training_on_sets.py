@@ -1,4 +1,4 @@
-"""A few steps of every objective on real rows, from file to export."""
+"""A few steps of every objective on rows in the shape of public ones, from file to export."""
 
 import json
 
@@ -15,20 +15,20 @@ pytestmark = pytest.mark.slow
 SCORES = {"attributes": ("helpfulness", "correctness", "verbosity"), "scales": (0.0, 4.0)}
 # what is tried: objective, its keys, file, other keys of the config
 RUNS = {
-    "pairs": ("bradley_terry", {}, "llama-factory/dpo_zh_demo.json", {}),
-    "votes": ("bradley_terry", {"ties": "davidson"}, "pandalm/testset-v1.json", {"data.max_bad_fraction": 0.1}),
-    "trees": ("bradley_terry", {"rankings": "plackett_luce"}, "open-assistant/en_100_tree.jsonl", {}),
+    "pairs": ("bradley_terry", {}, "chinese_pairs.json", {}),
+    "votes": ("bradley_terry", {"ties": "davidson"}, "votes.json", {"data.max_bad_fraction": 0.1}),
+    "trees": ("bradley_terry", {"rankings": "plackett_luce"}, "trees.jsonl", {}),
     "comparisons": (
         "bradley_terry",
         {"rankings": "plackett_luce", "ties": "efron"},
-        "finegrained-rlhf/dev_feedback.json.gz",
-        {"data.sample": "40"},
+        "comparisons.json.gz",
+        {"data.sample": "16"},
     ),
-    "booleans": ("pointwise", {"attributes": ("label",), "scales": (0.0, 1.0)}, "llama-factory/kto_en_demo.json", {}),
-    "attributes": ("pointwise", SCORES, "nemo-aligner/test-rm.jsonl", {"data.validation_fraction": 0.3}),
-    "judge": ("pairwise", {}, "pandalm/testset-v1.json", {"data.max_bad_fraction": 0.1}),
-    "feedback": ("sft", {"turns": "last"}, "prometheus/vicuna_eval.json.gz", {"data.format": "prometheus_judge"}),
-    "verdicts": ("sft", {"target": "pair"}, "pandalm/testset-v1.json", {"data.max_bad_fraction": 0.1}),
+    "booleans": ("pointwise", {"attributes": ("label",), "scales": (0.0, 1.0)}, "booleans.json", {}),
+    "attributes": ("pointwise", SCORES, "attributes.jsonl", {}),
+    "judge": ("pairwise", {}, "votes.json", {"data.max_bad_fraction": 0.1}),
+    "feedback": ("sft", {"turns": "last"}, "judges.json.gz", {"data.format": "prometheus_judge"}),
+    "verdicts": ("sft", {"target": "pair"}, "votes.json", {"data.max_bad_fraction": 0.1}),
 }
 
 
@@ -44,7 +44,8 @@ def config_of(objective, keys, data, more, tmp_path):
     )
     config.data.train, config.data.workers = str(data), 0
     config.data.cache_dir = str(tmp_path / "cache")
-    config.plan.row_tokens, config.plan.rows_per_step = 4096, 1
+    config.plan.row_tokens, config.plan.rows_per_step = 1024, 1
+    config.data.validation_fraction = 0.2
     config.data.over_long = "truncate_response"
     config.log.tensorboard, config.log.every, config.eval.train_groups = False, "1 steps", 0
     config.optim.learning_rate, config.optim.warmup = 1e-3, "0 steps"
@@ -53,10 +54,10 @@ def config_of(objective, keys, data, more, tmp_path):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_few_steps_on_real_rows(name, shared_data, tmp_path):
+def test_a_few_steps(name, small_sets, tokenizer_dir, tmp_path):
     objective, keys, file, more = RUNS[name]
-    config = config_of(objective, keys, shared_data / file, more, tmp_path)
-    config.model.tokenizer = str(shared_data / "tokenizers" / "minimind")
+    config = config_of(objective, keys, small_sets / file, more, tmp_path)
+    config.model.tokenizer = str(tokenizer_dir)
     training.run(config, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
