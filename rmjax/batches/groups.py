@@ -52,7 +52,7 @@ class Groups:
         fingerprint: of the data, the chat and the options it was built with.
         origin: fingerprint of the data alone, `sources.fingerprint`.
         fields: the label fields of the task and their axes.
-        source: int32 [n] which of them each group is from.
+        source: int32 [n] which of `sources`, their names, each group is from.
     """
 
     lengths: np.ndarray  # int32 [n] tokens of each tree
