@@ -41,9 +41,6 @@ def parse(text: str) -> tuple[str, ...]:
 
     >>> parse("all_pairs, swap")
     ('all_pairs', 'swap')
-
-    Raises:
-        ValueError: a name that is not in AUGMENTATIONS, or one that stands there twice.
     """
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
@@ -56,24 +53,18 @@ def parse(text: str) -> tuple[str, ...]:
 
 
 def augment(record: Record, names: Sequence[str], counts: dict[str, tuple[int, int]]) -> list[tuple[Record, int]]:
-    """The record and what is made of it, each with what it serves for.
-
-    Args:
-        record: as it was read.
-        names: of AUGMENTATIONS, in order.
-        counts: under each name, how many groups were changed and how many new ones were made of them; added to.
-    """
-    serving, replaced = [(record, ANY)], []
+    """The record and what `names` make of it, each with its use; `counts` gets the groups changed and made by name."""
+    records, replaced = [(record, ANY)], []
     for name in names:
-        after: list[tuple[Record, int]] = []
-        for one, use in serving:
-            made = AUGMENTATIONS[name](one)
-            new = [other for other in made if other is not one]
-            after += [(other, use if other is one else TRAINING) for other in made]
-            if len(new) == len(made) and use == ANY:
-                replaced.append((one, EVALUATION))
+        augmented: list[tuple[Record, int]] = []
+        for old, use in records:
+            results = AUGMENTATIONS[name](old)
+            new = [result for result in results if result is not old]
+            augmented += [(result, use if result is old else TRAINING) for result in results]
+            if len(new) == len(results) and use == ANY:
+                replaced.append((old, EVALUATION))
             if new:
                 changed, before = counts.get(name, (0, 0))
                 counts[name] = changed + 1, before + len(new)
-        serving = after
-    return serving + replaced
+        records = augmented
+    return records + replaced

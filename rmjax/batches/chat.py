@@ -7,7 +7,6 @@ a newline merges with the header before it, so a prefix of the text need not be 
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -18,28 +17,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import transformers
 
-from rmjax.batches import encoding, places, rendering
-from rmjax.batches.encoding import Encoder, Sequences
+from rmjax.batches import places, rendering
+from rmjax.batches.encoding import Encoder, Sequences, json_digest, vocabulary_digest
 from rmjax.batches.tasks import Example, Span
 from rmjax.batches.trees import Tree, build_tree
 from rmjax.data.records import BadRow, Conversation
 
 Shortened = tuple[Sequence[Conversation], Sequences]  # conversations that fit, and their tokens
-
 ASKED, ANSWERED = ("first question", "second question"), ("first answer", "second answer")
 PROBE: Conversation = [
     message
     for asked, answered in zip(ASKED, ANSWERED)
     for message in ({"role": "user", "content": asked}, {"role": "assistant", "content": answered})
 ]
-PROBE_TOOL = {
-    "type": "function",
-    "function": {"name": "f", "description": "d", "parameters": {"type": "object"}},
-}
+PROBE_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 DATE = re.compile(r"\b\d{1,2} [A-Z][a-z]{2,8} \d{4}\b|\b[A-Z][a-z]{2,8} \d{1,2}, \d{4}\b|\b\d{4}-\d{2}-\d{2}\b")
 EMPTY_THINKING = re.compile(r"<(think|thinking|reasoning)>\s*</\1>")
 
-# Names of tokens that models set aside, the best first. None of them is written by a template or by people.
+# Names of tokens that models set aside, the best first. Neither templates nor people write them.
 RESERVED = (
     r"<\|?(finetune_right_)?pad(_id)?\|?>|\[PAD\]",
     r"<\|?reserved.*>|<SPECIAL_\d+>|<\|?special_\d+\|?>",
@@ -49,28 +44,22 @@ RESERVED = (
 # Files of which a directory with a tokenizer has at least one.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 KEY = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
-SETTINGS = (
-    "conversation",
-    "tools",
-    "tokenize",
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-)
+# Arguments of apply_chat_template that template_kwargs cannot have.
+SETTINGS = {"conversation", "tools", "tokenize", "add_generation_prompt", "chat_template", "continue_final_message"}
 
 
 class Labelled(NamedTuple):
-    """A group's tree and its labels, by the fields of its task."""
+    """A group's tree and its labels."""
 
     tree: Tree
-    labels: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]  # by the fields of its task
 
 
 class Rendering(NamedTuple):
-    """A text, and the characters of its tokens as in places.edges."""
+    """A text and its tokens."""
 
     text: str
-    edges: np.ndarray
+    edges: np.ndarray  # characters of the tokens, see places.edges
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -100,10 +89,6 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     return tokenizer
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def conversation_key(conversation: Conversation, tools: Sequence[Any] | None = None) -> str:
     """A text that is equal for equal conversations."""
     return KEY.encode([conversation, tools])
@@ -113,14 +98,11 @@ class Chat:
     """A tokenizer, its chat template with arguments, and what is done with conversations that are too long.
 
     Attributes:
-        tokenizer: the transformers tokenizer.
-        template_kwargs: arguments of the template.
         max_length: most tokens of one conversation; 0 is no limit.
         over_long: "drop" the group, "truncate_prompt" (oldest exchanges first; the system message and the
             last user turn stay) or "truncate_response" (all responses at the same number of characters).
         notes: what the template inserts on its own and thereby changes scores, as sentences.
         closing: ids of the tokens that a rendering ends with, after the last response's text.
-        special: ids of the special tokens.
     """
 
     def __init__(
@@ -131,18 +113,20 @@ class Chat:
         max_length: int = 0,
         over_long: str = "drop",
     ):
-        """Checks the template on a made-up conversation.
-
-        Raises:
-            ValueError: the template depends on the clock or cannot render, or the policy is unknown.
-        """
+        """Checks the template on a made-up conversation; one that depends on the clock or cannot render is a
+        ValueError."""
         if over_long not in POLICIES:
             raise ValueError(f"data.over_long={over_long!r} is none of {', '.join(POLICIES)}")
         self.tokenizer, self.template_kwargs = tokenizer, dict(template_kwargs or {})
         self.max_length, self.over_long = max_length, over_long
-        if taken := sorted(set(SETTINGS) & self.template_kwargs.keys()):
+        if taken := sorted(SETTINGS & self.template_kwargs.keys()):
             raise ValueError(f"template_kwargs: {taken[0]!r} is set by rmjax; it is no argument of a template")
-        self._refuse_clock()
+        if self._depends_on_clock(self.template_kwargs):
+            raise ValueError(
+                "the chat template inserts today's date, so tomorrow's scores would differ; fix the date it reads: "
+                'template_kwargs=\'{"date_string": "26 Jul 2024"}\' for Llama 3, or the variable that this template '
+                "sets from strftime_now (config.data.template_kwargs in training, --template_kwargs in scoring)"
+            )
         try:
             probe = self.render(PROBE)
         except BadRow as error:
@@ -154,11 +138,7 @@ class Chat:
         self.special = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
 
     def render(self, conversation: Conversation, tools: Sequence[Any] | None = None) -> str:
-        """Renders a whole conversation as the model reads it.
-
-        Raises:
-            BadRow: `template_error`.
-        """
+        """Renders a whole conversation as the model reads it; a template that fails raises a BadRow."""
         return self._apply(conversation, tools, self.template_kwargs, add_generation_prompt=False)
 
     def encode(self, texts: Sequence[str]) -> Sequences:
@@ -169,10 +149,6 @@ class Chat:
         """Builds the tree of each example, and its labels.
 
         Each distinct conversation is rendered once, and all are tokenized together.
-
-        Args:
-            examples: the groups.
-            keep: let responses that become the same through.
 
         Returns:
             For each example its tree and labels, or why there is none: `template_error`, `over_long`,
@@ -186,31 +162,31 @@ class Chat:
                     rendered[name] = self._try_render(conversation, example.tools)
         good = {name: text for name, text in rendered.items() if isinstance(text, str)}
         located = {name for e, names in zip(examples, keys) if e.spans or e.scored is not None for name in names}
-        plain = {name: text for name, text in good.items() if name not in located}
+        plain, spotted = ({n: text for n, text in good.items() if (n in located) == wanted} for wanted in (False, True))
         encoded = dict(zip(plain, self.encode(list(plain.values()))))
         renderings: dict[str, Rendering] = {}
-        spotted = [name for name in good if name in located]
-        for name, both in zip(spotted, self._encode_with_edges([good[name] for name in spotted])):
+        for name, both in zip(spotted, self._encode_with_edges(list(spotted.values()))):
             encoded[name], renderings[name] = both
-        made: list[Labelled | BadRow] = []
+        groups: list[Labelled | BadRow] = []
         for example, names in zip(examples, keys):
-            failures = [text for name in names if isinstance(text := rendered[name], BadRow)]
-            sequences = [] if failures else [encoded[n] for n in names]
-            texts = [renderings[n] for n in names if n in renderings]
-            made.append(failures[0] if failures else self._group(example, sequences, texts, len(set(names)), keep))
-        return made
+            if failures := [text for name in names if isinstance(text := rendered[name], BadRow)]:
+                groups.append(failures[0])
+                continue
+            texts = [renderings[name] for name in names if name in renderings]
+            groups.append(self._group(example, [encoded[name] for name in names], texts, len(set(names)), keep))
+        return groups
 
     def fingerprint(self) -> str:
         """SHA-256, as hex, of what decides the tokens: vocabulary, template, arguments, length policy."""
         policy = [self.template_kwargs, self.max_length, self.over_long]
-        vocabulary = encoding.vocabulary_digest(self.tokenizer)
-        return _digest([vocabulary, self.tokenizer.chat_template, self._special_tokens(), policy])
+        vocabulary = vocabulary_digest(self.tokenizer)
+        return json_digest([vocabulary, self.tokenizer.chat_template, self._special_tokens(), policy])
 
     def identity(self) -> dict[str, str]:
         """The parts of the fingerprint that are no config keys, by their names."""
         return {
-            "the chat template or its arguments": _digest([self.tokenizer.chat_template, self.template_kwargs]),
-            "the tokenizer": _digest([encoding.vocabulary_digest(self.tokenizer), self._special_tokens()]),
+            "the chat template or its arguments": json_digest([self.tokenizer.chat_template, self.template_kwargs]),
+            "the tokenizer": json_digest([vocabulary_digest(self.tokenizer), self._special_tokens()]),
         }
 
     def _special_tokens(self) -> list[Any]:
@@ -264,25 +240,21 @@ class Chat:
     def _labelled(
         self, example: Example, conversations: Sequence[Conversation], texts: Sequence[Rendering], tree: Tree
     ) -> Labelled:
-        """Finds the scored tokens and the tokens of the spans."""
         fields = {name: np.zeros(len(tree), np.float32) for name in example.spans}
-        ends: list[int] = []
-        slots: list[int] = []
+        ends_and_slots: list[tuple[int, int]] = []
         kept: list[bool] = []  # truncation can cut scored tokens off
         for k, (conversation, text) in enumerate(zip(conversations, texts)):
             path = tree.path(int(tree.end[k]))
             spans = [span for of_field in example.spans.values() for span in of_field[k]]
             wanted = {len(conversation) - 1, *(len(conversation) + span.message for span in spans)}
-            render = lambda c: self.render(c, example.tools)
-            found = places.locate(render, text.text, conversation, wanted)
-            last = found[-1]
-            if last is None:
+            texts_at = places.locate(lambda c: self.render(c, example.tools), text.text, conversation, wanted)
+            if (last := texts_at[-1]) is None:
                 raise BadRow("template_error", "the template changes the last turn's text, so it cannot be found again")
             special = np.isin(tree.tokens[path], list(self.special))
             for name, of_field in example.spans.items():
                 for span in of_field[k]:
-                    at = _tokens_of(span, example.conversations[k], conversation, found, text.edges, special)
-                    fields[name][path[at[at > 0] - 1]] = span.value
+                    learnt = _tokens_of(span, example.conversations[k], conversation, texts_at, text.edges, special)
+                    fields[name][path[learnt[learnt > 0] - 1]] = span.value
             for stop in () if example.scored is None else example.scored[k]:
                 content = conversation[-1].get("content") or ""
                 kept.append(stop <= len(content))
@@ -290,18 +262,17 @@ class Chat:
                     if stop <= last.cut and content[:stop].strip():
                         raise BadRow("template_error", f"the template leaves out a step: {content[:stop][-60:]!r}")
                     character = max(last.characters(0, stop)[1] - 1, last.start)
-                    ends.append(int(path[np.flatnonzero(text.edges[:, 0] <= character)[-1]]))
-                    slots.append(k)
+                    ends_and_slots.append((int(path[np.flatnonzero(text.edges[:, 0] <= character)[-1]]), k))
         labels = {**example.labels, **fields}
         if example.scored is None:
             return Labelled(tree, labels)
-        if not ends:
+        if not ends_and_slots:
             raise BadRow("over_long", f"no scored token is left of {self.max_length} tokens")
         per_end = {name: x[np.array(kept)] for name, x in labels.items() if len(x) == len(kept) and name not in fields}
-        scored = dataclasses.replace(tree, end=np.array(ends, np.int32), end_slot=np.array(slots, np.int32))
-        return Labelled(scored, {**labels, **per_end})
+        end, end_slot = np.array(ends_and_slots, np.int32).T
+        return Labelled(dataclasses.replace(tree, end=end, end_slot=end_slot), {**labels, **per_end})
 
-    def _sequences(self, conversations: Sequence[Conversation], example: Example) -> Sequences:
+    def _encode_conversations(self, conversations: Sequence[Conversation], example: Example) -> Sequences:
         return self.encode([self.render(c, example.tools) for c in conversations])
 
     def _drop(self, example: Example, longest: int) -> Shortened:
@@ -312,23 +283,24 @@ class Chat:
         most = min(sum(m["role"] == "user" for m in c) for c in example.conversations)
         for exchanges in range(1, most):
             shorter = [_without_oldest(c, exchanges) for c in example.conversations]
-            sequences = self._sequences(shorter, example)
+            sequences = self._encode_conversations(shorter, example)
             longest = max(map(len, sequences))
             if longest <= self.max_length:
                 return shorter, sequences
         raise BadRow("over_long", f"{longest} tokens without its older turns, of {self.max_length}", longest)
 
     def _truncate_response(self, example: Example, longest: int) -> Shortened:
-        """Cuts every response at the same number of characters, the most that fits."""
         if any(c[-1]["role"] != "assistant" for c in example.conversations):  # a judge's question, which ends with it
-            raise BadRow("over_long", f"{longest} tokens, data.max_length is {self.max_length}", longest)
+            self._drop(example, longest)
         contents = [c[-1].get("content") or "" for c in example.conversations]
         low, high = 0, max(map(len, contents))  # `low` characters fit, or it is 0; `high` characters do not
         best: Shortened | None = None
         while high - low > 1:
             middle = (low + high) // 2
-            shorter = [_cut(c, middle) for c in example.conversations]
-            sequences = self._sequences(shorter, example)
+            shorter = [
+                [*c[:-1], {**c[-1], "content": text[:middle]}] for c, text in zip(example.conversations, contents)
+            ]
+            sequences = self._encode_conversations(shorter, example)
             if max(map(len, sequences)) <= self.max_length:
                 low, best = middle, (shorter, sequences)
             else:
@@ -336,15 +308,6 @@ class Chat:
         if best is None or not all(text[:low].strip() for text in contents):
             raise BadRow("over_long", f"{longest} tokens without its response, of {self.max_length}", longest)
         return best
-
-    def _refuse_clock(self) -> None:
-        if not self._depends_on_clock(self.template_kwargs):
-            return
-        raise ValueError(
-            "the chat template inserts today's date, so tomorrow's scores would differ; fix the date it reads: "
-            'template_kwargs=\'{"date_string": "26 Jul 2024"}\' for Llama 3, or the variable that this template sets '
-            "from strftime_now (config.data.template_kwargs in training, --template_kwargs in scoring)"
-        )
 
     def _depends_on_clock(self, template_kwargs: Mapping[str, Any]) -> bool:
         """Whether a template sees the clock: two clocks (macros in place of the global) differ."""
@@ -364,7 +327,6 @@ class Chat:
         return False
 
     def _find_notes(self, probe: str) -> list[str]:
-        """Names what the template adds to a plain conversation."""
         notes = []
         date = DATE.search(probe)
         if date or self._depends_on_clock({}):
@@ -385,17 +347,13 @@ POLICIES: dict[str, Callable[[Chat, Example, int], Shortened]] = {
 
 
 def set_pad_token(chat: Chat, vocab_size: int = 0) -> tuple[int, bool]:
-    """Makes sure that padding can be told from text; transformers scores the right-most other token.
+    """Makes sure that padding can be told from text: transformers scores the right-most token that is not padding.
 
-    A pad token that is missing, is EOS, is one that the template ends with, or has no row in the embedding is
-    replaced by an unused reserved one.
-
-    Args:
-        chat: its tokenizer's pad token is set.
-        vocab_size: rows of the model's embedding; 0 is no limit.
+    A pad token that is missing, is EOS, ends the template's renderings, or has no row in an embedding of `vocab_size`
+    rows (0: no limit) is replaced by an unused reserved one.
 
     Returns:
-        The id of the pad token, and whether it was changed.
+        Its id, and whether it was changed.
 
     Raises:
         ValueError: there is no unused token.
@@ -406,27 +364,26 @@ def set_pad_token(chat: Chat, vocab_size: int = 0) -> tuple[int, bool]:
         return tokenizer.pad_token_id, False
     template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
     added = [(i, token.content) for i, token in sorted(tokenizer.added_tokens_decoder.items())]
-    found = [
+    reserved = [
         (i, name)
         for pattern in RESERVED
         for i, name in added
         if re.fullmatch(pattern, name, re.IGNORECASE) and usable(i) and name not in template
     ]
     if usable(tokenizer.unk_token_id):  # last: it can stand in a text, but no rendering ends with it
-        found.append((tokenizer.unk_token_id, tokenizer.unk_token))
-    if not found:
+        reserved.append((tokenizer.unk_token_id, tokenizer.unk_token))
+    if not reserved:
         raise ValueError(
             f"pad token {tokenizer.pad_token!r} is missing, is EOS ({tokenizer.eos_token!r}) or ends the chat "
             "template, and the tokenizer has no unused reserved token to take instead; add one to the tokenizer "
             "(and its row to the model's embedding) and set it as pad_token"
         )
-    pad, name = found[0]
-    tokenizer.pad_token = name
+    pad, tokenizer.pad_token = reserved[0]
     return pad, True
 
 
 def _without_oldest(conversation: Conversation, exchanges: int) -> Conversation:
-    """Leaves out what stands before user turn number `exchanges`, except leading system messages."""
+    """Leaves out what stands before user turn `exchanges`, except leading system messages."""
     users = [i for i, message in enumerate(conversation) if message["role"] == "user"]
     kept = [message for message in conversation[: users[0]] if message["role"] == "system"]
     return [*kept, *conversation[users[exchanges] :]]
@@ -436,31 +393,26 @@ def _tokens_of(
     span: Span,
     original: Conversation,
     conversation: Conversation,
-    found: Sequence[places.Place | None],
+    texts_at: Sequence[places.Place | None],
     edges: np.ndarray,
     special: np.ndarray,
 ) -> np.ndarray:
     """Indices of the tokens of a span; of those that end the turn too, if it reaches the end of its message.
 
-    None where truncation left the message out, or the template does not show it. A message that was cut ends nowhere.
+    None where truncation left the message out, or the template does not show it. A message that was cut has no end.
     """
     i = len(conversation) + span.message
-    place = found[i] if i >= 0 else None
+    place = texts_at[i] if i >= 0 else None
     if place is None or conversation[i]["role"] != original[span.message]["role"]:
         return np.zeros(0, np.int64)
     content = conversation[i]["content"]
-    at = places.tokens_within(edges, *place.characters(span.start, span.stop))
-    if len(at) and span.stop >= len(content) and content == original[span.message]["content"]:
-        following = [other.start for other in found[i + 1 :] if other]
+    tokens = places.tokens_within(edges, *place.characters(span.start, span.stop))
+    if len(tokens) and span.stop >= len(content) and content == original[span.message]["content"]:
+        following = [other.start for other in texts_at[i + 1 :] if other]
         shown = any(m.get("content") for m in conversation[i + 1 :])
         limit = following[0] if following else place.stop + 1 if shown else int(edges[-1, 1])
-        at = np.concatenate([at, places.closing_tokens(edges, special, int(at[-1]), limit)])
-    return at
-
-
-def _cut(conversation: Conversation, characters: int) -> Conversation:
-    last = conversation[-1]
-    return [*conversation[:-1], {**last, "content": (last.get("content") or "")[:characters]}]
+        tokens = np.concatenate([tokens, places.closing_tokens(edges, special, int(tokens[-1]), limit)])
+    return tokens
 
 
 def _trailing_header(probe: str) -> str:
@@ -476,8 +428,3 @@ def _trailing_header(probe: str) -> str:
         return ""
     header = before_assistant.split()[-1]
     return header if tail.rstrip().endswith(header) else ""
-
-
-def sequence_lengths(tree: Tree) -> np.ndarray:
-    """int32 [E]: tokens of each scored sequence alone, unshared."""
-    return tree.positions[tree.end] + 1

@@ -53,10 +53,10 @@ class Encoder:
         """Where the tokens after the `n`th border begin; 0 if the borders of the text are not those of the tokens."""
         if sum(map(tokens.count, self._borders.values())) != len(borders):
             return 0
-        at = -1
+        last = -1
         for border in borders[:n]:
-            at = tokens.index(self._borders[border[0]], at + 1)
-        return at + 1
+            last = tokens.index(self._borders[border[0]], last + 1)
+        return last + 1
 
 
 def _borders(tokenizer: Any, rendering: str) -> dict[str, int]:
@@ -75,11 +75,16 @@ def _borders(tokenizer: Any, rendering: str) -> dict[str, int]:
     return {t.content: i for i, t in added.items() if t.content in rendering and plain(t) and not within(t.content)}
 
 
+def json_digest(value: Any) -> str:
+    """SHA-256, as hex, of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def vocabulary_digest(tokenizer: Any) -> str:
     """SHA-256, as hex, of the tokenizer's parts, without what calls change and what only decoding reads."""
     if not tokenizer.is_fast:
         parts: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return json_digest(parts)
     backend = tokenizer.backend_tokenizer
     flags = lambda token: [token.content, token.single_word, token.lstrip, token.rstrip, token.normalized]
     added = [[i, *flags(token)] for i, token in sorted(backend.get_added_tokens_decoder().items())]

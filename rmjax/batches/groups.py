@@ -52,43 +52,27 @@ class Groups:
         fingerprint: of the data, the chat and the options it was built with.
         origin: fingerprint of the data alone, `sources.fingerprint`.
         fields: the label fields of the task and their axes.
-        sources: names of the sources.
-        source: int32 [n] which of them each group is from.
-        audit: what became of the rows; shared by selections.
-        lengths: int32 [n] tokens of each tree.
-        responses: int32 [n] responses of each group, K.
-        ends: int32 [n] scored tokens.
-        unshared: int32 [n] tokens of the responses' conversations, each counted whole.
-        longest: int32 [n] tokens of the longest conversation.
-        prompt_characters: int32 [n] characters of the prompt's text: all messages but the last of response 0.
-        weights: float32 [n].
-        comparisons: float32 [n] pairs of responses of which one is preferred.
-        longer_wins: float32 [n] those in which it is the longer one, in tokens (characters where a sequence holds more
-            than one response); equally long counts one half.
-        margins: float32 [n] the largest margin in the group; 0 without any.
-        agreements: float32 [n] share of the annotators who gave the label; NaN where it is not known.
-        prompt_ids: uint64 [n] hash of the prompt (reading.prompt_id) of the record as it was read.
-        response_sets: uint64 [n] hash of the set of conversations, whatever their order.
-        label_ids: uint64 [n] hash of who is preferred to whom; equal sets with other labels contradict each
-            other.
-        uses: int8 [n] what each serves for: augment.ANY, TRAINING or EVALUATION.
+        source: int32 [n] which of `sources`, their names, each group is from.
     """
 
-    lengths: np.ndarray
-    responses: np.ndarray
-    ends: np.ndarray
-    unshared: np.ndarray
-    longest: np.ndarray
-    prompt_characters: np.ndarray
-    weights: np.ndarray
-    comparisons: np.ndarray
+    lengths: np.ndarray  # int32 [n] tokens of each tree
+    responses: np.ndarray  # int32 [n] responses of each group, K
+    ends: np.ndarray  # int32 [n] scored tokens
+    unshared: np.ndarray  # int32 [n] tokens of the responses' conversations, each counted whole
+    longest: np.ndarray  # int32 [n] tokens of the longest conversation
+    prompt_characters: np.ndarray  # int32 [n] characters of the prompt's text: all messages but the last of response 0
+    weights: np.ndarray  # float32 [n]
+    comparisons: np.ndarray  # float32 [n] pairs of responses of which one is preferred
+    # float32 [n] those in which it is the longer one, in tokens (characters where a sequence holds more than one
+    # response); equally long counts one half
     longer_wins: np.ndarray
-    margins: np.ndarray
-    agreements: np.ndarray
-    prompt_ids: np.ndarray
-    response_sets: np.ndarray
+    margins: np.ndarray  # float32 [n] the largest margin in the group; 0 without any
+    agreements: np.ndarray  # float32 [n] share of the annotators who gave the label; NaN where it is not known
+    prompt_ids: np.ndarray  # uint64 [n] hash of the prompt (reading.prompt_id) of the record as it was read
+    response_sets: np.ndarray  # uint64 [n] hash of the set of conversations, whatever their order
+    # uint64 [n] hash of who is preferred to whom; equal sets with other labels contradict each other
     label_ids: np.ndarray
-    uses: np.ndarray
+    uses: np.ndarray  # int8 [n] what each serves for: augment.ANY, TRAINING or EVALUATION
 
     def __init__(self, store: "Store", indices: np.ndarray, fingerprint: str, origin: str, audit: Audit):
         self._store, self._indices = store, indices
@@ -106,19 +90,15 @@ class Groups:
 
     def id(self, index: int) -> str:
         """The row a group came from, "file.jsonl:17"."""
-        return self._store.id(int(self._indices[index]))
+        return self._store.ids(self._indices[[index]])[0]
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "Groups":
-        """A view of these groups, in this order."""
         chosen = self._indices[np.asarray(indices, np.int64)]
         return Groups(self._store, chosen, self.fingerprint, self.origin, self.audit)
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A list of every group at once: `scored`, `runs`, `characters` (see the file's columns) or `label/FIELD`.
-
-        Returns:
-            All values end to end, and int64 [n + 1] where each group's begin.
-        """
+        """A list of every group, end to end, and int64 [n + 1] where each begins: `scored`, `runs`, `characters`,
+        `label/FIELD`."""
         values, starts, sizes = self._store.column(name)
         starts, sizes = starts[self._indices], sizes[self._indices]
         begin = np.concatenate([[0], np.cumsum(sizes)])
@@ -130,11 +110,7 @@ class Groups:
         return self.select(np.sort(order[:count]))
 
     def fitting(self, row_tokens: int) -> "Groups":
-        """The groups whose tree fits a row; the others are counted as `tree_too_long`.
-
-        Raises:
-            ValueError: none fits.
-        """
+        """The groups whose tree fits a row; the others are counted as `tree_too_long`. None at all is a ValueError."""
         too_long = self.lengths > row_tokens
         if too_long.all():
             raise ValueError(
@@ -146,14 +122,7 @@ class Groups:
         return self.without(too_long, "tree_too_long", detail, longest)
 
     def without(self, left_out: np.ndarray, reason: str, detail: str, tokens: int = 0) -> "Groups":
-        """The groups that are not `left_out`, bool [n]; the others are counted.
-
-        Args:
-            left_out: which.
-            reason: a name in records.REASONS.
-            detail: what is said of the first of them.
-            tokens: the length that would take all of them, where length is the reason.
-        """
+        """The groups that are not `left_out`, bool [n]; the others are counted under `reason`."""
         if not left_out.any():
             return self
         audit = self.audit.copy()
@@ -161,7 +130,6 @@ class Groups:
         return Groups(self._store, self._indices[~left_out], self.fingerprint, self.origin, audit)
 
     def audited(self, audit: Audit) -> "Groups":
-        """The same groups under another audit."""
         return Groups(self._store, self._indices, self.fingerprint, self.origin, audit)
 
 
@@ -173,78 +141,54 @@ class Store:
         self._path, self._file = path, open(path, "rb")  # noqa: SIM115  (as long as the map)
         self._bytes = os.fstat(self._file.fileno()).st_size
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        self.batches = [batch for batch in batches if batch.num_rows]
-        self.starts = np.cumsum([0] + [batch.num_rows for batch in self.batches])
-        self.numbers = {
-            name: np.concatenate([batch.column(name).to_numpy() for batch in self.batches]) for name in NUMBERS
-        }
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+        self._table = pa.Table.from_batches([batch for batch in batches if batch.num_rows])
+        self._starts = np.cumsum([0, *map(len, self._table["id"].chunks)])  # of the batches
+        self.numbers = {name: np.array(self._table[name].to_numpy()) for name in NUMBERS}
+        views = lambda cells: (cells.offsets.to_numpy(), cells.values.to_numpy())
         names = [*LISTS, *(f"label/{name}" for name in self.fields)]
-        self.lists = [{name: _views(batch.column(name)) for name in names} for batch in self.batches]
-        source = pa.chunked_array([batch.column("source") for batch in self.batches]).combine_chunks()
-        encoded = source.dictionary_encode()
-        self.sources, self.source = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+        self._lists = {name: [views(cells) for cells in self._table[name].chunks] for name in names}
+        source = self._table["source"].combine_chunks().dictionary_encode()
+        self.sources, self.source = source.dictionary.to_pylist(), source.indices.to_numpy()
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def place(self, index: int) -> tuple[int, int]:
-        """The batch of a group, and its row there."""
-        batch = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return batch, index - int(self.starts[batch])
-
-    def id(self, index: int) -> str:
-        """The row a group came from."""
-        batch, row = self.place(index)
-        return self.batches[batch].column("id")[row].as_py()
+        return len(self._table)
 
     def ids(self, indices: np.ndarray) -> list[str]:
-        """The rows that these groups came from."""
-        return pa.chunked_array([batch.column("id") for batch in self.batches]).take(indices).to_pylist()
+        return self._table["id"].take(indices).to_pylist()
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All values of a list column, and for each group where its own begin and how many they are."""
-        views = [batch[name] for batch in self.lists]
+        views = self._lists[name]
         before = np.cumsum([0] + [len(values) for _, values in views])
         starts = np.concatenate([offsets[:-1].astype(np.int64) + n for (offsets, _), n in zip(views, before)])
         sizes = np.concatenate([np.diff(offsets).astype(np.int64) for offsets, _ in views])
         return np.concatenate([values for _, values in views]), starts, sizes
 
     def group(self, index: int) -> Group:
-        """One group.
-
-        Raises:
-            RuntimeError: the file was cut off meanwhile; to touch the map there would kill the process (SIGBUS).
-        """
+        """One group, unless the file was cut off meanwhile: to touch the map there would kill the process (SIGBUS)."""
         if os.fstat(self._file.fileno()).st_size < self._bytes:
             raise RuntimeError(
                 f"{self._path} was cut off while a run read it; the same command builds it again and goes on from the "
                 "last checkpoint"
             )
-        batch, row = self.place(index)
+        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = index - int(self._starts[batch])
         # Copied at once: a view is touched later, when the file may be cut off after all.
-        cells = {name: x[offsets[row] : offsets[row + 1]].copy() for name, (offsets, x) in self.lists[batch].items()}
+        views = {name: batches[batch] for name, batches in self._lists.items()}
+        cells = {name: x[offsets[row] : offsets[row + 1]].copy() for name, (offsets, x) in views.items()}
+        tokens = cells["tokens"]
         starts, positions, until = cells["runs"].reshape(-1, 3).T
-        sizes = np.diff(starts, append=np.int32(len(cells["tokens"])))
-        index_in_tree = np.arange(len(cells["tokens"]), dtype=np.int32)
-        end, slot = cells["scored"].reshape(-1, 2).T
-        tree = Tree(
-            tokens=cells["tokens"],
-            positions=index_in_tree + np.repeat(positions - starts, sizes),
-            visible_until=np.repeat(until, sizes),
-            end=end,
-            end_slot=slot,
-        )
+        sizes = np.diff(starts, append=np.int32(len(tokens)))
+        positions = np.arange(len(tokens), dtype=np.int32) + np.repeat(positions - starts, sizes)
+        end, end_slot = cells["scored"].reshape(-1, 2).T
+        tree = Tree(tokens, positions, np.repeat(until, sizes), end, end_slot)
         axis_size: dict[Any, Any] = {"K": int(self.numbers["responses"][index]), "E": len(end), "T": len(tree)}
         labels: dict[str, np.ndarray] = {
             name: cells[f"label/{name}"].reshape([axis_size.get(axis, axis) for axis in axes if axis != "G"])
             for name, axes in self.fields.items()
         }
-        return Group(tree, labels, float(self.numbers["weights"][index]), self.id(index))
-
-
-def _views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    return column.offsets.to_numpy(), column.values.to_numpy()
+        return Group(tree, labels, float(self.numbers["weights"][index]), *self.ids(np.array([index])))
 
 
 def for_training(groups: Groups) -> Groups:
@@ -252,29 +196,28 @@ def for_training(groups: Groups) -> Groups:
     return groups.select(np.flatnonzero(groups.uses != EVALUATION))
 
 
+def draw_prompts(
+    prompt_ids: np.ndarray, amount: float, rng: np.random.Generator, counted: np.ndarray | None = None
+) -> np.ndarray:
+    """Draws prompts until they have `amount` groups, of the groups `counted` (bool [n]): which groups are theirs."""
+    prompts, inverse = np.unique(prompt_ids, return_inverse=True)
+    counts = np.bincount(inverse, counted)
+    order = rng.permutation(len(prompts))
+    before = np.cumsum(counts[order]) - counts[order]  # groups of the prompts drawn before each
+    drawn = np.zeros(len(prompts), bool)
+    drawn[order[before < amount]] = True
+    return drawn[inverse]
+
+
 def split(groups: Groups, fraction: float, seed: int) -> tuple[Groups, Groups]:
-    """Splits off about `fraction` of the groups for validation; all groups of a prompt are on one side.
-
-    What augmentation made is in training alone and does not change the split; what it replaced is in validation alone.
-
-    Returns:
-        (training, validation), each in the order of the data.
-
-    Raises:
-        ValueError: one side would be empty.
-    """
-    prompts, inverse = np.unique(groups.prompt_ids, return_inverse=True)
-    counts = np.bincount(inverse, groups.uses != TRAINING)
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    before = np.concatenate([[0], np.cumsum(counts[order])[:-1]])  # groups of the prompts drawn before each
-    in_validation = np.zeros(len(prompts), bool)
-    in_validation[order[before < fraction * counts.sum()]] = True
-    chosen = in_validation[inverse]
+    """Splits off about `fraction` of the groups for validation; all groups of a prompt are on one side."""
+    original = groups.uses != TRAINING
+    chosen = draw_prompts(groups.prompt_ids, fraction * original.sum(), np.random.default_rng(seed), original)
     train = np.flatnonzero(~chosen & (groups.uses != EVALUATION))
-    validation = np.flatnonzero(chosen & (groups.uses != TRAINING))
+    validation = np.flatnonzero(chosen & original)
     if not len(train) or not len(validation):
         raise ValueError(
-            f"data.validation_fraction={fraction} of {len(groups)} groups with {len(prompts)} different prompts "
-            "leaves training or validation without any; give data.validation, or another fraction"
+            f"data.validation_fraction={fraction} of {len(groups)} groups with {len(np.unique(groups.prompt_ids))} "
+            "different prompts leaves training or validation without any; give data.validation, or another fraction"
         )
     return groups.select(train), groups.select(validation)

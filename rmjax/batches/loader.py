@@ -1,7 +1,7 @@
 """Batches: the plan's rows as arrays of static shape, read ahead by threads, one sharded array per field."""
 
-import bisect
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -41,59 +41,41 @@ class BatchSource(Protocol):
 class GroupSource(Protocol):
     """Random access to groups by number."""
 
-    def group(self, index: int) -> Group:
-        """Returns one group."""
-        ...
+    def group(self, index: int) -> Group: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The static shape of every batch of a plan.
+    """The static shape of every batch of a plan."""
 
-    Attributes:
-        micro: micro-batches of a step, M.
-        rows: rows of a micro-batch over all devices, B; a multiple of the devices that split rows.
-        tokens: T. groups: G. ends: E. responses: K.
-        labels: the label fields of the task and their axes (`tasks.py`).
-    """
-
-    micro: int
-    rows: int
-    tokens: int
-    groups: int
-    ends: int
-    responses: int
-    labels: tuple[tuple[str, Axes], ...] = ()
+    micro: int  # micro-batches of a step, M
+    rows: int  # rows of a micro-batch over all devices, B; a multiple of the devices that split rows
+    tokens: int  # T
+    groups: int  # G
+    ends: int  # E
+    responses: int  # K
+    labels: tuple[tuple[str, Axes], ...] = ()  # the label fields of the task and their axes (`tasks.py`)
 
     def fields(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Shape (without M) and dtype of every field."""
-        b, t, g, e, k = self.rows, self.tokens, self.groups, self.ends, self.responses
-        ints = dict.fromkeys(("tokens", "positions", "visible_from", "visible_until"), ((b, t), np.int32))
-        ends = dict.fromkeys(("end", "end_group", "end_slot"), ((b, e), np.int32))
-        sizes = {"G": g, "K": k, "E": e, "T": t}
-        labels = {
-            name: ((b, *(sizes[a] if isinstance(a, str) else a for a in axes)), np.float32)
-            for name, axes in self.labels
+        sizes = {"T": self.tokens, "G": self.groups, "E": self.ends, "K": self.responses}
+        shape = lambda axes: (self.rows, *(sizes.get(axis, axis) for axis in axes))
+        return {
+            **dict.fromkeys(("tokens", "positions", "visible_from", "visible_until"), (shape("T"), np.int32)),
+            **dict.fromkeys(("end", "end_group", "end_slot"), (shape("E"), np.int32)),
+            "weight": (shape("G"), np.float32),
+            **{name: (shape(axes), np.float32) for name, axes in self.labels},
         }
-        return {**ints, **ends, "weight": ((b, g), np.float32), **labels}
 
 
 def plan_shape(
     plan: Plan, responses: int, *, micro_rows: int, row_devices: int, labels: Mapping[str, Axes] | None = None
 ) -> Shape:
-    """The shape of a plan's batches: its rows in equal micro-batches that `row_devices` devices can split.
-
-    Args:
-        plan: the plan.
-        responses: most responses of any group, K.
-        micro_rows: rows per device in one micro-batch, at most.
-        row_devices: devices that the rows are split over (data x fsdp).
-        labels: the label fields and their axes.
-    """
+    """The shape of a plan's batches, in equal micro-batches of at most `micro_rows` rows on each of `row_devices`."""
+    per_device = math.ceil(np.diff(plan.step_start).max() / row_devices)
+    micro = math.ceil(per_device / micro_rows)
+    rows = math.ceil(per_device / micro) * row_devices
     fields = tuple((labels or {}).items())
-    per_device = -(-int(np.diff(plan.step_start).max()) // row_devices)
-    micro = -(-per_device // micro_rows)
-    rows = -(-per_device // micro) * row_devices
     return Shape(micro, rows, plan.row_tokens, plan.max_groups, plan.max_ends, responses, fields)
 
 
@@ -114,48 +96,36 @@ def empty_rows(shape: Shape, rows: int) -> Batch:
 
 
 def fill_row(batch: Batch, b: int, groups: Sequence[Group], labels: Sequence[tuple[str, Axes]] = ()) -> None:
-    """Lays groups and their labels end to end into row `b` of a batch of padding.
-
-    Raises:
-        ValueError: the groups do not fit the row; the plan and the data disagree.
-    """
-    at = e = 0
+    """Lays groups and their labels end to end into row `b` of a batch of padding."""
+    start = e = 0
     for g, group in enumerate(groups):
         tree = group.tree
-        stop, e_stop = at + len(tree), e + len(tree.end)
+        stop, e_stop = start + len(tree), e + len(tree.end)
         if stop > batch["tokens"].shape[1] or e_stop > batch["end"].shape[1] or g >= batch["weight"].shape[1]:
             raise ValueError(f"row {b} cannot hold its {len(groups)} groups: the plan was made from other data")
-        batch["tokens"][b, at:stop] = tree.tokens
-        batch["positions"][b, at:stop] = tree.positions
-        batch["visible_from"][b, at:stop] = at
-        batch["visible_until"][b, at:stop] = tree.visible_until + at
-        batch["end"][b, e:e_stop] = tree.end + at
+        places: dict[Any, Any] = {"G": g, "E": slice(e, e_stop), "T": slice(start, stop)}
+        batch["tokens"][b, start:stop] = tree.tokens
+        batch["positions"][b, start:stop] = tree.positions
+        batch["visible_from"][b, start:stop] = start
+        batch["visible_until"][b, start:stop] = tree.visible_until + start
+        batch["end"][b, e:e_stop] = tree.end + start
         batch["end_group"][b, e:e_stop] = g
         batch["end_slot"][b, e:e_stop] = tree.end_slot
         batch["weight"][b, g] = group.weight
         for name, axes in labels:
-            first, *rest = axes
-            start: Any = {"G": g, "E": slice(e, e_stop), "T": slice(at, stop)}[str(first)]
-            inner = group.labels[name].shape[-len(rest) :] if rest else ()
-            batch[name][(b, start, *map(slice, inner))] = group.labels[name]
-        at, e = stop, e_stop
+            inner = group.labels[name].shape[1 - len(axes) :] if len(axes) > 1 else ()
+            batch[name][(b, places[axes[0]], *map(slice, inner))] = group.labels[name]
+        start, e = stop, e_stop
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSource:
-    """The plan as a random-access source of Grain: step number in, this process's rows out.
-
-    Attributes:
-        groups: the data.
-        plan: the plan.
-        shape: shape of a step's batch.
-        local: the rows of each micro-batch that this process holds, ascending.
-    """
+    """The plan as a random-access source of Grain: step number in, this process's rows out."""
 
     groups: GroupSource
     plan: Plan
     shape: Shape
-    local: Sequence[int]
+    local: Sequence[int]  # the rows of each micro-batch that this process holds, ascending
 
     def __len__(self) -> int:
         return self.plan.steps
@@ -174,7 +144,6 @@ class StepSource:
 
 
 def abstract_batch(shape: Shape, sharding: jax.sharding.NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of the arrays that `batches` yields."""
     placed = _stacked(sharding)
     return {n: jax.ShapeDtypeStruct((shape.micro, *s), d, sharding=placed) for n, (s, d) in shape.fields().items()}
 
@@ -195,7 +164,7 @@ def _placed(x: np.ndarray, local: Sequence[int], rows: int, sharding: jax.shardi
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         wanted = range(rows)[index[1]]  # those of one device have no gaps
-        first = bisect.bisect_left(local, wanted.start)
+        first = local.index(wanted.start)
         return x[:, first : first + len(wanted)]
 
     return assemble((x.shape[0], rows, *x.shape[2:]), sharding, part)
@@ -209,13 +178,10 @@ def batches(
     Four steps are read ahead by two threads. (Grain's reader processes need parsed absl flags, so they fail in
     notebooks; filling rows is memory copies, which threads do as well.)
     """
-    local = local_rows(sharding, shape.rows)
-    source = StepSource(groups, plan, shape, local)
-    dataset = grain.MapDataset.source(source)[start:]
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    placed = _stacked(sharding)
-    for batch in dataset.to_iter_dataset(options):
-        yield {name: _placed(x, local, shape.rows, placed) for name, x in batch.items()}
+    local, stacked = local_rows(sharding, shape.rows), _stacked(sharding)
+    dataset = grain.MapDataset.source(StepSource(groups, plan, shape, local))[start:]
+    for batch in dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)):
+        yield {name: _placed(x, local, shape.rows, stacked) for name, x in batch.items()}
 
 
 class PlannedBatches:

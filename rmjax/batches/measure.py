@@ -5,7 +5,6 @@ or {"values": [b], "counts": [b]} where there are few different values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from rmjax import statistics
 from rmjax.batches.groups import Groups
 from rmjax.batches.packing import Plan
 from rmjax.data import ledger
-from rmjax.runtime import files
 from rmjax.statistics import first_where
 
 VERSION = 1  # of the layout of the values
@@ -37,41 +35,34 @@ def report(
         sets: by the name they are shown under.
         plans: `filling` of the sets that have a plan.
         names: of the attributes, where the labels are such.
-        unit: what lengths are counted in.
 
     Returns:
         "reading": what became of the rows, once where sets share it; "sets": see `measure`; "shared": for each set
         after the first the prompts that it has in common with the first.
     """
-    first, *others = sets
-    audits = {name: groups.audit for name, groups in sets.items()}
-    distinct = {name: a for name, a in audits.items() if name == first or a is not audits[first]}
+    first = next(iter(sets.values()))
+    distinct = {name: g.audit for name, g in sets.items() if g is first or g.audit is not first.audit}
     return {
         "version": VERSION,
         "unit": unit,
-        "reading": {name: reading(a) for name, a in distinct.items()},
+        "reading": {name: _reading(audit) for name, audit in distinct.items()},
         "sets": {name: measure(groups, (plans or {}).get(name), names) for name, groups in sets.items()},
-        "shared": {name: shared(sets[first], sets[name]) for name in others},
+        "shared": {name: _shared(first, groups) for name, groups in list(sets.items())[1:]},
     }
 
 
-def reading(counts: ledger.Audit) -> dict[str, Any]:
-    """Rows, groups by source and augmentation, and the reasons with their meaning, rows by file and an example."""
-    reasons = {
-        name: {"meaning": ledger.REASONS[name], **vars(count)}
-        for name, count in sorted(counts.reasons.items(), key=lambda item: -item[1].rows)
-    }
+def _reading(audit: ledger.Audit) -> dict[str, Any]:
+    reasons = sorted(audit.reasons.items(), key=lambda item: -item[1].rows)
     return {
-        "rows": counts.rows,
-        "unusable": counts.unusable(),
-        "sources": counts.sources,
-        "reasons": reasons,
-        "augmented": counts.augmented,
+        "rows": audit.rows,
+        "unusable": audit.unusable(),
+        "sources": audit.sources,
+        "reasons": {name: {"meaning": ledger.REASONS[name], **vars(count)} for name, count in reasons},
+        "augmented": audit.augmented,
     }
 
 
 def measure(groups: Groups, plan: Mapping[str, Any] | None = None, names: Sequence[str] = ()) -> dict[str, Any]:
-    """Everything about one set; arguments as in `report`."""
     tokens, unshared = int(groups.lengths.sum()), int(groups.unshared.sum())
     repeated, contradicting = ledger.repeats(groups)
     per_source = np.bincount(groups.source, minlength=len(groups.sources))
@@ -92,11 +83,10 @@ def measure(groups: Groups, plan: Mapping[str, Any] | None = None, names: Sequen
     }
 
 
-def shared(first: Groups, second: Groups) -> dict[str, Any]:
-    """Prompts that stand in both, with the rows of some of them."""
-    _, at, there = np.intersect1d(first.prompt_ids, second.prompt_ids, return_indices=True)
-    examples = [[first.id(int(i)), second.id(int(j))] for i, j in list(zip(at, there))[:EXAMPLES]]
-    return {"prompts": len(at), "of": len(np.unique(second.prompt_ids)), "examples": examples}
+def _shared(first: Groups, second: Groups) -> dict[str, Any]:
+    prompts, *pairs = np.intersect1d(first.prompt_ids, second.prompt_ids, return_indices=True)
+    examples = [[first.id(i), second.id(j)] for i, j in np.transpose(pairs)[:EXAMPLES].tolist()]
+    return {"prompts": len(prompts), "of": len(np.unique(second.prompt_ids)), "examples": examples}
 
 
 def label_kind(groups: Groups) -> str:
@@ -111,18 +101,10 @@ def label_kind(groups: Groups) -> str:
     return "attributes" if axes["value"] == "G" else "steps"
 
 
-def save(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a report as JSON, whole and synced."""
-    files.write_json(path, values)
-
-
-# ----------------------------------------------------------------------------------------------------
 # Numbers
-# ----------------------------------------------------------------------------------------------------
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
-    """Median, 90 %, 99 % and the most."""
     return dict(zip(("median", "p90", "p99", "most"), np.quantile(values, [0.5, 0.9, 0.99, 1.0]).tolist()))
 
 
@@ -131,13 +113,11 @@ def histogram(values: np.ndarray, few: int = FEW) -> dict[str, list[Any]]:
     distinct, counts = np.unique(values, return_counts=True)
     if len(distinct) <= few:
         return {"values": [round(x, 6) for x in distinct.tolist()], "counts": counts.tolist()}
-    whole = np.issubdtype(values.dtype, np.integer)
-    low, high = (0 if whole else values.min()), values.max()
-    bins = BINS
-    if whole:  # bins of whole numbers, so that none holds more of them than another
+    bins, low, high = BINS, values.min(), values.max()
+    if np.issubdtype(values.dtype, np.integer):  # bins of whole numbers, so that none holds more of them than another
         width = max(1, -(-int(high + 1) // BINS))
         bins = -(-int(high + 1) // width)
-        high = width * bins
+        low, high = 0, width * bins
     counts, edges = np.histogram(values, bins, (low, high))
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
@@ -146,8 +126,8 @@ def _by_quantile(x: np.ndarray, y: np.ndarray, most: int = 8, least: int = 20) -
     """Mean of y, its standard error and the median of x, in up to `most` bins of x with about equally many."""
     bins = min(most, max(1, len(x) // least))
     edges = np.unique(np.quantile(x, np.linspace(0, 1, bins + 1)))
-    of = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, max(len(edges) - 2, 0))
-    parts = [(x[of == b], y[of == b]) for b in np.unique(of)]
+    bin_of = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, max(len(edges) - 2, 0))
+    parts = [(x[bin_of == b], y[bin_of == b]) for b in np.unique(bin_of)]
     return {
         "x": [float(np.median(a)) for a, _ in parts],
         "mean": [float(b.mean()) for _, b in parts],
@@ -156,9 +136,7 @@ def _by_quantile(x: np.ndarray, y: np.ndarray, most: int = 8, least: int = 20) -
     }
 
 
-# ----------------------------------------------------------------------------------------------------
 # Groups
-# ----------------------------------------------------------------------------------------------------
 
 
 def _repeats(groups: Groups, contradicting: bool) -> list[list[str]]:
@@ -193,16 +171,12 @@ def _by_size(groups: Groups, name: str) -> Iterator[tuple[np.ndarray, np.ndarray
     """Yields a field of axes G, K, K for the groups of each size K: their numbers, and float32 [n, K, K]."""
     flat, start = groups.column(f"label/{name}")
     for k in np.unique(groups.responses).tolist():
-        at = np.flatnonzero(groups.responses == k)
-        yield at, flat[start[at][:, None] + np.arange(k * k)].reshape(-1, k, k)
+        chosen = np.flatnonzero(groups.responses == k)
+        yield chosen, flat[start[chosen][:, None] + np.arange(k * k)].reshape(-1, k, k)
 
 
 def response_tokens(groups: Groups) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each conversation up to each scored token, where these stand in order.
-
-    Returns:
-        int64 [sum E], and int64 [n + 1] where each group's begin.
-    """
+    """Tokens of each conversation up to each scored token, int64 [sum E], and int64 [n + 1] where each group's begin"""
     scored, scored_at = groups.column("scored")  # (end, end_slot)
     runs, runs_at = groups.column("runs")  # (start, position, visible_until)
     ends, starts = scored.reshape(-1, 2)[:, 0].astype(np.int64), runs.reshape(-1, 3).astype(np.int64)
@@ -212,9 +186,7 @@ def response_tokens(groups: Groups) -> tuple[np.ndarray, np.ndarray]:
     return starts[run, 1] + ends - starts[run, 0] + 1, scored_at // 2
 
 
-# ----------------------------------------------------------------------------------------------------
-# Labels
-# ----------------------------------------------------------------------------------------------------
+# Labels: a function for each kind, of the groups and the names of the attributes
 
 
 def _preferences(groups: Groups, _: Sequence[str]) -> dict[str, Any]:
@@ -231,32 +203,35 @@ def _preferences(groups: Groups, _: Sequence[str]) -> dict[str, Any]:
         soft.append((said.max(0) / np.maximum(said.sum(0), 1e-9))[different > 1])
         margins.append(margin[margin > 0])
     agreement = groups.agreements[~np.isnan(groups.agreements)]
-    shown = {"margins": np.concatenate(margins), "soft": np.concatenate(soft), "agreement": agreement}
-    return {"comparisons": counts, **{name: histogram(np.round(x, 4)) for name, x in shown.items() if len(x)}}
+    return {
+        "comparisons": counts,
+        **_histograms(margins=np.concatenate(margins), soft=np.concatenate(soft), agreement=agreement),
+    }
+
+
+def _histograms(**values: np.ndarray) -> dict[str, Any]:
+    return {name: histogram(np.round(x, 4)) for name, x in values.items() if len(x)}
 
 
 def _verdicts(groups: Groups, _: Sequence[str]) -> dict[str, Any]:
-    """Likeliest verdict of each group's first order, and the strengths."""
     flat, start = groups.column("label/verdict")
     classes = int(groups.fields["verdict"][-1])
     first = flat[start[:-1][:, None] + np.arange(classes)]
     likeliest = np.bincount(first.argmax(1), minlength=classes).tolist()
     strength = groups.column("label/strength")[0] if "strength" in groups.fields else np.zeros(0)
     soft = first.max(1)[first.max(1) < 1]
-    shown = {"margins": strength[strength > 0], "soft": soft}
-    found = {name: histogram(np.round(x, 4)) for name, x in shown.items() if len(x)}
-    return {"comparisons": dict(zip(("A", "B", "tie"), likeliest)), **found}
+    comparisons = dict(zip(("A", "B", "tie"), likeliest))
+    return {"comparisons": comparisons, **_histograms(margins=strength[strength > 0], soft=soft)}
 
 
 def _attributes(groups: Groups, names: Sequence[str]) -> dict[str, Any]:
-    """For each attribute how many have it, its mean and spread, and its values."""
-    found = {}
+    attributes = {}
     for name, value, given in _columns(groups, names):
-        here = value[given].astype(np.float64)
-        numbers = {"mean": here.mean(), "sd": here.std(), "min": here.min(), "max": here.max()} if len(here) else {}
-        shown = {key: round(float(x), 6) for key, x in numbers.items()}
-        found[name] = {"given": len(here), "missing": len(given) - len(here), **shown, **histogram(np.round(here, 4))}
-    return {"attributes": found}
+        x = value[given].astype(np.float64)
+        numbers = {"mean": x.mean(), "sd": x.std(), "min": x.min(), "max": x.max()} if len(x) else {}
+        rounded = {key: round(float(number), 6) for key, number in numbers.items()}
+        attributes[name] = {"given": len(x), "missing": len(given) - len(x), **rounded, **histogram(np.round(x, 4))}
+    return {"attributes": attributes}
 
 
 def _columns(groups: Groups, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -268,7 +243,6 @@ def _columns(groups: Groups, names: Sequence[str]) -> Iterator[tuple[str, np.nda
 
 
 def _steps(groups: Groups, _: Sequence[str]) -> dict[str, Any]:
-    """Share of right steps, steps of a response, and where its first wrong one is."""
     ((_, value, judged),) = _columns(groups, ())
     steps, first_error = _first_errors(groups)
     return {
@@ -298,11 +272,10 @@ def _tokens(groups: Groups, _: Sequence[str]) -> dict[str, Any]:
     names = [name for name, axes in groups.fields.items() if axes[0] == "T"]
     labels = (drawn.group(i).labels for i in range(len(drawn)))
     shares = np.array([[np.mean(x[name] > 0) for name in names] for x in labels])
-    of_all = drawn.lengths @ shares / drawn.lengths.sum()
-    found = {
-        name: {"share": float(share), **histogram(x, few=0)} for name, share, x in zip(names, of_all, shares.T) if share
-    }
-    return {"drawn": len(drawn), "fields": found}
+    totals = drawn.lengths @ shares / drawn.lengths.sum()
+    columns = zip(names, totals, shares.T)
+    fields = {name: {"share": float(total), **histogram(x, few=0)} for name, total, x in columns if total}
+    return {"drawn": len(drawn), "fields": fields}
 
 
 LABELS = {
@@ -314,28 +287,27 @@ LABELS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------
 # Length against label
-# ----------------------------------------------------------------------------------------------------
 
 
 def _pairs_by_length(groups: Groups) -> dict[str, Any]:
     """How often the longer response is preferred, overall and by how much longer it is."""
-    found: dict[str, Any] = {"comparisons": int(groups.comparisons.sum()), "auc": ledger.length_auc(groups)}
-    if not found["comparisons"]:
-        return found
-    preferences = label_kind(groups) == "preferences"
-    more = _longer_by_tokens(groups) if preferences else _longer_by_characters(groups)
-    curve = {"curve": _by_quantile(np.abs(more), (1 + np.sign(more)) / 2)} if len(more) else {}
-    return {**found, "unit": "tokens" if preferences else "characters", **curve}
+    measured: dict[str, Any] = {"comparisons": int(groups.comparisons.sum()), "auc": ledger.length_auc(groups)}
+    if measured["comparisons"]:
+        preferences = label_kind(groups) == "preferences"
+        measured["unit"] = "tokens" if preferences else "characters"
+        more = _longer_by_tokens(groups) if preferences else _longer_by_characters(groups)
+        if len(more):
+            measured["curve"] = _by_quantile(np.abs(more), (1 + np.sign(more)) / 2)
+    return measured
 
 
 def _longer_by_tokens(groups: Groups) -> np.ndarray:
     """By how much the preferred response is longer than the other, int64, for every comparison."""
     tokens, start = response_tokens(groups)
     more = []
-    for at, wins in _by_size(groups, "wins"):
-        size = tokens[start[at][:, None] + np.arange(wins.shape[1])]
+    for chosen, wins in _by_size(groups, "wins"):
+        size = tokens[start[chosen][:, None] + np.arange(wins.shape[1])]
         which, i, j = np.nonzero(wins > wins.transpose(0, 2, 1))
         more.append(size[which, i] - size[which, j])
     return np.concatenate(more)
@@ -352,9 +324,7 @@ def _longer_by_characters(groups: Groups) -> np.ndarray:
 
 
 def _scores_by_length(groups: Groups, names: Sequence[str]) -> dict[str, Any]:
-    """For each attribute, or for whether all steps are right: rank correlation with the response's characters, and its
-    mean by them.
-    """
+    """How the attributes, or whether all steps are right, go with the characters of the response."""
     kind, characters = label_kind(groups), groups.column("characters")[0]
     columns: list[tuple[str, np.ndarray, np.ndarray]] = []
     if kind == "attributes":
@@ -362,9 +332,9 @@ def _scores_by_length(groups: Groups, names: Sequence[str]) -> dict[str, Any]:
     elif kind == "steps":
         right = _first_errors(groups)[1] == 0
         columns = [("all steps right", right, np.ones(len(right), bool))] if len(right) == len(characters) else []
-    found = {}
+    measured = {}
     for name, value, given in columns:
         x, y = characters[given].astype(np.float64), value[given].astype(np.float64)
         if len(np.unique(x)) > 1 and len(np.unique(y)) > 1:
-            found[name] = {"responses": len(x), "spearman": statistics.spearman(x, y), "curve": _by_quantile(x, y)}
-    return {"unit": "characters", "attributes": found} if found else {}
+            measured[name] = {"responses": len(x), "spearman": statistics.spearman(x, y), "curve": _by_quantile(x, y)}
+    return {"unit": "characters", "attributes": measured} if measured else {}

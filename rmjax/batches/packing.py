@@ -8,50 +8,35 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
+import math
 
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Rows of groups for every step of a run.
+    """Rows of groups for every step of a run."""
 
-    Attributes:
-        groups: int32; the groups of all rows, end to end.
-        row_start: int64 [rows + 1]; where each row's groups begin in `groups`.
-        step_start: int64 [steps + 1]; where each step's rows begin.
-        epoch_steps: steps of each epoch.
-        steps_per_epoch: steps of the first whole epoch; stays when the plan is cut.
-        rows_per_step: rows of a full step; the last of an epoch may have fewer.
-        row_tokens: length of a row.
-        fill: share of the epoch's slots (the last step's padding rows apart) that hold a token.
-        max_groups: most groups in any row.
-        max_ends: most scored tokens in any row.
-    """
-
-    groups: np.ndarray
-    row_start: np.ndarray
-    step_start: np.ndarray
-    epoch_steps: tuple[int, ...]
-    steps_per_epoch: int
-    rows_per_step: int
-    row_tokens: int
-    fill: float
-    max_groups: int
-    max_ends: int
+    groups: np.ndarray  # int32; the groups of all rows, end to end
+    row_start: np.ndarray  # int64 [rows + 1]; where each row's groups begin in `groups`
+    step_start: np.ndarray  # int64 [steps + 1]; where each step's rows begin
+    epoch_steps: tuple[int, ...]  # steps of each epoch
+    steps_per_epoch: int  # steps of the first whole epoch; stays when the plan is cut
+    rows_per_step: int  # rows of a full step; the last of an epoch may have fewer
+    row_tokens: int  # length of a row
+    fill: float  # share of the epoch's slots (the last step's padding rows apart) that hold a token
+    max_groups: int  # most groups in any row
+    max_ends: int  # most scored tokens in any row
 
     @property
     def steps(self) -> int:
-        """Number of optimizer steps of the whole plan."""
         return len(self.step_start) - 1
 
     @property
     def groups_per_step(self) -> float:
-        """Mean number of groups of a step."""
         return len(self.groups) / max(self.steps, 1)
 
     def first(self, steps: int) -> "Plan":
-        """The plan's first `steps` steps."""
         epochs = np.cumsum((0, *self.epoch_steps))
         rows = int(self.step_start[steps])
         return dataclasses.replace(
@@ -75,37 +60,20 @@ class Plan:
 
 
 def pack(lengths: np.ndarray, row_tokens: int) -> list[list[int]]:
-    """Packs trees into rows, best fit, longest first.
-
-    Args:
-        lengths: int [n] tokens of each tree; none longer than `row_tokens`.
-        row_tokens: tokens of a row.
-
-    Returns:
-        Rows of indices into `lengths`.
-    """
+    """Packs trees of `lengths` into rows, best fit, longest first; returns rows of indices into `lengths`."""
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
     for i in np.argsort(-lengths, kind="stable").tolist():
         need = int(lengths[i])
-        at = bisect.bisect_left(room, (need, -1))
-        if at == len(room):
+        best = bisect.bisect_left(room, (need, -1))
+        if best == len(room):
             free, row = row_tokens, len(rows)
             rows.append([])
         else:
-            free, row = room.pop(at)
+            free, row = room.pop(best)
         rows[row].append(i)
         if free > need:
             bisect.insort(room, (free - need, row))
-    return rows
-
-
-def pack_epoch(lengths: np.ndarray, row_tokens: int, window: int, order: np.ndarray) -> list[np.ndarray]:
-    """Packs groups in windows of the given order; returns rows of group numbers."""
-    rows: list[np.ndarray] = []
-    for start in range(0, len(order), window):
-        members = order[start : start + window]
-        rows.extend(members[row] for row in pack(lengths[members], row_tokens))
     return rows
 
 
@@ -118,11 +86,6 @@ def draw(source: np.ndarray, weights: np.ndarray, seed: int, epoch: int) -> np.n
     Args:
         source: int [n] source of each group.
         weights: float [sources], not negative.
-        seed: of the permutations.
-        epoch: counted from 0.
-
-    Returns:
-        int32 group numbers, ascending.
     """
     drawn = []
     for k, weight in enumerate(weights.tolist()):
@@ -151,9 +114,7 @@ def make_plan(
     Args:
         lengths: int [n] tokens of each group's tree.
         ends: int [n] scored tokens of each group.
-        row_tokens: tokens of a row.
         rows_per_step: rows of a step; 0 derives them so that a step has `groups_per_step` groups on average.
-        groups_per_step: see `rows_per_step`.
         window: groups that are packed together.
         epochs: how often every group is shown, where there are no weights.
         seed: of the shuffles; None keeps the given order of groups within the packing, for evaluation.
@@ -179,18 +140,16 @@ def make_plan(
         rng = np.random.default_rng((seed or 0, epoch))
         if seed is not None:
             rng.shuffle(order)
-        packed = pack_epoch(lengths, row_tokens, window, order)
+        windows = (order[start : start + window] for start in range(0, len(order), window))
+        packed = [members[row] for members in windows for row in pack(lengths[members], row_tokens)]
         if seed is not None:
             packed = [packed[i] for i in rng.permutation(len(packed))]
         if not rows_per_step:
             rows_per_step = max(1, round(groups_per_step * len(packed) / len(order)))
-        cuts = [
-            len(rows) + min(cut, len(packed))
-            for cut in range(rows_per_step, len(packed) + rows_per_step, rows_per_step)
-        ]
+        step_start += [*range(len(rows) + rows_per_step, len(rows) + len(packed), rows_per_step)]
         rows.extend(packed)
-        step_start.extend(cuts)
-        epoch_steps.append(len(cuts))
+        step_start.append(len(rows))
+        epoch_steps.append(math.ceil(len(packed) / rows_per_step))
     sizes = np.array([len(row) for row in rows], np.int64)
     row_start = np.concatenate([[0], np.cumsum(sizes)])
     groups = np.concatenate(rows)

@@ -5,6 +5,7 @@ put an empty thinking block before the last. What is found here is exact or not 
 for, since it may stand somewhere else as well.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
@@ -18,17 +19,11 @@ MARK = "\ue000{}\ue001"  # private characters, in no text that a tokenizer was m
 
 
 class Place(NamedTuple):
-    """Where a message's text stands in a rendering.
+    """Where a message's text stands in a rendering."""
 
-    Attributes:
-        start: its first character there.
-        stop: one after its last.
-        cut: characters left out before it: character c of the text is start + c - cut, within [start, stop].
-    """
-
-    start: int
-    stop: int
-    cut: int
+    start: int  # its first character there
+    stop: int  # one after its last
+    cut: int  # characters left out before it: character c of the text is start + c - cut, within [start, stop]
 
     def characters(self, start: int, stop: int) -> tuple[int, int]:
         """The part [start, stop) of the text, in the rendering."""
@@ -44,10 +39,7 @@ def locate(render: Render, text: str, conversation: Conversation, wanted: Collec
     replaced by a mark: its text is what changes.
 
     Args:
-        render: the chat template.
-        text: the rendering of the conversation.
-        conversation: its messages.
-        wanted: indices of the messages that are needed; others may be left out where they cost a rendering.
+        wanted: indices of the messages that are needed; others are left out where they would cost a rendering.
 
     Returns:
         The place of each message; None for one that has no text, or is not rendered as it is.
@@ -55,42 +47,40 @@ def locate(render: Render, text: str, conversation: Conversation, wanted: Collec
     texts = {i: message["content"] for i, message in enumerate(conversation) if message.get("content")}
     between = _between(render, conversation, texts)
     places: list[Place | None] = [None] * len(conversation)
-    at: int | None = 0
+    previous: int | None = 0  # where the text before stops
     for number, (i, content) in enumerate(texts.items()):
-        if between and at is not None:
-            places[i] = _chained(text, at, content, between[number], between[number + 1])
+        if between and previous is not None:
+            places[i] = _chained(text, previous, content, between[number], between[number + 1])
         if places[i] is None and i in wanted:
             places[i] = _replaced(render, text, conversation, i)
-        found = places[i]
-        at = found.stop if found else None
+        place = places[i]
+        previous = place.stop if place else None
     return places
 
 
-def _with_marks(conversation: Conversation, chosen: Collection[int]) -> Conversation:
-    return [{**m, "content": MARK.format(i)} if i in chosen else m for i, m in enumerate(conversation)]
+def _render_marked(render: Render, conversation: Conversation, chosen: Collection[int]) -> str:
+    """Renders with marks in place of the chosen texts; "" where the template refuses that."""
+    with contextlib.suppress(BadRow):
+        return render([{**m, "content": MARK.format(i)} if i in chosen else m for i, m in enumerate(conversation)])
+    return ""
 
 
 def _between(render: Render, conversation: Conversation, chosen: Collection[int]) -> list[str]:
     """What stands before, between and after the texts; [] where the template does not show all of them in order."""
-    try:
-        marked = render(_with_marks(conversation, chosen))
-    except BadRow:
-        return []
-    mark = MARK.format("[0-9]+")
+    marked, mark = _render_marked(render, conversation, chosen), MARK.format("[0-9]+")
     in_order = re.findall(mark, marked) == [MARK.format(i) for i in chosen]
     return re.split(mark, marked) if in_order else []
 
 
 def _variants(content: str) -> dict[str, int]:
     """What templates make of a text, and the characters left out before it."""
-    stripped = dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip()))
-    return {words: content.find(words) for words in stripped}
+    return {words: content.find(words) for words in (content, content.rstrip(), content.lstrip(), content.strip())}
 
 
-def _chained(text: str, at: int, content: str, before: str, after: str) -> Place | None:
-    """The place of a text that stands between `before`, which begins at `at`, and `after`."""
-    start = at + len(before)
-    if text.startswith(before, at):
+def _chained(text: str, previous: int, content: str, before: str, after: str) -> Place | None:
+    """The place of a text that stands between `before`, which begins at `previous`, and `after`."""
+    start = previous + len(before)
+    if text.startswith(before, previous):
         for words, cut in _variants(content).items():
             if text.startswith(words + after, start):
                 return Place(start, start + len(words), cut)
@@ -99,10 +89,7 @@ def _chained(text: str, at: int, content: str, before: str, after: str) -> Place
 
 def _replaced(render: Render, text: str, conversation: Conversation, i: int) -> Place | None:
     """The place of a message's text, from a rendering in which it alone is another."""
-    try:
-        other = render(_with_marks(conversation, [i]))
-    except BadRow:
-        return None
+    other = _render_marked(render, conversation, [i])
     if other.count(MARK.format(i)) != 1:
         return None
     start = _shared(text, other)
@@ -143,17 +130,9 @@ def tokens_within(tokens_n2: np.ndarray, start: int, stop: int) -> np.ndarray:
 
 
 def closing_tokens(tokens_n2: np.ndarray, special_n: np.ndarray, after: int, limit: int) -> np.ndarray:
-    """Indices of the tokens that end a turn: what follows its text, up to the first special token.
-
-    Where none follows before the next text, the one token after the text.
-
-    Args:
-        tokens_n2: see `edges`.
-        special_n: bool [n], special tokens.
-        after: index of the text's last token.
-        limit: character at which the next message's text starts.
-    """
-    here = np.arange(after + 1, len(tokens_n2))
-    here = here[tokens_n2[here, 0] < limit]
-    special = np.flatnonzero(special_n[here])
-    return here[: special[0] + 1] if len(special) else here[:1]
+    """Indices of the tokens that end a turn, after its text's last token `after`: all up to the first special token, or
+    the next token alone where no special one follows before character `limit`, which begins the next message's text."""
+    following = np.arange(after + 1, len(tokens_n2))
+    following = following[tokens_n2[following, 0] < limit]
+    special = np.flatnonzero(special_n[following])
+    return following[: special[0] + 1] if len(special) else following[:1]

@@ -32,15 +32,11 @@ class Split:
 
 
 def check_sources(config: ConfigDict, others: Sequence[str] = ()) -> None:
-    """Finds out whether the data is there and what is chosen of it can be read, before a model is downloaded for it.
-
-    Args:
-        config: its `data` is looked at.
-        others: sources of the benchmarks.
+    """Checks, before a model is downloaded, that the data is there and that what config.data chooses of it makes sense.
 
     Raises:
         FileNotFoundError: a source that is not there.
-        ValueError: one that is of no known kind, or a filter, a sample, weights or augmentations that say nothing.
+        ValueError: one of no known kind, or a filter, sample, weights or augmentations that cannot be read.
     """
     augment.parse(config.data.augment)
     select.parse_sample(config.data.sample)
@@ -110,11 +106,7 @@ def read_groups(config: ConfigDict, chat: Chat, task: Task) -> tuple[Groups, Gro
 
 
 def refuse_unlabelled(groups: Groups, names: Sequence[str]) -> None:
-    """Makes sure that every attribute is learnt from something: its output would stay random, and count in the reward.
-
-    Raises:
-        ValueError: attributes that no training group has.
-    """
+    """Refuses attributes that no training group has: their outputs would stay random, and count in the reward."""
     if not names:
         return
     mask = groups.column("label/mask")[0].reshape(-1, len(names))
@@ -142,18 +134,15 @@ def plan_training(config: ConfigDict, groups: Groups) -> Plan:
     )
     amount, unit = config_lib.parse_duration(config.duration)
     if unit == "epoch" and amount == int(amount):
-        plan = make(int(amount))  # epochs differ by a step or two, so whole ones are not counted in steps
-    else:
-        plan = make(1)
-        steps = steps_in(config.duration, plan)
-        while plan.steps < steps:
-            plan = make(max(len(plan.epoch_steps) + 1, round(steps / plan.steps_per_epoch)))
-        plan = plan.first(steps)
-    return plan
+        return make(int(amount))  # epochs differ by a step or two, so whole ones are not counted in steps
+    plan = make(1)
+    steps = steps_in(config.duration, plan)
+    while plan.steps < steps:
+        plan = make(max(len(plan.epoch_steps) + 1, round(steps / plan.steps_per_epoch)))
+    return plan.first(steps)
 
 
 def batch_shape(groups: Groups, plan: Plan, row_devices: int, micro_rows: int) -> Shape:
-    """The shape of the batches of a plan; see `loader.plan_shape`."""
     most = int(groups.responses.max())
     return loader.plan_shape(plan, most, micro_rows=micro_rows, row_devices=row_devices, labels=groups.fields)
 
@@ -185,18 +174,15 @@ def steps_in(duration: str, plan: Plan, least: int = 1) -> int:
 
 
 def describe_plan(groups: Groups, plan: Plan) -> list[str]:
-    """The plan in a line, and one of what an epoch shows of each source if there are several."""
-    tokens, unshared = groups.lengths.sum(), groups.unshared.sum()
     line = (
         f"plan: {plan.steps} steps of {plan.rows_per_step} rows x {plan.row_tokens} tokens, "
         f"{plan.groups_per_step:.1f} groups a step, {plan.fill:.1%} full, "
-        f"{1 - tokens / unshared:.1%} of the tokens saved by sharing prompts"
+        f"{1 - groups.lengths.sum() / groups.unshared.sum():.1%} of the tokens saved by sharing prompts"
     )
     return [line, _mixture(groups, plan)] if len(groups.sources) > 1 else [line]
 
 
 def describe_shape(shape: Shape) -> str:
-    """The batch of a step in a line."""
     return (
         f"batch: {shape.micro} micro-batches of {shape.rows} rows; at most {shape.groups} groups and {shape.ends} "
         f"scored tokens in a row, {shape.responses} responses in a group"

@@ -20,11 +20,7 @@ FILES = Path(__file__).parent / "lengths"
 
 
 def read_lengths(name: str) -> np.ndarray:
-    """The lengths of a file, or of the packaged `hh` or `long`: int64 [n, 3].
-
-    Raises:
-        ValueError: the file is not there, or it is not a JSON list of three whole numbers above 0 each.
-    """
+    """The lengths of a file, or of the packaged `hh` or `long`: int64 [n, 3], each above 0."""
     packaged = sorted(path.stem for path in FILES.glob("*.json"))
     path = FILES / f"{name}.json" if name in packaged else Path(name).expanduser()
     if not path.is_file():
@@ -37,8 +33,7 @@ def read_lengths(name: str) -> np.ndarray:
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"--lengths={name} holds {type(rows).__name__} without rows; {expected}")
     for i, row in enumerate(rows):
-        good = isinstance(row, list) and len(row) == 3 and all(type(n) is int and n > 0 for n in row)
-        if not good:
+        if not (isinstance(row, list) and len(row) == 3 and all(type(n) is int and n > 0 for n in row)):
             raise ValueError(f"--lengths={name}: row {i} is {json.dumps(row)[:80]}; {expected}, each above 0")
     return np.array(rows, np.int64)
 
@@ -56,15 +51,8 @@ class RandomGroups:
 
     Attributes:
         triples: int64 [n, 3] tokens of prompt, chosen and rejected.
-        fields: the label fields and their axes.
-        sources: names of the sources.
-        source: int32 [n] which of them each pair is from.
         lengths: int64 [n] tokens of each tree: one more than the triple's, since the last token of the prompt is in
             both branches (batches/trees.py).
-        conversations: int64 [n, 2] tokens of each conversation.
-        unshared: int64 [n] tokens of both.
-        ends: int64 [n] scored tokens.
-        responses: int64 [n] responses, K.
     """
 
     fields: Mapping[str, Axes] = Preferences().fields
@@ -87,7 +75,6 @@ class RandomGroups:
         return both - visible_pairs(self.triples[:, 0] - 1, window)
 
     def group(self, index: int) -> Group:
-        """One pair."""
         prompt, chosen, rejected = self.triples[index].tolist()
         rng = np.random.default_rng((self._seed, index))
         tokens = rng.integers(0, self._vocabulary, prompt + chosen + rejected, np.int32)
@@ -98,5 +85,4 @@ class RandomGroups:
         return Group(build_tree([np.concatenate([first, x]) for x in (second, third)]), labels, 1.0, self.id(index))
 
     def id(self, index: int) -> str:
-        """The name of a pair."""
         return f"random:{index}"

@@ -48,11 +48,14 @@ def render(template: Callable[[], str], what: str = "") -> str:
 
 
 def _timed(template: Callable[[], str]) -> str:
+    global _watch
     thread = threading.get_ident()
     try:
         with _lock:
             _deadlines[thread] = time.monotonic() + MOST_SECONDS
-            _start_watch()
+            if _watch is None:
+                _watch = threading.Thread(target=_look, name="templates", daemon=True)
+                _watch.start()
         try:
             return template()
         finally:
@@ -60,13 +63,6 @@ def _timed(template: Callable[[], str]) -> str:
                 _deadlines.pop(thread, None)
     except TooSlow:
         raise TooSlow(f"it is not done after {MOST_SECONDS:g} s") from None
-
-
-def _start_watch() -> None:
-    global _watch
-    if _watch is None:
-        _watch = threading.Thread(target=_look, name="templates", daemon=True)
-        _watch.start()
 
 
 def _look() -> None:

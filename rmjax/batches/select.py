@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from rmjax.batches.groups import Groups
+from rmjax.batches.groups import Groups, draw_prompts
 from rmjax.suggestions import did_you_mean
 
 # What an expression may name: an attribute of Groups, and what it is.
@@ -37,11 +37,7 @@ _PARTS = (
 
 
 def check_filter(text: str) -> list[str]:
-    """Names the fields of an expression.
-
-    Raises:
-        ValueError: it is no expression over FIELDS.
-    """
+    """Names the fields of an expression; one that is not over FIELDS is a ValueError."""
     known = "; the fields are " + ", ".join(f"{name} ({what})" for name, (_, what) in FIELDS.items())
     try:
         nodes = list(ast.walk(ast.parse(text.strip(), mode="eval")))
@@ -50,23 +46,17 @@ def check_filter(text: str) -> list[str]:
         raise ValueError(f"config.data.filter={text!r} is no expression ({reason}){known}") from None
     for node in nodes:
         if isinstance(node, ast.Name) and node.id not in FIELDS:
-            raise ValueError(
-                f"config.data.filter={text!r}: {node.id!r} is no field{did_you_mean(node.id, FIELDS)}{known}"
-            )
-        if not isinstance(node, _PARTS) or (
-            isinstance(node, ast.Constant) and not isinstance(node.value, int | float | str)
-        ):
+            hint = did_you_mean(node.id, FIELDS)
+            raise ValueError(f"config.data.filter={text!r}: {node.id!r} is no field{hint}{known}")
+        literal = not isinstance(node, ast.Constant) or isinstance(node.value, int | float | str)
+        if not isinstance(node, _PARTS) or not literal:
             what = ast.unparse(node) if isinstance(node, ast.expr) else type(node).__name__
             raise ValueError(f"config.data.filter={text!r}: {what} is no comparison of fields{known}")
     return list(dict.fromkeys(node.id for node in nodes if isinstance(node, ast.Name)))
 
 
 def filtered(groups: Groups, text: str) -> Groups:
-    """The groups of which an expression is true; the others are counted under `filter`. "" keeps all.
-
-    Raises:
-        ValueError: it is no expression over FIELDS that is true or false of each group, or is true of none.
-    """
+    """The groups of which an expression over FIELDS is true, at least one; the others are counted under `filter`."""
     if not text.strip():
         return groups
     import pandas as pd  # takes a moment, and most runs filter nothing
@@ -94,9 +84,6 @@ def parse_sample(text: str) -> dict[str, tuple[float, bool]]:
 
     >>> parse_sample("hh-rlhf=1000, owner/name=2.5%"), parse_sample("10%")
     ({'hh-rlhf': (1000.0, False), 'owner/name': (2.5, True)}, {'': (10.0, True)})
-
-    Raises:
-        ValueError: not of this form.
     """
     expected = "a number of groups or a share of them, at most 100%"
     amounts: dict[str, tuple[float, bool]] = {}
@@ -114,9 +101,6 @@ def sampled(groups: Groups, text: str, seed: int) -> Groups:
 
     All groups of a prompt stay together, so a source may have a few more groups than were asked for. Of one seed, a
     smaller sample is part of a larger one, whatever the other sources are.
-
-    Raises:
-        ValueError: not a sample, or a source that is not there.
     """
     amounts = parse_sample(text)
     _check_names("sample", text, amounts.keys() - {""}, groups.sources)
@@ -124,12 +108,9 @@ def sampled(groups: Groups, text: str, seed: int) -> Groups:
     for k, name in enumerate(groups.sources):
         members = np.flatnonzero(groups.source == k)
         amount, share = amounts.get(name, amounts.get("", (100.0, True)))
-        prompts, inverse, counts = np.unique(groups.prompt_ids[members], return_inverse=True, return_counts=True)
-        order = np.random.default_rng([seed, *name.encode()]).permutation(len(prompts))
-        before = np.cumsum(counts[order]) - counts[order]  # groups of the prompts drawn before each
-        dropped = np.ones(len(prompts), bool)
-        dropped[order[before < (amount / 100 * len(members) if share else amount)]] = False
-        left_out[members] = dropped[inverse]
+        wanted = amount / 100 * len(members) if share else amount
+        rng = np.random.default_rng([seed, *name.encode()])
+        left_out[members] = ~draw_prompts(groups.prompt_ids[members], wanted, rng)
     if left_out.all():
         raise ValueError(f"config.data.sample={text!r} leaves none of {len(groups):,} groups; ask for more")
     return groups.without(left_out, "sample", f"not drawn ({text})")
@@ -140,26 +121,21 @@ def parse_weights(text: str) -> dict[str, float]:
 
     >>> parse_weights("helpsteer=2, hh-rlhf=0.25")
     {'helpsteer': 2.0, 'hh-rlhf': 0.25}
-
-    Raises:
-        ValueError: not of this form.
     """
     expected = "how often the groups of a source are shown in an epoch, as in helpsteer=2,hh-rlhf=0.25"
-    found = {name: _number(value) for name, value in _items("weights", text, expected)}
-    if "" in found or None in found.values():
-        raise ValueError(f"config.data.weights={text!r} does not say {expected}")
-    return {name: value for name, value in found.items() if value is not None}
+    weights = {}
+    for name, value in _items("weights", text, expected):
+        if not name or (weight := _number(value)) is None:
+            raise ValueError(f"config.data.weights={text!r} does not say {expected}")
+        weights[name] = weight
+    return weights
 
 
 def weights(sources: Sequence[str], text: str) -> np.ndarray:
-    """float64 [sources]: how often the groups of each are shown in an epoch; 1 for those that `text` does not name.
-
-    Raises:
-        ValueError: not weights, or a source that is not there.
-    """
-    found = parse_weights(text)
-    _check_names("weights", text, found, sources)
-    return np.array([found.get(name, 1.0) for name in sources])
+    """float64 [sources]: how often the groups of each are shown in an epoch; 1 for those that `text` does not name."""
+    given = parse_weights(text)
+    _check_names("weights", text, given, sources)
+    return np.array([given.get(name, 1.0) for name in sources])
 
 
 def _items(key: str, text: str, expected: str) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """What `python -m rmjax.data inspect` shows: the columns of a source, and records as people read them."""
 
+import contextlib
 import json
 import shutil
 import textwrap
@@ -52,16 +53,13 @@ def kind(cell: Any) -> str:
 
 
 def _as_json(text: str) -> str:
-    if text.lstrip()[:1] not in ("[", "{"):
-        return ""
-    try:
-        return f" (JSON of {kind(json.loads(text))})"
-    except json.JSONDecodeError:
-        return ""
+    with contextlib.suppress(json.JSONDecodeError):
+        if text.lstrip()[:1] in ("[", "{"):
+            return f" (JSON of {kind(json.loads(text))})"
+    return ""
 
 
 def record(shown: Record) -> list[str]:
-    """A record: its prompt once, its responses, and what is said of them."""
     lines = [f"{shown.row}  (source {shown.source}, {_said(shown)})"]
     first = shown.conversations[0]
     shared = all(c[:-1] == first[:-1] for c in shown.conversations)
@@ -80,7 +78,6 @@ def _said(shown: Record) -> str:
 
 
 def _about(shown: Record, i: int) -> str:
-    """What is said of response i."""
     others = range(len(shown.conversations))
     said = []
     for j in others:
@@ -104,12 +101,11 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for message in messages:
         extra = {key: value for key, value in message.items() if key not in ("role", "content")}
         text = shorten(message.get("content") or "") + (f" {json.dumps(extra, ensure_ascii=False)}" if extra else "")
-        head = f"    {message['role']:9} | "
+        head, indent = f"    {message['role']:9} | ", f"    {'':9} | "
         for line in text.splitlines() or [""]:
-            wrapped = textwrap.wrap(line, width - len(head), break_long_words=True) or [""]
-            for piece in wrapped:
-                yield (head + piece).rstrip()
-                head = f"    {'':9} | "
+            pieces = textwrap.wrap(line, width, initial_indent=head, subsequent_indent=indent) or [head]
+            yield from map(str.rstrip, pieces)
+            head = indent
 
 
 def shorten(text: str, longest: int = LONGEST) -> str:
@@ -125,43 +121,34 @@ def shorten(text: str, longest: int = LONGEST) -> str:
 
 
 def rendering(chat: Any, shown: Record) -> list[str]:
-    """Each conversation as the model reads it, with its number of tokens and its scored tokens marked.
-
-    Args:
-        chat: a data.chat.Chat without a limit of length.
-        shown: steps, where the record has them, are what is scored.
-
-    Raises:
-        BadRow: the template or the task refuses the record.
-    """
+    """Each conversation as the model reads it, with its number of tokens and its scored tokens (the record's steps)
+    marked."""
     from rmjax.batches.tasks import Example, Steps
 
     example = Steps().examples(shown)[0] if shown.steps else Example(shown.conversations, tools=shown.tools)
-    (made,) = chat.groups([example], keep=True)
-    if isinstance(made, Exception):
-        raise made
+    (group,) = chat.groups([example], keep=True)
+    if isinstance(group, Exception):
+        raise group
     lines = []
     for k, conversation in enumerate(shown.conversations):
         text = chat.render(conversation, shown.tools)
         encoding = chat.tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
         offsets = np.array(encoding["offset_mapping"][0])
-        scored = made.tree.positions[made.tree.end[made.tree.end_slot == k]]
+        scored = group.tree.positions[group.tree.end[group.tree.end_slot == k]]
         lines.append(f"  response {k + 1}: {len(offsets):,} tokens, {MARKS[0]}scored{MARKS[1]}")
-        marked, at = "", 0
+        marked, done = "", 0
         for start, stop in offsets[np.sort(scored)].tolist():
-            marked += shorten(text[at:start]) + MARKS[0] + text[start:stop].replace("\n", "\\n") + MARKS[1]
-            at = stop
-        lines += textwrap.indent(marked + shorten(text[at:]), "    | ", lambda _: True).splitlines()
+            marked += shorten(text[done:start]) + MARKS[0] + text[start:stop].replace("\n", "\\n") + MARKS[1]
+            done = stop
+        lines += textwrap.indent(marked + shorten(text[done:]), "    | ", lambda _: True).splitlines()
     return lines
 
 
 def first_row(row: Mapping[str, Any]) -> list[str]:
-    """A row as it is, for data whose format is not known."""
     return [
         f"    {name} = {shorten(json.dumps(cell, ensure_ascii=False, default=str), 300)}" for name, cell in row.items()
     ]
 
 
 def looked_at(rows: int) -> str:
-    """How many rows the columns were told from."""
     return f"the first {rows:,} rows" if rows == LOOK else f"{rows:,} rows"

@@ -20,59 +20,41 @@ Axes = tuple[str | int, ...]  # ("G", "K", "K")
 
 
 class Span(NamedTuple):
-    """A part of a message's text, and what its tokens get.
+    """A part of a message's text, and what its tokens get."""
 
-    Attributes:
-        message: counted from the end of the conversation: -1 is the last.
-        start: first character.
-        stop: one after the last character.
-        value: for each token that has one of these characters.
-    """
-
-    message: int
-    start: int
-    stop: int
-    value: float
+    message: int  # counted from the end of the conversation: -1 is the last
+    start: int  # first character
+    stop: int  # one after the last character
+    value: float  # for each token that has one of these characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One group to tokenize. K conversations.
+    """One group to tokenize. K conversations."""
 
-    Attributes:
-        conversations: what is rendered; each becomes one token sequence.
-        labels: float32 arrays by field, in the axes of the task's fields without G; those of "T" are not here.
-        scored: for each conversation, the characters of its last turn up to and including each scored token's last
-            one, in order; None scores the rendering's last token alone.
-        spans: for each field of axis "T", for each conversation, the texts whose tokens get a value. The value
-            stands at the token *before* each of them, whose next-token target it is; a span that reaches the end of
-            its message takes the tokens that end the turn too, up to the first special one.
-        tools: tool descriptions for the chat template, or None.
-        name: distinguishes the groups of one record, "" where there is one.
-    """
-
-    conversations: tuple[Conversation, ...]
+    conversations: tuple[Conversation, ...]  # what is rendered; each becomes one token sequence
+    # float32 arrays by field, in the axes of the task's fields without G; those of "T" are not here
     labels: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    # For each conversation, the characters of its last turn up to and including each scored token's last one, in order;
+    # None scores the rendering's last token alone.
     scored: tuple[tuple[int, ...], ...] | None = None
+    # For each field of axis "T", for each conversation, the texts whose tokens get a value. The value stands at the
+    # token *before* each of them, whose next-token target it is; a span that reaches the end of its message takes the
+    # tokens that end the turn too, up to the first special one.
     spans: Mapping[str, tuple[tuple[Span, ...], ...]] = dataclasses.field(default_factory=dict)
-    tools: Sequence[Any] | None = None
-    name: str = ""
+    tools: Sequence[Any] | None = None  # tool descriptions for the chat template, or None
+    name: str = ""  # distinguishes the groups of one record, "" where there is one
 
 
 class Task(Protocol):
     """See the module."""
 
     @property
-    def fields(self) -> Mapping[str, Axes]:
-        """The label fields and their axes."""
-        ...
+    def fields(self) -> Mapping[str, Axes]: ...
 
     def examples(self, record: Record) -> Sequence[Example | BadRow]:
-        """The groups of a record; a BadRow stands for a part of it that cannot be learnt from.
-
-        Raises:
-            BadRow: the record says nothing that can be learnt from (`no_label`, `tie`).
-        """
+        """The groups of a record; a BadRow stands for a part that cannot be learnt from, and is raised where that is
+        all of it."""
         ...
 
 
@@ -89,13 +71,9 @@ def no_label(record: Record, wanted: str) -> BadRow:
 
 @dataclasses.dataclass(frozen=True)
 class Preferences:
-    """Who is preferred to whom, one group for each record: `wins`, `ties`, `margin` [G, K, K].
+    """Who is preferred to whom, one group for each record: `wins`, `ties`, `margin` [G, K, K]."""
 
-    Attributes:
-        ties: "skip" groups in which nobody is preferred, or "keep" them.
-    """
-
-    ties: str = "skip"
+    ties: str = "skip"  # "skip" groups in which nobody is preferred, or "keep" them
 
     @property
     def fields(self) -> Mapping[str, Axes]:
@@ -103,7 +81,6 @@ class Preferences:
         return dict.fromkeys(("wins", "ties", "margin"), ("G", "K", "K"))
 
     def examples(self, record: Record) -> Sequence[Example]:
-        """One group."""
         if not record.wins.any() and not record.ties.any():
             raise no_label(record, "preferences")
         if self.ties == "skip" and not record.wins.any():
@@ -113,15 +90,10 @@ class Preferences:
 
 @dataclasses.dataclass(frozen=True)
 class Attributes:
-    """Named scores of each response, one group for each record: `value`, `mask` [G, K, A].
+    """Named scores of each response, one group for each record: `value`, `mask` [G, K, A]."""
 
-    Attributes:
-        names: the attributes that are learnt, A of them; others in the data are not read.
-        scales: lowest and highest score of each; () is without limits.
-    """
-
-    names: tuple[str, ...]
-    scales: tuple[tuple[float, float], ...] = ()
+    names: tuple[str, ...]  # the attributes that are learnt, A of them; others in the data are not read
+    scales: tuple[tuple[float, float], ...] = ()  # lowest and highest score of each; () is without limits
 
     @property
     def fields(self) -> Mapping[str, Axes]:
@@ -129,11 +101,6 @@ class Attributes:
         return dict.fromkeys(("value", "mask"), ("G", "K", len(self.names)))
 
     def examples(self, record: Record) -> Sequence[Example]:
-        """One group.
-
-        Raises:
-            BadRow: `no_label`, or `out_of_scale`.
-        """
         k = len(record.conversations)
         missing = (np.nan,) * k
         for name, (low, high) in zip(self.names, self.scales):
@@ -158,7 +125,6 @@ class Steps:
         return dict.fromkeys(("value", "mask"), ("E", 1))
 
     def examples(self, record: Record) -> Sequence[Example]:
-        """One group."""
         label = np.array([[step.label] for steps in record.steps for step in steps], np.float32).reshape(-1, 1)
         mask = ~np.isnan(label)
         if not mask.any() or not all(record.steps):

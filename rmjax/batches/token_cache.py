@@ -31,7 +31,8 @@ from absl import logging
 
 from rmjax.batches import token_files
 from rmjax.batches.augment import EVALUATION, augment
-from rmjax.batches.chat import Chat, Labelled, conversation_key, sequence_lengths
+from rmjax.batches.chat import Chat, Labelled, conversation_key
+from rmjax.batches.encoding import json_digest
 from rmjax.batches.groups import Groups, Store, schema
 from rmjax.batches.tasks import Example, Task
 from rmjax.batches.token_files import Result
@@ -67,9 +68,6 @@ def build(
     """Reads, renders and tokenizes the sources of `spec`, or maps what an earlier call wrote, if that is whole.
 
     Args:
-        spec: what `sources.open_source` takes.
-        chat: tokenizer, template and length policy.
-        task: what is learnt: how records become groups, and their labels.
         format: a name in formats.FORMATS, or "auto" for each source.
         on_bad_row: "error" stops at the first; "skip" counts; "keep" counts and keeps those in
             records.KEEPABLE.
@@ -77,8 +75,6 @@ def build(
         workers: processes; 0 is none but this one, -1 is one per core. Small data never starts any. They
             import the main module, so a script that calls this needs its `if __name__ == "__main__"`.
         cache_dir: default is $XDG_CACHE_HOME/rmjax or ~/.cache/rmjax.
-        augmentations: names in augment.AUGMENTATIONS; see Groups.uses.
-        progress: the stream of the progress line.
 
     Raises:
         FileNotFoundError: a source is not there.
@@ -90,21 +86,20 @@ def build(
     options = [format, type(task).__name__, repr(task), on_bad_row == "keep", *augmentations]
     witness = sources.Witness(spec)
     origin = witness.fingerprint
-    fingerprint = _digest([origin, chat.fingerprint(), options])
+    fingerprint = json_digest([origin, chat.fingerprint(), options])[:32]
     versions = [CACHE_VERSION, transformers.__version__, tokenizers.__version__]
-    path = _directory(cache_dir) / f"{_digest([fingerprint, versions])}.arrow"
+    path = _directory(cache_dir) / f"{json_digest([fingerprint, versions])[:32]}.arrow"
     cached = _cached(path, task)
     if cached is None:
         work = functools.partial(_tokenize, task=task, keep=on_bad_row == "keep", augmentations=tuple(augmentations))
-        jobs = _jobs(spec, format)
-        back: list[_Job] = []
-        columns = schema(task)
+        jobs, columns = _jobs(spec, format), schema(task)
+        unused: list[_Job] = []
         with token_files.partials(path, CHUNK, WorkerDied) as (partial, left):
-            done = _done(token_files.whole(left[0], columns) if left else iter(()), jobs, back)
-            every = itertools.chain(done, _run(itertools.chain(back, jobs), work, chat, workers))
-            results = _shown(every, spec, progress) if progress else every
+            done = _done(token_files.intact_results(left[0], columns) if left else iter(()), jobs, unused)
+            results: Iterator[Result] = itertools.chain(done, _run(itertools.chain(unused, jobs), work, chat, workers))
+            results = _shown(results, spec, progress) if progress else results
             results = _refuse_bad(results) if on_bad_row == "error" else results
-            token_files.write(path, partial, results, columns, functools.partial(_confirm, spec, witness))
+            token_files.write_results(path, partial, results, columns, functools.partial(_confirm, spec, witness))
         cached = _load(path, task)
     store, audit = cached
     audit.check(on_bad_row, max_bad_fraction)
@@ -121,7 +116,6 @@ class _Job:
 
 
 def _jobs(spec: str, format: str) -> Iterator[_Job]:
-    """The rows of all sources in jobs; the first rows of each source decide how it is read."""
     for item in sources.split_spec(spec):
         layout, rows = open_rows(item, format)
         while chunk := list(itertools.islice(rows, CHUNK)):
@@ -138,9 +132,8 @@ def _run(jobs: Iterator[_Job], work: Callable[[Chat, _Job], Result], chat: Chat,
     if not workers or len(head) < SMALL // CHUNK:
         yield from (work(chat, job) for job in jobs)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (chat, work)
-    )
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, (chat, work))
     pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
     try:
         for job in jobs:
@@ -205,7 +198,7 @@ def _tokenize(chat: Chat, job: _Job, *, task: Task, keep: bool, augmentations: S
         if (where, bad.reason) not in lost or bad.tokens > lost[where, bad.reason].tokens:
             lost[where, bad.reason] = bad
 
-    made: list[tuple[str, int, int, Record, Example, int]] = []
+    to_tokenize: list[tuple[str, int, int, Record, Example, int]] = []
     for where, row in job.rows:
         for whole in read_row(job.layout, row, job.source, where, keep, audit):
             prompt = prompt_id(whole)  # of what was read: a swapped copy stays on its side of a split
@@ -214,14 +207,14 @@ def _tokenize(chat: Chat, job: _Job, *, task: Task, keep: bool, augmentations: S
                     examples = task.examples(record)
                 except BadRow as bad:
                     examples = [bad]
-                groups_made = [example for example in examples if isinstance(example, Example)]
-                made += [(where, use, prompt, record, example, len(groups_made)) for example in groups_made]
+                usable = [example for example in examples if isinstance(example, Example)]
+                to_tokenize += [(where, use, prompt, record, example, len(usable)) for example in usable]
                 for part in examples:
                     if isinstance(part, BadRow):
                         lose(where, part)
     groups, used = [], set()
-    tokenized = chat.groups([example for *_, example, _ in made])
-    for (where, use, prompt, record, example, shares), group in zip(made, tokenized):
+    tokenized = chat.groups([example for *_, example, _ in to_tokenize])
+    for (where, use, prompt, record, example, shares), group in zip(to_tokenize, tokenized):
         if isinstance(group, BadRow):
             kept = keep and group.reason in KEEPABLE
             lose(where, group)
@@ -244,7 +237,7 @@ def _columns(record: Record, example: Example, group: Labelled, shares: int) -> 
     keys = [conversation_key(c, record.tools) for c in record.conversations]
     preferred = np.sign(record.wins - record.wins.T).astype(np.int8)
     lengths = np.zeros(len(example.conversations), np.int32)
-    np.maximum.at(lengths, tree.end_slot, sequence_lengths(tree))
+    np.maximum.at(lengths, tree.end_slot, tree.positions[tree.end] + 1)
     leaf_ends = tree.visible_until == np.arange(1, len(tree) + 1)  # more than is scored where steps are
     whole = tree.positions[leaf_ends] + 1
     characters = np.array([len(c[-1].get("content") or "") for c in record.conversations], np.int32)
@@ -296,7 +289,6 @@ def _refuse_bad(results: Iterator[Result]) -> Iterator[Result]:
 
 
 def _shown(results: Iterator[Result], spec: str, stream: TextIO) -> Iterator[Result]:
-    """Passes results through; shows how many rows are done, and at the end in what time."""
     progress = Progress(lambda: sources.count_rows(spec), f"{spec}:", unit="rows", stream=stream)
     start, done, before = time.monotonic(), 0, 0
     for result in results:
@@ -320,35 +312,32 @@ def _rows_digest(job: _Job) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _done(left: Iterator[Result], jobs: Iterator[_Job], back: list[_Job]) -> Iterator[Result]:
-    """The results that a killed build wrote whole; passes over their jobs.
+def _done(left: Iterator[Result], jobs: Iterator[_Job], unused: list[_Job]) -> Iterator[Result]:
+    """The results that a killed build wrote whole; takes their jobs from `jobs`.
 
     It ends at the first whose rows are no longer those of the source: a source may have changed and changed back
-    while that build read it. The job that is then passed over in vain is put into `back`.
+    while that build read it. The job that was taken for it is put into `unused`.
     """
-    for result in left:
-        job = next(jobs, None)
-        if job is None:
-            return
+    for result, job in zip(left, jobs):
         if not result.rows or result.rows != _rows_digest(job):
-            back.append(job)
+            unused.append(job)
             return
         yield result
 
 
 def _confirm(spec: str, witness: sources.Witness, audit: Audit) -> None:
-    """Lets a build become a file: what was read is what the file is named by, and there is something in it."""
+    """Refuses a build that read other rows than the file is named by, or none."""
     witness.check()
     if not sum(audit.sources.values()):
         raise ValueError(f"{spec}: none of its {audit.rows} rows could be used; {audit.reasons_text()}")
 
 
-def _load(path: Path, task: Task) -> "tuple[Store, Audit]":
-    audit = token_files.checked(path)
+def _load(path: Path, task: Task) -> tuple[Store, Audit]:
+    audit = token_files.read_audit(path)
     return Store(path, task), audit
 
 
-def _cached(path: Path, task: Task) -> "tuple[Store, Audit] | None":
+def _cached(path: Path, task: Task) -> tuple[Store, Audit] | None:
     """What an earlier build wrote; None if it wrote nothing, or if the file is not what it wrote any more."""
     try:
         return _load(path, task)
@@ -366,7 +355,3 @@ def _directory(cache_dir: str | Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     token_files.remove_abandoned(directory)
     return directory
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

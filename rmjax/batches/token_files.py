@@ -36,45 +36,33 @@ PARTIAL = re.compile(r"[0-9a-f]{32}\.[0-9]+\.[a-z0-9_]{8}\.partial")
 
 
 class Result(NamedTuple):
-    """The groups of some rows, and what became of those rows.
-
-    Attributes:
-        groups: a record batch.
-        audit: of the rows.
-        rows: digest of the rows and of how they were read; "" where there is none.
-        before: whether a build that was killed made them.
-    """
+    """The groups of some rows, and what became of those rows."""
 
     groups: pa.RecordBatch
     audit: Audit
-    rows: str
-    before: bool = False
+    rows: str  # digest of the rows and of how they were read; "" where there is none
+    before: bool = False  # whether a build that was killed made them
 
 
 @contextlib.contextmanager
 def partials(path: Path, chunk: int, keep: type[BaseException]) -> Iterator[tuple[BinaryIO, list[BinaryIO]]]:
     """Opens a file to write the results of a build to, and those that killed builds of the same left, longest first.
 
-    All are gone afterwards, unless this build is killed or interrupted too.
-
-    Args:
-        path: of the finished file.
-        chunk: rows of a job; only results of jobs of this size can be gone on from.
-        keep: an error after which they stay as well.
+    All are deleted at the end, unless this build is killed, interrupted, or fails with the error `keep`.
     """
-    name = f"{path.stem}.{chunk}."
+    name = f"{path.stem}.{chunk}."  # only results of jobs of this size can be gone on from
     with contextlib.ExitStack() as stack:
         left: list[BinaryIO] = []
-        for there in unfinished(path.parent):
-            if there.name.startswith(name):
+        for old in unfinished(path.parent):
+            if old.name.startswith(name):
                 with contextlib.suppress(OSError):  # gone by now, or another user's
-                    file = stack.enter_context(_opened(there))
-                    left += [file] if lock(file) else []
+                    file = stack.enter_context(_opened(old))
+                    left += [file] if try_lock(file) else []
         left.sort(key=lambda file: -os.fstat(file.fileno()).st_size)
         handle, new = tempfile.mkstemp(prefix=name, suffix=".partial", dir=path.parent)
         os.close(handle)
         partial = stack.enter_context(_opened(Path(new)))
-        lock(partial)
+        try_lock(partial)
         try:
             yield partial, left
         except keep:
@@ -101,7 +89,7 @@ def remove_abandoned(directory: Path) -> None:
         with contextlib.suppress(OSError):  # another user's, or just deleted by another process
             if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                 with _opened(path) as file:
-                    if lock(file):  # a build that runs holds it, whatever the clock says
+                    if try_lock(file):  # a build that runs holds it, whatever the clock says
                         _remove(file)
 
 
@@ -116,7 +104,7 @@ def _remove(*files: BinaryIO) -> None:
             Path(file.name + suffix).unlink(missing_ok=True)
 
 
-def lock(file: BinaryIO) -> bool:
+def try_lock(file: BinaryIO) -> bool:
     """Locks the file until it is closed; False if another process has."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,7 +113,7 @@ def lock(file: BinaryIO) -> bool:
     return True
 
 
-def whole(file: BinaryIO, columns: pa.Schema) -> Iterator[Result]:
+def intact_results(file: BinaryIO, columns: pa.Schema) -> Iterator[Result]:
     """The results in a partial file, up to the first that is not as it was written."""
     file.seek(len(MARK))
     broken = (StopIteration, pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError)
@@ -167,18 +155,10 @@ def _seal(groups: pa.RecordBatch, audit: str, rows: str) -> str:
     return total.hexdigest()
 
 
-def write(
+def write_results(
     path: Path, partial: BinaryIO, results: Iterable[Result], columns: pa.Schema, confirm: Callable[[Audit], None]
 ) -> None:
-    """Writes the file and its audit, each in one step, on the disk when this returns.
-
-    Args:
-        path: of the finished file.
-        partial: is renamed to it.
-        results: in order.
-        columns: of the groups.
-        confirm: is called with the whole audit when all is written, before it can be found; may raise.
-    """
+    """Writes the file and its audit, each in one step, on the disk when this returns."""
     audit = Audit()
     with pa.ipc.new_file(partial, columns) as writer:
         for result in results:
@@ -197,19 +177,14 @@ def write(
 
 
 def _note(name: str, audit: str, digest: str) -> str:
-    """The text of NAME.json; the digest of itself is of all else in it."""
+    """The text of NAME.json; its own digest is that of all else in it."""
     values = {"name": name, "audit": json.loads(audit), "arrow": digest}
     own = hashlib.sha256(json.dumps(values).encode()).hexdigest()
     return json.dumps({**values, "json": own}, indent=2) + "\n"
 
 
-def checked(path: Path) -> Audit:
-    """The audit of a finished file, if both are what was written.
-
-    Raises:
-        FileNotFoundError: one of them is not there.
-        ValueError: one is damaged; says which.
-    """
+def read_audit(path: Path) -> Audit:
+    """The audit of a finished file; a ValueError that says so if one of its two files is damaged."""
     note = path.with_suffix(".json")
     text = note.read_bytes()
     try:

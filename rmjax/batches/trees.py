@@ -19,21 +19,13 @@ Tokens = Sequence[int] | np.ndarray  # token ids of one sequence
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tree:
-    """One group's sequences, laid depth first. n tokens, E scored tokens.
+    """One group's sequences, laid depth first. n tokens, E scored tokens."""
 
-    Attributes:
-        tokens: int32 [n] token ids.
-        positions: int32 [n] distance from the start of the sequence, counted along the path.
-        visible_until: int32 [n] index after the last token of the node's subtree.
-        end: int32 [E] index of each scored token.
-        end_slot: int32 [E] the response (0..K-1) that each scored token belongs to.
-    """
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    visible_until: np.ndarray
-    end: np.ndarray
-    end_slot: np.ndarray
+    tokens: np.ndarray  # int32 [n] token ids
+    positions: np.ndarray  # int32 [n] distance from the start of the sequence, counted along the path
+    visible_until: np.ndarray  # int32 [n] index after the last token of the node's subtree
+    end: np.ndarray  # int32 [E] index of each scored token
+    end_slot: np.ndarray  # int32 [E] the response (0..K-1) that each scored token belongs to
 
     def __len__(self) -> int:
         return len(self.tokens)

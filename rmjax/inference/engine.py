@@ -113,7 +113,7 @@ class Inference:
         return [values[index] for values, (_, index) in zip(joined, distinct)]
 
     def _batches(self, trees: Sequence[Tree], row: int) -> Any:
-        """Yields (groups of each row, the batch on the host, what `heads.read` makes of it)."""
+        """Yields (groups of each row, the batch on the host, what `heads.inference_outputs` makes of it)."""
         lengths, ends = np.array([len(t) for t in trees]), np.array([len(t.end) for t in trees])
         return self._run(_forward, Unlabelled(trees), lengths, ends, row)
 
@@ -180,11 +180,11 @@ def _forward(
     attention: str,
     out: jax.sharding.Sharding,
 ) -> jax.Array:
-    """What `heads.read` makes of a batch; models of one config share what is compiled."""
+    """What `heads.inference_outputs` makes of a batch; models of one config share what is compiled."""
     graph, _ = heads.abstract(config, labels, dtype, dtype, architecture=architecture, attention=attention)
     # Accelerators round float32 products to TF32 or bfloat16 unless told otherwise.
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-        outputs = heads.read(heads.merge(graph, params), batch)
+        outputs = heads.inference_outputs(heads.merge(graph, params), batch)
     return jax.lax.with_sharding_constraint(outputs, out)
 
 

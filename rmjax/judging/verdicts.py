@@ -45,34 +45,21 @@ SWAPPED = (1, 0, 2)  # what each verdict is when the responses change places
 
 SHARED = ("prompt", "conversation", "messages")
 SHOWN = {"pair": ("response_a", "response_b"), "score": ("response",)}
-VARIABLES = {
-    "pair": {*SHARED, *SHOWN["pair"], "ties"},
-    "score": {*SHARED, *SHOWN["score"], "attributes", "scale"},
-}
 CASES: dict[str, list[dict[str, Any]]] = {  # of the other variables, each of which a template must be able to render
     "pair": [{"ties": True}, {"ties": False}],
     "score": [{"attributes": names, "scale": ("0", "4")} for names in (["score"], ["fluency"], ["truth", "style"])],
 }
+VARIABLES = {kind: {*SHARED, *SHOWN[kind], *cases[0]} for kind, cases in CASES.items()}
 DEFAULTS = {"pairwise": "pair", "judge_pair": "pair", "judge_score": "score"}  # packaged templates and their kinds
 SCORE, BETTER = "score", "better"  # the tags of written verdicts, where no attribute names one
 
 
-# ----------------------------------------------------------------------------------------------------
 # Templates
-# ----------------------------------------------------------------------------------------------------
 
 
 def load_template(path: str, default: str) -> str:
-    """The text of a template.
-
-    Args:
-        path: a file, "" for the packaged one, or a text that is a template itself, which is told by its "{{".
-        default: name of the packaged one, in DEFAULTS.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be used (see `check_template`); names the file.
-    """
+    """The text of a template: of a file, the packaged one for "", or `path` itself if it is a template, which its "{{"
+    shows."""
     if not path:
         return (resources.files("rmjax.judging") / "templates" / f"{default}.jinja").read_text()
     if "{{" in path:
@@ -86,18 +73,9 @@ def load_template(path: str, default: str) -> str:
 
 
 def check_template(text: str, kind: str, name: str = "the judging template") -> None:
-    """Makes sure that a template can be rendered and shows what is to be judged.
-
-    Args:
-        text: the template.
-        kind: "pair" or "score".
-        name: of the file, for the message.
-
-    Raises:
-        ValueError: bad syntax, an unknown variable, a template that fails, or one that does not show every response.
-    """
+    """Refuses a template (ValueError) that cannot be rendered, or that does not show every response."""
     try:
-        names = jinja2.meta.find_undeclared_variables(_environment().parse(text))
+        names = jinja2.meta.find_undeclared_variables(ENVIRONMENT.parse(text))
         template = _compiled(text)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"{name}, line {error.lineno}: {error.message}; expected a Jinja2 template") from None
@@ -117,17 +95,15 @@ def check_template(text: str, kind: str, name: str = "the judging template") -> 
             raise ValueError(f"{name} does not show {' and '.join(missing)}, which is to be judged; put it in")
 
 
-@functools.cache
-def _environment() -> jinja2.Environment:
-    # A template is a file from elsewhere: sandboxed, and a name that is not there fails instead of vanishing.
-    return jinja2.sandbox.ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+# A template is a file from elsewhere: sandboxed, and a name that is not there fails instead of vanishing.
+ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled(text: str) -> jinja2.Template:
-    return _environment().from_string(text)
+    return ENVIRONMENT.from_string(text)
 
 
 def _variables(history: Conversation, responses: Sequence[str], kind: str, more: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,21 +117,17 @@ def _variables(history: Conversation, responses: Sequence[str], kind: str, more:
 
 
 def ask(template: str, kind: str, history: Conversation, responses: Sequence[str], **more: Any) -> Message:
-    """The user turn in which a judge is asked.
-
-    Args:
-        template: text of a template.
-        kind: "pair" or "score".
-        history: the conversation before the responses.
-        responses: texts of the responses to show, in order.
-        **more: the kind's other variables.
-
-    Raises:
-        BadRow: `template_error`: the template refuses these values.
-    """
+    """The user turn in which a judge is asked about the texts of responses; `more` are the kind's other variables."""
     variables = _variables(history, responses, kind, more)
     text = rendering.render(lambda: _compiled(template).render(variables), "the judging template: ")
     return {"role": "user", "content": text}
+
+
+def ask_in_both_orders(template: str, first: Conversation, second: Conversation, ties: bool) -> tuple[Message, Message]:
+    """The questions about two whole conversations: with the first as A, and with the second as A."""
+    history, *texts = divide(first, second)
+    one, other = (ask(template, "pair", history, shown, ties=ties) for shown in (texts, texts[::-1]))
+    return one, other
 
 
 def text_of(message: Message) -> str:
@@ -175,11 +147,9 @@ def transcript(conversation: Conversation) -> str:
 
 
 def divide(first: Conversation, second: Conversation) -> tuple[Conversation, str, str]:
-    """Splits two conversations into the history that they share and what is to be judged of each.
+    """Splits two conversations into the history that they share, and what is to be judged of each.
 
-    Returns:
-        The messages both begin with, at most all but the last turns, and the text of each one's rest: a response, or
-        a transcript where the rest has several turns.
+    The history is at most all but the last turns; what follows is a response, or a transcript of several turns.
     """
     same = itertools.takewhile(lambda both: both[0] == both[1], zip(first[:-1], second[:-1]))
     history = [message for message, _ in same]
@@ -188,21 +158,20 @@ def divide(first: Conversation, second: Conversation) -> tuple[Conversation, str
     return history, texts[0], texts[1]
 
 
-# ----------------------------------------------------------------------------------------------------
 # Judges that classify
-# ----------------------------------------------------------------------------------------------------
 
 
-def some_good(made: list[T | BadRow]) -> list[T | BadRow]:
-    """What was made of a record's parts.
-
-    Raises:
-        BadRow: the first, if nothing good was made.
-    """
-    bad = [part for part in made if isinstance(part, BadRow)]
-    if bad and len(bad) == len(made):
+def some_good(parts: list[T | BadRow]) -> list[T | BadRow]:
+    """The parts that a record became; if all of them are bad, the first is raised."""
+    bad = [part for part in parts if isinstance(part, BadRow)]
+    if bad and len(bad) == len(parts):
         raise bad[0]
-    return made
+    return parts
+
+
+def strength_of(record: Record, i: int, j: int) -> np.ndarray:
+    """float32 [1]: how much better the preferred one of two responses is, in the source's units."""
+    return np.array([max(record.margin[i, j], record.margin[j, i])], np.float32)
 
 
 def labelled_pairs(record: Record) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -219,16 +188,11 @@ class Judgements:
 
     The first sequence shows response i as A and j as B, the second the other way round; their shared beginning is
     computed once. A record of several pairs gives several groups, each with the record's weight.
-
-    Attributes:
-        template: text of the template that states the question, kind "pair".
-        classes: verdicts, C: 3 (A, B, tie) or 2 (A, B).
-        ties: with 2 classes, "skip" what was judged equal, or count it as "half" a verdict each way.
     """
 
-    template: str
-    classes: int = 3
-    ties: str = "skip"
+    template: str  # text of the template that states the question, kind "pair"
+    classes: int = 3  # verdicts, C: 3 (A, B, tie) or 2 (A, B)
+    ties: str = "skip"  # with 2 classes, "skip" what was judged equal, or count it as "half" a verdict each way
 
     def __post_init__(self) -> None:
         check_template(self.template, "pair")
@@ -246,12 +210,10 @@ class Judgements:
 
     def questions(self, first: Conversation, second: Conversation) -> tuple[Conversation, Conversation]:
         """What the judge reads of two whole conversations: the first as A, and the second as A."""
-        history, *texts = divide(first, second)
-        one, other = (ask(self.template, "pair", history, t, ties=self.classes == 3) for t in (texts, texts[::-1]))
+        one, other = ask_in_both_orders(self.template, first, second, ties=self.classes == 3)
         return (one,), (other,)
 
     def examples(self, record: Record) -> Sequence[Example | BadRow]:
-        """One group for each labelled pair."""
         pairs = list(labelled_pairs(record))
         if not pairs:
             raise no_label(record, "preferences")
@@ -277,128 +239,96 @@ class Judgements:
             return BadRow("identical_responses", "they differ only in what the judge is not shown")
         labels = {
             "verdict": np.stack([verdict, verdict[list(SWAPPED[: self.classes])]]).astype(np.float32),
-            "strength": np.array([max(record.margin[i, j], record.margin[j, i])], np.float32),
+            "strength": strength_of(record, i, j),
         }
         return Example(questions, labels, name=name)
 
 
-# ----------------------------------------------------------------------------------------------------
 # Judges that write
-# ----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a judge wrote.
+    """What a judge wrote."""
 
-    Attributes:
-        kind: "score", "better", or "unparseable", which is never a score.
-        value: the score as a float; "A", "B" or "tie"; or why there is no verdict.
-    """
-
-    kind: str
-    value: float | str
+    kind: str  # "score", "better", or "unparseable", which is never a score
+    value: float | str  # the score as a float; "A", "B" or "tie"; or why there is no verdict
+    # Characters [start, stop) of the value, "3" or "A", the last where it is repeated.
+    span: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
 
 
 def score_conversations(
-    record: Record,
-    template: str,
-    *,
-    scale: tuple[float, float],
-    attributes: Sequence[str] = (),
-    feedback: Sequence[str] = (),
+    record: Record, template: str, *, scale: tuple[float, float], attributes: Sequence[str] = ()
 ) -> list[Conversation | BadRow]:
     """A judge's rating of each response, as a conversation of a question and an answer.
 
-    The answer is the feedback, if there is any, and then the verdict: "<score>3</score>" for one attribute, whatever
-    its name, and for several one line each, "<helpfulness>3</helpfulness>". A BadRow (`no_label`, `out_of_scale`)
-    stands for a response that lacks one, or has one off the scale.
+    The answer is "<score>3</score>" for one attribute, whatever its name, and for several one line each,
+    "<helpfulness>3</helpfulness>". A BadRow (`no_label`, `out_of_scale`) stands for a response that lacks one, or has
+    one off the scale.
 
     Args:
-        record: with the attributes.
-        template: text of a template of kind "score".
         scale: lowest and highest score.
         attributes: names of those that are rated; () is all that the record has.
-        feedback: a text for each response, written before its verdict; () is none.
 
     Raises:
-        BadRow: no response can be rated; or `conflicting_label`: feedback that contains a verdict of its own.
+        BadRow: no response can be rated; or `conflicting_label`: attributes whose names cannot be told apart as tags.
     """
     names = tuple(attributes) or tuple(record.attributes)
     tags = names if len(names) > 1 else (SCORE,) * len(names)
     ends = (number_text(scale[0]), number_text(scale[1]))
-    made: list[Conversation | BadRow] = []
+    conversations: list[Conversation | BadRow] = []
     for k, conversation in enumerate(record.conversations):
         values = [float(record.attributes[name][k]) if name in record.attributes else math.nan for name in names]
         if not values or any(map(math.isnan, values)):
-            made.append(no_label(record, f"the attributes {', '.join(names) or 'of a rating'}"))
+            conversations.append(no_label(record, f"the attributes {', '.join(names) or 'of a rating'}"))
             continue
         if not all(scale[0] <= value <= scale[1] for value in values):
-            made.append(BadRow("out_of_scale", f"{values} on a scale from {ends[0]} to {ends[1]}"))
+            conversations.append(BadRow("out_of_scale", f"{values} on a scale from {ends[0]} to {ends[1]}"))
             continue
         shown = [text_of(conversation[-1])]
         question = ask(template, "score", conversation[:-1], shown, attributes=list(names), scale=ends)
-        verdict = "\n".join(f"<{tag}>{number_text(value)}</{tag}>" for tag, value in zip(tags, values))
-        answer = _answer(feedback[k] if feedback else "", verdict)
+        answer = "\n".join(f"<{tag}>{number_text(value)}</{tag}>" for tag, value in zip(tags, values))
         for tag, name, value in zip(tags, names, values):
             parsed = parse_verdict(answer, SCORE, tag=tag, scale=scale)
             if parsed != Verdict(SCORE, float(number_text(value))):
-                raise BadRow(
-                    "conflicting_label", f"{name} {value:g} cannot be read back from the answer: {parsed.value}"
-                )
-        made.append((question, {"role": "assistant", "content": answer}))
-    return some_good(made)
+                detail = f"{name} {value:g} cannot be read back from the answer: {parsed.value}"
+                raise BadRow("conflicting_label", detail)
+        conversations.append((question, {"role": "assistant", "content": answer}))
+    return some_good(conversations)
 
 
 def better_conversations(
-    record: Record, template: str, *, ties: bool = True, both_orders: bool = False, feedback: str = ""
+    record: Record, template: str, *, ties: bool = True, both_orders: bool = False
 ) -> list[Conversation | BadRow]:
     """A judge's verdict on each labelled pair, as a conversation of a question and an answer.
 
-    The answer is the feedback, if there is any, and then "<better>A</better>", B or tie: what most annotators said;
-    a BadRow (`tie`) stands for a pair without a strict majority. Whether the record's first response is A is drawn from
-    a hash of the pair; a record with the responses in the opposite order (config.data.augment="swap") shows the other
-    order.
+    The answer is "<better>A</better>", B or tie: what most annotators said; a BadRow (`tie`) stands for a pair without
+    a strict majority. Whether the record's first response is A is drawn from a hash of the pair; a record with the
+    responses in the opposite order (config.data.augment="swap") shows the other order.
 
     Args:
-        record: with preferences.
-        template: text of a template of kind "pair".
         ties: whether "tie" is a possible verdict; if not, ties are left out.
         both_orders: show each pair twice, with the responses in either order, instead of once.
-        feedback: text that is written before the verdict; only for records of one pair that is shown once, in the
-            record's order, since it may name the responses.
 
     Raises:
-        BadRow: `no_label`: no preferences. `tie`: none of the pairs has a verdict. `conflicting_label`: the feedback
-            contains a verdict of its own.
+        BadRow: `no_label`: no preferences. `tie`: none of the pairs has a verdict.
     """
     pairs = list(labelled_pairs(record))
     if not pairs:
         raise no_label(record, "preferences")
-    if feedback and (both_orders or len(pairs) > 1):
-        raise ValueError(
-            "feedback names the responses of one pair in one order; leave out both_orders, or the feedback"
-        )
-    made: list[Conversation | BadRow] = []
+    conversations: list[Conversation | BadRow] = []
     for i, j, said in pairs:
         said = said if ties else said[:2]
         winners = np.flatnonzero(said == said.max())
         if len(winners) > 1:
-            made.append(BadRow("tie", "no verdict has a majority"))
+            conversations.append(BadRow("tie", "no verdict has a majority"))
             continue
         history, *texts = divide(record.conversations[i], record.conversations[j])
-        swaps = (False, True) if both_orders else (not feedback and _swapped(history, texts),)
-        for swap in swaps:
-            shown, winner = (texts[::-1], SWAPPED[winners[0]]) if swap else (texts, int(winners[0]))
-            answer = _answer(feedback, f"<{BETTER}>{VERDICTS[winner]}</{BETTER}>")
-            if parse_verdict(answer, BETTER) != Verdict(BETTER, VERDICTS[winner]):
-                raise BadRow("conflicting_label", "the feedback contains a verdict of its own")
-            made.append((ask(template, "pair", history, shown, ties=ties), {"role": "assistant", "content": answer}))
-    return some_good(made)
-
-
-def _answer(feedback: str, verdict: str) -> str:
-    return f"{feedback.rstrip()}\n\n{verdict}" if feedback.strip() else verdict
+        for swap in (False, True) if both_orders else (_swapped(history, texts),):
+            shown, winner = (texts[::-1], SWAPPED[winners[0]]) if swap else (texts, winners[0])
+            answer = {"role": "assistant", "content": f"<{BETTER}>{VERDICTS[winner]}</{BETTER}>"}
+            conversations.append((ask(template, "pair", history, shown, ties=ties), answer))
+    return some_good(conversations)
 
 
 def _swapped(history: Conversation, texts: Sequence[str]) -> bool:
@@ -427,7 +357,6 @@ def parse_verdict(
     space around it. Thinking blocks are not read. A verdict may be repeated, but not contradicted.
 
     Args:
-        text: what was written.
         kind: "score" or "better".
         tag: its tag; "" is the kind. An attribute's name where several are rated.
         scale: lowest and highest score, both allowed; None is no limit.
@@ -438,42 +367,23 @@ def parse_verdict(
         tags, several that disagree, no plain decimal number ("NaN", "3/5", "three", "1e3"), a score off the scale, or
         no verdict among A, B and tie.
     """
-    found = _find(text, kind, tag or kind, scale, ties)
-    return Verdict("unparseable", found) if isinstance(found, str) else found[0]
-
-
-def verdict_span(text: str, kind: str, *, tag: str = "") -> tuple[int, int] | None:
-    """The characters [start, stop) of the verdict itself, "3" or "A", the last where it is repeated.
-
-    None where `parse_verdict` finds none.
-    """
-    found = _find(text, kind, tag or kind, None, True)
-    return None if isinstance(found, str) else found[1]
-
-
-def _find(
-    text: str, kind: str, tag: str, scale: tuple[float, float] | None, ties: bool
-) -> tuple[Verdict, tuple[int, int]] | str:
-    """The verdict and its characters, or why there is none."""
     if kind not in (SCORE, BETTER):
         raise ValueError(f"kind={kind!r} is none of {SCORE}, {BETTER}")
-    said = _without_thinking(text)
+    tag, said = tag or kind, _without_thinking(text)
     tags = list(re.finditer(rf"<(/?)\s*{re.escape(tag)}\s*>", said, re.IGNORECASE))
     if not tags:
-        return f"there is no <{tag}>"
+        return Verdict("unparseable", f"there is no <{tag}>")
     if len(tags) % 2 or any(bool(match[1]) != bool(place % 2) for place, match in enumerate(tags)):
-        return f"<{tag}> and </{tag}> are not balanced"
+        return Verdict("unparseable", f"<{tag}> and </{tag}> are not balanced")
     verdicts = []
     for opening, closing in zip(tags[::2], tags[1::2]):
         inside = said[opening.end() : closing.start()]
-        value = _value(inside.strip(), kind, scale, ties)
-        if value is None:
-            return f"{inside.strip()[:40]!r} is no verdict"
-        verdicts.append(Verdict(kind, value))
-    if len(set(verdicts)) > 1:
-        return f"<{tag}> contradicts itself"
-    start = opening.end() + len(inside) - len(inside.lstrip())
-    return verdicts[0], (start, start + len(inside.strip()))
+        word = inside.strip()
+        if (value := _value(word, kind, scale, ties)) is None:
+            return Verdict("unparseable", f"{word[:40]!r} is no verdict")
+        start = opening.end() + len(inside) - len(inside.lstrip())
+        verdicts.append(Verdict(kind, value, (start, start + len(word))))
+    return verdicts[-1] if len(set(verdicts)) == 1 else Verdict("unparseable", f"<{tag}> contradicts itself")
 
 
 def _value(inside: str, kind: str, scale: tuple[float, float] | None, ties: bool) -> float | str | None:

@@ -5,15 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from rmjax.batches.tasks import Axes, Example, Span
 from rmjax.data.records import BadRow, Conversation, Record
-from rmjax.judging.verdicts import (
-    BETTER,
-    SCORE,
-    better_conversations,
-    check_template,
-    score_conversations,
-    some_good,
-    verdict_span,
-)
+from rmjax.judging import verdicts
 
 TEMPLATES = {"messages": "", "score": "judge_score", "pair": "judge_pair"}  # by target; packaged, see verdicts.py
 
@@ -22,26 +14,22 @@ TEMPLATES = {"messages": "", "score": "judge_score", "pair": "judge_pair"}  # by
 class Writing:
     """Conversations whose assistant turns are learnt word for word; each is one group of K = 1.
 
-    Attributes:
-        turns: whether "all" assistant turns are learnt, or the "last". A turn is its text and what the template puts
-            after it up to the token that ends it, tool calls for example; one without text is not learnt.
-        target: "messages": the record's own conversation, and of several the preferred one: those that beat another
-            one and that none beats. Where nothing is said of pairs, each of them.
-            "score": each response's rating, as a judge writes it. "pair": each pair's verdict.
-        template: text of the judging question, for "score" and "pair".
-        attributes: what is rated; () is all that the record has.
-        scale: lowest and highest rating.
-        ties: whether a verdict may be "tie"; if not, ties are left out.
-        both_orders: show each pair twice, with the responses in either order.
+    A turn is its text and what the template puts after it up to the token that ends it, tool calls for example; one
+    without text is not learnt. Of `target`:
+
+    messages    the record's own conversation, and of several the preferred ones: those that beat another one and that
+                none beats. Where nothing is said of pairs, each of them.
+    score       each response's rating, as a judge writes it
+    pair        each pair's verdict, as a judge writes it
     """
 
-    turns: str = "all"
+    turns: str = "all"  # whether "all" assistant turns are learnt, or the "last"
     target: str = "messages"
-    template: str = ""
-    attributes: tuple[str, ...] = ()
-    scale: tuple[float, float] = (1.0, 5.0)
-    ties: bool = True
-    both_orders: bool = False
+    template: str = ""  # text of the judging question, for "score" and "pair"
+    attributes: tuple[str, ...] = ()  # what is rated; () is all that the record has
+    scale: tuple[float, float] = (1.0, 5.0)  # lowest and highest rating
+    ties: bool = True  # whether a verdict may be "tie"; if not, ties are left out
+    both_orders: bool = False  # show each pair twice, with the responses in either order
 
     def __post_init__(self) -> None:
         if self.turns not in ("all", "last"):
@@ -49,7 +37,7 @@ class Writing:
         if self.target not in TEMPLATES:
             raise ValueError(f"target={self.target!r} is none of {', '.join(TEMPLATES)}")
         if self.target != "messages":
-            check_template(self.template, self.target)
+            verdicts.check_template(self.template, self.target)
 
     @property
     def fields(self) -> Mapping[str, Axes]:
@@ -59,32 +47,26 @@ class Writing:
         return dict.fromkeys(("loss_weight", "verdict"), ("T",))
 
     def examples(self, record: Record) -> Sequence[Example | BadRow]:
-        """One group for each conversation.
-
-        Raises:
-            BadRow: `no_label`, `tie`, or what the judging functions refuse.
-        """
-        made, rated = self._conversations(record), self.attributes or tuple(record.attributes)
-        return [
-            conversation
-            if isinstance(conversation, BadRow)
-            else Example(
-                (conversation,),
-                spans={
-                    "loss_weight": (self._learnt(conversation, record.weight),),
-                    "verdict": (self._verdicts(conversation, rated, record.weight),),
-                },
-                tools=record.tools if self.target == "messages" else None,
-                name=str(i) if len(made) > 1 else "",
-            )
-            for i, conversation in enumerate(made)
-        ]
+        rated = self.attributes or tuple(record.attributes)
+        conversations = self._conversations(record)
+        examples: list[Example | BadRow] = []
+        for i, conversation in enumerate(conversations):
+            if isinstance(conversation, BadRow):
+                examples.append(conversation)
+                continue
+            learnt = self._learnt(conversation, record.weight)
+            judged = self._verdicts(conversation, rated, record.weight)
+            tools = record.tools if self.target == "messages" else None
+            name = str(i) if len(conversations) > 1 else ""
+            spans = {"loss_weight": (learnt,), "verdict": (judged,)}
+            examples.append(Example((conversation,), spans=spans, tools=tools, name=name))
+        return examples
 
     def _conversations(self, record: Record) -> Sequence[Conversation | BadRow]:
         if self.target == "score":
-            return score_conversations(record, self.template, scale=self.scale, attributes=self.attributes)
+            return verdicts.score_conversations(record, self.template, scale=self.scale, attributes=self.attributes)
         if self.target == "pair":
-            return better_conversations(record, self.template, ties=self.ties, both_orders=self.both_orders)
+            return verdicts.better_conversations(record, self.template, ties=self.ties, both_orders=self.both_orders)
         return preferred(record)
 
     def _learnt(self, conversation: Conversation, weight: float) -> tuple[Span, ...]:
@@ -95,11 +77,11 @@ class Writing:
 
     def _verdicts(self, conversation: Conversation, rated: Sequence[str], weight: float) -> tuple[Span, ...]:
         text = conversation[-1].get("content") or ""
-        kinds = [(SCORE, ""), (BETTER, "")]
+        kinds = [(verdicts.SCORE, ""), (verdicts.BETTER, "")]
         if self.target == "score" and len(rated) > 1:
-            kinds = [(SCORE, name) for name in rated]
-        found = (verdict_span(text, kind, tag=tag) for kind, tag in kinds)
-        return tuple(Span(-1, *span, weight) for span in found if span)
+            kinds = [(verdicts.SCORE, name) for name in rated]
+        spans = (verdicts.parse_verdict(text, kind, tag=tag).span for kind, tag in kinds)
+        return tuple(Span(-1, *span, weight) for span in spans if span)
 
 
 def preferred(record: Record) -> Sequence[Conversation | BadRow]:
@@ -113,7 +95,7 @@ def preferred(record: Record) -> Sequence[Conversation | BadRow]:
     beats = record.wins > record.wins.T
     if not record.wins.any() and not record.ties.any():
         bad = BadRow("labelled_bad", "the response, or one of its steps, was judged bad")
-        return some_good([bad if _is_bad(record, i) else c for i, c in enumerate(record.conversations)])
+        return verdicts.some_good([bad if _is_bad(record, i) else c for i, c in enumerate(record.conversations)])
     best = [c for i, c in enumerate(record.conversations) if beats[i].any() and not beats[:, i].any()]
     if not best:
         raise BadRow("tie", "no response is preferred to the others")

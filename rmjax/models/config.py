@@ -24,68 +24,45 @@ SIZES = (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder; frozen and hashable, so that it can be a static part of a compiled function.
+    """The shape of a decoder; frozen and hashable, so that it can be a static part of a compiled function."""
 
-    Attributes:
-        family: the `model_type` of config.json, a key of FAMILIES.
-        vocab: V, rows of the embedding.
-        width: D, of the residual stream.
-        layers: L.
-        heads: N, query heads.
-        kv_heads: M, key/value heads; N is a multiple of it.
-        head_dim: H, width of one head; N * H need not be D.
-        mlp: F, width of the gated MLP, whose activation is silu.
-        rope: rotary position embedding.
-        windows: of each layer: how many keys a query sees along its path, itself included; None is all.
-        norm_eps: epsilon of every RMSNorm.
-        qkv_bias: whether the query, key and value projections have biases.
-        o_bias: whether the attention's output projection has one.
-        mlp_bias: whether the three MLP projections have.
-        qk_norm: whether queries and keys are normalised per head.
-        init_std: standard deviation of newly initialised kernels.
-        tied: whether a language model's output embedding is its input embedding.
-    """
-
-    family: str
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    rope: Rope
+    family: str  # the `model_type` of config.json, a key of FAMILIES
+    vocab: int  # V, rows of the embedding
+    width: int  # D, of the residual stream
+    layers: int  # L
+    heads: int  # N, query heads
+    kv_heads: int  # M, key/value heads; N is a multiple of it
+    head_dim: int  # H, width of one head; N * H need not be D
+    mlp: int  # F, width of the gated MLP, whose activation is silu
+    rope: Rope  # rotary position embedding
+    # Of each layer: how many keys a query sees along its path, itself included; None is all
     windows: tuple[int | None, ...]
-    norm_eps: float = 1e-6
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    init_std: float = 0.02
-    tied: bool = False
+    norm_eps: float = 1e-6  # epsilon of every RMSNorm
+    qkv_bias: bool = False  # whether the query, key and value projections have biases
+    o_bias: bool = False  # whether the attention's output projection has one
+    mlp_bias: bool = False  # whether the three MLP projections have
+    qk_norm: bool = False  # whether queries and keys are normalised per head
+    init_std: float = 0.02  # standard deviation of newly initialised kernels
+    tied: bool = False  # whether a language model's output embedding is its input embedding
 
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """Reads a config.json of transformers v4 or v5.
-
-    Raises:
-        ValueError: an unknown family, a missing or impossible size, or a feature that is not supported.
-    """
+    """Reads a config.json of transformers v4 or v5; what is missing, impossible or not supported is a ValueError."""
     family = str(config.get("model_type"))
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not supported; supported families: {', '.join(FAMILIES)}")
     config = {**FAMILIES[family].defaults, **config}
     if missing := [name for name in REQUIRED if not config.get(name)]:
         raise ValueError(f"config.json of this {family} model lacks {', '.join(missing)}")
-    whole = lambda value: type(value) is int and value > 0
-    if wrong := [f"{name} {config[name]!r}" for name in SIZES if config.get(name) and not whole(config[name])]:
-        raise ValueError(f"config.json of this {family} model has {', '.join(wrong)}; expected whole numbers above 0")
-    if wrong := [f"{name} {config[name]!r}" for name in MOST if (config.get(name) or 0) > MOST[name]]:
-        limits = ", ".join(f"{name} {most:,}" for name, most in MOST.items())
-        raise ValueError(f"config.json of this {family} model has {', '.join(wrong)}; the most is {limits}")
-    real = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-    if wrong := [f"{name} {config[name]!r}" for name in NUMBERS if config.get(name) and not real(config[name])]:
-        raise ValueError(f"config.json of this {family} model has {', '.join(wrong)}; expected numbers above 0")
+    limits = ", ".join(f"{name} {most:,}" for name, most in MOST.items())
+    for names, allowed, advice in (
+        (SIZES, lambda _, value: type(value) is int and value > 0, "expected whole numbers above 0"),
+        (MOST, lambda name, value: value <= MOST[name], f"the most is {limits}"),
+        (NUMBERS, lambda _, value: type(value) in (int, float) and 0 < value < math.inf, "expected numbers above 0"),
+    ):
+        given = {name: config[name] for name in names if config.get(name)}
+        if wrong := [f"{name} {value!r}" for name, value in given.items() if not allowed(name, value)]:
+            raise ValueError(f"config.json of this {family} model has {', '.join(wrong)}; {advice}")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; the MLP's activation must be 'silu'")
     if config.get("quantization_config"):

@@ -20,17 +20,10 @@ from rmjax.models.config import ModelConfig
 from rmjax.models.rope import rope_angles, rotate
 from rmjax.sharding import BATCH, constrain
 
-# Activations that a remat policy can save, and the names they go by inside. The kernel names its own output
-# and the log-sum-exp that its backward needs with it.
-SAVED = {
-    "q": ("q",),
-    "k": ("k",),
-    "v": ("v",),
-    "attention": ("attention", "lse"),
-    "mid": ("mid",),
-    "gate": ("gate",),
-    "up": ("up",),
-}
+# Activations that a remat policy can save, and their names inside: the kernel names its output and the log-sum-exp that
+# its backward needs.
+SAVED: dict[str, tuple[str, ...]] = {name: (name,) for name in ("q", "k", "v", "attention", "mid", "gate", "up")}
+SAVED["attention"] = ("attention", "lse")
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike) -> nnx.Param:
@@ -59,7 +52,6 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The same shape and dtype as `x`."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
@@ -99,7 +91,6 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*kernel.shape[:-2], kernel.shape[-1]), kernel.dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] to [..., out]."""
         y = product(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -114,14 +105,11 @@ class Layer(nnx.Module):
     def __init__(
         self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, stack: int | None = None, attention: str = "xla"
     ):
-        c, several = config, () if stack is None else (stack,)
-
-        def linear(inputs: int, outputs: int, bias: bool) -> Linear:
-            return Linear(normal(rngs, (*several, inputs, outputs), c.init_std, dtype), bias)
-
-        def norm(width: int) -> RMSNorm:
-            return RMSNorm((*several, width), c.norm_eps, dtype=dtype)
-
+        c, stacked = config, () if stack is None else (stack,)
+        linear = lambda inputs, outputs, bias: Linear(
+            normal(rngs, (*stacked, inputs, outputs), c.init_std, dtype), bias
+        )
+        norm = lambda width: RMSNorm((*stacked, width), c.norm_eps, dtype=dtype)
         self.head_dim, self.form = c.head_dim, attention
         self.attention_norm = norm(c.width)
         self.q = linear(c.width, c.heads * c.head_dim, c.qkv_bias)
@@ -181,14 +169,7 @@ def _tokens(x_BT: jax.Array, at: jax.Array | None) -> jax.Array:
 
 
 class Decoder(nnx.Module):
-    """Embedding, L layers, and the final norm, which the caller applies to the tokens that it needs.
-
-    Attributes:
-        embed: Embed.
-        layers: one Layer whose parameters have a leading axis L - 1; None where there is only one layer.
-        last: the last Layer.
-        norm: the final RMSNorm.
-    """
+    """Embedding, L layers, and the final norm, which the caller applies to the tokens that it needs."""
 
     def __init__(
         self,
@@ -233,9 +214,6 @@ class Decoder(nnx.Module):
         Returns:
             The residual stream after the last layer, *before* the final norm: [B, T, D], or [B, E, D] of the tokens
             `at`, in the compute dtype.
-
-        Raises:
-            ValueError: `remat` names an unknown activation.
         """
         angles = rope_angles(self.config.rope, self.config.head_dim, positions)
         windows = sorted(set(self.config.windows), key=lambda window: window or 0)
@@ -264,20 +242,14 @@ class Decoder(nnx.Module):
             else:
                 for index in range(self.config.layers - 1):
                     x_BTD, _ = apply(x_BTD, jax.tree.map(lambda leaf, index=index: leaf[index], xs))
-        return self._last(x_BTD, angles, seen_by_window[which_L[-1]], at, remat)
-
-    def _last(self, x_BTD: jax.Array, angles: Any, seen: Visible, at: jax.Array | None, remat: str) -> jax.Array:
-        graphdef, params = nnx.split(self.last)
-        apply = lambda params, x_BTD: nnx.merge(graphdef, params)(x_BTD, angles, seen, at)
-        return rematerialized(apply, remat=remat, prevent_cse=True)(nnx.to_pure_dict(params), x_BTD)
+        graphdef_last, last = nnx.split(self.last)
+        seen_last = seen_by_window[which_L[-1]]
+        apply_last = lambda params, x_BTD: nnx.merge(graphdef_last, params)(x_BTD, angles, seen_last, at)
+        return rematerialized(apply_last, remat=remat, prevent_cse=True)(nnx.to_pure_dict(last), x_BTD)
 
 
 def saved_names(remat: str) -> tuple[str, ...]:
-    """The names that a remat policy saves, as they are in the layers; none for `none` and `full`.
-
-    Raises:
-        ValueError: `remat` names an unknown activation.
-    """
+    """The names that a remat policy saves, as they are in the layers; an unknown activation is a ValueError."""
     if remat in ("none", "full"):
         return ()
     names = [name.strip() for name in remat.split(",")]
@@ -290,11 +262,7 @@ def saved_names(remat: str) -> tuple[str, ...]:
 
 
 def rematerialized(function: Any, *, remat: str, prevent_cse: bool) -> Any:
-    """Wraps a layer so that its backward recomputes what `remat` (see Decoder.__call__) does not save.
-
-    Raises:
-        ValueError: `remat` names an unknown activation.
-    """
+    """Wraps a layer so that its backward recomputes what `remat` (see Decoder.__call__) does not save."""
     if remat == "none":
         return function
     policy = jax.checkpoint_policies.save_only_these_names(*saved_names(remat))

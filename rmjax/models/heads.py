@@ -29,27 +29,15 @@ class ScoreHead(nnx.Module):
         self.kernel = normal(rngs, (config.width, outputs), config.init_std, jnp.float32)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] of any dtype to float32 [..., A]."""
         # HIGHEST: the default rounds float32 products to TF32 or bfloat16 on accelerators.
         return jnp.matmul(hidden.astype(jnp.float32), self.kernel[...], precision=jax.lax.Precision.HIGHEST)
 
 
 class Scorer(nnx.Module):
-    """Rows of trees in, scores of their scored tokens out.
-
-    Attributes:
-        decoder: Decoder.
-        score: ScoreHead.
-    """
+    """Rows of trees in, scores of their scored tokens out."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        outputs: int,
-        *,
-        rngs: nnx.Rngs,
-        param_dtype: DTypeLike = jnp.float32,
-        **options: Any,
+        self, config: ModelConfig, outputs: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32, **options: Any
     ):
         self.decoder = Decoder(config, rngs=rngs, param_dtype=param_dtype, **options)
         self.score = ScoreHead(config, outputs, rngs=rngs)
@@ -60,8 +48,6 @@ class Scorer(nnx.Module):
         Args:
             batch: int32 `tokens`, `positions`, `visible_from`, `visible_until` [B, T] and `end` [B, E], the
                 index in the row of each scored token, -1 where there is none; other entries are not read.
-            remat: see Decoder.__call__.
-            scan: see Decoder.__call__.
 
         Returns:
             float32 [B, E, A]; 0 where `end` is -1, and no gradient from there.
@@ -72,21 +58,9 @@ class Scorer(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """Rows of trees in, how likely their next tokens are out.
+    """Rows of trees in, how likely their next tokens are out."""
 
-    Attributes:
-        decoder: Decoder.
-        lm_head: the output embedding, [V, D] as the input's; None where they are one (tied).
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        rngs: nnx.Rngs,
-        param_dtype: DTypeLike = jnp.float32,
-        **options: Any,
-    ):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32, **options: Any):
         self.decoder = Decoder(config, rngs=rngs, param_dtype=param_dtype, **options)
         self.lm_head = None if config.tied else Embed(config, rngs=rngs, dtype=param_dtype)
 
@@ -99,8 +73,6 @@ class LanguageModel(nnx.Module):
             batch: int32 `tokens`, `positions`, `visible_from`, `visible_until` [B, T], and `loss_weight` [B, T]: 0
                 where nothing is asked for, so nothing is computed. The last token of a tree has no target of its own,
                 so its weight must be 0.
-            remat: see Decoder.__call__.
-            scan: see Decoder.__call__.
 
         Returns:
             `nll`, `correct`: float32 [B, T], see `cross_entropy`.
@@ -112,14 +84,10 @@ class LanguageModel(nnx.Module):
         return {"nll": nll_BT, "correct": correct_BT}
 
 
-def read(model: Scorer | LanguageModel, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """What a model that is not trained is asked: float32 [B, E, A], the scores of the scored tokens.
+def inference_outputs(model: Scorer | LanguageModel, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The outputs that matter outside of training: float32 [B, E, A], the scores of the scored tokens.
 
     Of a language model it is the negative log-likelihood of the token after each, [B, T]; 0 where a sequence ends.
-
-    Args:
-        model: of `merge`.
-        batch: see Scorer.__call__.
     """
     if isinstance(model, Scorer):
         return model(batch, remat="none")
@@ -134,18 +102,7 @@ def compute_dtype(dtype: str, platform: str = "") -> str:
 
 
 def make(config: ModelConfig, outputs: int, architecture: str, **options: Any) -> Scorer | LanguageModel:
-    """A new model, as transformers names its architectures.
-
-    Args:
-        config: of the decoder.
-        outputs: A, of a scorer; a language model has none.
-        architecture: "SequenceClassification" or "TokenClassification", which differ in name alone: a Scorer, whose
-            scored tokens are the batch's; or "CausalLM": a LanguageModel.
-        **options: of the class.
-
-    Raises:
-        ValueError: an unknown architecture.
-    """
+    """A new Scorer or LanguageModel; the architecture is named as in transformers."""
     if architecture == "CausalLM":
         return LanguageModel(config, **options)
     if architecture in ("SequenceClassification", "TokenClassification"):
@@ -161,19 +118,9 @@ def abstract(
     architecture: str = "SequenceClassification",
     attention: str = "xla",
 ) -> tuple[Any, Params]:
-    """The model's structure and the shapes of its parameters, nothing allocated; for the arguments see `make`.
-
-    Args:
-        config, outputs, architecture: see `make`.
-        param_dtype: of all parameters but the score head, which is float32.
-        compute_dtype: of the decoder's activations.
-        attention: the form of `tree_attention`.
-
-    Returns:
-        The graphdef for `merge`, and a nested dict of jax.ShapeDtypeStruct.
-    """
-    options = {"param_dtype": param_dtype, "compute_dtype": compute_dtype, "attention": attention}
-    build = lambda: make(config, outputs, architecture, rngs=nnx.Rngs(0), **options)
+    """The graphdef for `merge` and the parameters as a nested dict of jax.ShapeDtypeStruct; nothing is allocated."""
+    dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+    build = lambda: make(config, outputs, architecture, rngs=nnx.Rngs(0), attention=attention, **dtypes)
     graphdef, state = nnx.split(nnx.eval_shape(build))
     return graphdef, nnx.to_pure_dict(state)
 
@@ -192,5 +139,5 @@ def init(
 
 
 def merge(graphdef: Any, params: Params) -> Any:
-    """The Scorer or LanguageModel with these parameters; cheap, to be called inside what is differentiated."""
+    """The Scorer or LanguageModel with these parameters; cheap, to be called inside differentiated functions."""
     return nnx.merge(graphdef, params)

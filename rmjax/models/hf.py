@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out, by the tables of hf_tables.py; what is written is in hf_export.py.
+"""Hugging Face checkpoints in; hf_export.py writes them.
 
 Weights are read by memory map straight into shards (weight_files.py); the whole model is never on one host.
 """
@@ -20,33 +20,18 @@ from rmjax.models import weight_files
 from rmjax.models.config import ModelConfig
 from rmjax.models.families import FAMILIES
 from rmjax.models.families.base import LM_HEAD, SCORE, SCORE_BIAS, Row
-from rmjax.models.hf_export import config_json, save
-from rmjax.models.hf_tables import INDEX, WEIGHTS, convert, expected_rows
-from rmjax.models.weight_files import DTYPES, Tensor
+from rmjax.models.hf_export import config_json, convert, expected_rows, save
+from rmjax.models.weight_files import DTYPES, INDEX, WEIGHTS, Tensor
 from rmjax.sharding import path_name
 
-__all__ = [
-    "INDEX",
-    "WEIGHTS",
-    "check",
-    "config_json",
-    "expected_rows",
-    "load",
-    "read_config",
-    "resolve",
-    "save",
-]
+__all__ = ["INDEX", "WEIGHTS", "check", "config_json", "expected_rows", "load", "read_config", "resolve", "save"]
 
 HEADS = (SCORE, SCORE_BIAS, LM_HEAD)  # of no use to a model without them
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
 def head_outputs(directory: str | Path) -> int:
-    """Outputs of a directory's score head, from the files' headers; 0 without one.
-
-    Raises:
-        ValueError: unreadable or missing files.
-    """
+    """Outputs of a directory's score head, from the files' headers; 0 without one."""
     tensors = _tensors(directory)
     return tensors[SCORE].shape[0] if SCORE in tensors else 0
 
@@ -57,11 +42,7 @@ def is_hub_id(text: str | Path) -> bool:
 
 
 def resolve(path_or_id: str | Path, *, weights: bool = True) -> Path:
-    """A local directory as it is, or the snapshot of a Hub repository, downloaded if need be, with its weights or not.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """A local directory as it is, or a downloaded snapshot of a Hub repository; a ValueError if it is neither."""
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     if not is_hub_id(path_or_id):
@@ -72,23 +53,13 @@ def resolve(path_or_id: str | Path, *, weights: bool = True) -> Path:
             allow_patterns=["*.json", "*.jinja", "*.txt", "*.model", *["*.safetensors"] * weights],
             ignore_patterns=["*/*", "consolidated*"],  # second copies of the weights in other formats
         )
-    except (
-        OSError,
-        huggingface_hub.errors.HfHubHTTPError,
-        huggingface_hub.errors.HFValidationError,
-    ) as error:
-        raise ValueError(
-            f"{path_or_id}: no such directory here, and it could not be had from the Hub: {error}"
-        ) from error
+    except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
+        raise ValueError(f"{path_or_id}: no such directory here, and the Hub did not give it: {error}") from error
     return Path(snapshot)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """The config.json of a checkpoint directory.
-
-    Raises:
-        ValueError: there is none, or it is not JSON.
-    """
+    """The config.json of a checkpoint directory; a ValueError if there is none, or it is not JSON."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no config.json; expected a Hugging Face model directory")
@@ -110,12 +81,7 @@ def _tensors(directory: str | Path) -> dict[str, Tensor]:
 
 
 def load(
-    directory: str | Path,
-    abstract: Any,
-    config: ModelConfig,
-    *,
-    seed: int,
-    require_head: bool = False,
+    directory: str | Path, abstract: Any, config: ModelConfig, *, seed: int, require_head: bool = False
 ) -> tuple[dict[str, Any], str]:
     """Loads a checkpoint into the shape, dtype and sharding of every leaf of `abstract`.
 
@@ -123,9 +89,6 @@ def load(
         directory: Hugging Face directory: safetensors in one file or several with an index, float32, bfloat16
             or float16, saved from any class of the family.
         abstract: nested dict of jax.ShapeDtypeStruct, with or without sharding.
-        config: of the model.
-        seed: of a new score head.
-        require_head: a missing score head is an error.
 
     Returns:
         Parameters like `abstract`; and "kept" if the head is the checkpoint's, "new" if it has no score head
@@ -156,11 +119,8 @@ def _open(
     """The checkpoint's tensors, the rows of the model's parameters, and "kept" or "new" for the score head."""
     tensors, rows = _tensors(directory), expected_rows(abstract, config)
     score = next((row for row in rows if row.name == SCORE), None)
-    if score is None:
-        head, wanted = "kept", rows
-    else:
-        head = _score_head(directory, tensors, rows[score].shape[-1], require_head)
-        wanted = {row: leaf for row, leaf in rows.items() if row != score or head == "kept"}
+    head = _score_head(directory, tensors, rows[score].shape[-1], require_head) if score else "kept"
+    wanted = {row: leaf for row, leaf in rows.items() if row != score or head == "kept"}
     for name in HEADS:
         if name not in {row.name for row in wanted}:
             tensors.pop(name, None)
@@ -171,13 +131,13 @@ def _open(
 def _score_head(directory: str | Path, tensors: Mapping[str, Tensor], wanted: int, require: bool) -> str:
     """Whether the checkpoint's score head is "kept", or a "new" one is needed for `wanted` labels."""
     labels = tensors[SCORE].shape[0] if SCORE in tensors else 0
+    if labels != wanted and require:
+        found = f"{SCORE} of {labels} labels" if labels else f"no {SCORE}"
+        raise ValueError(
+            f"{directory} has no score head: {found} in its weights, expected {wanted} label(s). "
+            "Give a reward model, or train one first"
+        )
     if labels != wanted:
-        if require:
-            found = f"{SCORE} of {labels} labels" if labels else f"no {SCORE}"
-            raise ValueError(
-                f"{directory} has no score head: {found} in its weights, expected {wanted} label(s). "
-                "Give a reward model, or train one first"
-            )
         return "new"
     if SCORE_BIAS in tensors:  # transformers' token classifiers have one
         bias = tensors[SCORE_BIAS].array().astype(np.float32)
@@ -189,30 +149,29 @@ def _score_head(directory: str | Path, tensors: Mapping[str, Tensor], wanted: in
     return "kept"
 
 
-def _check(directory: str | Path, found: Mapping[str, Tensor], rows: Mapping[Row, Any], config: ModelConfig) -> None:
+def _check(directory: str | Path, tensors: Mapping[str, Tensor], rows: Mapping[Row, Any], config: ModelConfig) -> None:
     expected = {name: row.shape(leaf) for row, leaf in rows.items() for name in row.names(config.layers)}
+    both = {name: (tensors[name], shape) for name, shape in expected.items() if name in tensors}
     problems = {
-        "unknown": [f"{name} {list(found[name].shape)}" for name in found if name not in expected],
-        "missing": [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found],
+        "unknown": [f"{name} {list(tensors[name].shape)}" for name in tensors if name not in expected],
+        "missing": [f"{name} {list(shape)}" for name, shape in expected.items() if name not in tensors],
         "mis-shaped": [
-            f"{name} {list(found[name].shape)}, expected {list(shape)}"
-            for name, shape in expected.items()
-            if name in found and found[name].shape != shape
+            f"{name} {list(x.shape)}, expected {list(shape)}" for name, (x, shape) in both.items() if x.shape != shape
         ],
         "of an unsupported dtype": [
-            f"{name} {found[name].dtype}, expected one of {', '.join(DTYPES)}"
-            for name in expected
-            if name in found and found[name].dtype not in DTYPES
+            f"{name} {x.dtype}, expected one of {', '.join(DTYPES)}"
+            for name, (x, _) in both.items()
+            if x.dtype not in DTYPES
         ],
     }
     if not any(problems.values()):
         return
     lines = [f"the weights in {directory} do not fit its config ({config.family}, {config.layers} layers):"]
-    for what, names in problems.items():
+    for problem, names in problems.items():
         if names:
-            more = f"\n    and {len(names) - 8} more" if len(names) > 8 else ""
-            lines.append(f"  {len(names)} {what}:\n    " + "\n    ".join(sorted(names)[:8]) + more)
-    owners = [name for name, family in FAMILIES.items() if family.owns(found)]
+            lines += [f"  {len(names)} {problem}:", *(f"    {name}" for name in sorted(names)[:8])]
+            lines += [f"    and {len(names) - 8} more"] * (len(names) > 8)
+    owners = [name for name, family in FAMILIES.items() if family.owns(tensors)]
     if config.family not in owners:
         alike = " or ".join(owners) or "none of the supported families"
         lines.append(f"The names look like {alike}: check model_type in config.json.")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -18,11 +19,26 @@ from jax.typing import DTypeLike
 from rmjax.models.config import ModelConfig
 from rmjax.models.families import FAMILIES
 from rmjax.models.families.base import SCORE, SCORE_BIAS, Row
-from rmjax.models.hf_tables import INDEX, WEIGHTS, convert, expected_rows
+from rmjax.models.weight_files import INDEX
 from rmjax.runtime import agreement, ownership, processes
+from rmjax.sharding import path_name
 
 PIECE = 32 * 2**20  # bytes of a tensor that are on the host, and whole on a device, at a time
 CODES = {np.dtype(jnp.float32): "F32", np.dtype(jnp.bfloat16): "BF16", np.dtype(jnp.float16): "F16"}
+
+
+def expected_rows(params: Any, config: ModelConfig) -> dict[Row, Any]:
+    """Each row of the family's table that the model has, with its leaf of `params`."""
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    rows = {row: leaves.pop(row.path) for row in FAMILIES[config.family].table if row.path in leaves}
+    if leaves:
+        raise ValueError(f"the table of {config.family} has no row for {', '.join(leaves)}")
+    return rows
+
+
+def convert(x: jax.Array, *, transposed: bool, dtype: DTypeLike) -> jax.Array:
+    """A tensor of one layout in the other, in this dtype."""
+    return (jnp.swapaxes(x, -1, -2) if transposed else x).astype(dtype)
 
 
 def save(
@@ -46,9 +62,7 @@ def save(
 
     Args:
         directory: an export that is there already is replaced; files in it that are not ours are kept.
-        params: of a Scorer or a LanguageModel, sharded or not.
         hf_config: config.json of the model that the parameters came from; its other values are kept.
-        config: of the model.
         dtype: of the weights on disk; a score head stays float32, rounding it would gain nothing.
         pad_token_id: the right-most token that is none of these is what transformers scores.
         architecture: which class of the family loads it, see heads.make.
@@ -105,10 +119,9 @@ def config_json(
     pad_token_id: int,
 ) -> dict[str, Any]:
     """The config.json of an export, for transformers v4 and v5 and the servers that read the older form."""
-    rope = dict(hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {})
-    rope["rope_type"] = config.rope.type
-    rope.pop("type", None)  # the name that v4 used first; two names for one thing can disagree
-    rope.pop("rope_theta", None)
+    rope = {**(hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}), "rope_type": config.rope.type}
+    for name in ("type", "rope_theta"):  # `type` is what v4 used first; two names for one thing can disagree
+        rope.pop(name, None)
     head = {
         "id2label": {str(number): name for number, name in enumerate(labels)},
         "label2id": {name: number for number, name in enumerate(labels)},
@@ -144,11 +157,7 @@ def _new_export(directory: Path, run: str) -> Iterator[Path]:
 
 
 def require_replaceable(directory: Path, flag: str = "the export's directory") -> None:
-    """Makes sure that an export can have this name: there is nothing, or an export of ours.
-
-    Raises:
-        ValueError: there is something else.
-    """
+    """Refuses (ValueError) a directory that an export cannot replace: one that is there and is no export of ours."""
     ownership.require_ours(directory, "export", flag, older=(directory / ownership.OLDER_CONTRACT).is_file)
 
 
@@ -168,24 +177,25 @@ class Tensor(NamedTuple):
 def _tensors(rows: Mapping[Row, Any], config: ModelConfig, dtype: np.dtype) -> dict[str, Tensor]:
     tensors = {}
     for row, leaf in rows.items():
-        of_row = jnp.dtype("float32") if row.name == SCORE else dtype
+        stored = jnp.dtype("float32") if row.name == SCORE else dtype
         for layer, name in enumerate(row.names(config.layers)):
-            pieces = functools.partial(_pieces, row, leaf, layer, of_row)
-            tensors[name] = Tensor(row.shape(leaf), of_row, pieces)
+            pieces = functools.partial(_pieces, row, leaf, layer, stored)
+            tensors[name] = Tensor(row.shape(leaf), stored, pieces)
     return tensors
 
 
 def _write_weights(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: float) -> None:
     """One file, or several numbered ones and an index; one piece of a tensor at a time is on the host."""
-    sizes = {name: tensor.size for name, tensor in tensors.items()}
-    shards = _split(sizes, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(names, file)
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=int(max_shard_bytes),
+    )
+    for file, names in split.filename_to_tensors.items():
         _write_file(directory / file, {name: tensors[name] for name in names})
-    if len(shards) > 1 and processes.is_first():
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    if split.is_sharded and processes.is_first():
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
@@ -210,23 +220,6 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
             for piece in tensors[name].pieces():
                 if file is not None:
                     file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-
-
-def _split(sizes: Mapping[str, int], most: float) -> list[list[str]]:
-    """Consecutive names whose sizes add up to at most `most`; a larger one stands alone.
-
-    >>> _split({"a": 2, "b": 2, "c": 5}, 4)
-    [['a', 'b'], ['c']]
-    """
-    shards: list[list[str]] = []
-    filled = 0.0
-    for name, size in sizes.items():
-        if not shards or filled + size > most:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
 
 
 def _pieces(row: Row, leaf: Any, layer: int, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -256,7 +249,6 @@ def _dividing(mesh: Mesh, size: int) -> tuple[str, ...]:
 def _tensor(
     x: jax.Array, layer: int, *, stacked: bool, transposed: bool, dtype: np.dtype, sharding: NamedSharding | None
 ) -> jax.Array:
-    """One layer's tensor in the checkpoint's layout."""
     one = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) if stacked else x
     one = convert(one, transposed=transposed, dtype=dtype)
     return one if sharding is None else jax.lax.with_sharding_constraint(one, sharding)

@@ -23,48 +23,31 @@ RUN_TIME_TYPES = ("dynamic", "longrope")
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of one model; the fields after `factor` are read by the types that are named.
+    """Rotary embedding of one model; the fields after `factor` are read by the types that are named."""
 
-    Attributes:
-        type: one of TYPES.
-        theta: base of the wavelengths.
-        factor: by how much the context is stretched (all but `default`).
-        original_length: context before the stretching, tokens (`llama3`, `yarn`).
-        low_freq_factor: wavelengths over original_length / this are stretched (`llama3`).
-        high_freq_factor: wavelengths under original_length / this are not (`llama3`).
-        beta_fast: rotations over the original context from which a frequency is not stretched (`yarn`).
-        beta_slow: rotations up to which it is stretched in full (`yarn`).
-        truncate: whether the two bounds are rounded to whole dimensions (`yarn`).
-        attention_factor: what cosine and sine are multiplied by (`yarn`).
-    """
-
-    type: str = "default"
-    theta: float = 10_000.0
-    factor: float = 1.0
-    original_length: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float = 1.0
+    type: str = "default"  # one of TYPES
+    theta: float = 10_000.0  # base of the wavelengths
+    factor: float = 1.0  # by how much the context is stretched (all but `default`)
+    original_length: int = 0  # context before the stretching, tokens (`llama3`, `yarn`)
+    low_freq_factor: float = 1.0  # wavelengths over original_length / this are stretched (`llama3`)
+    high_freq_factor: float = 1.0  # wavelengths under original_length / this are not (`llama3`)
+    beta_fast: float = 32.0  # rotations over the original context from which a frequency is not stretched (`yarn`)
+    beta_slow: float = 1.0  # rotations up to which it is stretched in full (`yarn`)
+    truncate: bool = True  # whether the two bounds are rounded to whole dimensions (`yarn`)
+    attention_factor: float = 1.0  # what cosine and sine are multiplied by (`yarn`)
 
 
 def rope_from_hf(config: Mapping[str, Any]) -> Rope:
     """Reads the rotary embedding of a config.json, in the form of transformers v4 or v5.
 
     v4 has `rope_theta` and `rope_scaling` at the top level, v5 has both in `rope_parameters`.
-
-    Raises:
-        ValueError: a type that is not supported, or a field that its type needs is missing.
     """
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
         raise ValueError(f"config.json has RoPE parameters {given!r}, expected an object")
-    found = dict(given)
-    if any(isinstance(value, Mapping) for value in found.values()):
-        raise ValueError(f"config.json has RoPE parameters by layer type ({sorted(found)}), expected one set for all")
-    kind = found.get("rope_type") or found.get("type") or "default"
+    if any(isinstance(value, Mapping) for value in given.values()):
+        raise ValueError(f"config.json has RoPE parameters by layer type ({sorted(given)}), expected one set for all")
+    kind = given.get("rope_type") or given.get("type") or "default"
     if kind in RUN_TIME_TYPES:
         raise ValueError(
             f"RoPE type {kind!r} is not supported: its frequencies depend on the sequence length at run "
@@ -72,44 +55,43 @@ def rope_from_hf(config: Mapping[str, Any]) -> Rope:
         )
     if kind not in TYPES:
         raise ValueError(f"unknown RoPE type {kind!r}; supported: {', '.join(TYPES)}")
-    if found.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1.0):
+    if given.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1.0):
         raise ValueError("partial_rotary_factor is not supported: every dimension of a head must be rotated")
-    if wrong := [f"{key} {found[key]!r}" for key in NUMBERS if not isinstance(found.get(key), int | float | None)]:
+    if wrong := [f"{key} {given[key]!r}" for key in NUMBERS if not isinstance(given.get(key), int | float | None)]:
         raise ValueError(f"config.json has the RoPE parameters {', '.join(wrong)}, expected numbers")
-    theta = float(found.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    theta = float(given.get("rope_theta") or config.get("rope_theta") or 10_000.0)
     if kind == "default":
         return Rope(theta=theta)
     needed = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
-    if missing := [name for name in needed if found.get(name) is None]:
-        raise ValueError(f"RoPE type {kind!r} needs {', '.join(missing)}, found only {sorted(found)}")
-    factor = float(found["factor"])
+    if missing := [name for name in needed if given.get(name) is None]:
+        raise ValueError(f"RoPE type {kind!r} needs {', '.join(missing)}, found only {sorted(given)}")
+    factor = float(given["factor"])
     if kind == "linear":
         return Rope("linear", theta, factor)
-    original = config.get("original_max_position_embeddings") or found.get("original_max_position_embeddings")
+    original = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
     original = int(original or config["max_position_embeddings"])
     if kind == "llama3":
-        low, high = float(found["low_freq_factor"]), float(found["high_freq_factor"])
-        return Rope("llama3", theta, factor, original, low_freq_factor=low, high_freq_factor=high)
+        return Rope(kind, theta, factor, original, float(given["low_freq_factor"]), float(given["high_freq_factor"]))
     return Rope(
-        "yarn",
+        kind,
         theta,
         factor,
         original,
-        beta_fast=float(found.get("beta_fast") or 32),
-        beta_slow=float(found.get("beta_slow") or 1),
-        truncate=bool(found.get("truncate", True)),
-        attention_factor=_yarn_attention_factor(found),
+        beta_fast=float(given.get("beta_fast") or 32),
+        beta_slow=float(given.get("beta_slow") or 1),
+        truncate=bool(given.get("truncate", True)),
+        attention_factor=_yarn_attention_factor(given),
     )
 
 
-def _yarn_attention_factor(found: Mapping[str, Any]) -> float:
+def _yarn_attention_factor(given: Mapping[str, Any]) -> float:
     """YaRN (Peng et al. 2023), eq. 22: 0.1 ln(factor) + 1; DeepSeek gives the ratio of two such terms."""
-    if found.get("attention_factor") is not None:
-        return float(found["attention_factor"])
-    stretch = math.log(found["factor"]) if found["factor"] > 1 else 0.0
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+    stretch = math.log(given["factor"]) if given["factor"] > 1 else 0.0
     scale = lambda mscale: 0.1 * mscale * stretch + 1.0
-    if found.get("mscale") and found.get("mscale_all_dim"):
-        return scale(found["mscale"]) / scale(found["mscale_all_dim"])
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return scale(given["mscale"]) / scale(given["mscale_all_dim"])
     return scale(1.0)
 
 
@@ -133,11 +115,10 @@ def _llama3_keep(rope: Rope, frequency: np.ndarray) -> np.ndarray:
 
 def _yarn_keep(rope: Rope, head_dim: int) -> np.ndarray:
     """The same for YaRN, whose ramp runs over dimensions: `NTK-by-parts`, section 3.2 of the paper."""
-
-    def dimension(rotations: float) -> float:
-        return head_dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
-
-    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    low, high = (
+        head_dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        for rotations in (rope.beta_fast, rope.beta_slow)
+    )
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from rmjax.models.hf_tables import INDEX, WEIGHTS
-
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(jnp.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(jnp.float16)}
 
 READERS = 8  # threads: one alone waits for every page of the map in turn
@@ -25,17 +24,11 @@ ALIGNED = 64  # bytes; a CPU device uses memory so aligned as it is, and copies 
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file; nothing of it is read before it is used.
+    """A tensor of a file; nothing of it is read before it is used."""
 
-    Attributes:
-        dtype: as the file names it; one of DTYPES can be read.
-        shape: its shape.
-        data: uint8 [bytes], a view of the memory map.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: np.ndarray
+    dtype: str  # as the file names it; one of DTYPES can be read
+    shape: tuple[int, ...]  # its shape
+    data: np.ndarray  # uint8 [bytes], a view of the memory map
 
     def array(self) -> np.ndarray:
         """A view of the memory map, in the tensor's own dtype."""
@@ -43,11 +36,7 @@ class Tensor(NamedTuple):
 
 
 def open_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory's safetensors by name.
-
-    Raises:
-        ValueError: missing or unreadable files.
-    """
+    """All tensors of a directory's safetensors by name."""
     tensors: dict[str, Tensor] = {}
     for path in _files(directory):
         try:
@@ -102,16 +91,8 @@ def _named(index: Path) -> list[str]:
 
 
 def read(tensors: Sequence[Tensor], index: tuple[slice, ...], stacked: bool) -> np.ndarray:
-    """Reads a part of one tensor, or of several stacked on a new first axis, into new memory: the only copy there is.
-
-    Args:
-        tensors: of equal shapes.
-        index: the part, a slice for each axis, the stack's included.
-        stacked: whether there is that axis.
-
-    Returns:
-        The part in the tensors' dtype, float32 where they have several.
-    """
+    """Reads a part of one tensor, or of several of one shape stacked on a new first axis, into new memory: the only
+    copy there is. `index` has a slice for each axis. Tensors of several dtypes become float32."""
     chosen = [tensor.array() for tensor in (tensors[index[0]] if stacked else tensors)]
     sources = [array[index[1:] if stacked else index] for array in chosen]
     dtype = common_dtype(tensors)

@@ -21,11 +21,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def make(values: Mapping[str, Any]) -> Objective:
-    """Builds the objective that `config.objective` names; its other keys are the objective's fields.
-
-    Raises:
-        ValueError: an objective that is not in the table, keys that are not its own, or values it cannot use.
-    """
+    """Builds the objective that `config.objective` names; its other keys are the objective's fields."""
     values = dict(values.items())
     name = values.pop("name")
     if name not in OBJECTIVES:

@@ -45,12 +45,10 @@ class Objective:
 
     @property
     def decoding(self) -> str:
-        """What `decode` does, in words, for the export's contract."""
         return "the output is the reward"
 
     @property
     def task(self) -> Task:
-        """How records become groups and labels."""
         raise NotImplementedError
 
     def params(self) -> dict[str, np.ndarray]:
@@ -64,6 +62,9 @@ class Objective:
             outputs: of the model: float32 [B, E, A], scores of the scored tokens; 0 where `end` is -1.
             batch: see batches/loader.py.
             params: see `params`.
+
+        Raises:
+            ValueError: outputs or labels of other shapes.
         """
         raise NotImplementedError
 
@@ -74,18 +75,14 @@ class Objective:
         """
         raise NotImplementedError
 
+    def _require(self, key: str, allowed: bool, expected: str) -> None:
+        if not allowed:
+            raise ValueError(f"config.objective.{key}={getattr(self, key)!r} {expected}")
+
     def terms(self) -> dict[str, Any]:
         """Its keys and values, from which `objectives.make` builds it again wherever the export goes."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     def decode(self, outputs: np.ndarray, params: Params) -> dict[str, np.ndarray]:
-        """What the head's outputs mean, on the host.
-
-        Args:
-            outputs: float32 [n, A].
-            params: see `params`, as trained.
-
-        Returns:
-            Arrays [n] by name. `score` is the scalar reward, where there is one.
-        """
+        """What the head's outputs, float32 [n, A], mean: arrays [n] by name, of which `score` is the scalar reward."""
         return {"score": outputs[:, 0]}

@@ -37,46 +37,38 @@ class BradleyTerry(Objective):
     A tie parameter is learnt as `objective/tie`, from the start where equal rewards tie in a third of the cases. Adam
     moves it by about the learning rate in a step: below 1e-3 give it one of its own, for example
     config.optim.lr_factors = ((r"objective/.*", 1000.0), (r".*", 1.0)).
-
-    Attributes:
-        rankings: "pairs", the pairwise reduction: every labelled pair on its own, also those of a ranking (Ouyang et
-            al. 2022); or "plackett_luce", rankings with ties and partial orders: the loss is nats per group. There a
-            soft label or a vote is a whole win of its likeliest side.
-        ties: pairs judged equal: "skip" them; train them as "half" a win each way; as their own outcome with a learnt
-            parameter, "rao_kupper" (1967, theta) or "davidson" (1970, nu); or, of rankings, as "efron" (1977).
-        label_smoothing: probability that a label is the wrong way round: cDPO, Mitchell 2023.
-        margin_scale: the reward difference is asked to exceed margin_scale * margin: Touvron et al. 2023,
-            arXiv:2307.09288, eq. 2.
-        scaled: the loss of a pair times its margin, the strength of the preference: Wang et al. 2024,
-            arXiv:2410.01257, the Scaled Bradley-Terry loss; a mean over pairs, not over strengths. A pair without a
-            margin counts once, as does a tie.
-        focal: gamma of the focal loss, Cai et al. 2024, arXiv:2403.17297, who have 2; 0 is off.
-        center: weight of (s_i + s_j)^2 of each labelled pair, which keeps rewards near zero: Eisenstein et al. 2023,
-            arXiv:2312.09244. Of a ranking it is the mean over its pairs.
-        barrier: weight of the logarithmic barrier of both rewards of each labelled pair, which keeps them within -5
-            and 5: Cai et al. 2024, who have 0.02. Of a ranking it is the mean over its pairs.
     """
 
+    # "pairs", the pairwise reduction: every labelled pair on its own, also those of a ranking (Ouyang et al. 2022); or
+    # "plackett_luce", rankings with ties and partial orders: the loss is nats per group. There a soft label or a vote
+    # is a whole win of its likeliest side.
     rankings: str = "pairs"
+    # Pairs judged equal: "skip" them; train them as "half" a win each way; as their own outcome with a learnt
+    # parameter, "rao_kupper" (1967, theta) or "davidson" (1970, nu); or, of rankings, as "efron" (1977).
     ties: str = "skip"
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # probability that a label is the wrong way round: cDPO, Mitchell 2023
+    # The reward difference is asked to exceed margin_scale * margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2.
     margin_scale: float = 0.0
+    # The loss of a pair times its margin, the strength of the preference: Wang et al. 2024, arXiv:2410.01257, the
+    # Scaled Bradley-Terry loss; a mean over pairs, not over strengths. A pair without a margin counts once, as does a
+    # tie.
     scaled: bool = False
-    focal: float = 0.0
+    focal: float = 0.0  # gamma of the focal loss, Cai et al. 2024, arXiv:2403.17297, who have 2; 0 is off.
+    # Weight of (s_i + s_j)^2 of each labelled pair, which keeps rewards near zero: Eisenstein et al. 2023,
+    # arXiv:2312.09244. Of a ranking it is the mean over its pairs.
     center: float = 0.0
+    # Weight of the logarithmic barrier of both rewards of each labelled pair, which keeps them within -5 and 5: Cai et
+    # al. 2024, who have 0.02. Of a ranking it is the mean over its pairs.
     barrier: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rankings not in TIES:
-            raise ValueError(f"config.objective.rankings={self.rankings!r} is none of {', '.join(TIES)}")
-        if self.ties not in (allowed := TIES[self.rankings]):
-            with_rankings = f" with config.objective.rankings={self.rankings!r}"
-            raise ValueError(f"config.objective.ties={self.ties!r} is none of {', '.join(allowed)}{with_rankings}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"config.objective.label_smoothing={self.label_smoothing} must be in [0, 0.5)")
+        self._require("rankings", self.rankings in TIES, f"is none of {', '.join(TIES)}")
+        allowed = TIES[self.rankings]
+        with_rankings = f"with config.objective.rankings={self.rankings!r}"
+        self._require("ties", self.ties in allowed, f"is none of {', '.join(allowed)} {with_rankings}")
+        self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "must be in [0, 0.5)")
         for name in ("margin_scale", "focal", "center", "barrier"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"config.objective.{name}={getattr(self, name)} must not be negative")
+            self._require(name, not getattr(self, name) < 0, "must not be negative")
         for key, values, others, why in EXCLUDES:
             given = [f"config.objective.{name}={getattr(self, name)}" for name in others if getattr(self, name)]
             if getattr(self, key) in values and given:
@@ -87,7 +79,6 @@ class BradleyTerry(Objective):
 
     @property
     def task(self) -> Preferences:
-        """Preferences; groups without a winner only if ties are trained on."""
         return Preferences("skip" if self.ties == "skip" else "keep")
 
     def params(self) -> dict[str, np.ndarray]:
@@ -95,27 +86,17 @@ class BradleyTerry(Objective):
         return {"tie": np.zeros((), np.float32)} if self.ties in LEARNED else {}
 
     def loss_sums(self, scores_BEA: jax.Array, batch: Batch, params: Params) -> tuple[jax.Array, jax.Array]:
-        """The loss as numerator and denominator, see `loss`.
-
-        Args:
-            scores_BEA: float32 [B, E, 1].
-            batch: `end_group`, `end_slot` [B, E], `weight` [B, G], `wins`, `ties`, `margin` [B, G, K, K].
-            params: see `params`.
-
-        Raises:
-            ValueError: labels or weights of other shapes.
-        """
+        """See `loss`. scores_BEA: float32 [B, E, 1]."""
         return self.loss(self._group_scores(scores_BEA[..., 0], batch), batch, params)
 
     def _group_scores(self, scores_BE: jax.Array, batch: Batch) -> jax.Array:
         """[B, G, K]; 0 where there is no response."""
         wins, weight = batch["wins"], batch["weight"]
         b, g, k, k2 = wins.shape
-        labels = (batch["margin"].shape, batch["ties"].shape)
-        if k != k2 or weight.shape != (b, g) or labels != (wins.shape,) * 2:
-            raise ValueError(
-                f"wins {wins.shape}, weight {weight.shape}, margin and ties {labels}: not [B,G,K,K] and [B,G]"
-            )
+        others = (batch["margin"].shape, batch["ties"].shape)
+        if k != k2 or weight.shape != (b, g) or others != (wins.shape,) * 2:
+            found = f"wins {wins.shape}, weight {weight.shape}, margin and ties {others}"
+            raise ValueError(f"{found}: not [B,G,K,K] and [B,G]")
         return gather_groups(scores_BE, batch["end_group"], batch["end_slot"], (g, k))
 
     def outcomes(self, scores_BEA: jax.Array, batch: Batch, params: Params) -> Outcomes:
@@ -143,11 +124,6 @@ class BradleyTerry(Objective):
 
         The denominator is the summed weight of labelled pairs, or of groups with an order for Plackett-Luce. A pair
         has its group's weight.
-
-        Args:
-            s_BGK: [B, G, K].
-            batch: see `loss_sums`.
-            params: see `params`.
         """
         weight = batch["weight"]
         if self.rankings == "plackett_luce":
@@ -172,8 +148,8 @@ class BradleyTerry(Objective):
             (won, tied), (lost, _) = (self.outcome(d, params) for d in (difference, -difference))
             tied = 0.5 * ties * tied  # stands at [i, j] and at [j, i]
         else:
-            of = lambda d: likelihoods.focal(d, self.focal) if self.focal else likelihoods.bradley_terry(d)
-            won, lost, tied = of(difference), of(-difference), jnp.zeros_like(difference)
+            nll = lambda d: likelihoods.focal(d, self.focal) if self.focal else likelihoods.bradley_terry(d)
+            won, lost, tied = nll(difference), nll(-difference), jnp.zeros_like(difference)
             wins = wins + 0.5 * ties if self.ties == "half" else wins
         smooth = self.label_smoothing
         return strength * (wins * ((1 - smooth) * won + smooth * lost) + tied)

@@ -16,16 +16,13 @@ def at_ends(labels: jax.Array, *indices: jax.Array) -> jax.Array:
 
     Returns:
         [B, E, ...]; 0 where there is no scored token.
-
-    Raises:
-        ValueError: the shapes do not agree.
     """
     if any(i.shape != indices[0].shape for i in indices) or labels.shape[0] != indices[0].shape[0]:
         raise ValueError(f"labels {labels.shape} and indices {[i.shape for i in indices]}: not [B, G, ...] and [B, E]")
     pick = lambda x, *at: x[tuple(jnp.maximum(i, 0) for i in at)]
     picked = jax.vmap(pick)(labels, *indices)
-    here = (indices[0] >= 0).reshape(indices[0].shape + (1,) * (picked.ndim - 2))
-    return jnp.where(here, picked, 0)
+    present = (indices[0] >= 0).reshape(indices[0].shape + (1,) * (picked.ndim - 2))
+    return jnp.where(present, picked, 0)
 
 
 def gather_groups(scores_BE: jax.Array, end_group: jax.Array, end_slot: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -35,7 +32,6 @@ def gather_groups(scores_BE: jax.Array, end_group: jax.Array, end_slot: jax.Arra
         scores_BE: float32 [B, E] scores of the scored tokens.
         end_group: int32 [B, E] group of each; -1 absent.
         end_slot: int32 [B, E] response of each; -1 absent.
-        shape: (G, K).
 
     Returns:
         float32 [B, G, K]; 0 where there is no response.

@@ -23,15 +23,7 @@ from rmjax.statistics import softmax
 
 
 def average_orders(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Averages what was said of a pair in its two orders.
-
-    Args:
-        first: [..., C] probabilities of A, B (and tie).
-        second: the same with the responses in each other's place.
-
-    Returns:
-        [..., C] in the first order's names; exactly swapped when the arguments are.
-    """
+    """Averages the probabilities of A, B (and tie) [..., C] of a pair in its two orders, in the first order's names."""
     if first.shape != second.shape or first.shape[-1] not in (2, 3):
         raise ValueError(f"probabilities {first.shape} and {second.shape}: expected twice [..., 2] or [..., 3]")
     return (first + second[..., list(SWAPPED[: first.shape[-1]])]) / 2
@@ -39,26 +31,21 @@ def average_orders(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Pairwise(Objective):
-    """The objective; every field is a key of `config.objective` with the same name.
+    """The objective; every field is a key of `config.objective` with the same name."""
 
-    Attributes:
-        classes: 3 (A, B, tie) or 2 (A, B).
-        template: Jinja2 file that states the judging question (judging/verdicts.py), or its text; "" is the packaged.
-        ties: with 2 classes, "skip" pairs judged equal (counted), or train them as "half" a verdict each way.
-        strength: what the strength of a preference does: "none"; "weight" multiplies the pair's weight in the loss;
-            "soft" makes the label soft: a strength s is the log-odds of the label, which keeps sigmoid(s), and the
-            rest goes to the verdict beside it: tie with 3 classes, the other response with 2. Where no strength is
-            known, and for ties, the weight and the label stay as they are.
-        strength_scale: strengths are multiplied by it first. At 1, HelpSteer3's 1, 2 and 3 keep 0.73, 0.88, 0.95.
-        label_smoothing: share of each label that is spread evenly over all classes.
-    """
-
-    classes: int = 3
+    classes: int = 3  # 3 (A, B, tie) or 2 (A, B)
+    # Jinja2 file that states the judging question (judging/verdicts.py), or its text; "" is the packaged
     template: str = ""
+    # With 2 classes, "skip" pairs judged equal (counted), or train them as "half" a verdict each way
     ties: str = "skip"
+    # What the strength of a preference does: "none"; "weight" multiplies the pair's weight in the loss; "soft" makes
+    # the label soft: a strength s is the log-odds of the label, which keeps sigmoid(s), and the rest goes to the
+    # verdict beside it: tie with 3 classes, the other response with 2. Where no strength is known, and for ties, the
+    # weight and the label stay as they are.
     strength: str = "none"
+    # Strengths are multiplied by it first. At 1, HelpSteer3's 1, 2 and 3 keep 0.73, 0.88, 0.95.
     strength_scale: float = 1.0
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # share of each label that is spread evenly over all classes
 
     decoding = (
         "softmax over the labels; ask with the template in both orders, exchange A and B in the second, and average"
@@ -67,16 +54,11 @@ class Pairwise(Objective):
     shown = ("loss", "accuracy", "accuracy_averaged", "consistency")
 
     def __post_init__(self) -> None:
-        if self.classes not in (2, 3):
-            raise ValueError(f"config.objective.classes={self.classes} is none of 2 (A, B) and 3 (A, B, tie)")
-        if self.ties not in ("skip", "half"):
-            raise ValueError(f"config.objective.ties={self.ties!r} is none of skip, half")
-        if self.strength not in ("none", "weight", "soft"):
-            raise ValueError(f"config.objective.strength={self.strength!r} is none of none, weight, soft")
-        if not self.strength_scale > 0:
-            raise ValueError(f"config.objective.strength_scale={self.strength_scale} must be above 0")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"config.objective.label_smoothing={self.label_smoothing} must be in [0, 1)")
+        self._require("classes", self.classes in (2, 3), "is none of 2 (A, B) and 3 (A, B, tie)")
+        self._require("ties", self.ties in ("skip", "half"), "is none of skip, half")
+        self._require("strength", self.strength in ("none", "weight", "soft"), "is none of none, weight, soft")
+        self._require("strength_scale", self.strength_scale > 0, "must be above 0")
+        self._require("label_smoothing", 0 <= self.label_smoothing < 1, "must be in [0, 1)")
         try:  # once, so that a run is exported with the template it was trained with
             object.__setattr__(self, "template", load_template(self.template, "pairwise"))
         except (ValueError, OSError) as error:
@@ -84,12 +66,10 @@ class Pairwise(Objective):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The verdicts."""
         return VERDICTS[: self.classes]
 
     @property
     def task(self) -> Judgements:
-        """Both orders of each pair."""
         return Judgements(self.template, self.classes, self.ties)
 
     def loss_sums(self, outputs: jax.Array, batch: Batch, params: Params) -> tuple[jax.Array, jax.Array]:
@@ -98,10 +78,6 @@ class Pairwise(Objective):
         Args:
             outputs: float32 [B, E, C].
             batch: `end_group`, `end_slot` [B, E], `weight` [B, G], `verdict` [B, G, 2, C], `strength` [B, G, 1].
-            params: none.
-
-        Raises:
-            ValueError: outputs or labels of other shapes.
         """
         logp_BGKC = self._log_probabilities(outputs, batch)
         q_BGKC, weight_BG = self._targets(batch["verdict"], batch["strength"], batch["weight"])

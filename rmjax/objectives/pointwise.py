@@ -41,60 +41,50 @@ class Pointwise(Objective):
     Missing labels count nowhere. The cut points of "ordinal" are learnt as `objective/cuts`, from where f = 0 makes all
     levels equally likely. Adam moves them by about the learning rate in a step: below 1e-3 give them one of their own,
     for example config.optim.lr_factors = ((r"objective/.*", 1000.0), (r".*", 1.0)).
-
-    Attributes:
-        attributes: names of the attributes in the data, A of them.
-        scales: (low, high) of all attributes, or one such pair for each. A row with a score outside is a bad row.
-        loss: a name in LOSSES, see the module.
-        delta: of "huber": errors beyond it count linearly; 1 is half the scale.
-        bins: levels of "ordinal", "categorical" and "hl_gauss", evenly from low to high; 0: one for each whole number.
-        sigma: of "hl_gauss": standard deviation of a label, in widths of a bin; 0.75 as published.
-        weights: of the attributes' scores in the reward; () is their mean.
     """
 
-    attributes: tuple[str, ...] = ("score",)
+    attributes: tuple[str, ...] = ("score",)  # names of the attributes in the data, A of them
+    # (low, high) of all attributes, or one such pair for each. A row with a score outside is a bad row.
     scales: tuple[Any, ...] = (0.0, 4.0)
-    loss: str = "mse"
-    delta: float = 0.5
+    loss: str = "mse"  # a name in LOSSES, see the module
+    delta: float = 0.5  # of "huber": errors beyond it count linearly; 1 is half the scale
+    # Levels of "ordinal", "categorical" and "hl_gauss", evenly from low to high; 0: one for each whole number
     bins: int = 0
-    sigma: float = 0.75
-    weights: tuple[float, ...] = ()
+    sigma: float = 0.75  # of "hl_gauss": standard deviation of a label, in widths of a bin; 0.75 as published
+    weights: tuple[float, ...] = ()  # of the attributes' scores in the reward; () is their mean
 
     shown = ("loss", "mse")
 
     def __post_init__(self) -> None:
-        names, key = self.attributes, "config.objective."
-        if not names or len(set(names)) < len(names) or not all(name and isinstance(name, str) for name in names):
-            raise ValueError(f"{key}attributes={names!r} must be one or several different names of columns")
-        if "score" in names and (len(names) > 1 or self.weights not in ((), (1.0,))):
-            raise ValueError(
-                f"{key}attributes={names!r}: 'score' is what the weighted sum is called; rename the column"
-            )
+        names, require = self.attributes, self._require
+        named = all(name and isinstance(name, str) for name in names)
+        different = named and 0 < len(names) == len(set(names))
+        require("attributes", different, "must be one or several different names of columns")
+        reserved = "'score' is what the weighted sum is called; rename the column"
+        alone = len(names) == 1 and self.weights in ((), (1.0,))
+        require("attributes", "score" not in names or alone, f"has 'score', but {reserved}")
         try:
             limits = self.limits
         except (TypeError, ValueError):
             limits = ()
-        if len(limits) != len(names) or not all(math.isfinite(low) and low < high < math.inf for low, high in limits):
-            raise ValueError(f"{key}scales={self.scales!r} must be (low, high), or such a pair for each of {names!r}")
-        if self.loss not in LOSSES:
-            raise ValueError(f"{key}loss={self.loss!r} is none of {', '.join(LOSSES)}")
+        ordered = all(math.isfinite(low) and low < high < math.inf for low, high in limits)
+        pairs = f"must be (low, high), or such a pair for each of {names!r}"
+        require("scales", len(limits) == len(names) and ordered, pairs)
+        require("loss", self.loss in LOSSES, f"is none of {', '.join(LOSSES)}")
         for name in ("delta", "sigma"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{key}{name}={getattr(self, name)} must be above 0")
-        if self.bins < 0 or self.bins == 1 or self.bins % 1:
-            raise ValueError(f"{key}bins={self.bins} must be 2 or more, or 0 for one at each whole number")
-        if self.loss not in REGRESSION and not self.bins and any(x % 1 for pair in limits for x in pair):
-            raise ValueError(f"{key}scales={self.scales!r} are not whole numbers; say how many {key}bins there are")
-        if self.weights and len(self.weights) != len(names):
-            raise ValueError(f"{key}weights={self.weights!r} must be one number for each of {names!r}, or ()")
-        if not all(isinstance(weight, int | float) for weight in self.weights):
-            raise ValueError(f"{key}weights={self.weights!r} must be numbers")
-        if len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"{key}scales={self.scales!r}: the bins are too narrow to be told apart in the export")
+            require(name, getattr(self, name) > 0, "must be above 0")
+        whole = self.bins % 1 == 0 and self.bins >= 0 and self.bins != 1
+        require("bins", whole, "must be 2 or more, or 0 for one at each whole number")
+        given = self.loss in REGRESSION or self.bins > 0 or not any(x % 1 for pair in limits for x in pair)
+        require("scales", given, "are not whole numbers; say how many config.objective.bins there are")
+        complete = len(self.weights) in (0, len(names))
+        require("weights", complete, f"must be one number for each of {names!r}, or ()")
+        require("weights", all(isinstance(weight, int | float) for weight in self.weights), "must be numbers")
+        different = len(set(self.labels)) == len(self.labels)
+        require("scales", different, "has bins that are too narrow to be told apart in the export")
 
     @property
     def decoding(self) -> str:
-        """How scores are had from the outputs, in words."""
         reward = "the reward is their sum by `weights`, or their mean"
         if self.loss in REGRESSION:
             return f"a score is the middle of its scale plus half its width times the output; {reward}"
@@ -108,7 +98,6 @@ class Pointwise(Objective):
 
     @property
     def limits(self) -> tuple[tuple[float, float], ...]:
-        """Lowest and highest score of each attribute."""
         shared = not any(isinstance(scale, list | tuple) for scale in self.scales)
         pairs = [self.scales] * len(self.attributes) if shared else self.scales
         return tuple((float(low), float(high)) for low, high in pairs)
@@ -129,7 +118,6 @@ class Pointwise(Objective):
 
     @property
     def task(self) -> Attributes:
-        """Attributes within their scales."""
         return Attributes(self.attributes, self.limits)
 
     def params(self) -> dict[str, np.ndarray]:
@@ -181,37 +169,31 @@ class Pointwise(Objective):
         return (below[..., 1:] - below[..., :-1]) / (below[..., -1:] - below[..., :1])
 
     def losses(self, outputs: jax.Array, labels: jax.Array, params: Params) -> jax.Array:
-        """[..., A]: the loss of each label, in the precision of the outputs.
-
-        Args:
-            outputs: [..., O], of the head.
-            labels: [..., A], on their scales.
-            params: see `params`.
-        """
-        made = []
+        """The loss of each label [..., A], which is on its scale, in the precision of the outputs [..., O]."""
+        losses = []
         for a, part in enumerate(self.parts(outputs)):
             label, (low, high) = labels[..., a], self.limits[a]
-            if self.loss in REGRESSION:
-                error = part[..., 0] - (2 * label - low - high) / (high - low)
+            error = part[..., 0] - (2 * label - low - high) / (high - low)
+            if self.loss == "mse":
+                losses.append(error**2)
+            elif self.loss == "huber":
                 far = self.delta * (jnp.abs(error) - self.delta / 2)
-                made.append(
-                    error**2 if self.loss == "mse" else jnp.where(jnp.abs(error) < self.delta, error**2 / 2, far)
-                )
+                losses.append(jnp.where(jnp.abs(error) < self.delta, error**2 / 2, far))
             else:
-                made.append(-(self.targets(label, a) * self.log_probabilities(part, a, params, jnp)).sum(-1))
-        return jnp.stack(made, -1)
+                losses.append(-(self.targets(label, a) * self.log_probabilities(part, a, params, jnp)).sum(-1))
+        return jnp.stack(losses, -1)
 
     def scores(self, outputs: Any, params: Params, xp: Any = np) -> Any:
         """[..., A]: the score of each attribute on its scale, from outputs [..., O]; regression can leave the scale."""
-        made = []
+        scores = []
         for a, part in enumerate(self.parts(outputs)):
             low, high = self.limits[a]
             if self.loss in REGRESSION:
-                made.append((low + high) / 2 + (high - low) / 2 * part[..., 0])
+                scores.append((low + high) / 2 + (high - low) / 2 * part[..., 0])
             else:
                 share = xp.exp(self.log_probabilities(part, a, params, xp))
-                made.append((share * xp.asarray(self.levels(a), share.dtype)).sum(-1))
-        return xp.stack(made, -1)
+                scores.append((share * xp.asarray(self.levels(a), share.dtype)).sum(-1))
+        return xp.stack(scores, -1)
 
     def reward(self, scores: Any) -> Any:
         """[...]: the weighted sum of the attributes' scores [..., A], or their mean."""
@@ -219,16 +201,11 @@ class Pointwise(Objective):
         return sum(weight * scores[..., a] for a, weight in enumerate(weights))
 
     def decode(self, outputs: np.ndarray, params: Params) -> dict[str, np.ndarray]:
-        """`score`, the reward, and the score of each attribute by name."""
         scores = self.scores(outputs, params)
         return {**{name: scores[:, a] for a, name in enumerate(self.attributes)}, "score": self.reward(scores)}
 
     def at_ends(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """The labels at the scored tokens, and their weights: 0 where a label is missing. Both [B, E, A].
-
-        Raises:
-            ValueError: labels or weights of other shapes.
-        """
+        """The labels at the scored tokens, and their weights: 0 where a label is missing. Both [B, E, A]."""
         value, mask, weight = batch["value"], batch["mask"], batch["weight"]
         if value.shape[-1] != len(self.attributes) or value.shape[:2] != weight.shape or mask.shape != value.shape:
             raise ValueError(f"value {value.shape}, mask {mask.shape}, weight {weight.shape}: not [B,G,K,A] and [B,G]")
@@ -243,7 +220,6 @@ class Pointwise(Objective):
         Args:
             outputs_BEO: float32 [B, E, O].
             batch: `end`, `end_group`, `end_slot` [B, E], `weight` [B, G], `value`, `mask` [B, G, K, A].
-            params: see `params`.
         """
         label, weight = self.at_ends(batch)
         return (weight * self.losses(outputs_BEO, label, params)).sum(), weight.sum()
@@ -252,6 +228,7 @@ class Pointwise(Objective):
         """`score`, `label`, `weight` (0 where a label is missing), `loss` [B, E, A]; `reward`, `present` [B, E]."""
         label, weight = self.at_ends(batch)
         score = self.scores(outputs_BEO, params, jnp)
-        of_label = {"label": label, "weight": weight, "loss": self.losses(outputs_BEO, label, params)}
-        present = (batch["end"] >= 0).astype(jnp.float32)
-        return {"score": score, **of_label, "reward": self.reward(score), "present": present}
+        return {
+            **{"score": score, "label": label, "weight": weight, "loss": self.losses(outputs_BEO, label, params)},
+            **{"reward": self.reward(score), "present": (batch["end"] >= 0).astype(jnp.float32)},
+        }

@@ -32,7 +32,6 @@ class ProcessReward(Objective):
 
     @property
     def task(self) -> Steps:
-        """Judged steps."""
         return Steps()
 
     def loss_sums(self, outputs_BE2: jax.Array, batch: Batch, params: Params) -> tuple[jax.Array, jax.Array]:
@@ -42,10 +41,6 @@ class ProcessReward(Objective):
             outputs_BE2: float32 [B, E, 2].
             batch: `end`, `end_group`, `end_slot` [B, E], those of a response side by side and in order; `weight`
                 [B, G]; `value`, `mask` [B, E, 1].
-            params: none.
-
-        Raises:
-            ValueError: labels or outputs of other shapes.
         """
         label, weight = _labels(outputs_BE2, batch)
         log_p = jax.nn.log_softmax(outputs_BE2)
@@ -62,9 +57,8 @@ class ProcessReward(Objective):
         return {"p": p, "label": label, "weight": weight, **present}
 
     def decode(self, outputs: np.ndarray, params: Params) -> dict[str, np.ndarray]:
-        """`score`, the probability [n] that the step is right."""
         difference = outputs[:, 1] - outputs[:, 0]
-        return {"score": 0.5 + 0.5 * np.tanh(difference / 2)}  # the sigmoid, which cannot overflow so
+        return {"score": 0.5 + 0.5 * np.tanh(difference / 2)}  # a sigmoid that cannot overflow
 
 
 def _labels(outputs_BE2: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -22,11 +22,7 @@ def fraction(numerator: Any, denominator: Any = 0.0) -> Any:
 
 
 def add(a: Mapping[str, Any], b: Mapping[str, Any]) -> Sums:
-    """Combines two sums of the same names, on the host.
-
-    Raises:
-        ValueError: the names differ.
-    """
+    """Combines two sums on the host; their names must be the same."""
     if a.keys() != b.keys():
         raise ValueError(f"sums of different names: {sorted(a)} and {sorted(b)}")
     return {name: _combine(name, a[name], b[name]) for name in a}

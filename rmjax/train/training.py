@@ -36,7 +36,7 @@ from rmjax.inference.parameters import AbstractModel, abstract_model
 from rmjax.models import decoder, hf
 from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.sums import Sums
-from rmjax.runtime import agreement, command_line, ownership, passwords, processes, signals
+from rmjax.runtime import agreement, command_line, files, ownership, passwords, processes, signals
 from rmjax.runtime.exits import InputError
 from rmjax.runtime.signals import Stop, Stopped
 from rmjax.train import dry_run as dry_runs
@@ -511,4 +511,4 @@ def _save_audit(path: Path, train: Groups, plan: Plan, validation: Groups, task:
         plans={"training": measure.filling(train, plan)},
         names=getattr(task, "names", ()),
     )
-    measure.save(path, report)
+    files.write_json(path, report)

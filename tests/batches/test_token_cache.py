@@ -244,9 +244,9 @@ def test_a_flipped_bit_anywhere_is_noticed(build, tmp_path, suffix):
     for at in np.random.default_rng(0).choice(8 * len(whole), 1000, replace=False).tolist():
         path.write_bytes(whole[: at // 8] + bytes([whole[at // 8] ^ 1 << at % 8]) + whole[at // 8 + 1 :])
         with pytest.raises(ValueError, match=rf"{path.name} is not what was written"):
-            token_files.checked(arrow)
+            token_files.read_audit(arrow)
     path.write_bytes(whole)
-    assert token_files.checked(arrow).rows == len(GOOD)
+    assert token_files.read_audit(arrow).rows == len(GOOD)
 
 
 def test_a_file_under_another_name_is_not_taken_for_it(build, tmp_path):
@@ -255,7 +255,7 @@ def test_a_file_under_another_name_is_not_taken_for_it(build, tmp_path):
     for suffix in (".arrow", ".json"):
         arrow.with_suffix(suffix).rename(tmp_path / f"{STEM}{suffix}")
     with pytest.raises(ValueError, match="is not what was written"):
-        token_files.checked(tmp_path / f"{STEM}.arrow")
+        token_files.read_audit(tmp_path / f"{STEM}.arrow")
 
 
 @pytest.fixture
@@ -310,7 +310,7 @@ def test_a_flipped_bit_in_what_a_killed_build_left_is_noticed(interrupted):
     """What is gone on from is, bit by bit, what was written; nothing crashes."""
     partial = interrupted[0]
     columns, content = groups_lib.schema(Preferences()), partial.read_bytes()
-    read = lambda: [(repr(r.groups.to_pydict()), r.audit, r.rows) for r in token_files.whole(file, columns)]
+    read = lambda: [(repr(r.groups.to_pydict()), r.audit, r.rows) for r in token_files.intact_results(file, columns)]
     with open(partial, "r+b") as file:
         wanted, ended = read(), []
         assert len(wanted) == 2
@@ -333,7 +333,7 @@ def test_rows_that_changed_since_are_tokenized_again(build, interrupted, tmp_pat
     stale = [token_cache._tokenize(Chat(tokenizer), job, task=Preferences("skip"), keep=False) for job in again]
     with pytest.raises(KeyboardInterrupt), open(partial, "r+b") as file:
         file.truncate()
-        token_files.write(partial, file, stops(stale[:2]), stale[0].groups.schema, pytest.fail)
+        token_files.write_results(partial, file, stops(stale[:2]), stale[0].groups.schema, pytest.fail)
     path.write_text(content)
     jobs.clear()
     build(GOOD)
@@ -348,7 +348,7 @@ def stops(results):
 def test_what_another_process_is_writing_is_left_alone(build, interrupted, tmp_path):
     partial, whole, jobs = interrupted
     with open(partial, "rb") as file:
-        assert token_files.lock(file)
+        assert token_files.try_lock(file)
         build(GOOD)
     assert len(jobs) == 3 and partial.exists()
     partial.unlink()
@@ -409,7 +409,7 @@ def test_processes_end_with_a_killed_parent(tokenizer_dir, tmp_path, number):
     process.communicate(timeout=15)  # returns when nobody holds the pipe any more
     (left,) = tmp_path.glob("*.partial")
     with open(left, "rb") as file:
-        results = list(token_files.whole(file, groups_lib.schema(Preferences())))
+        results = list(token_files.intact_results(file, groups_lib.schema(Preferences())))
     assert results and all(result.groups.num_rows == sum(result.audit.sources.values()) for result in results)
 
 

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from format_rows import NAMED, ROWS, SYSTEM, assistant, user
 
-from rmjax.batches import measure
 from rmjax.data import formats, labelling, sources, store
 from rmjax.data.records import BadRow, Record, Step, group
 from rmjax.runtime import files
@@ -163,7 +162,7 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     record = read_one()
     store.write(tmp_path / "a.parquet", [record])
     labelling.write_project(tmp_path / "tasks", [record])
-    measure.save(tmp_path / "audit.json", {"n": 1})
+    files.write_json(tmp_path / "audit.json", {"n": 1})
     for name in ("a.parquet", "tasks.json", "config.xml", "audit.json"):
         at = done.index(("name", name))
         assert done[at - 1] == ("sync", f".{name}.rmjax-partial") and done[at + 1][0] == "sync"
@@ -177,5 +176,5 @@ def read_one():
 
 def test_a_report_takes_no_other_files_name(tmp_path):
     (tmp_path / "audit.tmp").write_text("precious")
-    measure.save(tmp_path / "audit.json", {"n": 1})
+    files.write_json(tmp_path / "audit.json", {"n": 1})
     assert (tmp_path / "audit.tmp").read_text() == "precious"

@@ -18,7 +18,7 @@ from rmjax.batches.chat import Chat
 from rmjax.batches.trees import build_tree
 from rmjax.data.records import BadRow, Record, pair
 from rmjax.judging import verdicts
-from rmjax.judging.verdicts import Judgements, Verdict, parse_verdict, verdict_span
+from rmjax.judging.verdicts import Judgements, Verdict, parse_verdict
 
 SMALL = "{{ prompt }}|{{ response_a }}|{{ response_b }}"
 
@@ -347,7 +347,7 @@ BAD = [
 @pytest.mark.parametrize(("text", "value", "inside"), GOOD)
 def test_scores_that_can_be_read(text, value, inside):
     assert parse_verdict(text, "score") == Verdict("score", value)
-    start, stop = verdict_span(text, "score")
+    start, stop = parse_verdict(text, "score").span
     assert text[start:stop] == inside
 
 
@@ -355,7 +355,7 @@ def test_scores_that_can_be_read(text, value, inside):
 def test_what_is_no_score_is_never_one(text):
     verdict = parse_verdict(text, "score")
     assert verdict.kind == "unparseable" and isinstance(verdict.value, str) and verdict.value
-    assert verdict_span(text, "score") is None
+    assert verdict.span is None
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_verdicts_by_attribute():
     assert parse_verdict(text, "score", tag="helpfulness") == Verdict("score", 3.0)
     assert parse_verdict(text, "score", tag="truth.ful ness") == Verdict("score", 1.0)
     assert parse_verdict(text, "score", tag="truthxful ness").kind == "unparseable"
-    assert text[slice(*verdict_span(text, "score", tag="truth.ful ness"))] == "1"
+    assert text[slice(*parse_verdict(text, "score", tag="truth.ful ness").span)] == "1"
     with pytest.raises(ValueError, match="kind='best' is none of"):
         parse_verdict(text, "best")
 
@@ -410,11 +410,11 @@ def test_every_text_has_one_outcome():
     for _ in range(3000):
         text = "".join(rng.choice(pieces, rng.integers(1, 9)))
         for kind in ("score", "better"):
-            verdict, span = parse_verdict(text, kind), verdict_span(text, kind)
+            verdict = parse_verdict(text, kind)
             kinds[verdict.kind] += 1
-            assert (verdict.kind == "unparseable") == (span is None)
-            if span and kind == "score":
-                assert float(text[slice(*span)]) == verdict.value
+            assert (verdict.kind == "unparseable") == (verdict.span is None)
+            if verdict.span and kind == "score":
+                assert float(text[slice(*verdict.span)]) == verdict.value
     assert all(kinds[kind] > 100 for kind in ("score", "better", "unparseable"))
 
 
@@ -438,12 +438,9 @@ def test_scores_become_conversations():
 
 def test_several_attributes_are_rated_in_one_answer_and_missing_ones_leave_the_response_out():
     record = make_record(["x", "y"], attributes={"truth": (3.0, 2.0), "style": (1.0, math.nan)})
-    made, unrated = verdicts.score_conversations(record, SCORED, scale=(0, 4), feedback=["Well. ", "n"])
+    made, unrated = verdicts.score_conversations(record, SCORED, scale=(0, 4))
     assert unrated.reason == "no_label"
-    assert read(made) == [
-        "x|truth,style|0-4",
-        "Well.\n\n<truth>3</truth>\n<style>1</style>",
-    ]
+    assert read(made) == ["x|truth,style|0-4", "<truth>3</truth>\n<style>1</style>"]
     first, second = verdicts.score_conversations(record, SCORED, scale=(0, 4), attributes=["truth"])
     assert read(first) == ["x|truth|0-4", "<score>3</score>"] and read(second)[1] == "<score>2</score>"
     with pytest.raises(BadRow, match="no_label: expected the attributes wit"):
@@ -454,10 +451,12 @@ def test_scores_that_could_not_be_read_back_are_refused():
     record = make_record(["x"], attributes={"score": (5.0,)})
     with pytest.raises(BadRow, match="out_of_scale"):
         verdicts.score_conversations(record, SCORED, scale=(0, 4))
+    record = make_record(["x"], attributes={"truth": (5.0,), "Truth": (4.0,)})
     with pytest.raises(BadRow, match="contradicts itself"):
-        verdicts.score_conversations(record, SCORED, scale=(0, 9), feedback=["I say <score>2</score>"])
+        verdicts.score_conversations(record, SCORED, scale=(0, 9))
+    record = make_record(["x"], attributes={"think": (5.0,), "truth": (4.0,)})
     with pytest.raises(BadRow, match="conflicting_label"):
-        verdicts.score_conversations(record, SCORED, scale=(0, 9), feedback=["<think> never closed"])
+        verdicts.score_conversations(record, SCORED, scale=(0, 9))
 
 
 @pytest.mark.parametrize(
@@ -489,17 +488,11 @@ def test_who_is_a_is_a_fair_coin_and_a_swapped_record_shows_the_other_order():
     assert 160 < swaps < 240  # 4 standard deviations around a fair coin
 
 
-def test_majorities_and_feedback():
+def test_majorities():
     wins, ties = matrix(3, _01=2, _10=1, _02=1, _20=1), matrix(3, _12=1, _21=1)
     made = verdicts.better_conversations(make_record(["x", "y", "z"], wins=wins, ties=ties), SMALL, both_orders=True)
     good = [read(c)[1][8:-9] for c in made if not isinstance(c, BadRow)]
     assert good == ["A", "B", "tie", "tie"] and sum(isinstance(c, BadRow) for c in made) == 1  # 0-2 is even
-    (made,) = verdicts.better_conversations(make_pair(), SMALL, feedback="A is right.")
-    assert read(made) == ["Is it?|yes|no", "A is right.\n\n<better>A</better>"]
-    with pytest.raises(BadRow, match="the feedback contains a verdict"):
-        verdicts.better_conversations(make_pair(), SMALL, feedback="<better>B</better>")
-    with pytest.raises(ValueError, match="leave out both_orders"):
-        verdicts.better_conversations(make_pair(), SMALL, feedback="x", both_orders=True)
 
 
 def test_ratings_are_written_and_read_back(small_sets):
@@ -509,9 +502,10 @@ def test_ratings_are_written_and_read_back(small_sets):
     for row in rows:
         for score, feedback in zip(row["gpt4_score"], row["gpt4_feedback"], strict=True):
             record = make_record([row["instruction"]], attributes={"score": (score,)})
-            (made,) = verdicts.score_conversations(record, template, scale=(1, 5), feedback=[feedback])
-            verdict, answer = parse_verdict(made[-1]["content"], "score", scale=(1, 5)), made[-1]["content"]
+            (made,) = verdicts.score_conversations(record, template, scale=(1, 5))
+            answer = f"{feedback.rstrip()}\n\n{made[-1]['content']}"
+            verdict = parse_verdict(answer, "score", scale=(1, 5))
             counts[verdict] += 1
             expected[Verdict("score", float(score))] += 1
-            assert answer[slice(*verdict_span(answer, "score"))] == str(score) and answer.startswith(feedback.rstrip())
+            assert answer[slice(*verdict.span)] == str(score) and answer.startswith(feedback.rstrip())
     assert counts == expected and counts.total() == 72 and len(counts) == 5

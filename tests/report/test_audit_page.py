@@ -14,6 +14,7 @@ from rmjax.batches.tasks import Attributes, Preferences, Steps
 from rmjax.report import audit as audit_report
 from rmjax.report import drawing
 from rmjax.report.audit_command import DataAudit
+from rmjax.runtime import files
 
 PLOTS = {  # a text in a plot of each kind of labels
     "rankings": ("tokens", "Fill of", "Tokens to compute", "Comparisons", "Is the longer one preferred?"),
@@ -207,7 +208,7 @@ def test_histograms_hold_every_value_and_equally_many_whole_numbers():
 
 def test_a_report_is_json_and_the_same_for_a_selection_read_in_another_order(rankings, tmp_path):
     report = measure.report({"training": rankings, "validation": rankings.select(range(10))})
-    measure.save(tmp_path / "audit.json", report)
+    files.write_json(tmp_path / "audit.json", report)
     assert json.loads((tmp_path / "audit.json").read_text()) == json.loads(json.dumps(report))
     assert list(report["reading"]) == ["training"] and report["shared"]["validation"]["prompts"] == 10
     shuffled = measure.measure(rankings.select(np.random.default_rng(0).permutation(len(rankings))))

@@ -36,23 +36,16 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """All that a family of models is; one file each.
+    """All that a family of models is; one file each."""
 
-    Attributes:
-        model_type: its name in config.json.
-        class_prefix: of transformers' classes, as "Qwen2" in Qwen2ForSequenceClassification.
-        defaults: what transformers assumes where a config.json leaves a key out.
-        features: the fields of ModelConfig that a config.json decides in the family's own way (see `ModelConfig`).
-        table: a row for every parameter that a model of the family can have; a row counts where the model has it.
-        owns: whether the names of a checkpoint's tensors can be the family's.
-    """
-
-    model_type: str
-    class_prefix: str
-    defaults: HfConfig
+    model_type: str  # its name in config.json
+    class_prefix: str  # of transformers' classes, as "Qwen2" in Qwen2ForSequenceClassification
+    defaults: HfConfig  # what transformers assumes where a config.json leaves a key out
+    # The fields of ModelConfig that a config.json decides in the family's own way (see `ModelConfig`)
     features: Callable[[HfConfig], dict[str, Any]]
+    # A row for every parameter that a model of the family can have; a row counts where the model has it
     table: tuple[Row, ...]
-    owns: Callable[[Collection[str]], bool]
+    owns: Callable[[Collection[str]], bool]  # whether the names of a checkpoint's tensors can be the family's
 
 
 def in_layers(ours: str, theirs: str, transposed: bool = False) -> tuple[Row, Row]:
@@ -91,17 +84,13 @@ def layer_names(names: Collection[str]) -> set[str]:
 
 def is_llama_like(names: Collection[str]) -> bool:
     """Whether layer 0 has what Llama's has: no norms of queries, and either both attention biases or none."""
-    here = layer_names(names)
-    biased = "q_proj.bias" in here and "o_proj.bias" not in here
-    return "q_proj.weight" in here and "q_norm.weight" not in here and not biased
+    parts = layer_names(names)
+    biased = "q_proj.bias" in parts and "o_proj.bias" not in parts
+    return "q_proj.weight" in parts and "q_norm.weight" not in parts and not biased
 
 
 def windows_by_type(config: HfConfig) -> tuple[int | None, ...]:
-    """Each layer's window by `layer_types`, or by `max_window_layers`, as transformers 5 decides it for Qwen.
-
-    Raises:
-        ValueError: layer types that are unknown, too few or too many, or without a window.
-    """
+    """Each layer's window by `layer_types`, or by `max_window_layers`, as transformers 5 decides it for Qwen."""
     layers, window = config["num_hidden_layers"], config.get("sliding_window")
     if not config.get("use_sliding_window"):
         window = None

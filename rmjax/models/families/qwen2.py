@@ -13,8 +13,8 @@ def _features(config: HfConfig) -> dict[str, Any]:
 
 
 def _owns(names: Collection[str]) -> bool:
-    here = layer_names(names)
-    return "q_proj.bias" in here and "o_proj.bias" not in here and "q_norm.weight" not in here
+    parts = layer_names(names)
+    return "q_proj.bias" in parts and "o_proj.bias" not in parts and "q_norm.weight" not in parts
 
 
 QWEN2 = Family("qwen2", "Qwen2", DEFAULTS, _features, LLAMA_TABLE, _owns)
