@@ -204,7 +204,7 @@ class Side:
             self.config, self.model, self.graph, self.objective, self.shapes, self.mesh, self.groups, self.plan
         )
         self.compile_s, self.shape = time.perf_counter() - begun, split.shape
-        self.compiled_bytes = sum(memory.of(self.program.step))
+        self.compiled_bytes = sum(memory.program_bytes(self.program.step))
         return line
 
     def begin(self, other: "Side | None" = None) -> None:

@@ -1,4 +1,4 @@
-"""What a step needs of a device's memory by the compiler's own account, and the cheapest settings that fit."""
+"""The memory that a step needs by the compiler's own account, and the cheapest settings that fit."""
 
 import dataclasses
 import os
@@ -26,22 +26,15 @@ SHARE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A step that was compiled and fits.
+    """A compiled step that fits."""
 
-    Attributes:
-        remat: the policy, as `config.model.remat`.
-        micro_rows: rows of a micro-batch on a device.
-        compiled: the step.
-        line: what was chosen and what it needs, for people.
-    """
-
-    remat: str
-    micro_rows: int
+    remat: str  # the policy, as `config.model.remat`
+    micro_rows: int  # rows of a micro-batch on a device
     compiled: Any
-    line: str
+    line: str  # the choice and its needs, for people
 
 
-def of(compiled: Any) -> tuple[int, int]:
+def program_bytes(compiled: Any) -> tuple[int, int]:
     """Bytes on each device: arguments and results together, and temporaries."""
     memory = compiled.memory_analysis()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes  # what is donated is counted once
@@ -93,13 +86,9 @@ def settle(
     least: Callable[[str, int], int],
     most: int,
 ) -> Fit:
-    """Compiles one choice after the other, until one fits.
+    """Compiles one choice after the other, until one fits into a device with `most` bytes.
 
-    Args:
-        choices: see `candidates`.
-        compile_step: the compiled step of a choice.
-        least: bytes on a device that a choice needs for sure; what cannot fit is not compiled.
-        most: bytes of the device.
+    A choice that needs more by `least`, bytes for sure, is not compiled.
 
     Raises:
         ValueError: none fits; says what is missing and what to change.
@@ -116,7 +105,7 @@ def settle(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             continue
-        fixed, temporary = of(compiled)
+        fixed, temporary = program_bytes(compiled)
         needed = fixed + temporary
         if needed <= SHARE * most:
             line = (
@@ -133,5 +122,4 @@ def settle(
 
 
 def size(n: float) -> str:
-    """Bytes for people."""
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"

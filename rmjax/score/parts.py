@@ -1,4 +1,4 @@
-"""Rows of parts: written, and joined into one file; a part is compared with its note while it is copied."""
+"""Writes the rows of parts, and joins them into one file; compares each part with its note while copying."""
 
 import hashlib
 import io
@@ -18,11 +18,7 @@ BLOCK = 2**20  # bytes that are copied at once
 
 
 def check_schema(schema: pa.Schema) -> None:
-    """Makes sure that Parquet has all these types, and that what it makes of them can be read.
-
-    Raises:
-        ValueError: it has not, or cannot.
-    """
+    """Raises ValueError where Parquet lacks a type, or could not be read back."""
     try:
         written = io.BytesIO()
         pq.ParquetWriter(written, schema).close()
@@ -48,11 +44,7 @@ def _line(row: Row) -> bytes:
 
 
 def join_parts(parts: Sequence[tuple[Path, Note]], output: Path, schema: pa.Schema | None) -> None:
-    """Writes the rows of the parts into one file, in this order.
-
-    Raises:
-        RuntimeError: a part is not what was written there, or the file has not all of them.
-    """
+    """Writes the rows of the parts into one file, in order; RuntimeError where a part differs from its note."""
     if schema is None:
         with output.open("wb") as file:
             for part, note in parts:
@@ -93,7 +85,7 @@ def _require_same(part: Path, note: Note, digest: str, rows: int) -> None:
 
 
 def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Neighbours put together: the footer has an entry for every row group, and would grow with the rows."""
+    """Joins neighbours: the footer has an entry for every row group, and would grow with the rows."""
     some: list[pa.Table] = []
     rows = size = 0
     for table in tables:
