@@ -70,14 +70,10 @@ class Checkpointer:
         mode: str = "max",
         owner: Mapping[str, Any] | None = None,
     ):
-        """Opens `directory`, which need not exist; nothing is written before the first save. ValueError for bad values.
+        """Opens `directory`, here or in a bucket, which need not exist; nothing is written before the first save.
 
-        Args:
-            directory: here or in a bucket.
-            keep_latest, keep_best: how many of the newest steps stay, and of the best by `metric` as well.
-            metric: name of a metric that `save` is given.
-            mode: "max" or "min", whichever is better.
-            owner: what the marker says of the run: at least its id, as "run".
+        `mode` is "max" or "min", whichever is better; `owner` is what the marker says of the run: at least its id, as
+        "run". ValueError for values that keep nothing or rank by nothing.
         """
         if keep_latest < 1 or keep_best < 0:
             raise ValueError(f"keep_latest={keep_latest}, keep_best={keep_best}: expected at least 1 and 0")

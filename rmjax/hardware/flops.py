@@ -58,13 +58,7 @@ def parameters(params: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def useful(model: ModelConfig, params: Mapping[str, Any], lengths: np.ndarray) -> np.ndarray:
-    """FLOPs of each group, its conversations apart: float64 [n].
-
-    Args:
-        model: the decoder.
-        params: of the Scorer, or their shapes.
-        lengths: int [n, K] tokens of each conversation.
-    """
+    """FLOPs of each group, its conversations apart: float64 [n], by int [n, K] tokens of each conversation."""
     tokens = lengths.astype(np.float64)
     return 6 * parameter_count(params)[1] * tokens.sum(1) + attention(model, lambda w: causal(tokens, w).sum(1))
 
@@ -81,8 +75,7 @@ def hardware(
     Args:
         model: the decoder.
         params: of the Scorer or the LanguageModel, or their shapes.
-        tokens: int [n] tokens of each tree.
-        scored: int [n] scored tokens of each, or those whose next one is learnt.
+        tokens, scored: int [n] tokens of each tree, and scored ones, or those whose next one is learnt.
         pairs: for a layer's window, int [n] pairs of a query and a key that it sees.
     """
     every, at_scored = parameters(params)

@@ -60,12 +60,8 @@ def kept(model: ModelConfig, remat: str) -> int:
 def candidates(remat: str, micro_rows: int, row_tokens: int, most: int) -> Iterator[tuple[str, int]]:
     """Policies and rows of a micro-batch, the cheapest first: recomputing costs more than smaller products.
 
-    Args:
-        remat: `config.model.remat`; "auto" is every policy.
-        micro_rows: `config.plan.micro_rows`; 0 is as many rows as have TOKENS tokens, or half of them, and fewer only
-            where everything is recomputed.
-        row_tokens: T.
-        most: rows of a step on a device.
+    `remat` and `micro_rows` are the config's: "auto" is every policy; 0 is as many rows as have TOKENS tokens, or half
+    of them, and fewer only where everything is recomputed. A row has `row_tokens` tokens, a device's step `most` rows.
     """
     policies = POLICIES if remat == "auto" else (remat,)
     large = micro_rows or max(1, min(most, TOKENS // row_tokens))

@@ -78,13 +78,8 @@ NO_TPU_HERE = {
 def devices(name: str) -> list[jax.Device]:
     """Devices to build a mesh of and compile for.
 
-    Args:
-        name: "h200:8": a GPU of `GPUS` and how many of them; more than 8 are hosts of 8. "v5e:2x4": a TPU of `TPUS` and
-            the chips of its slice along each axis; v5p has three.
-
-    Raises:
-        ValueError: a name that is not understood.
-        RuntimeError: the compiler for such devices is not installed.
+    "h200:8" is a GPU of `GPUS` and how many of them; more than 8 are hosts of 8. "v5e:2x4" is a TPU of `TPUS` and the
+    chips of its slice along each axis; v5p has three. ValueError for another name; RuntimeError without the compiler.
     """
     kind, (family, _, shape) = _kind(name), name.partition(":")
     return _gpus(name, kind, shape) if isinstance(kind, Gpu) else _tpus(name, family, shape)

@@ -145,10 +145,10 @@ def _call(
 ) -> Sequence[jax.Array]:
     """Runs a kernel over pairs of blocks.
 
+    The kernel takes `logits`, then refs of the pairs, the window, the spans of either side, `own`, `other`, `results`,
+    a side's spans as columns, and `scratch`.
+
     Args:
-        kernel: takes `logits`, then refs of the pairs, the window, the spans of either side, `own`, `other`, `results`,
-            a side's spans as columns, and `scratch`.
-        logits, seen, interpret: see _Logits and `forward`.
         visits: for each block that is summed for the blocks that it meets; and the sign of their distance.
         own, other: [Q, M, ...] arrays of the side that is summed for, and of the side that it meets.
         results: shapes and types of the sums, [Q, M, ...], which are returned.

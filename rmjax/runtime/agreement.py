@@ -144,15 +144,10 @@ def first_then_others(name: str) -> Iterator[None]:
 
 
 def stop_agreed(requested: bool, position: int, step: int = 0) -> bool:
-    """Whether to stop at this position because some process was asked to: all get the same answer.
+    """Whether to stop at this position because some process was asked to (`requested`): all get the same answer.
 
-    Costs nothing while nobody asks. The position is a later one than that of the request: the first that no process
-    has reached. Where a process stays behind, the others hear of it, see `hub.Hub`.
-
-    Args:
-        requested: whether this process was asked to stop.
-        position: the number of this call in this run, from 1; every process calls equally often.
-        step: of training, for people.
+    Costs nothing while nobody asks. `position` is the number of this call in this run, from 1. The stop comes at the
+    first position that no process has reached. Where a process stays behind, the others hear of it, see `hub.Hub`.
     """
     if processes.count() == 1:
         return requested

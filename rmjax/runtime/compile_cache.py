@@ -113,7 +113,6 @@ def _on_the_way(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _programs(folder: Path) -> list[Path]:
-    """The files of JAX's cache there; others are not ours."""
     return [path for path in folder.iterdir() if KEPT.fullmatch(path.name)]
 
 

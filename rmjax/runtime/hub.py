@@ -156,7 +156,6 @@ class Hub(threading.Thread):
         return len(self._members) == self._count
 
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, from its greeting to its end."""
         self._strangers[writer] = None
         if len(self._strangers) > self._count + STRANGERS:
             oldest = next(iter(self._strangers))
@@ -277,11 +276,9 @@ class Hub(threading.Thread):
 
 
 class Link(threading.Thread):
-    """A process's end of its connection to the hub.
+    """A process's end of its connection to the hub: `joined` is set when all processes are there.
 
-    Attributes:
-        joined: set when all processes are there.
-        at: how far the main thread has come: the position (see `Hub`), and the step, for people.
+    `at` is how far the main thread has come: the position (see `Hub`), and the step, for people.
     """
 
     def __init__(self, connection: socket.socket, hello: Hello, on_end: Callable[[End], None], secret: str = ""):
@@ -294,7 +291,6 @@ class Link(threading.Thread):
         self._lock, self._left = threading.Lock(), False
 
     def run(self) -> None:
-        """Reads messages until this process or the hub has left."""
         try:
             for line in self._socket.makefile("rb"):
                 self._handle(json.loads(line))

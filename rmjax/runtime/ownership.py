@@ -78,14 +78,8 @@ def require_ours(
 ) -> dict[str, Any] | None:
     """Checks that a folder may be written to: it has its marker, which is returned, or is empty or new (None).
 
-    Args:
-        directory: need not exist.
-        kind: of the folder.
-        flag: that names it.
-        older: whether its files were written by a version of rmjax that made no markers.
-
-    Raises:
-        ValueError: it holds something else.
+    ValueError, with `flag`, where it holds something else. `older` says whether its files were written by a version of
+    rmjax that made no markers.
     """
     marker = read_marker(directory, kind)
     path = epath.Path(directory)
@@ -108,10 +102,8 @@ def new_directory(directory: Path, kind: str, run: str) -> Iterator[Path]:
     """A directory to write into that gets its name, synced, when all went well, and replaces an older one of ours.
 
     The new one is written beside the old. Files in the old one that rmjax did not write there are kept: they move into
-    the new one, and one that was changed by hand since, and has a successor, becomes NAME.kept.
-
-    Raises:
-        ValueError: something else is in the way.
+    the new one, and one that was changed by hand since, and has a successor, becomes NAME.kept. ValueError where
+    something else is in the way.
     """
     directory = directory.resolve()  # the folder that a link leads to is replaced, not the link
     partial, old = (directory.with_name(f".{directory.name}.{what}") for what in ("partial", "old"))

@@ -37,16 +37,10 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Shows nothing yet.
+        """Shows nothing yet. `interval` is in seconds, SECONDS by default.
 
-        Args:
-            total: the amount at the end; or a function that counts it, None if it cannot. As counting can take a while,
-                it is called only after `interval` seconds, and nothing is shown before.
-            label: begins the line.
-            unit: of the rate.
-            interval: seconds, SECONDS by default.
-            stream: standard output by default.
-            clock: gives seconds.
+        `total` may be a function that counts it, None if it cannot. As counting can take a while, it is called only
+        after `interval`, and nothing is shown before.
         """
         self._total = None if callable(total) else total
         self._ask = total if callable(total) else None

@@ -198,9 +198,8 @@ class Job:
     def join(self, total: int) -> collections.Counter[str]:
         """Gives the output its name, removes the parts, and returns counts of rows read, made and dropped (process 0).
 
-        Raises:
-            RuntimeError: the parts do not have `total` rows, or one differs from its note.
-            ValueError: the output's name is taken by now, or a note is foreign.
+        RuntimeError where the parts do not have `total` rows, or one differs from its note; ValueError where the
+        output's name is taken by now, or a note is foreign.
         """
         agreement.barrier("scored")
         with command_line.under_way():  # whatever is wrong now, what is scored is kept

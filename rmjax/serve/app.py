@@ -190,13 +190,9 @@ def build(
     seconds: float = 60.0,
     on_failure: Callable[[], None] = lambda: None,
 ) -> Starlette:
-    """The application.
+    """The application. `gate` counts the requests inside; their bodies must arrive within `seconds`.
 
-    Args:
-        service: the model.
-        gate: counts the requests inside, for a server that stops.
-        seconds: in which the body of a request must arrive.
-        on_failure: is called, in the event loop, if the model cannot be compiled; `service.failure` says why.
+    `on_failure` is called, in the event loop, if the model cannot be compiled; `service.failure` says why.
     """
     desk = Desk(service, gate or Gate(), Bodies(seconds))
 

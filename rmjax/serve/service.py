@@ -35,11 +35,8 @@ log = logging.getLogger("rmjax.serve")
 class Service:
     """A model behind a batcher, with its counters.
 
-    Attributes:
-        model: the batcher's thread is the only one that computes with it once it is ready.
-        ready: whether the common shapes are compiled.
-        failure: the error that ended the warming up, if there was one.
-        registry, requests, seconds: of Prometheus.
+    The batcher's thread is the only one that computes with `model` once it is `ready`: compiled for the common shapes.
+    `failure` is the error that ended the warming up, if there was one.
     """
 
     def __init__(
@@ -53,16 +50,10 @@ class Service:
         max_wait: float,
         normalize: tuple[float, float] | None = None,
     ):
-        """Starts the batcher.
+        """Starts the batcher of a model for sequence classification, called `name` by clients.
 
-        Args:
-            model: for sequence classification.
-            name: the model's, as clients see it.
-            max_length: most tokens of a sequence; 0 is no limit.
-            queue: sequences that may wait.
-            batch_tokens: most tokens of a batch.
-            max_wait: seconds that a request waits for others.
-            normalize: mean and standard deviation of rewards; None leaves them as they are.
+        A sequence has at most `max_length` tokens (0 is no limit) and a batch `batch_tokens`; `queue` sequences may
+        wait, for others `max_wait` seconds. `normalize` is the mean and the standard deviation of rewards.
         """
         self.model, self.name, self.max_length = model, name, max_length
         self.ready = False
@@ -173,12 +164,7 @@ class Service:
         return await _unless_gone(answer, gone)
 
     def activated(self, outputs: np.ndarray, activation: bool | None) -> np.ndarray:
-        """Rewards, perhaps normalized; of a judge the probabilities of its verdicts, unless `activation` is False.
-
-        Args:
-            outputs: float32 [n, A], of the head.
-            activation: vLLM's `use_activation`; Refused where it is true of rewards.
-        """
+        """Rewards, perhaps normalized; of a judge the probabilities of its verdicts, unless `activation` is False."""
         objective = self.model.objective
         judges = objective is not None and objective.problem_type == "single_label_classification"
         if activation and not judges:
