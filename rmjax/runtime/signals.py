@@ -51,7 +51,7 @@ class Stop:
         return self._agreed
 
     @contextlib.contextmanager
-    def left_to_loop(self) -> Iterator[None]:
+    def defer_signals(self) -> Iterator[None]:
         """While the training loop runs, a signal waits until the loop asks whether to stop."""
         self._loop_looks = True
         try:

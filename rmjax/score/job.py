@@ -28,7 +28,7 @@ import pyarrow as pa
 from rmjax.runtime import agreement, command_line, exits, files, processes, signals
 from rmjax.score import notes
 from rmjax.score.notes import AGAIN, Note, Seal
-from rmjax.score.parts import join_parts, write_rows
+from rmjax.score.parts import cut_by, join_parts, write_rows
 from rmjax.score.rows import Row
 
 CHUNK = 1024  # rows of a part, at most; they are in memory
@@ -41,16 +41,8 @@ Scored = tuple[list[Row], collections.Counter[str]]  # the rows that a part beco
 
 
 def cut_rows(rows: Iterable[Any], characters: Callable[[Any], int]) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    size = 0
-    for row in rows:
-        chunk.append(row)
-        size += characters(row)
-        if len(chunk) >= CHUNK or size >= CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+    """The parts of the input."""
+    return cut_by(rows, lambda row: (1, characters(row)), (CHUNK, CHARACTERS))
 
 
 def model_identity(directory: Path) -> dict[str, str]:

@@ -3,15 +3,15 @@
 import collections
 import concurrent.futures
 import dataclasses
-import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 Run = Callable[[list[Sequence[int]], list[Any]], np.ndarray]  # sequences and their prompts to outputs [n, A]
+T = TypeVar("T")
 Answer = concurrent.futures.Future[np.ndarray]
 
 
@@ -53,12 +53,8 @@ class Batcher:
         self._jobs: collections.deque[Job] = collections.deque()
         self._tokens = 0  # of all jobs in the queue
         self._changed, self._closed = threading.Condition(), False
-        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
-        self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
+        self.thread = threading.Thread(target=self._work, name="batches", daemon=True)
+        self.thread.start()
 
     def submit(self, sequences: list[Sequence[int]], prompts: list[Any]) -> Answer:
         """Queues the sequences of a request, or raises QueueFull; cancelling the future takes them out again."""
@@ -79,12 +75,12 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join(seconds)
+        self.thread.join(seconds)
         with self._changed:
             left = list(self._jobs)
         for job in left:
             job.answer.cancel()
-        return not self._thread.is_alive()
+        return not self.thread.is_alive()
 
     def _count(self, job: Job, sign: int) -> None:
         self.waiting += sign * len(job.sequences)
@@ -105,10 +101,10 @@ class Batcher:
 
     def _compute(self, jobs: list[Job]) -> None:
         begun = time.monotonic()
-        sequences, prompts = [s for job in jobs for s in job.sequences], [p for job in jobs for p in job.prompts]
-        pieces = itertools.pairwise(_cuts(sequences, self._batch_tokens))
+        entries = [entry for job in jobs for entry in zip(job.sequences, job.prompts)]
+        pieces = cut_pieces(entries, lambda entry: len(entry[0]), self._batch_tokens)
         try:
-            outputs = np.concatenate([self._run(sequences[a:b], prompts[a:b]) for a, b in pieces])
+            outputs = np.concatenate([self._run([s for s, _ in piece], [p for _, p in piece]) for piece in pieces])
         except Exception as error:
             for job in jobs:
                 job.answer.set_exception(error)
@@ -136,12 +132,15 @@ class Batcher:
             return batch
 
 
-def _cuts(sequences: Sequence[Sequence[int]], most: int) -> list[int]:
-    """Where to cut so that no piece has more than `most` tokens, unless one sequence has: [0, ..., len(sequences)]."""
-    cuts, tokens = [0], 0
-    for i, sequence in enumerate(sequences):
-        if i > cuts[-1] and tokens + len(sequence) > most:
-            cuts.append(i)
-            tokens = 0
-        tokens += len(sequence)
-    return [*cuts, len(sequences)]
+def cut_pieces(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Neighbours together, whose sizes add up to at most `most`, unless one alone has more."""
+    piece: list[T] = []
+    total = 0
+    for item in items:
+        if piece and total + size(item) > most:
+            yield piece
+            piece, total = [], 0
+        piece.append(item)
+        total += size(item)
+    if piece:
+        yield piece

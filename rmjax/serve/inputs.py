@@ -12,6 +12,7 @@ from tokenizers import pre_tokenizers
 
 from rmjax.batches.chat import Chat
 from rmjax.data.records import BadRow, check_conversation
+from rmjax.serve.batching import cut_pieces
 
 Body = Mapping[str, Any]
 # Fields of vLLM's requests that would change what is scored or how it is answered, and what they must be if given.
@@ -125,7 +126,7 @@ class Reader:
 
     def _encode(self, given: Sequence[Any], render: Callable[[Any], str] = lambda text: text) -> list[list[int]]:
         encoded: list[list[int]] = []
-        for texts in _pieces(self._fitting(map(render, given))):
+        for texts in cut_pieces(self._fitting(map(render, given)), len, PIECE):
             with self._encoding:
                 encoded += self._chat.encode(texts)
         return encoded
@@ -178,19 +179,6 @@ def shown(value: Any) -> str:
     # str() of a large list takes seconds in which no other thread runs
     text = value if isinstance(value, str) else reprlib.repr(value)
     return f"{type(value).__name__} {text[:60]!r}"
-
-
-def _pieces(texts: Iterable[str]) -> Iterator[list[str]]:
-    piece: list[str] = []
-    characters = 0
-    for text in texts:
-        if piece and characters + len(text) > PIECE:
-            yield piece
-            piece, characters = [], 0
-        piece.append(text)
-        characters += len(text)
-    if piece:
-        yield piece
 
 
 def characters_per_token(tokenizer: Any) -> int:

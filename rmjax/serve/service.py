@@ -128,7 +128,7 @@ class Service:
     def busy(self) -> bool:
         """Whether a thread still works: the interpreter's end would wait for it, or abort in the model's."""
         pools = [thread for pool in (self._small, self._large) for thread in pool._threads]
-        return self.batcher.alive or any(thread.is_alive() for thread in (self._warming, *pools))
+        return any(thread.is_alive() for thread in (self.batcher.thread, self._warming, *pools))
 
     async def prepared(
         self,

@@ -295,7 +295,7 @@ def through(
         with opened(start) as job:
             try:
                 # Nothing goes to or from the devices unless it is asked for.
-                with command_line.under_way(), job.stop.left_to_loop(), jax.transfer_guard("disallow"):
+                with command_line.under_way(), job.stop.defer_signals(), jax.transfer_guard("disallow"):
                     return job, loop(job, state, host, start)
             except GoBack as found:
                 bad = found.bad
