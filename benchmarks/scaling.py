@@ -47,7 +47,7 @@ def measure(name: str, values: dict, hardware: str) -> list[str]:
     except ValueError:
         return [name, hardware, str(mesh.size), "does not fit", "", "", "", f"{time.perf_counter() - begun:.0f}"]
     seconds = time.perf_counter() - begun
-    fixed, temporary = memory.of(program.step)
+    fixed, temporary = memory.program_bytes(program.step)
     found, _ = collectives(program.step.as_text(), mesh.size)
     sent = sum(x.times * x.sent for x in found)
     sizes = [f"{x / 2**30:.2f}" for x in (fixed, temporary)]

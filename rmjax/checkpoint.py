@@ -39,7 +39,7 @@ CHUNK = 16 * 2**20  # bytes of the pieces that arrays are stored in; whoever nee
 
 @dataclasses.dataclass(frozen=True)
 class _Info:
-    """What Orbax's preservation policies are told of a step."""
+    """A step, for Orbax's preservation policies."""
 
     step: int
     metrics: dict[str, Any] | None
@@ -70,18 +70,10 @@ class Checkpointer:
         mode: str = "max",
         owner: Mapping[str, Any] | None = None,
     ):
-        """Opens `directory`, which need not exist; nothing is written before the first save.
+        """Opens `directory`, here or in a bucket, which need not exist; nothing is written before the first save.
 
-        Args:
-            directory: here or in a bucket.
-            keep_latest: how many of the newest steps stay.
-            keep_best: how many of the best by `metric` stay as well.
-            metric: name of a metric that `save` is given.
-            mode: "max" or "min", whichever is better.
-            owner: what the marker says of the run: at least its id, as "run".
-
-        Raises:
-            ValueError: nothing would be kept, `mode` is not 'max' or 'min', or `keep_best` has no metric.
+        `mode` is "max" or "min", whichever is better; `owner` is what the marker says of the run: at least its id, as
+        "run". ValueError for values that keep nothing or rank by nothing.
         """
         if keep_latest < 1 or keep_best < 0:
             raise ValueError(f"keep_latest={keep_latest}, keep_best={keep_best}: expected at least 1 and 0")
@@ -105,11 +97,9 @@ class Checkpointer:
     def save(self, step: int, state: Any, host: dict, metrics: dict[str, float] | None) -> None:
         """Starts saving `state` (arrays) and `host` (JSON) as `step`, and returns once the arrays are copied.
 
-        The arrays may be donated or deleted afterwards. A save still under way is waited for first. A step
-        that is finished already is left as it is, with a warning.
-
-        Raises:
-            CheckpointError: this save, or the one before it, failed (a full disk); finished steps stay.
+        The arrays may be donated or deleted afterwards. A save still under way is waited for first. A finished step is
+        left as it is, with a warning. CheckpointError where this save or the one before failed (a full disk); finished
+        steps stay.
         """
         self.wait()
         if self._first_says("saved", lambda: step in self._steps.sealed_steps()):
@@ -132,11 +122,7 @@ class Checkpointer:
             self._saving = step, self._background.submit(self._finish, self._orbax, step, host_json)
 
     def amend(self, step: int, host: dict, metrics: dict[str, float] | None) -> None:
-        """Replaces the host and the metrics of a finished step, at one moment; its arrays stay as they are.
-
-        Raises:
-            CheckpointError: it failed; the step stays as it was.
-        """
+        """Replaces the host and the metrics of a finished step, at one moment; CheckpointError where it failed."""
         self.wait()
         if not processes.is_first():
             return
@@ -147,19 +133,19 @@ class Checkpointer:
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict] | None:
         """Restores the newest whole step and clears the way for training to go on from it.
 
-        Steps that fail verification are passed over with a warning. Unfinished ones are deleted and broken
-        ones renamed to 'broken-STEP', so that their numbers can be saved again.
+        Damaged steps are passed over with a warning. Unfinished ones are deleted and broken ones renamed to
+        'broken-STEP', so that their numbers can be saved again.
 
         Args:
-            abstract_state: the state's tree of ShapeDtypeStructs, each with the sharding wanted now; the mesh
-                may differ from the one saved on.
+            abstract_state: the state's tree of ShapeDtypeStructs, each with the sharding wanted now; the mesh may
+                differ from the one saved on.
 
         Returns:
             (step, state, host), or None where no save was ever finished.
 
         Raises:
-            CheckpointError: steps are there but none is whole (all are left as they are), or the newest has
-                other arrays, shapes or dtypes; every difference is named.
+            CheckpointError: steps are there but none is whole (all are left as they are), or the newest has other
+                arrays, shapes or dtypes; every difference is named.
         """
         self.close()
         step = self._first_says("newest", self._steps.newest_whole_step)
@@ -175,8 +161,7 @@ class Checkpointer:
             (state, host), the state in the structure of `abstract_state`.
 
         Raises:
-            CheckpointError: there is no such step, it is not whole, or an array is missing or of another
-                shape or dtype.
+            CheckpointError: the step is missing or not whole, or lacks an array of this shape and dtype.
         """
         self.wait()
         problem = self._first_says("whole", lambda: sealing.find_damage(self._steps.step_path(step), deep=True))
@@ -192,7 +177,6 @@ class Checkpointer:
         return self._first_says("steps", self._steps.finished_steps)
 
     def metrics(self, step: int) -> dict[str, float]:
-        """The metrics that were saved with a finished step."""
         return self._first_says("metrics", lambda: self._steps.read_host(step)["metrics"])
 
     def best_step(self) -> int | None:
@@ -200,11 +184,7 @@ class Checkpointer:
         return self._first_says("best", self._best)
 
     def wait(self) -> None:
-        """Waits until the save under way is finished.
-
-        Raises:
-            CheckpointError: it failed.
-        """
+        """Waits until the save under way is finished; CheckpointError where it failed."""
         if self._saving is not None:
             (step, done), self._saving = self._saving, None
             with self._failures_named(step):
@@ -218,7 +198,7 @@ class Checkpointer:
             self._orbax = None
 
     def _first_says(self, what: str, find: Callable[[], Any]) -> Any:
-        """What process 0 finds; an error of its own ends the others, see processes.py."""
+        """The result of process 0; an error of its own ends the others, see processes.py."""
         return agreement.agree(f"checkpoint {what}", find() if processes.is_first() else None)
 
     def _best(self) -> int | None:
@@ -250,7 +230,7 @@ class Checkpointer:
         self._steps.delete(info.step for info, keep in zip(infos, kept) if not keep)
 
     def _ranked(self, step: int) -> _Info:
-        """A finished step as the policies want it; `metrics` is None where it cannot be among the best."""
+        """A finished step for the policies; `metrics` is None where it cannot be among the best."""
         score = self._steps.read_host(step)["metrics"].get(self._metric, math.nan)
         return _Info(step, {"score": self._sign * score, "step": step} if math.isfinite(score) else None)
 
@@ -299,10 +279,8 @@ class Checkpointer:
 
 
 def _plain_name(directory: epath.Path) -> epath.Path:
-    """A path to the directory that Orbax takes literally; it may be a link that is gone at the exit.
-
-    Orbax globs below the path, which finds nothing where the path has brackets, and TensorStore takes a backslash for a
-    slash: checkpoints written that way cannot be read.
+    """A path to the directory that Orbax takes literally: a link in place of brackets, below which Orbax's globs find
+    nothing, and of backslashes, which TensorStore takes for slashes.
     """
     if "://" in str(directory) or not re.search(r"[\\*?\[\]]", str(directory)):
         return directory
@@ -314,23 +292,20 @@ def _plain_name(directory: epath.Path) -> epath.Path:
 
 
 def _handler(**most: int) -> ocp.PyTreeCheckpointHandler:
-    """Orbax's way to store arrays; `most` are bytes that it must be allowed to have in flight.
-
-    Nothing is compressed: parameters and moments shrink by less than a tenth, and writing takes three times as long.
-    """
+    """Orbax's way to store arrays; `most` are bytes that it must be allowed to have in flight."""
+    # Nothing is compressed: parameters and moments shrink by less than a tenth, and writing takes three times as long.
     limits = {f"{name}_gb": (max(IN_FLIGHT, size) + 1024) / 1e9 for name, size in most.items()}
     return ocp.PyTreeCheckpointHandler(use_compression=False, **limits)
 
 
 def _shard_bytes(leaf: Any) -> int:
-    """Of an array, what one device has."""
     sharding = getattr(leaf, "sharding", None)
     shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
     return math.prod(shape) * leaf.dtype.itemsize
 
 
 def _most_read(abstract: Any, metadata: Any) -> int:
-    """Bytes of the stored pieces that hold the part of one device, of the array with most."""
+    """Bytes of the stored pieces that hold one device's part of an array; of the array with most."""
     stored = {path_name(path): leaf.storage for path, leaf in jax.tree_util.tree_leaves_with_path(metadata)}
 
     def of(name: str, leaf: Any) -> int:
@@ -345,7 +320,7 @@ def _most_read(abstract: Any, metadata: Any) -> int:
 
 
 def _shapes(tree: Any) -> dict[str, str]:
-    """The arrays of a tree by path, in words: {'params/score/kernel': 'float32 (8, 1)'}."""
+    """The arrays of a tree by path, as text: {'params/score/kernel': 'float32 (8, 1)'}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_name(path): f"{jax.numpy.dtype(leaf.dtype)} {tuple(leaf.shape)}" for path, leaf in leaves}
 

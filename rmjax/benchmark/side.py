@@ -195,7 +195,7 @@ class Side:
         begun = time.perf_counter()
         self.program, split, line = compile_program(self.config, self.abstract, self.groups, self.plan)
         self.compile_s, self.shape = time.perf_counter() - begun, split.shape
-        self.compiled_bytes = sum(memory.of(self.program.step))
+        self.compiled_bytes = sum(memory.program_bytes(self.program.step))
         return line
 
     def begin(self, other: "Side | None" = None) -> None:

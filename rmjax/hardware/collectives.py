@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text: which collectives, how often, how many bytes.
+"""Reads from a compiled program's text what devices send each other: which collectives, how often, how many bytes.
 
 The text is XLA's optimized HLO, https://openxla.org/xla/operation_semantics, as GPU, TPU and CPU compilers print it.
 """
@@ -29,19 +29,12 @@ CALLED = re.compile(r"(?:calls|true_computation|false_computation)=%?([\w.\-]+)|
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a program.
+    """One collective of a program."""
 
-    Attributes:
-        kind: a key of SENT.
-        times: how often it runs.
-        sent: bytes that a device sends each time.
-        group: numbers of the devices that take part, those of the first group; the two ends of a permutation.
-    """
-
-    kind: str
-    times: int
-    sent: float
-    group: tuple[int, ...]
+    kind: str  # a key of SENT
+    times: int  # that it runs
+    sent: float  # bytes from each device each time
+    group: tuple[int, ...]  # numbers of the devices of the first group; the two ends of a permutation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +54,14 @@ Computation = Mapping[str, _Instruction]
 
 
 def collectives(text: str, devices: int) -> tuple[list[Collective], int]:
-    """What one run of a program sends.
+    """The collectives in one run of a program for `devices` devices, by `compiled.as_text()`.
 
-    What a loop sends counts as often as the loop turns. Where a TPU overlaps one collective with computation it stands
-    in several fusions, as its parts; it counts once. An all-reduce of which each device then keeps a part is a
+    A collective in a loop counts as often as the loop turns. Where a TPU overlaps one with computation it stands in
+    several fusions, as its parts; it counts once. An all-reduce of which each device then keeps a part is a
     reduce-scatter.
 
-    Args:
-        text: `compiled.as_text()`.
-        devices: that the program runs on.
-
     Returns:
-        The collectives, and how many loops send something a number of times that could not be found; these count once.
+        The collectives, and how many loops send something an unknown number of times; these count once.
     """
     computations, entry = _parse(text)
     unknown: set[str] = set()
@@ -86,30 +75,26 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], int]:
                 if inside and turns is None:
                     unknown.add(instruction.name)
                 yield from inside
-            elif found := _collective(instruction, computation, times, devices):
-                yield found
+            elif collective := _collective(instruction, computation, times, devices):
+                yield collective
             for callee in _callees(instruction):
                 channel = _channel(computations.get(callee, {})) if instruction.opcode == "fusion" else None
                 if channel not in overlapped:
                     scattered = callee.startswith("all-reduce-scatter")
-                    yield from (_scattered(x) if scattered else x for x in walk(callee, times))
+                    for x in walk(callee, times):
+                        yield dataclasses.replace(x, kind="reduce-scatter", sent=x.sent / 2) if scattered else x
                 overlapped |= {channel} - {None}
 
     return list(walk(entry, 1)), len(unknown)
 
 
-def _scattered(found: Collective) -> Collective:
-    return dataclasses.replace(found, kind="reduce-scatter", sent=found.sent / 2)
-
-
 def _named(role: str, instruction: _Instruction) -> str:
-    """The computation that an instruction names as its `body`, `condition` and so on."""
     match = re.search(rf"{role}=%?([\w.\-]+)", instruction.rest)
     return match[1] if match else ""
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """Instructions by the names of their computations and their own; and the name of the first computation to run."""
+    """Instructions by the names of their computations and their own; and the name of the entry computation."""
     computations: dict[str, dict[str, _Instruction]] = {}
     entry, current = "", {}
     for line in text.splitlines():
@@ -124,14 +109,13 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
 
 def _callees(instruction: _Instruction) -> list[str]:
     """The computations that an instruction runs once; reductions, sorts and the like send nothing."""
-    found = [name for match in CALLED.finditer(instruction.rest) for name in re.split(r",\s*", match[1] or match[2])]
+    names = [name for match in CALLED.finditer(instruction.rest) for name in re.split(r",\s*", match[1] or match[2])]
     if instruction.opcode == "call":
-        found.append(_named("to_apply", instruction))
-    return [name.lstrip("%") for name in found]
+        names.append(_named("to_apply", instruction))
+    return [name.lstrip("%") for name in names]
 
 
 def _channel(computation: Computation) -> str | None:
-    """The channel of the collective in a fusion."""
     for instruction in computation.values():
         if instruction.opcode in SENT and (match := re.search(r"channel_id=(\d+)", instruction.rest)):
             return match[1]
@@ -139,7 +123,7 @@ def _channel(computation: Computation) -> str | None:
 
 
 def _collective(instruction: _Instruction, computation: Computation, times: int, devices: int) -> Collective | None:
-    """The collective that an instruction is, or is the end of (`-done`); the shape of its result is there."""
+    """The collective that an instruction is, or ends (`-done`); the shape of its result is there."""
     kind, start = instruction.opcode, instruction
     if kind.endswith("-done"):
         kind = kind.removesuffix("-done")
@@ -158,7 +142,7 @@ def array_bytes(shape: str) -> int:
 
 
 def _group(attributes: str, devices: int) -> tuple[int, ...]:
-    """The first group of devices that exchange something, in any of the forms that HLO writes groups in."""
+    """The first group of devices that exchange something, in any of HLO's forms."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return int(pairs[1]), int(pairs[2])
     if listed := re.search(r"replica_groups=\{\{([\d,\s]+)\}", attributes):
@@ -198,7 +182,7 @@ def _mesh_group(mesh: str, device_ids: str | None, along: str) -> tuple[int, ...
 
 
 def _turns(loop: _Instruction, around: Computation, computations: Mapping[str, Computation]) -> int | None:
-    """How often a loop turns: as XLA says, else (TPU) by its condition, `counter < constant`; None if neither does."""
+    """How often a loop turns: by XLA's count, else (TPU) by its condition, `counter < constant`; None if unknown."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
     condition, body = (computations.get(_named(role, loop), {}) for role in ("condition", "body"))
@@ -216,15 +200,13 @@ def _turns(loop: _Instruction, around: Computation, computations: Mapping[str, C
     return None if start is None or step is None else max(0, -(-(stop - start) // step))
 
 
-def _element(made: _Instruction | None, index: int, computation: Computation) -> _Instruction | None:
-    """An element of a tuple where it is made."""
-    if made is None or made.opcode != "tuple" or index >= len(made.operands):
+def _element(pack: _Instruction | None, index: int, computation: Computation) -> _Instruction | None:
+    if pack is None or pack.opcode != "tuple" or index >= len(pack.operands):
         return None
-    return computation.get(made.operands[index])
+    return computation.get(pack.operands[index])
 
 
 def _constant(instruction: _Instruction | None, computation: Computation) -> int | None:
-    """The value of a constant, through copies."""
     while instruction is not None and instruction.opcode in ("copy", "bitcast", "convert"):
         instruction = computation.get(instruction.operands[0])
     if instruction is None or instruction.opcode != "constant":

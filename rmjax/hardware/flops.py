@@ -45,10 +45,8 @@ def peak(device_kind: str) -> float | None:
 
 
 def parameters(params: Mapping[str, Any]) -> tuple[int, int]:
-    """Parameters (arrays or shapes) that every token meets, and those that only scored tokens do.
-
-    Of a language model these are the tokens whose next one is learnt, and the parameters the output embedding. That of
-    the input is in neither.
+    """Parameters (arrays or shapes) that every token meets, and those that only scored tokens meet: in a language model
+    tokens whose next one is learnt, and the output embedding. The input embedding is in neither.
     """
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     decoder = params["decoder"]
@@ -60,16 +58,7 @@ def parameters(params: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def useful(model: ModelConfig, params: Mapping[str, Any], lengths: np.ndarray) -> np.ndarray:
-    """FLOPs of each group, its conversations apart.
-
-    Args:
-        model: the decoder.
-        params: of the Scorer, or their shapes.
-        lengths: int [n, K] tokens of each conversation.
-
-    Returns:
-        float64 [n].
-    """
+    """FLOPs of each group, its conversations apart: float64 [n], by int [n, K] tokens of each conversation."""
     tokens = lengths.astype(np.float64)
     return 6 * parameter_count(params)[1] * tokens.sum(1) + attention(model, lambda w: causal(tokens, w).sum(1))
 
@@ -81,17 +70,13 @@ def hardware(
     scored: np.ndarray,
     pairs: Callable[[int | None], np.ndarray],
 ) -> np.ndarray:
-    """FLOPs of each group as a tree.
+    """FLOPs of each group as a tree: float64 [n].
 
     Args:
         model: the decoder.
         params: of the Scorer or the LanguageModel, or their shapes.
-        tokens: int [n] tokens of each tree.
-        scored: int [n] scored tokens of each, or those whose next one is learnt.
+        tokens, scored: int [n] tokens of each tree, and scored ones, or those whose next one is learnt.
         pairs: for a layer's window, int [n] pairs of a query and a key that it sees.
-
-    Returns:
-        float64 [n].
     """
     every, at_scored = parameters(params)
     return 6.0 * (every * tokens + at_scored * scored) + attention(model, pairs)

@@ -1,4 +1,4 @@
-"""What a step needs of a device's memory by the compiler's own account, and the cheapest settings that fit."""
+"""The memory that a step needs by the compiler's own account, and the cheapest settings that fit."""
 
 import dataclasses
 import os
@@ -26,22 +26,15 @@ SHARE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A step that was compiled and fits.
+    """A compiled step that fits."""
 
-    Attributes:
-        remat: the policy, as `config.model.remat`.
-        micro_rows: rows of a micro-batch on a device.
-        compiled: the step.
-        line: what was chosen and what it needs, for people.
-    """
-
-    remat: str
-    micro_rows: int
+    remat: str  # the policy, as `config.model.remat`
+    micro_rows: int  # rows of a micro-batch on a device
     compiled: Any
-    line: str
+    line: str  # the choice and its needs, for people
 
 
-def of(compiled: Any) -> tuple[int, int]:
+def program_bytes(compiled: Any) -> tuple[int, int]:
     """Bytes on each device: arguments and results together, and temporaries."""
     memory = compiled.memory_analysis()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes  # what is donated is counted once
@@ -67,12 +60,8 @@ def kept(model: ModelConfig, remat: str) -> int:
 def candidates(remat: str, micro_rows: int, row_tokens: int, most: int) -> Iterator[tuple[str, int]]:
     """Policies and rows of a micro-batch, the cheapest first: recomputing costs more than smaller products.
 
-    Args:
-        remat: `config.model.remat`; "auto" is every policy.
-        micro_rows: `config.plan.micro_rows`; 0 is as many rows as have TOKENS tokens, or half of them, and fewer only
-            where everything is recomputed.
-        row_tokens: T.
-        most: rows of a step on a device.
+    `remat` and `micro_rows` are the config's: "auto" is every policy; 0 is as many rows as have TOKENS tokens, or half
+    of them, and fewer only where everything is recomputed. A row has `row_tokens` tokens, a device's step `most` rows.
     """
     policies = POLICIES if remat == "auto" else (remat,)
     large = micro_rows or max(1, min(most, TOKENS // row_tokens))
@@ -93,13 +82,9 @@ def settle(
     least: Callable[[str, int], int],
     most: int,
 ) -> Fit:
-    """Compiles one choice after the other, until one fits.
+    """Compiles one choice after the other, until one fits into a device with `most` bytes.
 
-    Args:
-        choices: see `candidates`.
-        compile_step: the compiled step of a choice.
-        least: bytes on a device that a choice needs for sure; what cannot fit is not compiled.
-        most: bytes of the device.
+    A choice that needs more by `least`, bytes for sure, is not compiled.
 
     Raises:
         ValueError: none fits; says what is missing and what to change.
@@ -116,7 +101,7 @@ def settle(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             continue
-        fixed, temporary = of(compiled)
+        fixed, temporary = program_bytes(compiled)
         needed = fixed + temporary
         if needed <= SHARE * most:
             line = (
@@ -133,5 +118,4 @@ def settle(
 
 
 def size(n: float) -> str:
-    """Bytes for people."""
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"

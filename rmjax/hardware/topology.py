@@ -1,7 +1,6 @@
-"""Devices that are not here: descriptions of accelerators to compile for, on any machine.
+"""Descriptions of accelerators that are not here, to compile for on any machine.
 
-XLA compiles for a described device as it does for a present one; nothing can be run on it. See
-`jax.experimental.topologies`.
+XLA compiles for a described device as for a present one; nothing can be run on it. See `jax.experimental.topologies`.
 """
 
 import collections
@@ -20,50 +19,29 @@ HOST_GPUS = 8  # of an SXM server
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU as XLA must know it: what data sheets and CUDA's device properties say.
-
-    Attributes:
-        name: of the device.
-        capability: CUDA compute capability.
-        cores: streaming multiprocessors.
-        float32_units: of each core.
-        memory: bytes that CUDA reports.
-        bandwidth: of the memory, bytes per second.
-        nvlink: bytes per second that it can send to the GPUs of its host, all together.
-        network: those that it can send to other hosts: one InfiniBand adapter for each GPU.
-        l2: bytes of the level 2 cache.
-        shared: bytes of a core's shared memory; a block of threads may have all but 1,024 of them.
-        clock_ghz: boost clock.
-    """
+    """A GPU as XLA must know it: data sheets and CUDA's device properties."""
 
     name: str
-    capability: tuple[int, int]
-    cores: int
-    float32_units: int
-    memory: int
-    bandwidth: float
-    nvlink: float
-    network: float
-    l2: int
-    shared: int
-    clock_ghz: float
+    capability: tuple[int, int]  # CUDA's
+    cores: int  # streaming multiprocessors
+    float32_units: int  # of each core
+    memory: int  # bytes that CUDA reports
+    bandwidth: float  # of the memory, bytes per second
+    nvlink: float  # bytes per second that it can send to the GPUs of its host, all together
+    network: float  # bytes per second to other hosts: one InfiniBand adapter for each GPU
+    l2: int  # bytes of the level 2 cache
+    shared: int  # bytes of a core's shared memory; a block of threads may have all but 1,024 of them
+    clock_ghz: float  # boost clock
 
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """A TPU chip.
+    """A TPU chip."""
 
-    Attributes:
-        memory: bytes that programs may use: what XLA says when one needs more.
-        bandwidth: of the memory, bytes per second.
-        links: bytes per second that it can send over the links to its neighbours, all together.
-        axes: of the torus that the links make.
-    """
-
-    memory: int
-    bandwidth: float
-    links: float
-    axes: int
+    memory: int  # bytes that programs may use: what XLA says when one needs more
+    bandwidth: float  # of the memory, bytes per second
+    links: float  # bytes per second that it can send over the links to its neighbours, all together
+    axes: int  # of the torus that the links make
 
 
 # https://www.nvidia.com/en-us/data-center/h200/, .../h100/ and .../a100/ (SXM boards; they give NVLink's two directions
@@ -100,68 +78,43 @@ NO_TPU_HERE = {
 def devices(name: str) -> list[jax.Device]:
     """Devices to build a mesh of and compile for.
 
-    Args:
-        name: "h200:8": a GPU of `GPUS` and how many of them; more than 8 are hosts of 8. "v5e:2x4": a TPU of `TPUS` and
-            the chips of its slice along each axis; v5p has three.
-
-    Raises:
-        ValueError: a name that is not understood.
-        RuntimeError: the compiler of such devices is not installed.
+    "h200:8" is a GPU of `GPUS` and how many of them; more than 8 are hosts of 8. "v5e:2x4" is a TPU of `TPUS` and the
+    chips of its slice along each axis; v5p has three. ValueError for another name; RuntimeError without the compiler.
     """
-    kind, _, shape = name.partition(":")
-    if kind in GPUS:
-        return _gpus(name, GPUS[kind], shape)
-    if kind in TPUS:
-        return _tpus(name, kind, shape)
-    raise _unknown(name)
+    kind, (family, _, shape) = _kind(name), name.partition(":")
+    return _gpus(name, kind, shape) if isinstance(kind, Gpu) else _tpus(name, family, shape)
 
 
 def memory(name: str) -> int:
-    """Bytes that a program may use on each of the devices that `name` says.
-
-    Raises:
-        ValueError: a name that is not understood.
-    """
+    """Bytes that a program may use on each of the devices; `name` and errors as `devices`."""
     return _kind(name).memory
 
 
 def bandwidth(name: str) -> float:
-    """Bytes per second that each of the devices that `name` says can read or write; raises as `memory`."""
+    """Bytes per second that each of the devices can read or write; `name` and errors as `devices`."""
     return _kind(name).bandwidth
 
 
 def link(name: str, group: Sequence[Any]) -> float:
-    """Bytes per second that a device can send to others of its group, at most.
+    """Bytes per second that a device can send to others of its group, at most; `name` and errors as `devices`.
 
-    GPUs of one host have NVLink; those of several send through the adapters of all that are in the group on a host.
-    TPUs send over the links along the axes of the torus that the group extends over.
-
-    Args:
-        name: see `devices`.
-        group: some of these devices.
-
-    Raises:
-        ValueError: a name that is not understood.
+    GPUs of one host have NVLink; those of several send through the adapters of all in the group on a host. TPUs send
+    over the links along the axes of the torus that the group extends over.
     """
     kind = _kind(name)
     if isinstance(kind, Tpu):
         spans = sum(len(set(places)) > 1 for places in zip(*(device.coords for device in group)))
         return kind.links * min(spans, kind.axes) / kind.axes
-    here = collections.Counter(device.process_index for device in group)
-    return kind.nvlink if len(here) == 1 else min(kind.nvlink, kind.network * min(here.values()))
+    on_hosts = collections.Counter(device.process_index for device in group)
+    return kind.nvlink if len(on_hosts) == 1 else min(kind.nvlink, kind.network * min(on_hosts.values()))
 
 
 def _kind(name: str) -> Gpu | Tpu:
-    kinds: dict[str, Gpu | Tpu] = {**GPUS, **TPUS}
     kind = name.partition(":")[0]
-    if kind not in kinds:
-        raise _unknown(name)
-    return kinds[kind]
-
-
-def _unknown(name: str) -> ValueError:
-    gpus, tpus = (", ".join(kinds) for kinds in (GPUS, TPUS))
-    return ValueError(
+    if kind in GPUS or kind in TPUS:
+        return GPUS[kind] if kind in GPUS else TPUS[kind]
+    gpus, tpus = ", ".join(GPUS), ", ".join(TPUS)
+    raise ValueError(
         f"topology {name!r} is not known; expected one of {gpus} as in 'h200:8', or of {tpus} as in 'v5e:2x4'"
     )
 
@@ -171,13 +124,11 @@ def _gpus(name: str, gpu: Gpu, count: str) -> list[jax.Device]:
         raise ValueError(
             f"topology {name!r}: expected 1 to {HOST_GPUS} GPUs or a multiple of {HOST_GPUS} after the colon"
         )
-    here = min(int(count), HOST_GPUS)
+    per_host = min(int(count), HOST_GPUS)
+    shape = f"1x{int(count) // per_host}x{per_host}"
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda",
-            topology_name="gpu",
-            topology=f"1x{int(count) // here}x{here}",
-            target_config=_target_config(gpu),
+            platform="cuda", topology_name="gpu", topology=shape, target_config=_target_config(gpu)
         )
     except NotImplementedError as error:
         raise RuntimeError(
@@ -195,23 +146,13 @@ def _target_config(gpu: Gpu) -> str:
     return f"""
         gpu_device_info {{
           cuda_compute_capability {{ major: {major} minor: {minor} {features} }}
-          core_count: {gpu.cores}
-          fpus_per_core: {gpu.float32_units}
-          clock_rate_ghz: {gpu.clock_ghz}
-          device_memory_size: {gpu.memory}
-          memory_bandwidth: {int(gpu.bandwidth)}
-          l2_cache_size: {gpu.l2}
-          shared_memory_per_core: {gpu.shared}
-          shared_memory_per_block_optin: {gpu.shared - 1024}
+          core_count: {gpu.cores} fpus_per_core: {gpu.float32_units} clock_rate_ghz: {gpu.clock_ghz}
+          device_memory_size: {gpu.memory} memory_bandwidth: {int(gpu.bandwidth)} l2_cache_size: {gpu.l2}
+          shared_memory_per_core: {gpu.shared} shared_memory_per_block_optin: {gpu.shared - 1024}
           shared_memory_per_block: 49152
-          registers_per_core_limit: 65536
-          registers_per_block_limit: 65536
-          threads_per_block_limit: 1024
-          threads_per_core_limit: 2048
-          threads_per_warp: 32
-          block_dim_limit_x: 2147483647
-          block_dim_limit_y: 65535
-          block_dim_limit_z: 65535
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          threads_per_block_limit: 1024 threads_per_core_limit: 2048 threads_per_warp: 32
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
         }}
         platform_name: "CUDA"
         dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
@@ -223,11 +164,8 @@ def _tpus(name: str, kind: str, shape: str) -> list[jax.Device]:
     sides = [int(side) for side in shape.split("x") if re.fullmatch(r"[1-9]\d*", side)]
     host = [*(min(side, 2) for side in sides[:2]), 1]
     example = "2x2x4" if kind == "v5p" else "2x4"
-    if (
-        shape.count("x") != example.count("x")
-        or len(sides) <= shape.count("x")
-        or any(n % m for n, m in zip(sides, host))
-    ):
+    axes = example.count("x")
+    if shape.count("x") != axes or len(sides) <= axes or any(n % m for n, m in zip(sides, host)):
         raise ValueError(f"topology {name!r}: expected chips like {example} after the colon, the first two 1 or even")
     if importlib.util.find_spec("libtpu") is None:
         raise RuntimeError(f"compiling for {name} needs libtpu: pip install 'rmjax[tpu]'")

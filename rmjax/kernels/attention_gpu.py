@@ -1,4 +1,4 @@
-"""The form of tree attention for GPUs: three kernels in Pallas-Triton that walk the lists of blocks of `visible.py`.
+"""Tree attention on GPUs: three kernels in Pallas-Triton that walk the lists of blocks of `visible.py`.
 
 Forward and dQ take a block of queries of one head and walk the blocks of keys that it must meet; dK/dV takes a block of
 keys and walks the blocks of queries, for all query heads that read it (FlashAttention-2,
@@ -37,7 +37,6 @@ def block(head_dim: int) -> int:
 
 
 def refuses(platform: str, head_dim: int, dtype: str) -> str:
-    """Why it does not serve such a model on such a device; "" where it does."""
     if platform != "gpu":
         return f"its kernels run on gpu, not on {platform}"
     if head_dim not in HEAD_DIMS:
@@ -50,7 +49,6 @@ def refuses(platform: str, head_dim: int, dtype: str) -> str:
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: Visible, *, softcap: float | None, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends the rows of one device; see `attention_xla.forward`."""
     view = _Views(q, k, seen)
     out, lse = _launch(
         functools.partial(_forward_kernel, softcap=softcap),
@@ -75,7 +73,6 @@ def backward(
     softcap: float | None,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of the rows of one device; see `attention_xla.backward`."""
     view = _Views(q, k, seen)
     dq, delta = _launch(
         functools.partial(_dq_kernel, softcap=softcap),
@@ -209,7 +206,7 @@ def _dkv_kernel(
 def _walk(visits: Visits, visit: Callable[..., Any], carry: Any, heads: int = 1) -> Any:
     """Visits the blocks of a list once for each of `heads`: whole ones without a mask, then the others.
 
-    Heads are part of one loop, not a loop around it, so that loads made ahead of their use run on from head to head.
+    Heads are part of one loop, so that loads made ahead of their use run on from head to head.
     """
     whole, total = visits.whole[...] * heads, visits.total[...] * heads
 
@@ -269,12 +266,9 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 class _Views:
     """What one kernel call sees of each array; the grid is (blocks, rows, heads).
 
-    Attributes:
-        block: of [B, T, *, H], its own block and head.
-        keys: of [B, T, M, H], the row and the head that its query head reads.
-        group: of [B, T, N, H], the row and the heads that read its key/value head.
-        block_sums, group_sums: the same of [B, N, T].
-        sums: shape and type of [B, N, T].
+    `block` is the call's own block and head of [B, T, *, H]; `keys` the row and the head of [B, T, M, H] that its query
+    head reads; `group` the row and the heads of [B, T, N, H] that read its key/value head; `block_sums`, `group_sums`
+    are the same of [B, N, T], and `sums` is the shape and type of that.
     """
 
     def __init__(self, q: jax.Array, k: jax.Array, seen: Visible):
@@ -298,13 +292,8 @@ def _launch(
 ) -> list[jax.Array]:
     """Runs a kernel over (blocks, rows, heads of the first output).
 
-    Args:
-        kernel: takes references to its parts of `seen`, the inputs and the outputs.
-        name: in profiles.
-        seen: of all rows.
-        inputs: arrays and what the kernel sees of them.
-        outputs: arrays of the outputs' shapes and types, and what the kernel sees of them.
-        interpret: see `forward`.
+    The kernel takes references to its parts of `seen`, the inputs (arrays) and the outputs (arrays of their shapes and
+    types), as their block specs cut them.
     """
     rows, length, heads, width = outputs[0][0].shape
     blocks = length // seen.block

@@ -1,4 +1,4 @@
-"""The form of tree attention for TPUs, in Pallas: one grid step for each two blocks that must meet, and no other.
+"""Tree attention on TPUs, in Pallas: one grid step for each two blocks that must meet, and no other.
 
 The lists of `visible.py` become one list of pairs, over all rows of a device, that the scalar core reads ahead to know
 which blocks to copy next. The query heads that share a key/value head are the rows of one matrix product.
@@ -35,13 +35,11 @@ ABSENT = 2**31 - 1  # after the last pair
 
 
 def block(head_dim: int) -> int:
-    """Tokens of a block."""
     del head_dim
     return BLOCK
 
 
 def refuses(platform: str, head_dim: int, dtype: str) -> str:
-    """Why it does not serve such a model on such a device; "" where it does."""
     if platform != "tpu":
         return f"the form for TPUs does not run on a {platform}"
     if head_dim not in HEAD_DIMS:
@@ -54,7 +52,7 @@ def refuses(platform: str, head_dim: int, dtype: str) -> str:
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: Visible, *, softcap: float | None, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends the rows of one device; see `attention_xla.forward`.
+    """See `attention_xla.forward`.
 
     Raises:
         ValueError: the rows may have more pairs of blocks than a core can hold: over 196,608, such as one row of
@@ -89,11 +87,6 @@ def backward(
     softcap: float | None,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of the rows of one device; see `attention_xla.backward`.
-
-    Raises:
-        ValueError: see `forward`.
-    """
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)  # [B, T, N]: each query's mean dweights
     blocks = functools.partial(to_blocks, heads=k.shape[2], block=seen.block)
     queries = [blocks(q), blocks(dout), *(blocks(x)[:, :, None] for x in (lse.swapaxes(1, 2), delta))]
@@ -115,9 +108,7 @@ def backward(
     return dq, dk, dv
 
 
-# ----------------------------------------------------------------------------------------------------
-# The grid
-# ----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------- grid
 
 
 class _Logits(NamedTuple):
@@ -133,12 +124,10 @@ class _Logits(NamedTuple):
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
     def derivative(self, logits: jax.Array) -> jax.Array | float:
-        """Of logits by products of queries and keys."""
         return self.scale if self.softcap is None else self.scale * (1 - (logits / self.softcap) ** 2)
 
 
 def _statistics(q_QMRH: jax.Array) -> jax.ShapeDtypeStruct:
-    """One number for each query, as a row of lanes."""
     return jax.ShapeDtypeStruct((*q_QMRH.shape[:2], 1, q_QMRH.shape[2]), jnp.float32)
 
 
@@ -156,20 +145,14 @@ def _call(
 ) -> Sequence[jax.Array]:
     """Runs a kernel over pairs of blocks.
 
-    Args:
-        kernel: takes `logits`, then refs of the pairs, the window, the spans of either side, `own`, `other`, `results`,
-            a side's spans as columns, and `scratch`.
-        logits: see _Logits.
-        seen: of the rows.
-        visits: for each block that is summed for the blocks that it meets; and the sign of their distance.
-        own: [Q, M, ...] arrays of the side that is summed for.
-        other: [Q, M, ...] arrays of the side that it meets.
-        results: shapes and types of what is summed, [Q, M, ...].
-        scratch: shapes of float32 sums.
-        interpret: run it step by step on any device.
+    The kernel takes `logits`, then refs of the pairs, the window, the spans of either side, `own`, `other`, `results`,
+    a side's spans as columns, and `scratch`.
 
-    Returns:
-        Arrays like `results`.
+    Args:
+        visits: for each block that is summed for the blocks that it meets; and the sign of their distance.
+        own, other: [Q, M, ...] arrays of the side that is summed for, and of the side that it meets.
+        results: shapes and types of the sums, [Q, M, ...], which are returned.
+        scratch: shapes of float32 sums.
     """
     pairs, count = _pairs(visits[0])
     inputs = [_spans(seen), _spans(seen), *own, *other]
@@ -207,11 +190,7 @@ def _block_spec(x: Any, side: Callable[[jax.Array], jax.Array]) -> pl.BlockSpec:
 
 
 def _pairs(visits: Visits) -> tuple[jax.Array, jax.Array]:
-    """The pairs of all rows, sorted, and ABSENT after them; and their number.
-
-    Raises:
-        ValueError: there may be more than a core can hold.
-    """
+    """The sorted pairs of all rows, then ABSENT; and their number. ValueError where a core cannot hold them."""
     rows, blocks, _ = visits.order.shape
     most = rows * blocks * (blocks + 1) // 2
     if 4 * most > PAIRS_BYTES:
@@ -243,9 +222,7 @@ def _spans(seen: Visible) -> jax.Array:
     return spans.reshape(3, -1, 1, seen.block).transpose(1, 2, 0, 3)
 
 
-# ----------------------------------------------------------------------------------------------------
-# The kernels
-# ----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------- kernels
 
 
 def _forward_kernel(
@@ -377,7 +354,7 @@ def _dkv_kernel(
 def _step(
     pairs: Any, begin: Callable[[], None], visit: Callable[[jax.Array, bool], None], end: Callable[[], None]
 ) -> None:
-    """What the pair of this grid step asks for: `begin` and `end` where it is the first and last of its block."""
+    """Runs what the pair of this grid step needs: `begin` and `end` where it is the first and last of its block."""
     n = pl.program_id(1)
     pair, own = pairs[n], _own(pairs[n])
     pl.when((n == 0) | (_own(pairs[jnp.maximum(n - 1, 0)]) != own))(begin)

@@ -1,4 +1,4 @@
-"""The form of tree attention for any device, by XLA: block by block, in the order of `visible.py`.
+"""Tree attention on any device, by XLA: block by block, in the order of `visible.py`.
 
 Shape letters: B rows, T tokens, N query heads, M key/value heads, H head width, X blocks of a row, I query
 tokens of a block, J key tokens of a block, R = I * N / M queries of a block that share a key/value head: the
@@ -15,13 +15,12 @@ HIDDEN = -1e30  # the logit of an invisible key: finite, so that no difference o
 
 
 def block(head_dim: int) -> int:
-    """Tokens of a block."""
     del head_dim
     return BLOCK
 
 
 def refuses(platform: str, head_dim: int, dtype: str) -> str:
-    """Why it does not serve such a model on such a device; "" where it does."""
+    """Why this form does not serve such a model on such a device; "" where it does."""
     del platform, head_dim, dtype
     return ""
 
@@ -29,15 +28,9 @@ def refuses(platform: str, head_dim: int, dtype: str) -> str:
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: Visible, *, softcap: float | None, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends the rows of one device.
+    """Attends the rows of one device: q [B, T, N, H], k and v [B, T, M, H]; T is a multiple of `seen.block`.
 
-    Args:
-        q: [B, T, N, H]; T is a multiple of `seen.block`.
-        k: [B, T, M, H].
-        v: [B, T, M, H].
-        seen: of these rows.
-        softcap: of the logits; None is none.
-        interpret: run a kernel step by step, on any device; of no meaning here.
+    `interpret` runs a kernel step by step, on any device; it is unused here.
 
     Returns:
         [B, T, N, H] of q's type, and the log-sum-exp of each query's logits, float32 or wider [B, N, T].
@@ -84,15 +77,9 @@ def backward(
     softcap: float | None,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of the rows of one device.
+    """Gradients of q, k and v on one device, of their shapes and types.
 
-    Args:
-        q, k, v, seen, softcap, interpret: see `forward`.
-        out, lse: what it returned.
-        dout: [B, T, N, H] cotangent of `out`.
-
-    Returns:
-        Cotangents of q, k and v, of their shapes and types.
+    `out` and `lse` are the results of `forward`, `dout` [B, T, N, H] is the cotangent of `out`.
     """
     del interpret
     heads, blocks = k.shape[2], seen.by_query.total.shape[1]
@@ -167,7 +154,6 @@ def to_blocks(x: jax.Array, heads: int, block: int) -> jax.Array:
 
 
 def from_blocks(x: jax.Array, rows: int, block: int) -> jax.Array:
-    """The inverse of `to_blocks`."""
     blocks, heads, _, *rest = x.shape
     x = x.reshape(blocks, heads, -1, block, *rest)
     x = jnp.moveaxis(x, (1, 2, 3), (2, 3, 1))

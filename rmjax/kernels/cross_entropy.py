@@ -1,7 +1,7 @@
 """Cross-entropy of the next token without the logits of all tokens: one chunk of them at a time.
 
-The logits of a chunk are computed, reduced and forgotten; the backward pass computes them again. Tokens that nobody
-asks for are put last and never computed, so a conversation of which a tenth is trained costs a tenth.
+The logits of a chunk are computed, reduced and forgotten; the backward pass computes them again. Unwanted tokens are
+put last and never computed, so a conversation of which a tenth is trained costs a tenth.
 
 Shape letters: B rows, T tokens, D width, V vocabulary; P parts of the batch that lie on devices of their own, N tokens
 of a part, C tokens of a chunk.
@@ -61,21 +61,15 @@ def cross_entropy(
 
 
 def _row_devices() -> int:
-    """Devices that the rows of a batch are split over; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 class _Todo(NamedTuple):
-    """Which tokens are computed together.
+    """Which tokens are computed together."""
 
-    Attributes:
-        order_XPC: int32, indices in N of each chunk's wanted tokens, then all different ones that are N and more.
-        chunks: int32, chunks with a wanted token, on any device.
-    """
-
-    order_XPC: jax.Array
-    chunks: jax.Array
+    order_XPC: jax.Array  # int32, indices in N of each chunk's wanted tokens, then all different ones of N and more
+    chunks: jax.Array  # int32, chunks with a wanted token, on any device
 
 
 def _todo(wanted_PN: jax.Array, chunk: int) -> _Todo:
@@ -89,12 +83,12 @@ def _todo(wanted_PN: jax.Array, chunk: int) -> _Todo:
 
 
 def _take(y_PN: jax.Array, at_PC: jax.Array) -> jax.Array:
-    """The tokens of a chunk; 0 for those that are not there."""
+    """The tokens of a chunk; 0 for absent ones."""
     return jax.vmap(lambda y, at: y.at[at].get(mode="fill", fill_value=0))(y_PN, at_PC)
 
 
 def _put(y_PN: jax.Array, at_PC: jax.Array, values_PC: jax.Array) -> jax.Array:
-    """Sets the tokens of a chunk, which are all different; those that are not there are dropped."""
+    """Sets the tokens of a chunk, which are all different; drops absent ones."""
     put = lambda y, at, values: y.at[at].set(values.astype(y.dtype), mode="drop", unique_indices=True)
     return jax.vmap(put)(y_PN, at_PC, values_PC)
 

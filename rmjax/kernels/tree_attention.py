@@ -1,6 +1,6 @@
 """Attention over rows of packed token trees: exact, in memory linear in the row, in time by what is visible.
 
-One function, three forms of it: `xla` for any device, `gpu` and `tpu` by Pallas. A row is cut in blocks; for each block
+One function with three forms: `xla` for any device, `gpu` and `tpu` by Pallas. A row is cut in blocks; for each block
 of queries the blocks of keys that it must meet (`visible.py`) are visited one by one with an online softmax
 (https://arxiv.org/abs/1805.02867), and the backward pass rebuilds the weights from the logits' log-sum-exp
 (https://arxiv.org/abs/2205.14135).
@@ -31,14 +31,8 @@ FORMS: dict[str, ModuleType] = {"xla": attention_xla, "gpu": attention_gpu, "tpu
 def choose(form: str, platform: str, head_dim: int, dtype: str) -> tuple[str, str]:
     """The form for a device, and why it is not the device's own, if it is not.
 
-    Args:
-        form: a form, or "auto": the device's own form where it serves this model, else "xla".
-        platform: of the devices, as JAX names it: cpu, gpu or cuda, tpu.
-        head_dim: H.
-        dtype: compute dtype.
-
-    Raises:
-        ValueError: the form that is asked for does not serve; says why.
+    `form` may be "auto": the device's own form where it serves this model, else "xla". `platform` is JAX's name: cpu,
+    gpu or cuda, tpu. ValueError where the requested form does not serve.
     """
     own = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
     asked = own if form == "auto" else form
@@ -51,7 +45,7 @@ def choose(form: str, platform: str, head_dim: int, dtype: str) -> tuple[str, st
 
 
 def block_of(form: str, length: int, head_dim: int) -> int:
-    """Tokens of a block: the form's, or less for rows that are shorter."""
+    """Tokens of a block: the form's, or less for shorter rows."""
     return min(FORMS[form].block(head_dim), max(16, 1 << (length - 1).bit_length()))
 
 
@@ -75,8 +69,7 @@ def tree_attention(
 
     Args:
         q: [B, T, N, H] queries; query head n reads key/value head n // (N / M).
-        k: [B, T, M, H] keys, of q's type.
-        v: [B, T, M, H] values, of q's type.
+        k, v: [B, T, M, H] keys and values, of q's type.
         seen: made by `visible` with `block=block_of(form, T, H)`.
         form: "xla", "gpu" or "tpu"; see `choose`.
         softcap: logits x become softcap * tanh(x / softcap), as in Gemma 2 (https://arxiv.org/abs/2408.00118).

@@ -17,16 +17,12 @@ NO_WINDOW = np.iinfo(np.int32).max  # the window of a layer that has none, among
 class Visits(NamedTuple):
     """For each block of one side, the blocks of the other side that it must meet, whole ones first.
 
-    Attributes:
-        order: int32 [B, X, X] their numbers; after the last of them its number again, so that a copy made ahead of
-            its use copies nothing new.
-        whole: int32 [B, X] how many of them need no mask: every query sees every key.
-        total: int32 [B, X] how many there are.
+    After the last of them its number is repeated, so that a copy made ahead of its use copies nothing new.
     """
 
-    order: jax.Array
-    whole: jax.Array
-    total: jax.Array
+    order: jax.Array  # int32 [B, X, X], their numbers
+    whole: jax.Array  # int32 [B, X], how many of them need no mask: every query sees every key
+    total: jax.Array  # int32 [B, X]
 
 
 @functools.partial(
@@ -36,25 +32,16 @@ class Visits(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Visible:
-    """What `tree_attention` knows of a batch's rows; made once by `visible` and used in every layer.
+    """A batch's rows as `tree_attention` needs them; made once by `visible` and used in every layer."""
 
-    Attributes:
-        first, until, position: int32 [B, T]; T is padded to whole blocks by tokens that see only themselves.
-        window: int32 scalar, keys a query sees along its path; NO_WINDOW is all.
-        by_query: for each block of queries the blocks of keys. The diagonal one stands last.
-        by_key: for each block of keys the blocks of queries.
-        block: tokens of a block.
-        windowed: whether `window` may be less than NO_WINDOW; static, so that nothing is computed for it otherwise.
-    """
-
-    first: jax.Array
+    first: jax.Array  # int32 [B, T], like the next two; T is padded to whole blocks by tokens that see only themselves
     until: jax.Array
     position: jax.Array
-    window: jax.Array
-    by_query: Visits
-    by_key: Visits
-    block: int
-    windowed: bool
+    window: jax.Array  # int32 scalar, keys a query sees along its path; NO_WINDOW is all
+    by_query: Visits  # for each block of queries the blocks of keys; the diagonal one stands last
+    by_key: Visits  # for each block of keys the blocks of queries
+    block: int  # tokens
+    windowed: bool  # whether `window` may be less than NO_WINDOW; static, so that nothing is computed for it otherwise
 
 
 def visible(

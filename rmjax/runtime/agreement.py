@@ -23,17 +23,15 @@ OVER = "over"
 
 
 class Meeting:
-    """The processes that share a key-value store."""
+    """The processes that share a key-value store, by JAX's connected client. See the functions of these names below."""
 
     def __init__(self, client: Any, number: int, count: int):
-        """`client` is JAX's, connected."""
         self.client, self._number, self._count = client, number, count
         self._uses: dict[str, int] = {}
         self._stopping: Stopping | None = None
         self._runs = itertools.count()
 
     def gather(self, name: str, value: Any) -> list[Any]:
-        """See `gather`."""
         use = self._uses[name] = self._uses.get(name, 0) + 1
         key, mine = f"rmjax/{name}/{use}", lambda use: f"rmjax/{name}/{use}/{self._number}"
         self.client.key_value_set(mine(use), json.dumps(value))
@@ -44,23 +42,20 @@ class Meeting:
         return [json.loads(values[f"{key}/{n}"]) for n in range(self._count)]
 
     def stop_agreed(self, requested: bool, position: int) -> bool:
-        """See `stop_agreed`."""
         if self._stopping is None or position == 1:  # of another run than the last
             self.close()
             self._stopping = Stopping(self, f"stop {next(self._runs)}")
         return self._stopping.agreed(requested, position)
 
     def close(self) -> None:
-        """Ends what waits for a stop."""
         if self._stopping:
             self._stopping.close()
 
 
 class Stopping(threading.Thread):
-    """Waits until any process of a run is asked to stop; all settle on the first position that none has come to."""
+    """Waits for a request to stop, then lets all settle on the first position that no process has reached."""
 
     def __init__(self, meeting: Meeting, key: str):
-        """`key` is of the run."""
         super().__init__(name=key, daemon=True)
         self._meeting, self._key, self._changed = meeting, key, threading.Condition()
         self._frozen = self._asked = False
@@ -69,13 +64,12 @@ class Stopping(threading.Thread):
         atexit.register(self.close)  # before JAX's own: a thread that wakes later than Python aborts the process
 
     def close(self) -> None:
-        """Ends the thread, as the run is over."""
         if self.is_alive():
             self._say(OVER)
             self.join(LEAVE_SECONDS)
 
     def agreed(self, requested: bool, position: int) -> bool:
-        """See `stop_agreed`. While all tell each other their positions, none may come to another."""
+        """While all exchange their positions, none may move on."""
         with self._changed:
             self._changed.wait_for(lambda: not self._frozen)
             self._position = position
@@ -89,7 +83,7 @@ class Stopping(threading.Thread):
             self._meeting.client.key_value_set(f"rmjax/{self._key}", what)
 
     def run(self) -> None:
-        """Waits, in its own thread, until somebody is asked, the run is over, or the runtime shuts down."""
+        """Waits, in its own thread, for a request, the end of the run, or the runtime's shutdown."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             if self._meeting.client.blocking_key_value_get(f"rmjax/{self._key}", FOR_EVER) == OVER:
                 return
@@ -104,8 +98,7 @@ class Stopping(threading.Thread):
 _meeting: Meeting | None = None
 
 
-def _met() -> Meeting:
-    """The meeting of these processes, of which there are several."""
+def _current_meeting() -> Meeting:
     global _meeting
     if _meeting is None or _meeting.client is not distributed.global_state.client:
         _meeting = Meeting(distributed.global_state.client, processes.number(), processes.count())
@@ -113,18 +106,14 @@ def _met() -> Meeting:
 
 
 def gather(name: str, value: Any) -> list[Any]:
-    """What every process has for `value`, in their order; waits for all.
+    """The values of all processes (plain JSON, and small), in their order; waits for all.
 
-    Args:
-        name: of the occasion; all processes must come to the same ones, those of one name in the same order and from
-            one thread.
-        value: plain JSON, and small.
+    All processes must come to the same names, those of one name in the same order and from one thread.
     """
-    return [value] if processes.count() == 1 else _met().gather(name, value)
+    return [value] if processes.count() == 1 else _current_meeting().gather(name, value)
 
 
 def barrier(name: str) -> None:
-    """Waits until every process is here."""
     gather(name, None)
 
 
@@ -134,11 +123,7 @@ def agree(name: str, value: Any) -> Any:
 
 
 def require_same(name: str, value: Any, what: str) -> None:
-    """Makes sure that all processes have the same.
-
-    Raises:
-        ValueError: one has another value; `what` says of what.
-    """
+    """Raises ValueError where one process has another value; `what` names it."""
     values = gather(name, value)
     if others := [n for n, x in enumerate(values) if x != values[0]]:
         hosts = gather(f"{name}: hosts", socket.gethostname())
@@ -150,7 +135,7 @@ def require_same(name: str, value: Any, what: str) -> None:
 
 @contextlib.contextmanager
 def first_then_others(name: str) -> Iterator[None]:
-    """Process 0 goes through the block before the others, who find on a shared file system what it made."""
+    """Process 0 runs the block before the others, who find its files on a shared file system."""
     if not processes.is_first():
         barrier(name)
     yield
@@ -159,28 +144,23 @@ def first_then_others(name: str) -> Iterator[None]:
 
 
 def stop_agreed(requested: bool, position: int, step: int = 0) -> bool:
-    """Whether to stop at this position, where any process was asked to: the same answer on all for the same one.
+    """Whether to stop at this position because some process was asked to (`requested`): all get the same answer.
 
-    Costs nothing while nobody asks. The position is a later one than that of the request: the first that no process
-    has come to yet. Where a process stays behind, the others are told of it, see `hub.Hub`.
-
-    Args:
-        requested: whether this process was asked to stop.
-        position: how often this was called in this run, from 1; every process calls it as often.
-        step: of training, for people.
+    Costs nothing while nobody asks. `position` is the number of this call in this run, from 1. The stop comes at the
+    first position that no process has reached. Where a process stays behind, the others hear of it, see `hub.Hub`.
     """
     if processes.count() == 1:
         return requested
     processes.moved(position, step)
-    return _met().stop_agreed(requested, position)
+    return _current_meeting().stop_agreed(requested, position)
 
 
 def connect_mesh(mesh: jax.sharding.Mesh) -> None:
-    """Connects the processes of a mesh of CPUs for whatever they will compute together; all call it alike.
+    """Connects the processes of a mesh of CPUs for all joint computations; all call it alike.
 
     Gloo, by which CPUs reduce, connects a group of devices when a program first needs it, and gives up where one comes
-    30 s later than the others. In the first program of a run that is who compiles while the others read theirs from
-    the cache, and JAX's cache on CPUs serves process 0 only. Once connected, they wait for as long as it takes.
+    30 s later than the others. In the first program of a run one may compile while the others read from the cache:
+    JAX's cache on CPUs serves process 0 only. Once connected, they wait for as long as it takes.
     """
     devices = mesh.devices.flat
     if devices[0].platform != "cpu" or len({device.process_index for device in devices}) == 1:

@@ -19,27 +19,16 @@ TOLD = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A process's place among the others.
+    """A process's place among the others."""
 
-    Attributes:
-        address: host:port of process 0.
-        count: number of processes.
-        number: of this one.
-        devices: numbers of the host's GPUs that are this process's; None is all.
-    """
-
-    address: str
-    count: int
-    number: int
-    devices: list[int] | None
+    address: str  # host:port of process 0
+    count: int  # of processes
+    number: int  # of this one
+    devices: list[int] | None  # numbers of the host's GPUs that this process uses; None is all
 
 
 def environment_number(name: str, default: float) -> float:
-    """The number in a variable whose name ends with its unit.
-
-    Raises:
-        ValueError: it is no number from 0 on.
-    """
+    """The number in a variable whose name ends with its unit; ValueError where it is no number from 0 on."""
     text = os.environ.get(name, str(default))
     with contextlib.suppress(ValueError):
         if 0 <= (value := float(text)) < math.inf:
@@ -48,11 +37,7 @@ def environment_number(name: str, default: float) -> float:
 
 
 def find_place() -> Place | None:
-    """This process's place; None where it is the only one.
-
-    Raises:
-        ValueError: the environment tells half of what is needed, or what cannot be.
-    """
+    """This process's place; None where it is the only one. ValueError where the environment is half set, or wrong."""
     if TOLD[1] in os.environ or TOLD[2] in os.environ:
         place = _told_place()
     elif method := _cluster():
@@ -74,7 +59,7 @@ def _told_place() -> Place:
 
 
 def _cluster() -> str | None:
-    """JAX's name of the cluster that this process was started by, if any; asks no network."""
+    """JAX's name of the cluster that started this process, if any; asks no network."""
     several = lambda name: int(os.environ.get(name, "1")) > 1
     if several("SLURM_NTASKS") and "SLURM_STEP_NODELIST" in os.environ:  # a step; not the batch script itself
         return "slurm"
@@ -88,7 +73,7 @@ def _cluster() -> str | None:
 
 
 def _detected_place(method: str) -> Place:
-    """The place by JAX's own detection, which `initialize` would use: it has no public name of its own."""
+    """The place by JAX's own detection, which has no public name."""
     from jax._src.clusters import ClusterEnv
 
     seconds = int(environment_number(JOIN_SECONDS, 300))

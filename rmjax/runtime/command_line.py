@@ -1,7 +1,7 @@
-"""What all commands share: one paragraph for an error, and an exit code (exits.py) that says whose it is.
+"""What all commands share: one paragraph for an error, and an exit code (exits.py) that says whose fault it is.
 
-Which one is decided by the error's class, and by when it comes: what cannot be read, opened or understood is bad
-input, unless the run was `under_way` by then. An error that knows better has an attribute `exit_code`.
+The error's class and its time decide: what cannot be read, opened or understood is bad input, unless the run was
+`under_way` by then. An error that knows better has an attribute `exit_code`.
 """
 
 import argparse
@@ -27,22 +27,17 @@ MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, er
 
 
 def parse(argv: Sequence[str]) -> None:
-    """Reads absl's flags.
-
-    Raises:
-        flags.Error: a flag that is wrong, or what is no flag.
-        SystemExit: with 0, after --help and its kin.
-    """
+    """Reads absl's flags. Raises flags.Error for a wrong flag or any other argument; SystemExit(0) after --help."""
     try:
         others = flags.FLAGS(list(argv))[1:]
-    except SystemExit:  # absl's, who shows the help and calls it a failure
+    except SystemExit:  # absl shows the help and calls it a failure
         sys.exit(exits.DONE)
     if others:
         raise flags.Error(f"unexpected arguments {others}; options are written --name=value")
 
 
 def parse_strictly(argv: Sequence[str]) -> list[str]:
-    """For `app.run`: as `parse`, and a mistake ends the command."""
+    """For `app.run`: `parse`, whose errors end the command."""
     with outcome(debug="--debug" in argv):
         parse(argv)
     return list(argv[:1])
@@ -56,20 +51,15 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--helpfull", "--helpshort", action="help", help=argparse.SUPPRESS)  # as absl's commands
 
     def error(self, message: str) -> NoReturn:
-        """Raises ValueError, which `outcome` prints."""
-        raise ValueError(f"{self._explained(message)}; --help shows commands that run")
-
-    def _explained(self, message: str) -> str:
-        wrong = re.search(r"invalid choice: '([^']*)'", message)
-        if wrong:
+        if wrong := re.search(r"invalid choice: '([^']*)'", message):
             known = re.findall(r"[\w.-]+", message.partition("choose from")[2])
-            what = message.partition(":")[0].removeprefix("argument ")
-            return f"{what}: {wrong[1]!r} is none of {', '.join(known)}{did_you_mean(wrong[1], known)}"
-        return message
+            name = message.partition(":")[0].removeprefix("argument ")
+            message = f"{name}: {wrong[1]!r} is none of {', '.join(known)}{did_you_mean(wrong[1], known)}"
+        raise ValueError(f"{message}; --help shows commands that run")
 
 
 def parser(module: str, doc: str | None) -> Parser:
-    """The parser of a command that is the module `module`, whose docstring is its help; --debug is there."""
+    """The parser of a command that is the module `module`, whose docstring is its help; it has --debug."""
     raw = argparse.RawDescriptionHelpFormatter
     command = Parser(prog=f"python -m {module}", description=doc, formatter_class=raw, allow_abbrev=False)
     command.add_argument("--debug", action="store_true", help="show the traceback of an error as well")
@@ -85,18 +75,18 @@ def outcome(
     at_once: tuple[type[Exception], ...] = (),
     tell: Callable[[str, int], None] = lambda *_: None,
 ) -> Iterator[None]:
-    """Ends the process as exits.py says if there is an error, and says in one paragraph what is wrong.
+    """Ends the process with a code of exits.py if there is an error, after one paragraph that says what is wrong.
 
     Args:
         debug: prints the traceback, too.
-        log: file for the traceback of a run that failed, in a folder of rmjax's own; bad input leaves none.
+        log: file for the traceback of a failed run, in a folder of rmjax's own; bad input leaves none.
         stopped: the message on Ctrl-C.
         at_once: errors after which other threads are not waited for.
         tell: is called with the paragraph and the code before they take effect, as processes.fail.
 
     Raises:
         SystemExit: with the code.
-        Exception: one that no command expects, as it is: it is a mistake of ours.
+        Exception: an unexpected one, as it is: it is a mistake of ours.
     """
     try:
         yield
@@ -128,28 +118,24 @@ def under_way() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        marked: Any = error
         if code_of(error) == exits.BAD_INPUT and not isinstance(error, exits.InputError):
-            marked.exit_code = exits.FAILED
+            error.exit_code = exits.FAILED  # type: ignore[attr-defined]
         raise
 
 
 @contextlib.contextmanager
 def leaving_nothing(directory: Path, unless: str = "") -> Iterator[Callable[..., Path]]:
-    """Makes a directory to write into; if the input turns out to be bad, what the command made there is gone again.
+    """Makes a directory to write into; after bad input everything that the command made there is deleted.
 
-    Only what is noted goes: other programs may write into the directory meanwhile.
-
-    Args:
-        directory: need not exist.
-        unless: a name in it that is worth keeping: once it is there, nothing is deleted.
+    Only noted paths are deleted: other programs may write into the directory meanwhile. Nothing is once it has the name
+    `unless`.
 
     Yields:
-        A function that notes a path which the command is about to make, and returns it. One that is there already is
-        not the command's, unless it has just been `made`. Directories are deleted where they are empty, so what is made
-        in them is noted as well.
+        A function that notes a path which the command is about to make, and returns it. An existing path is not the
+        command's, unless it has just been `made`. Directories are deleted where they are empty, so their contents are
+        noted as well.
     """
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    new = files.missing_directories(directory)
     kept = bool(unless) and (directory / unless).exists()
     directory.mkdir(parents=True, exist_ok=True)
     noted: list[Path] = []
@@ -163,16 +149,12 @@ def leaving_nothing(directory: Path, unless: str = "") -> Iterator[Callable[...,
         yield note
     except Exception as error:
         if code_of(error) == exits.BAD_INPUT and (kept or not unless or not (directory / unless).exists()):
-            ownership.remove([*reversed(noted), *made])
+            ownership.remove([*reversed(noted), *new])
         raise
 
 
 def json_object(text: str, flag: str) -> dict[str, Any] | None:
-    """The JSON object that a flag gives; None of nothing.
-
-    Raises:
-        ValueError: it is none; names the flag.
-    """
+    """The JSON object that a flag gives, None for an empty text; ValueError names the flag."""
     if not text:
         return None
     try:
@@ -185,20 +167,16 @@ def json_object(text: str, flag: str) -> dict[str, Any] | None:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Finds out whether a file could be written, without making it or its directories.
-
-    Raises:
-        ValueError: a parent is a file, or nothing may be written there; names the flag.
-    """
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    if not there.is_dir():
-        raise ValueError(f"{flag}: {there} is a file; name a path below a directory")
-    if not os.access(path if path.exists() else there, os.W_OK):
-        raise ValueError(f"{flag}: {path if path.exists() else there} may not be written to; name another place")
+    """Checks that a file could be written, without making it or its directories; ValueError names the flag."""
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{flag}: {parent} is a file; name a path below a directory")
+    target = path if path.exists() else parent
+    if not os.access(target, os.W_OK):
+        raise ValueError(f"{flag}: {target} may not be written to; name another place")
 
 
 def code_of(error: Exception) -> int:
-    """The exit code of an error."""
     if (code := getattr(error, "exit_code", None)) is not None:
         return code
     if isinstance(error, OSError) and error.errno in MACHINE:
@@ -207,7 +185,7 @@ def code_of(error: Exception) -> int:
 
 
 def expected(error: Exception) -> bool:
-    """Whether its text alone says what happened."""
+    """Whether its text alone explains it."""
     return isinstance(error, (*INPUT, RuntimeError, MemoryError)) or hasattr(error, "exit_code")
 
 
@@ -215,7 +193,6 @@ def paragraph(error: Exception) -> str:
     """An error's text without blank lines and secrets."""
     text = str(error.args[0]) if isinstance(error, flags.Error) and error.args else str(error)
     if isinstance(error, MemoryError):
-        text = (
-            f"this machine's memory is used up{f' ({text})' if text else ''}; give the process more, or it less to do"
-        )
+        detail = f" ({text})" if text else ""
+        text = f"this machine's memory is used up{detail}; give the process more, or it less to do"
     return passwords.masked(re.sub(r"\n\s*\n", "\n", text.strip()) or type(error).__name__)

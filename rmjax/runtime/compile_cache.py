@@ -1,7 +1,4 @@
-"""What outlives a run in the user's cache folder, so that the next run starts sooner: compiled programs.
-
-Tokenized data is there too (batches/token_cache.py).
-"""
+"""Compiled programs in the user's cache folder, so that the next run starts sooner; tokenized data is there too."""
 
 import os
 import re
@@ -43,10 +40,7 @@ def keep_programs(cache_dir: str | Path = "") -> Path | None:
     A folder that the user has chosen (JAX_COMPILATION_CACHE_DIR) stays, as does a cache that is switched off
     (JAX_ENABLE_COMPILATION_CACHE=false). Whoever can write to the folder can run code here, so it must be the user's
     own, below folders in which nobody else can put another in its place. A folder of the user's that others could
-    write to is closed to them, and what is in it is compiled anew.
-
-    Args:
-        cache_dir: see `user_cache`.
+    write to is closed to them, and its programs are compiled anew.
 
     Returns:
         The folder; None where the user's own settings stay, or where it cannot be written or is not the user's alone
@@ -68,35 +62,31 @@ def keep_programs(cache_dir: str | Path = "") -> Path | None:
         logging.warning("every run compiles anew, for compiled programs cannot be kept: %s", error)
         return None
     config.update("jax_compilation_cache_dir", str(folder))
-    for key, value in {
+    limits = {
         "jax_compilation_cache_max_size": MOST_BYTES,
         "jax_persistent_cache_min_compile_time_secs": LEAST_SECONDS,
-    }.items():
+    }
+    for key, value in limits.items():
         if key.upper() not in os.environ:
             config.update(key, value)
     return folder
 
 
 def _make_private(folder: Path) -> None:
-    """Sees to it that nobody else can write to a folder of programs, nor put another in its place.
-
-    Raises:
-        OSError: somebody else can, and it is not ours to change.
-    """
+    """Closes a folder of programs to others; OSError where they could still put another in its place."""
     ours = os.getuid()
-    for path, found in _on_the_way(folder.parent.parent.absolute()):
-        open_to_all = (
-            found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX and not stat.S_ISLNK(found.st_mode)
-        )
-        if open_to_all or found.st_uid not in (0, ours):
-            why = "everybody can write to it" if open_to_all else f"it belongs to user {found.st_uid}"
+    for path, status in _on_the_way(folder.parent.parent.absolute()):
+        mode, owner = status.st_mode, status.st_uid
+        open_to_all = mode & stat.S_IWOTH and not mode & stat.S_ISVTX and not stat.S_ISLNK(mode)
+        if open_to_all or owner not in (0, ours):
+            why = "everybody can write to it" if open_to_all else f"it belongs to user {owner}"
             raise PermissionError(f"{path} is no safe place for programs: {why}")
     opened = False
     for path in (folder.parent, folder):  # rmjax made both
-        found = path.lstat()
-        if stat.S_ISLNK(found.st_mode) or found.st_uid != ours:
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode) or status.st_uid != ours:
             raise PermissionError(f"{path} is a link, or belongs to another user, who could put programs there")
-        if found.st_mode & OTHERS_WRITE:
+        if status.st_mode & OTHERS_WRITE:
             path.chmod(0o700)
             opened = True
     if opened:
@@ -105,7 +95,7 @@ def _make_private(folder: Path) -> None:
 
 
 def _on_the_way(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """All folders and links that lead to a path, itself last, as they are (lstat)."""
+    """All folders and links that lead to a path, itself last, with their lstat."""
     here, rest = Path(path.anchor), list(path.parts[1:])
     yield here, here.lstat()
     for _ in range(1000):  # links can go round in circles
@@ -113,9 +103,9 @@ def _on_the_way(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
             return
         step = rest.pop(0)
         here = here.parent if step == ".." else here / step
-        found = here.lstat()
-        yield here, found
-        if stat.S_ISLNK(found.st_mode):
+        status = here.lstat()
+        yield here, status
+        if stat.S_ISLNK(status.st_mode):
             target = Path(os.readlink(here))
             rest[:0] = target.parts[1:] if target.is_absolute() else target.parts
             here = Path(target.anchor) if target.is_absolute() else here.parent
@@ -123,7 +113,6 @@ def _on_the_way(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _programs(folder: Path) -> list[Path]:
-    """The files of JAX's cache there; others are not ours."""
     return [path for path in folder.iterdir() if KEPT.fullmatch(path.name)]
 
 

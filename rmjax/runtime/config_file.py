@@ -1,4 +1,4 @@
-"""The flag --config=FILE.py of commands that train or measure, and what is wrong with it in words."""
+"""The flag --config=FILE.py of commands that train or measure; explains what is wrong with it."""
 
 import re
 import runpy
@@ -19,15 +19,9 @@ CONFIG = config_flags.DEFINE_config_file(
 
 
 def parse(argv: Sequence[str], needed: str, also: Callable[[], bool] = lambda: True) -> None:
-    """Reads the flags, --config among them.
+    """Reads the flags, --config among them; a ValueError explains a mistake on the command line or in the config file.
 
-    Args:
-        argv: the command line.
-        needed: the flags that are, in words.
-        also: whether those beside --config are there.
-
-    Raises:
-        ValueError: a mistake on the command line or in the config file, explained.
+    `needed` names the required flags; `also` says whether those beside --config are there.
     """
     try:
         command_line.parse(argv)
@@ -38,7 +32,7 @@ def parse(argv: Sequence[str], needed: str, also: Callable[[], bool] = lambda: T
 
 
 def explain(error: Exception, argv: Sequence[str]) -> str:
-    """What is wrong with the config file (flags pass over some of it), else with keys, else what the error says."""
+    """What is wrong with the config file (flags pass over some of it), else with keys, else the error's own text."""
     path = re.search(r"^--?config[=\n](.*)$", "\n".join(argv), re.MULTILINE)
     try:
         config = load(path[1]) if path else config_lib.defaults()
@@ -58,7 +52,7 @@ def _wrong_key(key: str, keys: Sequence[str]) -> str:
 
 
 def load(path: str) -> ConfigDict:
-    """Runs a config file, FILE.py or FILE.py:ARGUMENT; a ValueError says what is wrong with it, and in which line."""
+    """Runs a config file, FILE.py or FILE.py:ARGUMENT; a ValueError names the mistake and its line."""
     path, colon, argument = path.partition(":")
     if not Path(path).is_file():
         raise ValueError(f"there is no config file {path!r}; looked from {Path.cwd()}")
@@ -73,7 +67,7 @@ def load(path: str) -> ConfigDict:
 
 
 def _failure(error: Exception) -> str:
-    """An error in a config file; for a wrong key ml_collections' shows the values of all others."""
+    """An error in a config file; for a wrong key ml_collections' own shows the values of all others."""
     if str(error) == "'get_config'":
         return "it defines no get_config()"
     text = str(error)

@@ -1,10 +1,11 @@
-"""Files that stand a power cut: written beside their place, synced, then renamed; and the ends of files that grow.
+"""Files that survive a power cut: written beside their place, synced, then renamed; and the ends of files that grow.
 
-A rename alone does not do: after a power cut a file may have its new name and none of its bytes. So the bytes are
+A rename alone is not enough: after a power cut a file may have its new name and none of its bytes. So the bytes are
 synced first, then renamed, then the directory is synced. Scratch files are never opened through a link.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -16,11 +17,7 @@ SCRATCH = ".rmjax-partial"  # suffix of a file on its way to its name; the next 
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A scratch path to write to, in the directory of `path`; it becomes `path`, synced, if the block ends well.
-
-    Raises:
-        OSError: it cannot be written; `path` is as it was, and no scratch file is left.
-    """
+    """A scratch path that becomes `path`, synced, if the block ends well; after an error `path` is as it was."""
     path = Path(path)
     scratch = path.with_name(f".{path.name}{SCRATCH}")
     try:
@@ -48,13 +45,21 @@ def write_json(path: str | os.PathLike, values: Any, indent: int | None = 1) -> 
     return write_whole(path, json.dumps(values, indent=indent, allow_nan=False) + "\n")
 
 
+def missing_directories(directory: Path) -> list[Path]:
+    """The directory and those of its parents that do not exist, the innermost first."""
+    return [path for path in (directory, *directory.parents) if not path.exists()]
+
+
+def sha256(path: Any) -> str:
+    """SHA-256 of a file, as hex; `path` may be in a bucket (epath)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync(path: str | os.PathLike) -> None:
-    """Sends a file's bytes, or a directory's names, to the disk.
+    """Sends a file's bytes, or a directory's names, to the disk; OSError where the bytes could not be written.
 
     Some file systems refuse that for directories (network mounts, FUSE): there a name is as durable as they make it.
-
-    Raises:
-        OSError: the bytes of a file could not be written.
     """
     directory = os.path.isdir(path)
     handle = os.open(path, os.O_RDONLY)
@@ -78,11 +83,9 @@ def sync_tree(directory: str | os.PathLike[str]) -> None:
 
 
 def whole_lines(data: bytes, keep: Callable[[Any], bool] = lambda value: True) -> tuple[bytes, bytes]:
-    """What a power cut left of a JSON-lines file: the lines up to the first that is not whole, and the rest.
+    """Splits a JSON-lines file after a power cut: the lines before the first damaged one, and the rest.
 
-    Args:
-        data: contents of the file.
-        keep: whether a line's JSON value can be one of the file's; lines from the first that cannot are the rest.
+    `keep` says whether a line's JSON value can belong to the file; the first that cannot begins the rest.
     """
     end = 0
     for line in data.splitlines(keepends=True):
@@ -97,17 +100,16 @@ def whole_lines(data: bytes, keep: Callable[[Any], bool] = lambda value: True) -
 
 
 def check_target(path: str | os.PathLike, flag: str) -> None:
-    """Makes sure that a file of this name may be written: nothing is there, or a plain file, which is replaced.
+    """Raises ValueError, with `flag`, unless nothing has this name, or a plain file, which may be replaced.
 
-    Raises:
-        ValueError: a directory, a device, or a link, which would be replaced while what it names stays; with `flag`.
+    A link would be replaced while its target stays.
     """
     path = Path(path)
     if path.is_symlink():
         raise ValueError(f"{flag}: {path} is a link to {os.readlink(path)}; name that file itself, or remove the link")
     if path.exists() and not path.is_file():
-        what = "a directory" if path.is_dir() else "no plain file"
-        raise ValueError(f"{flag}: {path} is {what}; name another")
+        kind = "a directory" if path.is_dir() else "no plain file"
+        raise ValueError(f"{flag}: {path} is {kind}; name another")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ class End(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Hello:
-    """What a process says of itself; all must be of one version."""
+    """A process's greeting; all must be of one version."""
 
     number: int
     count: int
@@ -64,13 +64,12 @@ class Hello:
         return f"process {self.number} on {self.host}"
 
     def proof(self, secret: str, nonce: str) -> bytes:
-        """Shows that who says this, and now, knows the secret."""
+        """Proves that the sender knows the secret, now."""
         words = json.dumps([nonce, *vars(self).values()])
         return hmac.new(secret.encode(), words.encode(), hashlib.sha256).hexdigest().encode()
 
 
 def loss(number: int, host: str, why: str) -> End:
-    """The end of a run that has lost a process."""
     text = f"process {number} on {host} was lost: {why}. The same command goes on from the last checkpoint"
     return End(number, text, exits.AGAIN)
 
@@ -106,7 +105,7 @@ class Hub(threading.Thread):
 
     A process whose main thread stands still is known by its position, which the training loop counts up before each
     batch of a step or an evaluation. All compute each batch together, so nobody gets more than a batch or two ahead:
-    the others wait, at a higher position. Who has the highest is never to blame, which leaves out what all do alike
+    the others wait, at a higher position. The one with the highest is never to blame, which excludes what all do alike
     however long it takes: compiling, evaluating, exporting, a device that hangs for all.
     """
 
@@ -127,7 +126,6 @@ class Hub(threading.Thread):
         self._why: End | None = None
 
     def run(self) -> None:
-        """Serves until all have left."""
         asyncio.run(self._whole())
 
     async def _whole(self) -> None:
@@ -158,7 +156,6 @@ class Hub(threading.Thread):
         return len(self._members) == self._count
 
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, from its greeting to its end."""
         self._strangers[writer] = None
         if len(self._strangers) > self._count + STRANGERS:
             oldest = next(iter(self._strangers))
@@ -279,11 +276,9 @@ class Hub(threading.Thread):
 
 
 class Link(threading.Thread):
-    """A process's end of its connection to the hub.
+    """A process's end of its connection to the hub: `joined` is set when all processes are there.
 
-    Attributes:
-        joined: set when all processes are there.
-        at: how far the main thread has come: the position (see `Hub`), and the step, by which people know it.
+    `at` is how far the main thread has come: the position (see `Hub`), and the step, for people.
     """
 
     def __init__(self, connection: socket.socket, hello: Hello, on_end: Callable[[End], None], secret: str = ""):
@@ -296,7 +291,6 @@ class Link(threading.Thread):
         self._lock, self._left = threading.Lock(), False
 
     def run(self) -> None:
-        """Reads what comes until this process or the hub has left."""
         try:
             for line in self._socket.makefile("rb"):
                 self._handle(json.loads(line))
@@ -328,7 +322,6 @@ class Link(threading.Thread):
             self._socket.sendall(_line(**message))
 
     def fail(self, why: str, code: int) -> None:
-        """Tells the others that this process fails."""
         self._send(failed=why[: LONGEST // 16], code=code)  # a character takes up to 12 bytes
 
     def leave(self) -> None:

@@ -10,7 +10,6 @@ tell rmjax's files in it from others. A folder that is not empty and has none is
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -32,16 +31,11 @@ DIGESTED = 2**20  # bytes; larger files of an export are told by their size alon
 
 
 def new_id() -> str:
-    """An id for a run."""
     return uuid.uuid4().hex
 
 
 def read_marker(directory: str | os.PathLike, kind: str) -> dict[str, Any] | None:
-    """The marker of a folder; None where there is none.
-
-    Raises:
-        ValueError: it is damaged, or the folder is of another kind.
-    """
+    """The marker of a folder, None where there is none; ValueError for a damaged one, or a folder of another kind."""
     path = epath.Path(directory) / MARKER
     if not path.exists():
         return None
@@ -62,7 +56,6 @@ def read_marker(directory: str | os.PathLike, kind: str) -> dict[str, Any] | Non
 
 
 def write_marker(directory: str | os.PathLike, kind: str, run: str, **values: Any) -> None:
-    """Writes the marker of a folder, whole."""
     write_text(epath.Path(directory) / MARKER, json.dumps({"version": VERSION, "kind": kind, "run": run, **values}))
 
 
@@ -83,19 +76,10 @@ def write_text(path: epath.Path, text: str) -> None:
 def require_ours(
     directory: str | os.PathLike, kind: str, flag: str, older: Callable[[], bool] = lambda: False
 ) -> dict[str, Any] | None:
-    """Makes sure that a folder may be written to: it has its marker, or there is nothing in it.
+    """Checks that a folder may be written to: it has its marker, which is returned, or is empty or new (None).
 
-    Args:
-        directory: need not exist.
-        kind: of the folder.
-        flag: that names it.
-        older: whether what is in it was written by a version of rmjax that made no markers.
-
-    Returns:
-        The marker; None where there is none.
-
-    Raises:
-        ValueError: it holds something else.
+    ValueError, with `flag`, where it holds something else. `older` says whether its files were written by a version of
+    rmjax that made no markers.
     """
     marker = read_marker(directory, kind)
     path = epath.Path(directory)
@@ -118,10 +102,8 @@ def new_directory(directory: Path, kind: str, run: str) -> Iterator[Path]:
     """A directory to write into that gets its name, synced, when all went well, and replaces an older one of ours.
 
     The new one is written beside the old. Files in the old one that rmjax did not write there are kept: they move into
-    the new one, and one that was changed by hand since, and has a successor, becomes NAME.kept.
-
-    Raises:
-        ValueError: something else is in the way.
+    the new one, and one that was changed by hand since, and has a successor, becomes NAME.kept. ValueError where
+    something else is in the way.
     """
     directory = directory.resolve()  # the folder that a link leads to is replaced, not the link
     partial, old = (directory.with_name(f".{directory.name}.{what}") for what in ("partial", "old"))
@@ -149,11 +131,7 @@ def new_directory(directory: Path, kind: str, run: str) -> Iterator[Path]:
 
 
 def _finish_swap(directory: Path, old: Path) -> None:
-    """Brings a replacement to its end, that of a process that was killed in it too.
-
-    Raises:
-        ValueError: something that is no export of ours has the name of the old one.
-    """
+    """Completes a replacement, even one that a killed process began; ValueError where the old folder is no export."""
     if not os.path.lexists(old):
         return
     if old.is_symlink() or not old.is_dir():
@@ -181,7 +159,7 @@ def _finish_swap(directory: Path, old: Path) -> None:
 
 
 def _is_empty(directory: Path) -> bool:
-    """Whether there is nothing in a folder but what a kill left of its marker on the way to its name."""
+    """Whether a folder holds nothing but what a kill left of its marker on the way to its name."""
     return directory.is_dir() and all(path.name == f".{MARKER}{files.SCRATCH}" for path in directory.iterdir())
 
 
@@ -209,8 +187,7 @@ def _is_ours(path: Path, marker: Mapping[str, Any] | None) -> bool:
 
 def _description(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
-    digest = hashlib.sha256(path.read_bytes()).hexdigest() if size <= DIGESTED else None
-    return {"bytes": size, "sha256": digest}
+    return {"bytes": size, "sha256": files.sha256(path) if size <= DIGESTED else None}
 
 
 def note_change(directory: Path, name: str) -> None:
@@ -221,7 +198,7 @@ def note_change(directory: Path, name: str) -> None:
 
 
 def remove_tree(directory: Path) -> None:
-    """Deletes a folder that is rmjax's own, its marker last, so that it stays known as such until nothing is left."""
+    """Deletes a folder that is rmjax's own, its marker last, so that it stays recognizable until nothing is left."""
     for path in directory.iterdir():
         if path.name == MARKER:
             continue

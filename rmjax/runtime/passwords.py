@@ -1,7 +1,7 @@
 """Keeps passwords, tokens and keys out of what is printed and written.
 
-The passwords in the URLs of a config, whatever the key, are taken out of it as soon as there is one, so that no log,
-config.json, error, report or checkpoint can hold them; only what opens a source gets them back:
+The passwords in a config's URLs are removed as soon as there is a config, so that no log, config.json, error, report or
+checkpoint can hold them; only opening a source gets them back:
 
     hide("postgresql://me:pa55@host/db?table=t")    ->  "postgresql://me:***@host/db?table=t"
     reveal("postgresql://me:***@host/db?table=t")   ->  "postgresql://me:pa55@host/db?table=t"
@@ -32,25 +32,25 @@ _taken: dict[str, str] = {}  # the parts of URLs that `hide` changed, by what it
 def hide(text: str) -> str:
     """The text with the passwords of its URLs replaced by `***`; this process remembers them for `reveal`."""
 
-    def take(found: re.Match[str]) -> str:
-        left = f"{found[1]}{HIDDEN}{found[3]}"
-        if found[2] != HIDDEN:
-            _taken[left] = found[0]
+    def take(match: re.Match[str]) -> str:
+        left = f"{match[1]}{HIDDEN}{match[3]}"
+        if match[2] != HIDDEN:
+            _taken[left] = match[0]
         return left
 
     return _without_passwords(text, take)
 
 
 def reveal(text: str) -> str:
-    """What `hide` was given, if this process hid it; else the text itself."""
+    """The text that `hide` was given, if this process hid it; else the text itself."""
     for left, whole in reversed(_taken.items()):
         text = text.replace(left, whole)
     return text
 
 
 def masked(text: str) -> str:
-    """A text for people to read: no passwords of URLs, no tokens, and no value of a variable that holds one."""
-    text = _TOKEN.sub(HIDDEN, _without_passwords(text, lambda found: f"{found[1]}{HIDDEN}{found[3]}"))
+    """A text for people: no passwords of URLs, no tokens, and no value of a variable that holds one."""
+    text = _TOKEN.sub(HIDDEN, _without_passwords(text, lambda match: f"{match[1]}{HIDDEN}{match[3]}"))
     for name, value in os.environ.items():
         if len(value) >= LEAST and _NAMED.fullmatch(name):
             text = text.replace(value, HIDDEN)
@@ -67,7 +67,7 @@ def _without_passwords(text: str, replace: Callable[[re.Match[str]], str]) -> st
 
 
 def hide_in(config: ConfigDict) -> ConfigDict:
-    """Hides the passwords in every text of a config, those in lists and below other keys too, in place; returns it."""
+    """Hides the passwords in all texts of a config, those in lists and below other keys too, in place; returns it."""
     for key in config:
         value = config[key]
         if isinstance(value, ConfigDict):
@@ -78,7 +78,6 @@ def hide_in(config: ConfigDict) -> ConfigDict:
 
 
 def _hidden(value: Any) -> Any:
-    """A value like this one, without the passwords in its texts."""
     if isinstance(value, str):
         return hide(value)
     if isinstance(value, ConfigDict):

@@ -3,7 +3,7 @@
 Without a cluster (cluster.py) there is one process and every function here returns at once. With one, all meet at
 process 0 (hub.py), and from then on a failure of one ends all: each says which it was. Where somebody else has started
 JAX's runtime (`jax.distributed.initialize`: Ray, a notebook), it says who and how many they are, and whoever started it
-notices who is lost. What processes tell each other is in agreement.py.
+notices who is lost. agreement.py exchanges values.
 
     RMJAX_SECRET           any text, the same for all              the launch scripts, you
     RMJAX_STALL_MINUTES    after which a process that others       you; 10 by default, 0 is never. After three
@@ -46,10 +46,7 @@ _failure = ""  # of this process
 def start() -> None:
     """Joins the other processes, if there are any; call it before anything touches a device.
 
-    Ends the process, with a message, when the others do not come: exit code 75.
-
-    Raises:
-        ValueError: an environment that tells half of what is needed, or what is no number.
+    Ends the process, with a message, when the others do not come: exit code 75. ValueError for a wrong environment.
     """
     global _link, _hub
     if jax.distributed.is_initialized() or (place := cluster.find_place()) is None:
@@ -105,12 +102,10 @@ def _start_jax(place: cluster.Place, address: str) -> None:
 
 
 def number() -> int:
-    """This process's number, from 0."""
     return _link.hello.number if _link else distributed.global_state.process_id if count() > 1 else 0
 
 
 def count() -> int:
-    """How many processes there are."""
     return distributed.global_state.num_processes if jax.distributed.is_initialized() else 1
 
 
@@ -162,7 +157,7 @@ def fail(why: str, code: int) -> None:
 
 
 def explained(why: str, code: int) -> tuple[str, int]:
-    """The error and its exit code, with what to do where processes have waited too long for each other."""
+    """The error and its exit code, with advice where processes have waited too long for each other."""
     if code != exits.FAILED or not TIMED_OUT.search(why):
         return why, code
     return (

@@ -1,7 +1,7 @@
 """The progress line of long work.
 
-Not tqdm's, of which only the rewriting in place would be left: it writes carriage returns into log files, cuts a line
-that is too long in the middle of a number, and has compiling in its rates.
+Not tqdm's, of which only the rewriting in place would be left: it writes carriage returns into log files, cuts a long
+line in the middle of a number, and counts compiling in its rates.
 """
 
 import math
@@ -16,7 +16,7 @@ SECONDS = 10.0  # between two lines in a log file
 
 
 class Progress:
-    """The progress line: how much is done, the time left, and whatever else there is to say.
+    """The progress line: how much is done, the time left, and other values.
 
         step 1200/4000  46:40 left  loss 0.5123  41.2 pairs/s
         pairs.jsonl: 12,000/80,000  0:17 left  4,100 rows/s
@@ -37,16 +37,10 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Shows nothing yet.
+        """Shows nothing yet. `interval` is in seconds, SECONDS by default.
 
-        Args:
-            total: of what is done at the end; or a function that counts it, None if it cannot. As counting can take a
-                moment, it is called only after `interval` seconds, and nothing is shown before.
-            label: what the line begins with.
-            unit: what the rate counts.
-            interval: seconds, SECONDS by default.
-            stream: standard output by default.
-            clock: seconds.
+        `total` may be a function that counts it, None if it cannot. As counting can take a while, it is called only
+        after `interval`, and nothing is shown before.
         """
         self._total = None if callable(total) else total
         self._ask = total if callable(total) else None
@@ -60,13 +54,7 @@ class Progress:
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=self.WINDOW + 1)
 
     def step(self, done: int, values: Mapping[str, float] | None = None, count: int | None = None) -> None:
-        """Shows how much is done; the rate and the time left are measured here.
-
-        Args:
-            done: of the total.
-            values: what else to show, by name.
-            count: units since the last step; by default `done` counts them.
-        """
+        """Shows `done` of the total, `values`, and the rate of `count`, units since the last step (or of `done`)."""
         self._count = done if count is None else self._count + count
         self._marks.append((self._clock(), done, self._count))
         if self._ask:
@@ -106,15 +94,13 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Prints a line of its own and leaves the progress line below it."""
+        self._print(f"\r{text}\x1b[K" if self._in_place else text)
         if self._in_place:
-            self._print(f"\r{text}\x1b[K")
             self._stream.write(self._line)
             self._stream.flush()
-        else:
-            self._print(text)
 
     def close(self) -> None:
-        """Ends the progress line; prints the last one if it has not been shown."""
+        """Ends the progress line; prints the last one if it was not shown."""
         if self._line:
             self._print("" if self._in_place else self._line)
             self._line = ""

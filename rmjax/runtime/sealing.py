@@ -5,7 +5,6 @@
 A directory without a manifest was never finished; one whose files differ from it is damaged. Here or in a bucket.
 """
 
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -39,7 +38,7 @@ def sealed_files(directory: epath.Path) -> dict[str, dict[str, Any]]:
 
 
 def find_damage(directory: epath.Path, deep: bool) -> str | None:
-    """What is wrong with a directory, naming the file; None where it is whole. `deep` digests large files too."""
+    """The damage of a directory, naming the file; None where it is whole. `deep` digests large files too."""
     try:
         entries = sealed_files(directory)
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
@@ -53,7 +52,7 @@ def find_damage(directory: epath.Path, deep: bool) -> str | None:
         try:
             if (now := path.stat().length) != size:
                 return f"{name} has {now} bytes, expected {size}"
-            if (deep or size <= SMALL) and _digest(path) != digest:
+            if (deep or size <= SMALL) and files.sha256(path) != digest:
                 return f"{name} has other contents than were saved (SHA-256 differs)"
         except OSError as error:
             return f"{name} cannot be read: {error}"
@@ -74,9 +73,4 @@ def _write_manifest(directory: epath.Path, entries: dict[str, dict[str, Any]]) -
 
 
 def _entry(path: epath.Path) -> dict[str, Any]:
-    return {"bytes": path.stat().length, "sha256": _digest(path)}
-
-
-def _digest(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().length, "sha256": files.sha256(path)}

@@ -1,8 +1,8 @@
 """How a run ends early without loss, by SIGTERM (a preemption, a time limit) or Ctrl-C; and that it is alone.
 
-What a run has on disk stands SIGKILL at any moment. So where there is nothing to save, while data is read and
-tokenized, the step is compiled, weights are read or written, a signal ends the process at once; only the training loop
-is asked to save first.
+A run's files survive SIGKILL at any moment. So where there is nothing to save, while data is read and tokenized, the
+step is compiled, weights are read or written, a signal ends the process at once; only the training loop is asked to
+save first.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from typing import TextIO
 
 from absl import logging
 
-from rmjax.runtime import agreement, exits, processes
+from rmjax.runtime import agreement, exits, files, processes
 
 CODES: dict[int, int] = {signal.SIGTERM: exits.AGAIN, signal.SIGINT: exits.INTERRUPTED}
 
 
 class Stopped(Exception):
-    """The training loop has stopped as it was asked to, and step `saved` is saved; 0 is none."""
+    """The training loop has stopped on request, and step `saved` is saved; 0 is none."""
 
     def __init__(self, saved: int):
         done = f"step {saved} is saved; the same command goes on from there"
@@ -33,18 +33,10 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Whether the run was asked to stop.
-
-    Attributes:
-        signal: the first signal that came, 0 before.
-    """
+    """Whether the run was asked to stop: `signal` is the first signal that came, 0 before."""
 
     def __init__(self, kept: str = "from the last checkpoint, if there is any"):
-        """Of a run that nobody has asked yet.
-
-        Args:
-            kept: how the same command goes on where a signal ends the process at once.
-        """
+        """`kept` says how the same command goes on where a signal ends the process at once."""
         self.signal = 0
         self._kept = kept
         self._loop_looks = False
@@ -52,19 +44,15 @@ class Stop:
         self._agreed = False
 
     def agreed(self, step: int | None = None) -> bool:
-        """Whether to stop now; every process of a run asks equally often and gets equal answers.
-
-        Args:
-            step: of training that is to follow, for people who are told who keeps the others waiting.
-        """
+        """Whether to stop now, before `step`; every process of a run asks equally often and gets equal answers."""
         self._questions += 1
         self._step = self._step if step is None else step
         self._agreed = self._agreed or agreement.stop_agreed(bool(self.signal), self._questions, self._step)
         return self._agreed
 
     @contextlib.contextmanager
-    def left_to_loop(self) -> Iterator[None]:
-        """While the training loop runs: a signal waits until the loop asks whether to stop."""
+    def defer_signals(self) -> Iterator[None]:
+        """While the training loop runs, a signal waits until the loop asks whether to stop."""
         self._loop_looks = True
         try:
             yield
@@ -77,7 +65,7 @@ class Stop:
     def listening(self) -> Iterator["Stop"]:
         """Takes over SIGTERM and Ctrl-C, in the main thread; ends the process by exits.py when the loop has stopped.
 
-        A thread listens, since the main one hears of a signal only after whatever it computes, a compilation perhaps.
+        A thread listens, since the main one hears of a signal only after its present computation, such as compiling.
         """
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -125,19 +113,13 @@ class Stop:
 def alone(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
     """Keeps other runs out of a workdir, by a lock on WORKDIR/lock that the kernel releases however the process ends.
 
-    Makes the workdir; if nothing is put into it, it is gone again afterwards.
-
-    Args:
-        workdir: the directory.
-        flag: that names it, or what it belongs to.
-
-    Raises:
-        ValueError: another run is there; names its host and process.
+    Makes the workdir; deletes it again if it stays empty. ValueError where another run is there: names its host and
+    process, and `flag`.
     """
     if not processes.is_first():
         yield
         return
-    made = [path for path in (workdir, *workdir.parents) if not path.exists()]
+    new = files.missing_directories(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     file = _locked(workdir / "lock", flag)
     try:
@@ -147,12 +129,12 @@ def alone(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
             (workdir / "lock").unlink(missing_ok=True)
             file.close()
         with contextlib.suppress(OSError):  # something is in it now
-            for path in made:
+            for path in new:
                 path.rmdir()
 
 
 def _locked(path: Path, flag: str) -> TextIO | None:
-    """The file, locked; None where the file system knows no locks."""
+    """The locked file; None where the file system knows no locks."""
     while True:
         try:  # never through a link: what it leads to is not a lock
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
@@ -185,11 +167,7 @@ def _locked(path: Path, flag: str) -> TextIO | None:
 
 
 def _refuse_other_file(path: Path, file: TextIO, flag: str) -> None:
-    """Makes sure that a file is a lock, which is empty or names a holder, and not somebody's file of that name.
-
-    Raises:
-        ValueError: it is another.
-    """
+    """Raises ValueError where a file is no lock, which is empty or names a holder, but somebody's file."""
     file.seek(0)
     try:
         ours = re.fullmatch(r"(host .*, process \d+\n)?", file.read(1000)) is not None

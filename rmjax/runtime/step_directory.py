@@ -14,7 +14,6 @@ token there ends before it writes: locks do not reach buckets.
 import itertools
 import json
 import math
-import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,21 +34,19 @@ class CheckpointError(RuntimeError):
 
 
 class StepDirectory:
-    """Steps here or in a bucket. Of several processes the first alone calls what looks at them or writes."""
+    """Steps here or in a bucket. Of several processes the first alone calls what looks at them or writes.
 
-    def __init__(self, path: epath.Path, owner: Mapping[str, Any]):
-        """`owner` is what the marker says of the run: at least its id, as "run"."""
+    CheckpointError: another start or run has the directory, or something else has a step's name.
+    """
+
+    def __init__(self, path: epath.Path, owner: Mapping[str, Any]):  # what the marker says of the run, its id as "run"
         self.path, self._owner, self._token = path, dict(owner), ""
 
     def step_path(self, step: int) -> epath.Path:
-        """Where a step is, or will be."""
         return self.path / str(step)
 
     def sealed_steps(self) -> list[int]:
-        """Steps with a manifest, ascending: this run's in any state, and others that are checkpoints by their contents.
-
-        (The latter are copies, or of a version that made no markers.)
-        """
+        """Steps with a manifest, ascending: this run's in any state, and whole checkpoints of others (copies, say)."""
         if not self.path.exists():
             return []
         begun = set(self.begun_steps())
@@ -61,11 +58,7 @@ class StepDirectory:
         return [step for step in self.sealed_steps() if not sealing.find_damage(self.step_path(step), deep=False)]
 
     def newest_whole_step(self) -> int | None:
-        """The newest step of which every byte is as it was saved; None where there are no steps.
-
-        Raises:
-            CheckpointError: all are damaged; says how.
-        """
+        """The newest step whose every byte is as saved; None without steps, CheckpointError where all are damaged."""
         problems = []
         for step in reversed(self.sealed_steps()):
             problem = sealing.find_damage(self.step_path(step), deep=True)
@@ -90,11 +83,7 @@ class StepDirectory:
         return list(self._marker().get("steps", ()))
 
     def take(self) -> None:
-        """Takes the directory over for this start of the run; whoever wrote there before fails at its next save.
-
-        Raises:
-            CheckpointError: it is another run's by now.
-        """
+        """Takes the directory over for this start of the run; earlier writers fail at their next save."""
         marker = self._marker()
         run = self._owner.get("run", marker.get("run", ""))
         if marker.get("run", run) not in ("", run):
@@ -103,7 +92,7 @@ class StepDirectory:
                 f"{marker.get('workdir')}; give each run its own config.checkpoint.dir"
             )
         steps = marker["steps"] if "steps" in marker else self.sealed_steps()
-        self._token = uuid.uuid4().hex
+        self._token = ownership.new_id()
         self.path.mkdir(parents=True, exist_ok=True)
         self._change_marker(**{**self._owner, "run": run, "holder": self._token, "steps": steps})
 
@@ -114,11 +103,7 @@ class StepDirectory:
         self.clear_up(after=-1 if step is None else step)
 
     def begin(self, step: int) -> None:
-        """Notes that a step of this run is being written, before anything of it is.
-
-        Raises:
-            CheckpointError: something else has its name, or another start or run has the directory.
-        """
+        """Notes that a step of this run is being written, before anything of it is."""
         self._require_held()
         begun = self.begun_steps()
         if step not in begun:
@@ -127,7 +112,6 @@ class StepDirectory:
             self._change_marker(steps=sorted([*begun, step]))
 
     def finish(self, step: int, host_json: str) -> None:
-        """Seals a step whose arrays are written."""
         self._require_held()
         ownership.write_text(self.step_path(step) / HOST, host_json)
         sealing.seal_directory(self.step_path(step))
@@ -151,11 +135,7 @@ class StepDirectory:
         self._forget_missing()
 
     def clear_up(self, after: float = math.inf) -> None:
-        """Deletes unfinished steps of this run; sets broken ones aside: those later than `after`, or seen at a glance.
-
-        Raises:
-            CheckpointError: another start has the directory.
-        """
+        """Deletes unfinished steps of this run; sets aside broken ones: those after `after`, or seen at a glance."""
         self._require_held()
         begun = self.begun_steps()
         for path in self.path.iterdir() if begun else ():
@@ -177,7 +157,6 @@ class StepDirectory:
             self._change_marker(steps=left)
 
     def _aside(self, number: str) -> epath.Path:
-        """A name for a broken step that nothing has yet."""
         names = {path.name for path in self.path.iterdir()}
         tries = itertools.chain([f"broken-{number}"], (f"broken-{number}-{i}" for i in itertools.count(2)))
         return self.path / next(name for name in tries if name not in names)
@@ -190,7 +169,6 @@ class StepDirectory:
 
     @property
     def taken(self) -> bool:
-        """Whether this start has taken the directory over."""
         return bool(self._token)
 
     def _require_held(self) -> None:
@@ -202,7 +180,7 @@ class StepDirectory:
 
 
 def _is_checkpoint(step_path: epath.Path) -> bool:
-    """Whether a folder is a finished checkpoint by what its manifest says, rather than by its name."""
+    """Whether a folder is a finished checkpoint by its manifest, rather than by its name."""
     try:
         return HOST in sealing.sealed_files(step_path)
     except (ValueError, LookupError, TypeError, OSError):

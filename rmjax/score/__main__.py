@@ -91,12 +91,11 @@ def run(
     """Scores every row of `source` into `output`, or goes on with it.
 
     Returns:
-        The number of rows of the input; and "rows", those written, with what was dropped or turned, by its reason. Of
-        several processes the first alone knows the latter.
+        The number of rows of the input; and, on the first process, "rows" written and counts of other outcomes.
 
     Raises:
         ValueError: a row, a model or options that cannot be used; nothing is written then.
-        RuntimeError: the input was changed meanwhile; no output is written, and what is scored is kept.
+        RuntimeError: the input was changed meanwhile; no output is written, and finished parts are kept.
         OSError: a file that cannot be read or written.
     """
     from rmjax.inference import contract, reward_model
@@ -119,9 +118,8 @@ def run(
     with jobs.open_job(output, surveyed.schema, what, len(surveyed.parts)) as job:
         if missing := job.missing():
             model = reward_model.load_checked(model_path, dtype=dtype, template_kwargs=template_kwargs)
-            _score_missing(
-                job, missing, surveyed, source, lambda part: _scored(model, part, surveyed, options, model_path)
-            )
+            score = lambda part: _scored(model, part, surveyed, options, model_path)
+            _score_missing(job, missing, surveyed, source, score)
         counts = dict(job.join(surveyed.rows))
     counts.pop("read", None)
     return surveyed.rows, counts
@@ -130,11 +128,7 @@ def run(
 def _score_missing(
     job: jobs.Job, missing: Sequence[int], surveyed: Survey, source: str, score: Callable[[list[Any]], jobs.Scored]
 ) -> None:
-    """Scores the parts of this process that are not there yet, and says how it goes.
-
-    Raises:
-        RuntimeError: other rows than those that were looked at.
-    """
+    """Scores the missing parts of this process, with progress; RuntimeError where the input's rows have changed."""
     from rmjax.runtime import processes
     from rmjax.runtime.progress import Progress
 
@@ -157,9 +151,9 @@ def _score_missing(
 
 
 def _read_again(job: jobs.Job, surveyed: Survey, source: str) -> Iterator[tuple[int, list[tuple[str, rows.Row]]]]:
-    """The parts of the input. What can no more be read could be when all rows were looked at."""
+    """The parts of the input. Rows that cannot be read now could be read by the survey."""
     try:
-        yield from enumerate(surveyed.chunks(sources.open_source(source)))
+        yield from enumerate(survey.cut_source(sources.open_source(source), surveyed.shape))
     except ValueError as error:
         raise _changed(job, source, str(error)) from error
 
@@ -172,11 +166,7 @@ def _changed(job: jobs.Job, source: str, how: str) -> RuntimeError:
 
 
 def _scored(model: Any, part: list[Any], surveyed: Survey, options: Options, model_path: str) -> jobs.Scored:
-    """The rows that a part becomes.
-
-    Raises:
-        ValueError: a row that the model's template refuses, by name; or a model that gives no rewards.
-    """
+    """The rows that a part becomes; ValueError for a row that the template refuses, and a model without rewards."""
     from rmjax.inference.reward_model import BadConversation
 
     some, work = [row for _, row in part], model.inference.work
@@ -195,7 +185,6 @@ def _scored(model: Any, part: list[Any], surveyed: Survey, options: Options, mod
 
 
 def _row_of(part: Sequence[tuple[str, rows.Row]], shape: rows.Shape, conversation: int) -> str:
-    """The row that a conversation of a part is from."""
     for where, row in part:
         conversation -= len(shape.read(row) or ()) if shape.name in ("responses", "pair") else 1
         if conversation < 0:
@@ -204,7 +193,6 @@ def _row_of(part: Sequence[tuple[str, rows.Row]], shape: rows.Shape, conversatio
 
 
 def main(_: Sequence[str]) -> None:
-    """Runs the command; see command_line.py for what becomes of errors."""
     debug = command_line.DEBUG.value
     with command_line.outcome(debug=debug):
         for flag in (MODEL, INPUT, OUTPUT):
@@ -229,7 +217,6 @@ def main(_: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _memory_explained() -> Iterator[None]:
-    """Says in one paragraph that the memory was not enough."""
     try:
         yield
     except MemoryError as error:
@@ -252,7 +239,6 @@ def _summary(read: int, counts: Mapping[str, int], output: str) -> str:
 
 
 def cli() -> None:
-    """Parses flags and runs `main`."""
     app.run(main, flags_parser=command_line.parse_strictly)
 
 

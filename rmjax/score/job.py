@@ -14,11 +14,12 @@ Several processes (processes.py) take turns at the parts; the first joins them, 
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import pyarrow as pa
 from rmjax.runtime import agreement, command_line, exits, files, processes, signals
 from rmjax.score import notes
 from rmjax.score.notes import AGAIN, Note, Seal
-from rmjax.score.parts import join_parts, write_rows
+from rmjax.score.parts import cut_by, join_parts, write_rows
 from rmjax.score.rows import Row
 
 CHUNK = 1024  # rows of a part, at most; they are in memory
@@ -40,24 +41,12 @@ Scored = tuple[list[Row], collections.Counter[str]]  # the rows that a part beco
 
 
 def cut_rows(rows: Iterable[Any], characters: Callable[[Any], int]) -> Iterator[list[Any]]:
-    """Cuts rows into parts: lists of at most CHUNK that end where they have CHARACTERS."""
-    chunk: list[Any] = []
-    size = 0
-    for row in rows:
-        chunk.append(row)
-        size += characters(row)
-        if len(chunk) >= CHUNK or size >= CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+    """The parts of the input."""
+    return cut_by(rows, lambda row: (1, characters(row)), (CHUNK, CHARACTERS))
 
 
 def model_identity(directory: Path) -> dict[str, str]:
-    """What tells one model from another without reading all of its weights: digests by the names of its files.
-
-    Of weights the size and pieces from all over the file count, of the small files everything.
-    """
+    """Digests of a model's small files, and of weights the size and pieces from all over, by file name."""
     digests = {path.name: _digest(path, SAMPLES) for path in sorted(directory.glob("*.safetensors*"))}
     return {**digests, **{name: _digest(directory / name) for name in IDENTITY if (directory / name).is_file()}}
 
@@ -77,16 +66,10 @@ def _digest(path: Path, samples: int = 0) -> str:
 
 @contextlib.contextmanager
 def open_job(output: Path, schema: pa.Schema | None, what: dict[str, Any], parts: int) -> Iterator["Job"]:
-    """A job that goes on, or begins.
+    """A job that goes on, or begins, of so many `parts`; `what` is everything that decides the rows, as JSON.
 
-    What it has done is kept however the block ends, but for bad input that is found on the way in a job that began
-    here: whatever mends that makes another job.
-
-    Args:
-        output: the file that is made.
-        schema: of its rows, for Parquet.
-        what: everything that decides the rows, as JSON.
-        parts: into how many the input is cut.
+    Its work is kept however the block ends, except when bad input is found in a job that began here: whatever mends the
+    input makes another job.
 
     Raises:
         ValueError: finished parts of another job are there (says what differs), or another process is at this one; or
@@ -94,7 +77,7 @@ def open_job(output: Path, schema: pa.Schema | None, what: dict[str, Any], parts
     """
     what = {"version": VERSION, "rows": CHUNK, "characters": CHARACTERS, **json.loads(json.dumps(what))}
     job = Job(output, schema, Seal(parts, what))
-    folders = [path for path in (job.directory, *job.directory.parents) if not path.exists()]
+    folders = files.missing_directories(job.directory)
     agreement.require_same("scoring job", job.seal.id, "model, input or flags")
     if processes.is_first():
         notes.read_seal(job.directory)  # first, as a lock is a file in what may be somebody else's directory
@@ -107,23 +90,23 @@ def open_job(output: Path, schema: pa.Schema | None, what: dict[str, Any], parts
             if new is not None and _is_worthless(error, job):
                 job.remove()
                 (job.directory / "lock").unlink(missing_ok=True)  # where the first process holds it, which ends at once
-                _remove_empty([job.directory, *map(Path, new)])
+                _remove_empty(job.directory, *map(Path, new))
             raise
     if not (job.directory / notes.SEAL).exists():
-        _remove_empty([job.directory])
+        _remove_empty(job.directory)
 
 
-def _is_worthless(error: Exception, job: "Job") -> bool:
-    """Whether nobody can go on after this; a file system that fails for a while is no reason to lose what is done."""
-    if command_line.code_of(error) != exits.BAD_INPUT:
-        return False
-    return isinstance(error, ValueError) or not job.has_parts()
-
-
-def _remove_empty(paths: Sequence[Path]) -> None:
+def _remove_empty(*paths: Path) -> None:
     for path in paths:
         with contextlib.suppress(OSError):  # somebody else's files are in it, or it is gone
             path.rmdir()
+
+
+def _is_worthless(error: Exception, job: "Job") -> bool:
+    """Whether nobody can go on after this error; a failing file system is no reason to lose finished work."""
+    if command_line.code_of(error) != exits.BAD_INPUT:
+        return False
+    return isinstance(error, ValueError) or not job.has_parts()
 
 
 class Job:
@@ -136,17 +119,12 @@ class Job:
         self.turns = len(agreement.gather("scoring", None))  # processes that share the parts
 
     def begin(self) -> bool:
-        """Goes on with what is there, or begins; True if it begins.
-
-        Raises:
-            ValueError: finished parts of another job, or files that no job has made.
-        """
+        """Goes on with what is there, or begins (True); ValueError for parts of another job, or files of no job."""
         before = notes.read_seal(self.directory)
-        if before not in (None, self.seal) and self.has_parts():
-            raise ValueError(
-                f"{self.directory} holds what an earlier job has done, but {self.seal.difference(before)}. Put that "
-                "back to go on, delete the directory, or name another --output"
-            )
+        if before is not None and before != self.seal and self.has_parts():
+            difference = notes.difference(before.what, self.seal.what)
+            problem = f"{self.directory} holds what an earlier job has done, but {difference}"
+            raise ValueError(f"{problem}. Put that back to go on, delete the directory, or name another --output")
         if before == self.seal:
             return False
         if before is not None:
@@ -155,29 +133,22 @@ class Job:
         return True
 
     def part(self, number: int) -> Path:
-        """The file of a part."""
         return self.directory / f"{number:08d}{self.output.suffix}"
 
     def note(self, number: int) -> Path:
-        """The file that says what a part is."""
         return self.directory / f"{number:08d}.json"
 
     def has_parts(self) -> bool:
-        """Whether any part is done."""
         return any(re.fullmatch(r"\d{8}\.(jsonl|parquet)", name) for name in os.listdir(self.directory))
 
     def missing(self) -> list[int]:
-        """The parts of this process that are not done; reads those that are.
-
-        Raises:
-            ValueError: a file of no job of this command has the name of a part.
-        """
+        """The unfinished parts of this process; reads the others. ValueError where a part is foreign."""
         mine = range(processes.number(), self.parts, self.turns)
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return [number for number, done in zip(mine, pool.map(self._is_done, mine)) if not done]
 
     def _is_done(self, number: int) -> bool:
-        """Whether a part is what was written; says of one that was, and is no more, that it is made again."""
+        """Whether a part is as it was written; reports one that was and no longer is."""
         part = self.part(number)
         try:
             note = self._noted(number)
@@ -201,49 +172,40 @@ class Job:
         return note
 
     def write(self, number: int, read: int, scored: Scored) -> None:
-        """Writes what was scored of the `read` rows of a part."""
+        """Writes the rows made of a part, which had `read` rows."""
         rows, counts = scored
         with files.whole(self.part(number)) as scratch:
             write_rows(scratch, rows, self.schema)
-            size, digest = scratch.stat().st_size, notes.digest_file(scratch)
+            size, digest = scratch.stat().st_size, files.sha256(scratch)
             note = Note(self.seal.id, number, size, digest, read, len(rows), dict(counts))
-            note.write(self.note(number))
+            files.write_json(self.note(number), dataclasses.asdict(note), indent=None)
 
     def read_before(self, missing: Collection[int]) -> int:
-        """How many rows of the input were read for the parts that are done already."""
+        """The number of input rows in the parts that are done already."""
         done = (n for n in range(self.parts) if n not in missing and self.part(n).exists())
         with contextlib.suppress(notes.Damaged):  # another process's, which says so
             return sum(note.read for n in done if (note := notes.read_note(self.note(n))))
         return 0
 
     def join(self, total: int) -> collections.Counter[str]:
-        """Gives the output its name, removes the parts, and returns their counts; on the first process.
+        """Gives the output its name, removes the parts, and returns counts of rows read, made and dropped (process 0).
 
-        Returns:
-            Rows that were read and made, and what was dropped.
-
-        Raises:
-            RuntimeError: the parts are not of `total` rows, or one is not what was written.
-            ValueError: what is no file has the output's name by now, or what is not of this job that of a note.
+        RuntimeError where the parts do not have `total` rows, or one differs from its note; ValueError where the
+        output's name is taken by now, or a note is foreign.
         """
-        counts: collections.Counter[str] = collections.Counter()
         agreement.barrier("scored")
-        if processes.is_first():
-            with command_line.under_way():  # whatever is wrong now, what is scored is kept
-                counts = self._join(total)
+        with command_line.under_way():  # whatever is wrong now, what is scored is kept
+            counts = self._join(total) if processes.is_first() else collections.Counter()
         agreement.barrier("joined")
         return counts
 
     def _join(self, total: int) -> collections.Counter[str]:
-        part_notes = self._notes()
-        counts: collections.Counter[str] = collections.Counter()
+        part_notes, counts = self._notes(), collections.Counter[str]()
         for note in part_notes:
             counts.update({"read": note.read, "rows": note.rows, **note.counts})
         if counts["read"] != total:
-            raise RuntimeError(
-                f"{self.directory} has the scores of {counts['read']} rows, but there are {total}; delete the "
-                "directory and start again"
-            )
+            problem = f"{self.directory} has the scores of {counts['read']} rows, but there are {total}"
+            raise RuntimeError(f"{problem}; delete the directory and start again")
         files.check_target(self.output, "--output")  # it may be another thing than when the job began
         with files.whole(self.output) as scratch:
             join_parts([*zip(map(self.part, range(self.parts)), part_notes)], scratch, self.schema)
@@ -251,12 +213,7 @@ class Job:
         return counts
 
     def _notes(self) -> list[Note]:
-        """The note of every part.
-
-        Raises:
-            RuntimeError: one is damaged, or was not written.
-            ValueError: one is not of this part.
-        """
+        """The note of every part; RuntimeError where one is damaged or missing."""
         part_notes = []
         for number in range(self.parts):
             try:
@@ -269,23 +226,19 @@ class Job:
         return part_notes
 
     def remove(self, job: str = "") -> None:
-        """Removes what a job has noted to have made, from its last part on, so that after a kill it still goes on.
-
-        Args:
-            job: its Seal.id; "" is this one's.
-        """
+        """Removes all that a job (`Seal.id`; "" is this one) noted, the last part first: after a kill it goes on."""
         for name in sorted(os.listdir(self.directory), reverse=True):
             path = self.directory / name
             if notes.SCRATCH.fullmatch(name):
                 path.unlink(missing_ok=True)
-            elif re.fullmatch(r"\d{8}\.json", name) and _is_of(path, job or self.seal.id):
+            elif re.fullmatch(r"\d{8}\.json", name) and _is_note_of(path, job or self.seal.id):
                 path.with_suffix(self.output.suffix).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
         files.sync(self.directory)  # else a machine that goes down could keep a part and not what says whose it is
         (self.directory / notes.SEAL).unlink(missing_ok=True)
 
 
-def _is_of(note: Path, job: str) -> bool:
+def _is_note_of(path: Path, job: str) -> bool:
     with contextlib.suppress(ValueError):
-        return (known := notes.read_note(note)) is not None and known.job == job
+        return (note := notes.read_note(path)) is not None and note.job == job
     return False

@@ -1,6 +1,6 @@
-"""What is made of scored rows: the best of N, pairs, labels by scores, and what margins leave.
+"""Makes rows from scored rows: the best of N, pairs, labels by scores, pairs within margins.
 
-A pair's margin is the score of `chosen` minus that of `rejected`. What is dropped is counted by its reason.
+A pair's margin is the score of `chosen` minus that of `rejected`. Dropped rows are counted by the reason.
 """
 
 import collections
@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from rmjax.score.rows import NUMBER, Row
@@ -23,7 +24,7 @@ REWARDS = ("score", "scores", "chosen_score", "rejected_score")  # what is norma
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to make of scored rows."""
+    """The rows to make from scored rows."""
 
     best_of_n: bool = False  # of rows with `responses`: the best one as `response`, with its score
     pairs: str = ""  # of rows with `responses`: "best_worst" or "all" pairs of which one has the higher score
@@ -35,11 +36,7 @@ class Options:
     std: float = 1.0  # rewards are divided by it
 
     def check(self, shape: str) -> None:
-        """Makes sure that rows of this shape can be made so.
-
-        Raises:
-            ValueError: a flag that means nothing for them, or a value that cannot be.
-        """
+        """Raises ValueError for a flag that means nothing for rows of this shape, and for impossible values."""
         of_responses, of_pairs = "rows with `responses`", "rows with `chosen` and `rejected`"
         ends_as_pairs = bool(self.pairs) or shape == "pair"
         refused = {
@@ -63,11 +60,7 @@ class Options:
             raise ValueError(f"--min_margin={self.min_margin} is above --max_margin={self.max_margin}")
 
     def check_row(self, where: str, row: Row) -> None:
-        """Makes sure that what is made of a row fits in memory.
-
-        Raises:
-            ValueError: all pairs of too many responses; names the row.
-        """
+        """Raises ValueError, with the row's name, where all pairs of its responses are too many for the memory."""
         count = len(row["responses"]) if self.pairs == "all" else 0
         if count > MOST_PAIRED:
             raise ValueError(
@@ -76,26 +69,18 @@ class Options:
             )
 
     @property
-    def makes_margins(self) -> bool:
-        """Whether the rows that come out are pairs with a margin."""
+    def makes_margins(self) -> bool:  # the rows that come out are pairs
         return bool(self.pairs or self.relabel or self.min_margin > -math.inf or self.max_margin < math.inf)
 
     @property
-    def takes_responses(self) -> bool:
-        """Whether the column `responses` becomes others."""
+    def takes_responses(self) -> bool:  # the column `responses` becomes others
         return self.best_of_n or bool(self.pairs)
 
 
 def made_columns(
     added: Mapping[str, pa.DataType], options: Options, prompt: pa.DataType = TEXT
 ) -> dict[str, pa.DataType]:
-    """The columns that the output has and the input has not.
-
-    Args:
-        added: the columns of scores that a row gets.
-        options: what is made of its scores.
-        prompt: the type of the column of prompts.
-    """
+    """The columns that the output has and the input has not, given the columns of scores that a row gets."""
     if options.best_of_n:
         return {"response": TEXT, **{_of_one(name): NUMBER for name in added}}
     if options.pairs:
@@ -110,9 +95,9 @@ def _of_one(name: str) -> str:
 
 
 def make_rows(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
-    """What becomes of a row and the columns of its scores; counts what is dropped, and what is turned around.
+    """The rows made from a row and its columns of scores; counts dropped rows and swapped pairs.
 
-    A score that is not finite (of weights that overflow, say) is null, and nothing is chosen by it.
+    A score that is not finite (from overflowing weights, say) is null, and nothing is chosen by it.
     """
     scores = {name: _value(name, x, options) for name, x in scores.items()}
     known = not any(x is None or (isinstance(x, list) and None in x) for x in scores.values())
@@ -135,8 +120,7 @@ def _value(name: str, x: Any, options: Options) -> Any:
 
 
 def _best(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
-    """The first of those with the highest score."""
-    best = max(range(len(scores["scores"])), key=scores["scores"].__getitem__)
+    best = int(np.argmax(scores["scores"]))  # the first of equal ones
     yield {**_rest(row), "response": row["responses"][best], **{_of_one(name): x[best] for name, x in scores.items()}}
 
 
@@ -172,7 +156,7 @@ def _judged(row: Row, options: Options, counts: Counts) -> Iterator[Row]:
 
 
 def _turned(row: Row) -> Row:
-    """Chosen and rejected change places, in all columns that are of the one and of the other."""
+    """Swaps chosen and rejected in all columns that exist for both."""
     endings = [name[len("chosen") :] for name in row if name.startswith("chosen")]
     both = [end for end in endings if f"rejected{end}" in row]
     swapped = {f"{to}{end}": row[f"{of}{end}"] for end in both for to, of in (SIDES, SIDES[::-1])}

@@ -1,4 +1,4 @@
-"""What a job writes down of its files, so that no file is taken for its own, or for whole, by its name.
+"""Notes of a job about its files, so that a name alone makes no file the job's own, or whole.
 
 job.json        who wrote it, into how many parts the input is cut, and what the job is
 00000012.json   of a part: its job, the rows that were read and made, what was dropped, and the size and digest of
@@ -18,44 +18,33 @@ from rmjax.runtime import files
 
 MADE_BY = "rmjax.score"
 SEAL, LOCK = "job.json", "lock"
-SCRATCH = re.compile(
-    r"\.(\d{8}\.(json|jsonl|parquet)|job\.json)" + re.escape(files.SCRATCH)
-)  # on its way, see files.py
+# The names of scratch files, see files.py.
+SCRATCH = re.compile(r"\.(\d{8}\.(json|jsonl|parquet)|job\.json)" + re.escape(files.SCRATCH))
 AGAIN = "start the same command again, which goes on with what is whole"
 ADVICE = "move it away if it is to be kept, else delete it, or name another --output"
 
 
 class Damaged(ValueError):
-    """A note that is not what was written: a machine that went down, or a disk that was full, or a hand."""
+    """A note with other contents than were written: the machine went down, the disk was full, or somebody edited it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Seal:
-    """What a directory of parts belongs to."""
+    """The job that a directory of parts belongs to."""
 
     parts: int  # that the input is cut into
     what: dict[str, Any]  # everything that decides the rows, as JSON
 
     @property
     def id(self) -> str:
-        """Tells jobs apart."""
         return hashlib.sha256(json.dumps(self.what, sort_keys=True).encode()).hexdigest()[:32]
 
-    def difference(self, before: "Seal") -> str:
-        """What has changed since, in words."""
-        return difference(before.what, self.what)
-
     def write(self, directory: Path) -> None:
-        """Makes a directory that of this job."""
         files.write_json(directory / SEAL, {"made_by": MADE_BY, "parts": self.parts, "what": self.what})
 
 
 def read_seal(directory: Path) -> Seal | None:
-    """What a directory of parts belongs to; None of one that is not there, or has nothing but a lock in it.
-
-    Raises:
-        ValueError: job.json is damaged, or was not written by this command; or there is none, but other files.
-    """
+    """The job of a directory of parts, None where there are no files; ValueError where they are damaged or foreign."""
     path = directory / SEAL
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file, and the parts of the output need a directory of that name; {ADVICE}")
@@ -71,18 +60,15 @@ def read_seal(directory: Path) -> Seal | None:
         values = _object(path)
     except Damaged as damaged:
         raise ValueError(f"{damaged}, so nobody can tell whose parts are in {directory}; {ADVICE}") from None
-    if (
-        values.get("made_by") != MADE_BY
-        or type(values.get("parts")) is not int
-        or not isinstance(values.get("what"), dict)
-    ):
+    made_by, parts, what = map(values.get, ("made_by", "parts", "what"))
+    if made_by != MADE_BY or type(parts) is not int or not isinstance(what, dict):
         raise ValueError(f"{path} was not written by this version of {MADE_BY}; {directory}: {ADVICE}")
-    return Seal(values["parts"], values["what"])
+    return Seal(parts, what)
 
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """What is known of a part."""
+    """The record of a part."""
 
     job: str  # Seal.id of the job that made it
     part: int  # its number
@@ -92,21 +78,14 @@ class Note:
     rows: int  # that they became
     counts: dict  # what was dropped or turned, by its reason
 
-    def write(self, path: Path) -> None:
-        """Writes it whole."""
-        files.write_json(path, dataclasses.asdict(self), indent=None)
-
     def fits(self, path: Path) -> bool:
         """Whether a file is the one that was written; reads it, if the size is right."""
-        return path.stat().st_size == self.bytes and digest_file(path) == self.sha256
+        return path.stat().st_size == self.bytes and files.sha256(path) == self.sha256
 
 
 def read_note(path: Path) -> Note | None:
-    """The note of a part; None where there is none.
-
-    Raises:
-        Damaged: it is not JSON; what a machine that went down leaves is empty, cut off or ends with zeros.
-        ValueError: it is JSON, but no note.
+    """The note of a part, None where there is none; ValueError for JSON that is no note, Damaged for no JSON (after a
+    power cut a file is empty, cut off or ends with zeros).
     """
     try:
         values = _object(path)
@@ -127,14 +106,7 @@ def _object(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def difference(before: Any, now: Any) -> str:
-    """What of a job changed, in words."""
     flat = [dict(_flat("", x)) for x in (before, now)]
     names = [name for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
     short = lambda x: json.dumps(x) if len(json.dumps(x)) <= 24 else ""

@@ -1,11 +1,11 @@
-"""Rows of parts: written, and joined into one file; a part is compared with its note while it is copied."""
+"""Writes the rows of parts, and joins them into one file; compares each part with its note while copying."""
 
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,15 +14,12 @@ from rmjax.score.notes import AGAIN, Note
 from rmjax.score.rows import Row
 
 ROW_GROUP = 65_536, 16 * 2**20  # rows and bytes of a row group of Parquet: whichever is reached first
+T = TypeVar("T")
 BLOCK = 2**20  # bytes that are copied at once
 
 
 def check_schema(schema: pa.Schema) -> None:
-    """Makes sure that Parquet has all these types, and that what it makes of them can be read.
-
-    Raises:
-        ValueError: it has not, or cannot.
-    """
+    """Raises ValueError where Parquet lacks a type, or could not be read back."""
     try:
         written = io.BytesIO()
         pq.ParquetWriter(written, schema).close()
@@ -48,19 +45,18 @@ def _line(row: Row) -> bytes:
 
 
 def join_parts(parts: Sequence[tuple[Path, Note]], output: Path, schema: pa.Schema | None) -> None:
-    """Writes the rows of the parts into one file, in this order.
-
-    Raises:
-        RuntimeError: a part is not what was written there, or the file has not all of them.
-    """
+    """Writes the rows of the parts into one file, in order; RuntimeError where a part differs from its note."""
     if schema is None:
         with output.open("wb") as file:
             for part, note in parts:
                 _copy(part, note, file)
     else:
         with pq.ParquetWriter(output, schema) as writer:
-            for table in _row_groups(_table(part, note, schema) for part, note in parts):
-                writer.write_table(table)
+            tables = (_table(part, note, schema) for part, note in parts)
+            # The footer has an entry for every row group, and would grow with the rows.
+            for some in cut_by(tables, lambda table: (table.num_rows, table.nbytes), ROW_GROUP):
+                if any(table.num_rows for table in some):
+                    writer.write_table(pa.concat_tables(some))
                 pa.default_memory_pool().release_unused()  # else the pool keeps ever more of what it was given back
     size = output.stat().st_size if schema is None else pq.read_metadata(output).num_rows
     if size != (expected := sum(note.bytes if schema is None else note.rows for _, note in parts)):
@@ -92,15 +88,16 @@ def _require_same(part: Path, note: Note, digest: str, rows: int) -> None:
         raise RuntimeError(f"{part} is not what was written there; {AGAIN}")
 
 
-def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Neighbours put together: the footer has an entry for every row group, and would grow with the rows."""
-    some: list[pa.Table] = []
-    rows = size = 0
-    for table in tables:
-        some.append(table)
-        rows, size = rows + table.num_rows, size + table.nbytes
-        if rows >= ROW_GROUP[0] or size >= ROW_GROUP[1]:
-            yield pa.concat_tables(some)
-            some, rows, size = [], 0, 0
-    if rows:
-        yield pa.concat_tables(some)
+def cut_by(items: Iterable[T], measure: Callable[[T], tuple[int, int]], limits: tuple[int, int]) -> Iterator[list[T]]:
+    """Lists of neighbours that end where one of the two sums of their measures reaches its limit."""
+    piece: list[T] = []
+    first = second = 0
+    for item in items:
+        piece.append(item)
+        more = measure(item)
+        first, second = first + more[0], second + more[1]
+        if first >= limits[0] or second >= limits[1]:
+            yield piece
+            piece, first, second = [], 0, 0
+    if piece:
+        yield piece

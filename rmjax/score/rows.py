@@ -1,7 +1,4 @@
-"""What rows a model can score, told by its contract and by their columns; see `SHAPES`.
-
-Shape letter: K responses of a row.
-"""
+"""The shapes of rows that a model can score, chosen by its contract and their columns; see `SHAPES`."""
 
 import dataclasses
 import itertools
@@ -95,11 +92,13 @@ def _scored(name: str, needs: str, read: Callable[[Row], list[Any] | None], colu
     """A shape of rows whose responses are scored; those of a row share their prompt."""
 
     def score(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
-        values = model.values([one for those in conversations for one in those])
-        cuts = np.cumsum([len(those) for those in conversations])[:-1]
-        split = {name: np.split(x, cuts) for name, x in values.items()}
-        of_row = lambda i: [columns(name, list(map(float, x[i]))) for name, x in split.items()]
-        return [dict(itertools.chain(*map(dict.items, of_row(i)))) for i in range(len(conversations))]
+        values = model.values(list(itertools.chain(*conversations)))
+        cuts = np.cumsum([len(responses) for responses in conversations])[:-1]
+        new_rows: list[Row] = [{} for _ in rows]
+        for name, x in values.items():
+            for new_row, of_row in zip(new_rows, np.split(x, cuts)):
+                new_row.update(columns(name, list(map(float, of_row))))
+        return new_rows
 
     def added(names: Sequence[str]) -> dict[str, pa.DataType]:
         kinds = [columns(name, [NUMBER, NUMBER]) for name in names]
@@ -137,11 +136,7 @@ SHAPES = (RESPONSES, PAIR, CONVERSATION)  # of a model that scores; the first ro
 
 
 def shape_of(model: str, first: Row) -> tuple[Shape, dict[str, pa.DataType]]:
-    """How rows are scored by a model, and the columns they get, from its contract alone and the first row.
-
-    Raises:
-        ValueError: a contract that cannot be read, or a model that scores nothing.
-    """
+    """The shape and new columns of rows, by the model's contract and the first row; ValueError if it has no scores."""
     from rmjax import objectives  # JAX takes seconds, which a mistake on the command line need not wait for
 
     terms = contract.find(model)
@@ -167,28 +162,15 @@ def shape_of(model: str, first: Row) -> tuple[Shape, dict[str, pa.DataType]]:
 
 def count_characters(row: Row, shape: Shape) -> int:
     """About how long the conversations of a row are, all together."""
-    total = 0
-    for conversation in shape.read(row) or ():
-        for message in conversation:
-            content = message.get("content") if isinstance(message, dict) else None
-            total += len(content) if isinstance(content, str) else 0
-    return total
+    messages = itertools.chain(*(shape.read(row) or ()))
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    return sum(len(content) for content in contents if isinstance(content, str))
 
 
-def check_row(where: str, row: Row, shape: Shape, made: Collection[str]) -> None:
-    """Makes sure that a row can be scored, and that no column of it would be changed.
-
-    Args:
-        where: the row is, for people.
-        row: as it was read.
-        shape: of the file's rows.
-        made: the columns that are made of it.
-
-    Raises:
-        ValueError: it cannot; names it.
-    """
+def check_row(where: str, row: Row, shape: Shape, added: Collection[str]) -> None:
+    """Raises ValueError, with the row's name, where it cannot be scored or has a column that is `added`."""
     try:
-        for conversation in _conversations(row, shape, made):
+        for conversation in _conversations(row, shape, added):
             check_conversation(conversation)
     except BadRow as bad:
         raise ValueError(f"{where}: {bad.detail}") from None
@@ -196,8 +178,8 @@ def check_row(where: str, row: Row, shape: Shape, made: Collection[str]) -> None
         raise ValueError(f"{where} {error}") from None
 
 
-def _conversations(row: Row, shape: Shape, made: Collection[str]) -> list[Any]:
-    if taken := [name for name in made if name in row]:
+def _conversations(row: Row, shape: Shape, added: Collection[str]) -> list[Any]:
+    if taken := [name for name in added if name in row]:
         raise ValueError(f"has a column `{taken[0]}` already; rename it, the output has its scores there")
     for name in ("system", "tools"):
         if row.get(name):

@@ -30,90 +30,50 @@ from rmjax.runtime.command_line import Parser
 if TYPE_CHECKING:
     from rmjax.serve.service import Service
 
-LIMITS = {
-    **{"port": (0, 65_535), "max_length": (0, 2**31), "queue": (1, 2**31), "batch_tokens": (1, 2**31)},
-    **{"max_wait_ms": (0, 60_000), "drain_seconds": (0, 86_400)},
-    **{"request_seconds": (0.1, 86_400), "connections": (1, 100_000)},
+# Options that are numbers: default, least, most, unit in the help, and what they say.
+NUMBERS: dict[str, tuple[int | float, float, float, str | None, str]] = {
+    "port": (8000, 0, 65_535, None, "port to listen on; default 8000, 0 takes a free one"),
+    "max_length": (0, 0, 2**31, "N", "most tokens per sequence; default: the contract's limit"),
+    "queue": (1024, 1, 2**31, "N", "most sequences that wait; beyond them 503 is answered; default 1024"),
+    "batch_tokens": (16_384, 1, 2**31, "N", "most tokens per batch; default 16,384"),
+    "max_wait_ms": (2.0, 0, 60_000, "MS", "milliseconds that a request waits for others to join its batch; default 2"),
+    "drain_seconds": (
+        30.0,
+        0,
+        86_400,
+        "S",
+        "seconds that the server computes queued requests after SIGTERM; default 30",
+    ),
+    "request_seconds": (60.0, 0.1, 86_400, "S", "seconds within which a request must arrive; default 60"),
+    "connections": (512, 1, 100_000, "N", "most open connections; beyond them 503 is answered; default 512"),
 }
+HOST_HELP = "address to listen on; default 127.0.0.1 (this machine only), 0.0.0.0 is every address"
+DTYPE_HELP = "number type of the computation; auto is float32 on CPUs, else bfloat16"
+KWARGS_HELP = "arguments of the chat template, for a model without contract"
+NORMALIZE_HELP = "subtract the contract's mean from rewards and divide by its deviation"
 
 
 def parser() -> Parser:
-    """The command's arguments."""
-    made = command_line.parser("rmjax.serve", __doc__)
-    add = made.add_argument
+    command = command_line.parser("rmjax.serve", __doc__)
+    add = command.add_argument
     add("--model", default="", metavar="PATH", help="model to serve: an export, or the hub id of a sequence classifier")
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on; default 127.0.0.1 (this machine only), 0.0.0.0 is every address",
-    )
-    add("--port", type=int, default=8000, help="port to listen on; default 8000, 0 takes a free one")
+    add("--host", default="127.0.0.1", help=HOST_HELP)
     add("--name", default="", help="name of the model in answers; default: its path")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="number type of the computation; auto is float32 on CPUs, else bfloat16",
-    )
-    add(
-        "--template_kwargs",
-        default="",
-        metavar="JSON",
-        help="arguments of the chat template, for a model without contract",
-    )
-    add(
-        "--max_length", type=int, default=0, metavar="N", help="most tokens per sequence; default: the contract's limit"
-    )
-    add(
-        "--queue",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="most sequences that wait; beyond them 503 is answered; default 1024",
-    )
-    add("--batch_tokens", type=int, default=16_384, metavar="N", help="most tokens per batch; default 16,384")
-    add(
-        "--max_wait_ms",
-        type=float,
-        default=2.0,
-        metavar="MS",
-        help="milliseconds that a request waits for others to join its batch; default 2",
-    )
-    add(
-        "--drain_seconds",
-        type=float,
-        default=30.0,
-        metavar="S",
-        help="seconds that the server computes queued requests after SIGTERM; default 30",
-    )
-    add(
-        "--request_seconds",
-        type=float,
-        default=60.0,
-        metavar="S",
-        help="seconds within which a request must arrive; default 60",
-    )
-    add(
-        "--connections",
-        type=int,
-        default=512,
-        metavar="N",
-        help="most open connections; beyond them 503 is answered; default 512",
-    )
-    add(
-        "--normalize", action="store_true", help="subtract the contract's mean from rewards and divide by its deviation"
-    )
-    return made
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help=DTYPE_HELP)
+    add("--template_kwargs", default="", metavar="JSON", help=KWARGS_HELP)
+    for name, (default, _, _, unit, text) in NUMBERS.items():
+        add(f"--{name}", type=type(default), default=default, metavar=unit, help=text)
+    add("--normalize", action="store_true", help=NORMALIZE_HELP)
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; see command_line.py for what becomes of errors."""
     argv = sys.argv[1:] if argv is None else argv
     with command_line.outcome(debug="--debug" in argv):
         args = parser().parse_args(argv)
         if not args.model:
             raise ValueError("--model is required; --help shows commands that run")
-        for name, (least, most) in LIMITS.items():
+        for name, (_, least, most, *_) in NUMBERS.items():
             if not least <= getattr(args, name) <= most:
                 raise ValueError(f"--{name}={getattr(args, name)} must be from {least} to {most}")
         if not all(map(importlib.util.find_spec, ("starlette", "uvicorn", "prometheus_client"))):
@@ -122,31 +82,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Loads the model and answers until a signal comes.
-
-    Raises:
-        ValueError: an address that cannot be had, or a model that cannot be served.
-        RuntimeError: the model cannot be compiled.
-    """
+    """Loads the model and answers until a signal comes."""
     listening = _bind(args.host, args.port)  # before the model is loaded, which takes long
     with _ended_by_sigterm() as end_with:
         import uvicorn  # seconds, with JAX, in which a signal ends it well, too
 
         from rmjax.runtime import compile_cache
         from rmjax.serve import app, connections
-        from rmjax.serve.gate import Gate
 
         compile_cache.keep_programs()
         _log_to_terminal(app.log)
-        service, gate = _service(args), Gate()
+        service, gate = _service(args), connections.Gate()
 
         def stop_early() -> None:
             server.should_exit = True
 
-        built = app.build(service, gate=gate, seconds=args.request_seconds, failed=stop_early)
+        application = app.build(service, gate=gate, seconds=args.request_seconds, on_failure=stop_early)
         protocol = connections.protocol(args.request_seconds, args.connections)
         options: dict[str, Any] = {"log_level": "warning", "access_log": False, "http": protocol, "ws": "none"}
-        config = uvicorn.Config(built, **options, timeout_graceful_shutdown=connections.UVICORN_SECONDS)
+        config = uvicorn.Config(application, **options, timeout_graceful_shutdown=connections.UVICORN_SECONDS)
         server: connections.Server = connections.Server(config, gate, args.drain_seconds)
         end_with(server.handle_exit)
         print(f"serving {args.model} on http://{args.host}:{listening.getsockname()[1]}", flush=True)
@@ -162,7 +116,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def _leave(service: "Service", code: int) -> None:
-    """Ends the process at once if a thread still computes: the interpreter's own end would abort in it, or wait."""
+    """Ends the process at once if a thread still computes: the interpreter would abort in it, or wait for it."""
     if service.busy:
         print("\nstopped" if code == exits.INTERRUPTED else "", end="", file=sys.stderr)
         sys.stdout.flush()
@@ -172,7 +126,7 @@ def _leave(service: "Service", code: int) -> None:
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[Callable[[Any], Any]]:
-    """SIGTERM is how a server ends well, even while it loads; gives a function that sets another handler."""
+    """Ends well on SIGTERM, even while the model loads; gives a function that sets another handler."""
 
     def end(*_: Any) -> None:
         raise SystemExit(exits.DONE)
@@ -185,7 +139,7 @@ def _ended_by_sigterm() -> Iterator[Callable[[Any], Any]]:
 
 
 def _log_to_terminal(log: logging.Logger) -> None:
-    """Shows a logger's lines once, whatever the libraries have set up for theirs."""
+    """Shows a logger's lines once, whatever handlers the libraries have set up."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
@@ -194,37 +148,30 @@ def _log_to_terminal(log: logging.Logger) -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket with this address, which no other server can have.
+    """A socket with this address, which no other server can take.
 
     With SO_REUSEADDR two sockets may have one address until one of them listens, that is until its model is loaded.
-    Without it an address cannot be had for a minute after a server on it has ended: then this one listens at once.
-
-    Raises:
-        ValueError: it cannot be had.
+    Without it an address is refused for a minute after a server on it has ended: then this one listens at once.
     """
     for reuse in (0, 1):
-        made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
-            made.bind((host, port))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+            listening.bind((host, port))
             if reuse:
-                made.listen()
+                listening.listen()
         except OSError as error:
-            made.close()
+            listening.close()
             if reuse or error.errno != errno.EADDRINUSE:
-                what = f"--host={host} --port={port} cannot be used: {error.strerror}"
-                raise ValueError(f"{what}; choose others") from None
+                raise ValueError(
+                    f"--host={host} --port={port} cannot be used: {error.strerror}; choose others"
+                ) from None
         else:
             break
-    return made
+    return listening
 
 
 def _service(args: argparse.Namespace) -> "Service":
-    """Loads and checks the model.
-
-    Raises:
-        ValueError: it cannot be served.
-    """
     from rmjax.inference import contract
     from rmjax.inference.reward_model import load_checked
     from rmjax.models import hf
@@ -239,13 +186,12 @@ def _service(args: argparse.Namespace) -> "Service":
         )
     if normalize and len(model.labels) > 1:
         raise ValueError(f"--normalize is for one reward; {args.model} has the outputs {', '.join(model.labels)}")
-    known = (model.contract or {}).get("max_length") or hf.read_config(hf.resolve(args.model)).get(
-        "max_position_embeddings"
-    )
+    max_length = args.max_length or (model.contract or {}).get("max_length")
+    max_length = max_length or hf.read_config(hf.resolve(args.model)).get("max_position_embeddings")
     return Service(
         model,
         args.name or args.model,
-        max_length=args.max_length or known or 0,
+        max_length=max_length or 0,
         queue=args.queue,
         batch_tokens=args.batch_tokens,
         max_wait=args.max_wait_ms / 1000,

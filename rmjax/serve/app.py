@@ -32,9 +32,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from rmjax.serve.bodies import Bodies
-from rmjax.serve.gate import STOPPING, Gate
-from rmjax.serve.inputs import Asked, Body, Refused, responses, shown
-from rmjax.serve.service import Service
+from rmjax.serve.connections import Gate
+from rmjax.serve.inputs import STOPPING, Asked, Body, Refused, responses, shown
+from rmjax.serve.service import NO_ACTIVATION, Service
 
 T = TypeVar("T")
 
@@ -56,16 +56,17 @@ class Desk:
     async def read(
         self, request: Request, read: Callable[[Body], T], repeats: Callable[[Body], int] = lambda _: 1
     ) -> T:
-        """What a request asks for, by `read` of its JSON object; see `Service.prepared`.
-
-        Raises:
-            Refused: it cannot be received or read.
-        """
+        """What a request asks for; see `Service.prepared`."""
         data = await self.bodies.receive(request)
         try:
             return await self.service.prepared(data, read, request.is_disconnected, repeats)
         finally:
             self.bodies.release(data)
+
+    async def values(self, request: Request, asked: Asked, activation: bool | None) -> np.ndarray:
+        """float32 [n, A]: the answers to these sequences."""
+        outputs = await self.service.outputs(asked, request.is_disconnected)
+        return self.service.activated(outputs, activation)
 
 
 def _plain(service: Service, body: Body) -> tuple[Asked, bool | None]:
@@ -88,18 +89,17 @@ def _answer(service: Service, kind: str, data: list[Any], asked: Asked) -> dict[
 
 
 async def classify(desk: Desk, request: Request) -> Any:
-    """POST /classify."""
     service = desk.service
 
     def read(body: Body) -> tuple[Asked, bool | None, Callable[..., Any]]:
         if ("text" in body or "input_ids" in body) and not ("input" in body or "messages" in body):
             name = "text" if "text" in body else "input_ids"
             several = isinstance(body[name], list) and bool(body[name]) and isinstance(body[name][0], str | list)
-            return service.reader.whole(name, body[name]), False, functools.partial(_as_sglang, several)
+            return service.reader.renderings(name, body[name]), False, functools.partial(_as_sglang, several)
         return *_plain(service, body), functools.partial(_as_vllm, service)
 
-    asked, activation, shaped = await desk.read(request, read)
-    return shaped(asked, service.told(await service.outputs(asked, request.is_disconnected), activation))
+    asked, activation, answer = await desk.read(request, read)
+    return answer(asked, await desk.values(request, asked, activation))
 
 
 def _as_vllm(service: Service, asked: Asked, outputs: np.ndarray) -> Any:
@@ -112,30 +112,27 @@ def _as_vllm(service: Service, asked: Asked, outputs: np.ndarray) -> Any:
 
 
 def _as_sglang(several: bool, asked: Asked, outputs: np.ndarray) -> Any:
-    """SGLang's answer to `text` or `input_ids`: one object for one of them, a list for a list; outputs as they are."""
-    made = [
+    """One object for a single text, a list for a list."""
+    answers = [
         {"embedding": row.tolist(), "meta_info": {"id": uuid.uuid4().hex, "prompt_tokens": len(sequence)}}
         for row, sequence in zip(outputs, asked.sequences)
     ]
-    return made if several else made[0]
+    return answers if several else answers[0]
 
 
 async def pooling(desk: Desk, request: Request) -> Any:
-    """POST /pooling."""
-    service = desk.service
-    asked, activation = await desk.read(request, functools.partial(_plain, service))
-    outputs = service.told(await service.outputs(asked, request.is_disconnected), activation)
+    asked, activation = await desk.read(request, functools.partial(_plain, desk.service))
+    outputs = await desk.values(request, asked, activation)
     data = [{"index": i, "object": "pooling", "data": row.tolist()} for i, row in enumerate(outputs)]
-    return _answer(service, "pool", data, asked)
+    return _answer(desk.service, "pool", data, asked)
 
 
 async def score(desk: Desk, request: Request) -> Any:
-    """POST /score."""
     service = desk.service
 
     def read(body: Body) -> Asked:
         if body.get("use_activation"):
-            raise Refused(400, "`use_activation` is true, it must be false or left out: a reward is no probability")
+            raise Refused(400, NO_ACTIVATION)
         return service.reader.pairs(body)
 
     asked = await desk.read(request, read, responses)
@@ -151,7 +148,6 @@ def _error(code: int, detail: str, *, close: bool = False) -> JSONResponse:
 
 
 def _route(desk: Desk, path: str, answer: Callable[[Desk, Request], Awaitable[Any]]) -> Route:
-    """The route, counted, whose refusals and errors become answers."""
     service = desk.service
 
     async def inside(request: Request) -> Any:
@@ -161,36 +157,29 @@ def _route(desk: Desk, path: str, answer: Callable[[Desk, Request], Awaitable[An
             raise Refused(503, COMPILING)
         return await answer(desk, request)
 
-    async def respond(request: Request) -> Response:
+    async def endpoint(request: Request) -> Response:
+        begun, response = time.monotonic(), _error(499, "the client has gone")  # stays if the server gives it up
         try:
-            return JSONResponse(await desk.gate.through(inside(request)))
+            response = JSONResponse(await desk.gate.through(inside(request)))
         except Refused as refused:
             if refused.code == 503:
                 await desk.bodies.discard(request)
-            return _error(
-                refused.code, refused.detail, close=refused.code == 408 or desk.gate.closed or _excess(request)
-            )
+            close = refused.code == 408 or desk.gate.closed or _excess(request)
+            response = _error(refused.code, refused.detail, close=close)
         except ClientDisconnect:
-            return _error(499, "the client has gone")
+            pass
         except Exception:
             log.exception("a request to %s failed", path)
-            return _error(500, "an error of the server; its log says more")
-
-    async def endpoint(request: Request) -> Response:
-        begun, code = time.monotonic(), 499  # stays if the server gives the request up
-        try:
-            response = await respond(request)
-            code = response.status_code
-            return response
+            response = _error(500, "an error of the server; its log says more")
         finally:
-            service.requests.labels(path, code).inc()
+            service.requests.labels(path, response.status_code).inc()
             service.seconds.labels(path).observe(time.monotonic() - begun)
+        return response
 
     return Route(path, endpoint, methods=["POST"])
 
 
 def _excess(request: Request) -> bool:
-    """Whether its connection is one too many; see connections.py."""
     return bool(request.scope.get("state", {}).get("excess"))
 
 
@@ -199,15 +188,11 @@ def build(
     *,
     gate: Gate | None = None,
     seconds: float = 60.0,
-    failed: Callable[[], None] = lambda: None,
+    on_failure: Callable[[], None] = lambda: None,
 ) -> Starlette:
-    """The application.
+    """The application. `gate` counts the requests inside; their bodies must arrive within `seconds`.
 
-    Args:
-        service: the model.
-        gate: the requests inside, for a server that stops.
-        seconds: that the body of a request may take to arrive.
-        failed: is called, in the event loop, if the model cannot be compiled; `service.failure` says why.
+    `on_failure` is called, in the event loop, if the model cannot be compiled; `service.failure` says why.
     """
     desk = Desk(service, gate or Gate(), Bodies(seconds))
 
@@ -225,7 +210,7 @@ def build(
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        service.start(failed)
+        service.start(on_failure)
         yield
         await asyncio.to_thread(service.close, CLOSE_SECONDS)
 

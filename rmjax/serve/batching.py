@@ -3,15 +3,15 @@
 import collections
 import concurrent.futures
 import dataclasses
-import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 Run = Callable[[list[Sequence[int]], list[Any]], np.ndarray]  # sequences and their prompts to outputs [n, A]
+T = TypeVar("T")
 Answer = concurrent.futures.Future[np.ndarray]
 
 
@@ -21,33 +21,21 @@ class QueueFull(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """The sequences of one request.
+    """The sequences of one request."""
 
-    Attributes:
-        sequences: token ids of each.
-        prompts: for each, a value that is equal for neighbours worth putting into one tree.
-        answer: gets the outputs, float32 [n, A].
-        tokens: of all sequences.
-        since: when it came, by time.monotonic.
-    """
-
-    sequences: list[Sequence[int]]
-    prompts: list[Any]
-    answer: Answer
-    tokens: int
-    since: float
+    sequences: list[Sequence[int]]  # token ids
+    prompts: list[Any]  # for each sequence, a value that is equal for neighbours worth putting into one tree
+    answer: Answer  # float32 [n, A]
+    tokens: int  # of all sequences
+    since: float  # when it came, by time.monotonic
 
 
 class Batcher:
-    """A queue before a model.
+    """A queue before a model: `waiting` sequences of at most `most`.
 
     A batch is whole requests, in their order: as many as are waiting, up to `batch_tokens`; a larger request is
-    computed alone, in pieces. A request waits at most `max_wait` seconds for others, the time that the model is busy
-    included.
-
-    Attributes:
-        most: sequences that may wait.
-        waiting: sequences in the queue.
+    computed alone, in pieces. A request waits at most `max_wait` seconds for others, including the time in which the
+    model is busy.
     """
 
     def __init__(
@@ -57,37 +45,19 @@ class Batcher:
         most: int,
         batch_tokens: int,
         max_wait: float,
-        told: Callable[[int, int, float], None] = lambda requests, tokens, seconds: None,
+        on_batch: Callable[[int, int, float], None] = lambda requests, tokens, seconds: None,
     ):
-        """Starts the thread.
-
-        Args:
-            run: computes a batch; an error of its is every request's of the batch.
-            most: sequences that may wait.
-            batch_tokens: of a batch.
-            max_wait: seconds.
-            told: is told of each batch its requests, tokens and seconds, before they are answered.
-        """
+        """An error of `run` goes to all requests of its batch; `on_batch` hears of each batch before its answers."""
         self.most, self.waiting = most, 0
-        self._run, self._batch_tokens, self._max_wait, self._told = run, batch_tokens, max_wait, told
+        self._run, self._batch_tokens, self._max_wait, self._on_batch = run, batch_tokens, max_wait, on_batch
         self._jobs: collections.deque[Job] = collections.deque()
         self._tokens = 0  # of all jobs in the queue
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
-        self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        """Whether its thread runs."""
-        return self._thread.is_alive()
+        self._changed, self._closed = threading.Condition(), False
+        self.thread = threading.Thread(target=self._work, name="batches", daemon=True)
+        self.thread.start()
 
     def submit(self, sequences: list[Sequence[int]], prompts: list[Any]) -> Answer:
-        """Queues the sequences of a request; cancelling the future takes them out again.
-
-        Raises:
-            QueueFull: no room, or the server stops.
-        """
+        """Queues the sequences of a request, or raises QueueFull; cancelling the future takes them out again."""
         job = Job(sequences, prompts, Answer(), sum(map(len, sequences)), time.monotonic())
         with self._changed:
             if self._closed:
@@ -101,16 +71,16 @@ class Batcher:
         return job.answer
 
     def close(self, seconds: float) -> bool:
-        """Takes no more, and waits for what is queued; False if that takes longer: the rest is then cancelled."""
+        """Takes no more, and waits for what is queued; after `seconds` cancels the rest and returns False."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join(seconds)
+        self.thread.join(seconds)
         with self._changed:
             left = list(self._jobs)
         for job in left:
             job.answer.cancel()
-        return not self._thread.is_alive()
+        return not self.thread.is_alive()
 
     def _count(self, job: Job, sign: int) -> None:
         self.waiting += sign * len(job.sequences)
@@ -131,24 +101,23 @@ class Batcher:
 
     def _compute(self, jobs: list[Job]) -> None:
         begun = time.monotonic()
-        sequences, prompts = [s for job in jobs for s in job.sequences], [p for job in jobs for p in job.prompts]
-        pieces = itertools.pairwise(_cuts(sequences, self._batch_tokens))
+        entries = [entry for job in jobs for entry in zip(job.sequences, job.prompts)]
+        pieces = cut_pieces(entries, lambda entry: len(entry[0]), self._batch_tokens)
         try:
-            outputs = np.concatenate([self._run(sequences[a:b], prompts[a:b]) for a, b in pieces])
+            outputs = np.concatenate([self._run([s for s, _ in piece], [p for _, p in piece]) for piece in pieces])
         except Exception as error:
             for job in jobs:
                 job.answer.set_exception(error)
             return
-        self._told(len(jobs), sum(job.tokens for job in jobs), time.monotonic() - begun)
+        self._on_batch(len(jobs), sum(job.tokens for job in jobs), time.monotonic() - begun)
         cuts = np.cumsum([len(job.sequences) for job in jobs])[:-1]
-        for job, those in zip(jobs, np.split(outputs, cuts)):
-            job.answer.set_result(those)
+        for job, own_outputs in zip(jobs, np.split(outputs, cuts)):
+            job.answer.set_result(own_outputs)
 
     def _next(self) -> list[Job] | None:
         """The next batch; None when all is done and no more will come. It may be empty: all were cancelled."""
         with self._changed:
-            while not self._jobs and not self._closed:
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._jobs or self._closed)
             if not self._jobs:
                 return None
             until = self._jobs[0].since + self._max_wait
@@ -163,12 +132,15 @@ class Batcher:
             return batch
 
 
-def _cuts(sequences: Sequence[Sequence[int]], most: int) -> list[int]:
-    """Where to cut so that no piece has more than `most` tokens, unless one sequence has: [0, ..., len(sequences)]."""
-    cuts, tokens = [0], 0
-    for i, sequence in enumerate(sequences):
-        if i > cuts[-1] and tokens + len(sequence) > most:
-            cuts.append(i)
-            tokens = 0
-        tokens += len(sequence)
-    return [*cuts, len(sequences)]
+def cut_pieces(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Neighbours together, whose sizes add up to at most `most`, unless one alone has more."""
+    piece: list[T] = []
+    total = 0
+    for item in items:
+        if piece and total + size(item) > most:
+            yield piece
+            piece, total = [], 0
+        piece.append(item)
+        total += size(item)
+    if piece:
+        yield piece

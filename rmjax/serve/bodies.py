@@ -20,27 +20,13 @@ MOST_NESTED = 20_000  # lists and objects, and keys of objects, of a body with m
 
 
 class Bodies:
-    """The bodies that are in memory.
-
-    Attributes:
-        held: their bytes.
-    """
+    """The bodies that are in memory: `held` bytes, at most `most`. Each must arrive within `seconds`."""
 
     def __init__(self, seconds: float, most: int = MOST_HELD):
-        """Makes it.
-
-        Args:
-            seconds: that a body may take to arrive.
-            most: bytes of all.
-        """
         self.held, self._seconds, self._most = 0, seconds, most
 
     async def receive(self, request: Request) -> bytearray:
-        """The bytes of a body; `release` gives their memory back.
-
-        Raises:
-            Refused: it is too large or too slow, or there is no memory for it now.
-        """
+        """The bytes of a body; `release` gives the memory back. Refused: too large, too slow, or no memory now."""
         data = bytearray()
         try:
             if int(request.headers.get("content-length", "0")) > MOST_BYTES:  # h11 has seen that it is a number
@@ -57,7 +43,6 @@ class Bodies:
         return data
 
     def release(self, data: bytearray) -> None:
-        """Forgets a body."""
         self.held -= len(data)
 
     async def discard(self, request: Request) -> None:
@@ -77,11 +62,7 @@ class Bodies:
 
 
 def parse(data: bytearray) -> Mapping[str, Any]:
-    """The JSON object of a body.
-
-    Raises:
-        Refused: it is none.
-    """
+    """The JSON object of a body; raises Refused where it is none."""
     try:
         many = sum(map(data.count, (b",", b"[", b"{"))) > AT_ONCE
         body = _Yielding().decode(data.decode(json.detect_encoding(data))) if many else json.loads(data)
@@ -102,25 +83,24 @@ class _Yielding(json.JSONDecoder):
         parser.parse_array, parser.parse_object = self._array, self._object
         parser.scan_once = json.scanner.py_make_scanner(parser)  # type: ignore[attr-defined]
 
-    def _array(self, at: Any, scan: Any) -> Any:
+    def _array(self, text_and_end: Any, scan: Any) -> Any:
         self._count()
-        return json.decoder.JSONArray(at, scan)  # type: ignore[attr-defined]
+        return json.decoder.JSONArray(text_and_end, scan)  # type: ignore[attr-defined]
 
-    def _object(self, at: Any, strict: bool, scan: Callable[[str, int], Any], *hooks: Any) -> Any:
+    def _object(self, text_and_end: Any, strict: bool, scan: Callable[[str, int], Any], *hooks: Any) -> Any:
         self._count()
 
         def counted(text: str, index: int) -> Any:
             self._count()
             return scan(text, index)
 
-        return json.decoder.JSONObject(at, strict, counted, *hooks)  # type: ignore[attr-defined]
+        return json.decoder.JSONObject(text_and_end, strict, counted, *hooks)  # type: ignore[attr-defined]
 
     def _count(self) -> None:
         self._nested += 1
         if self._nested > MOST_NESTED:
-            raise Refused(
-                400, f"the request has more than {MOST_NESTED:,} lists, objects and keys; send fewer at a time"
-            )
+            detail = f"the request has more than {MOST_NESTED:,} lists, objects and keys; send fewer at a time"
+            raise Refused(400, detail)
 
 
 def _too_large() -> Refused:

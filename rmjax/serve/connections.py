@@ -8,13 +8,13 @@ import asyncio
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rmjax.serve.gate import Gate
+from rmjax.serve.inputs import STOPPING, UNFINISHED, Refused
 
 SPARE = 64  # connections beyond the most that are still told so
 MOMENT = 0.1  # seconds: connections that the kernel has taken are taken from it, and a request on its way arrives
@@ -27,11 +27,8 @@ LINGER_SECONDS = 1.0  # at the end, for requests of connections that are kept al
 def protocol(seconds: float, most: int) -> type[H11Protocol]:
     """The protocol of a connection, for uvicorn.Config(http=).
 
-    A request's head must arrive, and an answer be taken, within `seconds`; the body is the application's to wait for.
-
-    Args:
-        seconds: for each of them.
-        most: connections; requests of those beyond are told apart by "excess" in their scope's state.
+    A request's head must arrive, and an answer be taken, within `seconds`; the application waits for the body. Requests
+    of connections beyond `most` have "excess" in their scope's state.
     """
 
     class Connection(H11Protocol):
@@ -80,27 +77,51 @@ def protocol(seconds: float, most: int) -> type[H11Protocol]:
     return Connection
 
 
-def _waiting(sockets: list[socket.socket]) -> bool:
-    """Whether the kernel has connections for a listening socket, which would be reset if it were closed."""
-    return bool(select.select(sockets, [], [], 0)[0])
-
-
 def _cancel(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
 
 
+class Gate:
+    """The requests that are being answered: `inside` is their number; new ones are refused once it is `closed`."""
+
+    def __init__(self) -> None:
+        self.inside, self.closed, self._cleared = 0, False, False
+        self._leave: set[asyncio.Future[None]] = set()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def clear(self) -> None:
+        """Sends those inside away, with a refusal."""
+        self.closed = self._cleared = True
+        for leave in self._leave:
+            if not leave.done():
+                leave.set_result(None)
+
+    async def through(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """The result of a request's work; Refused where the server stops, and did not let it in or sent it away."""
+        if self.closed:
+            work.close()
+            raise Refused(503, UNFINISHED if self._cleared else STOPPING)
+        task, leave = asyncio.ensure_future(work), asyncio.get_running_loop().create_future()
+        self._leave.add(leave)
+        self.inside += 1
+        try:
+            await asyncio.wait([task, leave], return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise Refused(503, UNFINISHED)
+        finally:
+            task.cancel()
+            self._leave.discard(leave)
+            self.inside -= 1
+
+
 class Server(uvicorn.Server):
-    """A server that answers whom it has accepted before it ends."""
+    """Answers all accepted requests before it ends; waits `drain` seconds for those inside the gate."""
 
     def __init__(self, config: uvicorn.Config, gate: Gate, drain: float):
-        """Makes it.
-
-        Args:
-            config: of uvicorn.
-            gate: of the application.
-            drain: seconds that those inside are waited for.
-        """
         super().__init__(config)
         self._gate, self._drain = gate, drain
 
@@ -108,7 +129,8 @@ class Server(uvicorn.Server):
         """Refuses new requests, waits for those inside, sends the rest away, then closes every connection."""
         self._gate.close()
         await asyncio.sleep(MOMENT)
-        await self._until(lambda: not _waiting(sockets or []), ACCEPT_SECONDS)
+        # Closing the sockets would reset connections that still wait in the kernel.
+        await self._until(lambda: not select.select(sockets or [], [], [], 0)[0], ACCEPT_SECONDS)
         for server in self.servers:
             server.close()
         await self._until(lambda: not self._gate.inside, self._drain)

@@ -1,4 +1,4 @@
-"""What a request asks for: its JSON as token sequences, or a refusal in words."""
+"""What a request asks for: token sequences from its JSON, or a refusal in words."""
 
 import contextlib
 import itertools
@@ -12,6 +12,7 @@ from tokenizers import pre_tokenizers
 
 from rmjax.batches.chat import Chat
 from rmjax.data.records import BadRow, check_conversation
+from rmjax.serve.batching import cut_pieces
 
 Body = Mapping[str, Any]
 # Fields of vLLM's requests that would change what is scored or how it is answered, and what they must be if given.
@@ -27,17 +28,14 @@ FIXED: Body = {
 # What vLLM calls the two sides of /score; the first names are the oldest, and ours in messages.
 SIDES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 
+STOPPING = "the server is stopping; try again later"
+UNFINISHED = "the server stopped before this request's turn; try again later"
 PIECE = 65_536  # characters that are tokenized at a time: others' texts come in between
 MOST_RENDERED = 2**27  # characters of a request's renderings, of which each response repeats the prompt
 
 
 class Refused(Exception):
-    """A request that is answered with an error.
-
-    Attributes:
-        code: of HTTP.
-        detail: what was found, what was expected.
-    """
+    """A request that is answered with an error: HTTP's code, and what was found and expected."""
 
     def __init__(self, code: int, detail: str):
         super().__init__(detail)
@@ -45,13 +43,7 @@ class Refused(Exception):
 
 
 class Asked:
-    """What a request asks for.
-
-    Attributes:
-        sequences: token ids of each.
-        prompts: for each, a value that is equal for neighbours worth putting into one tree.
-        tokens: of all.
-    """
+    """The sequences (token ids) that a request asks for; neighbours with equal prompts are worth one tree."""
 
     def __init__(self, sequences: Sequence[Sequence[int]], prompts: Sequence[Any]):
         self.sequences, self.prompts = list(sequences), list(prompts)
@@ -59,48 +51,27 @@ class Asked:
 
 
 class Reader:
-    """Turns requests into token sequences by the model's own tokenizer and template."""
+    """Turns requests into token sequences by the model's own tokenizer and template; raises Refused."""
 
     def __init__(self, chat: Chat, name: str, *, vocabulary: int, max_length: int, most: int):
-        """Makes it.
-
-        Args:
-            chat: tokenizer and template of the model.
-            name: of the model, which requests may say.
-            vocabulary: rows of the model's embedding.
-            max_length: most tokens of a sequence; 0 is no limit.
-            most: sequences of a request.
-        """
-        self._chat, self._name, self._vocabulary, self._max_length, self._most = (
-            chat,
-            name,
-            vocabulary,
-            max_length,
-            most,
-        )
+        """A sequence may have `max_length` tokens (0 is no limit), a request `most` sequences."""
+        self._chat, self._name, self._vocabulary = chat, name, vocabulary
+        self._max_length, self._most = max_length, most
         self._encoding: Any = contextlib.nullcontext() if chat.tokenizer.is_fast else threading.Lock()
         widest = characters_per_token(chat.tokenizer)
         self._most_characters = max_length * widest if max_length and widest else 0
 
     def inputs(self, body: Body) -> Asked:
-        """Of `input`, which is rendered text, a list of texts, token ids or lists of them; or of `messages`.
-
-        Raises:
-            Refused: neither is there as it must be, or it cannot be scored.
-        """
+        """`input`, which is rendered text, a list of texts, token ids or lists of them; or `messages`."""
         self._check_fields(body)
         if ("input" in body) == ("messages" in body):
             raise Refused(400, "expected one of `input` (rendered text, texts, or token ids) and `messages`")
         if "messages" in body:
             return self._checked(self._encode([body["messages"]], self._render), [object()])
-        return self.whole("input", body["input"])
+        return self.renderings("input", body["input"])
 
-    def whole(self, name: str, given: Any) -> Asked:
-        """Of a field with whole renderings; see `inputs`.
-
-        Raises:
-            Refused: as `inputs`.
-        """
+    def renderings(self, name: str, given: Any) -> Asked:
+        """A field with whole renderings, like `input`."""
         is_ids = lambda x: isinstance(x, list) and bool(x) and all(type(i) is int for i in x)
         given = [given] if isinstance(given, str) or is_ids(given) else given
         if not isinstance(given, list) or not given:
@@ -116,17 +87,13 @@ class Reader:
         return self._checked(given, _alike(given))
 
     def pairs(self, body: Body) -> Asked:
-        """Of a prompt with each of several responses; or of as many prompts as responses. See SIDES for their names.
-
-        Raises:
-            Refused: they are not there as they must be, or cannot be scored.
-        """
+        """A prompt with each of several responses; or as many prompts as responses. SIDES has their names."""
         self._check_fields(body)
         names = next((both for both in SIDES if all(name in body for name in both)), SIDES[0])
         prompts, responses = (_texts(name, body.get(name)) for name in names)
         if len(prompts) not in (1, len(responses)):
-            found = f"{len(prompts)} texts in {names[0]} for {len(responses)} in {names[1]}"
-            raise Refused(400, f"{found}; expected one, or as many")
+            problem = f"{len(prompts)} texts in {names[0]} for {len(responses)} in {names[1]}"
+            raise Refused(400, f"{problem}; expected one, or as many")
         self._check_count(len(responses))
         prompts = prompts * len(responses) if len(prompts) == 1 else prompts
         turns = [
@@ -158,21 +125,20 @@ class Reader:
         return Asked(sequences, prompts)
 
     def _encode(self, given: Sequence[Any], render: Callable[[Any], str] = lambda text: text) -> list[list[int]]:
-        """Token ids of texts, made and tokenized a piece at a time."""
         encoded: list[list[int]] = []
-        for texts in _pieces(self._fitting(map(render, given))):
+        for texts in cut_pieces(self._fitting(map(render, given)), len, PIECE):
             with self._encoding:
                 encoded += self._chat.encode(texts)
         return encoded
 
     def _fitting(self, texts: Iterable[str]) -> Iterator[str]:
-        """The texts, as long as they can fit."""
+        """Passes on texts that may fit; refuses those that cannot."""
         total = 0
         for index, text in enumerate(texts):
             total += len(text)
             if self._most_characters and len(text) > self._most_characters:
-                found = f"input {index} has {len(text):,} characters"
-                raise Refused(400, f"{found}, more than {self._max_length} tokens can have; send a shorter one")
+                problem = f"input {index} has {len(text):,} characters"
+                raise Refused(400, f"{problem}, more than {self._max_length} tokens can have; send a shorter one")
             if total > MOST_RENDERED:
                 raise Refused(413, f"the request renders to more than {MOST_RENDERED:,} characters; send fewer texts")
             yield text
@@ -196,7 +162,7 @@ def _alike(sequences: Sequence[Sequence[int]]) -> list[Any]:
 
 
 def responses(body: Body) -> int:
-    """How many responses a body of /score has: so often its prompt is rendered."""
+    """The number of responses in a body of /score: its prompt is rendered so often."""
     return max((len(body[second]) for _, second in SIDES if isinstance(body.get(second), list)), default=1)
 
 
@@ -208,7 +174,6 @@ def _texts(name: str, given: Any) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: what kind it is and how it begins."""
     if value is None:
         return "missing"
     # str() of a large list takes seconds in which no other thread runs
@@ -216,41 +181,26 @@ def shown(value: Any) -> str:
     return f"{type(value).__name__} {text[:60]!r}"
 
 
-def _pieces(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Neighbours together, as long as they have few characters."""
-    piece: list[str] = []
-    characters = 0
-    for text in texts:
-        if piece and characters + len(text) > PIECE:
-            yield piece
-            piece, characters = [], 0
-        piece.append(text)
-        characters += len(text)
-    if piece:
-        yield piece
-
-
 def characters_per_token(tokenizer: Any) -> int:
-    """The most characters of a text that can become one token; 0 where that is not sure to have a limit.
+    """The most characters of a text that can become one token; 0 where there may be no limit.
 
-    It has one where every byte is a token and nothing is left out: byte-level BPE, whose entries have a character for
+    There is one where every byte is a token and nothing is left out: byte-level BPE, whose entries have a character for
     each byte. Normalizers may shorten texts, splitters leave something out, and an unknown word be one token.
     """
     if not tokenizer.is_fast:
         return 0
-    made = json.loads(tokenizer.backend_tokenizer.to_str())
-    normal, model = made["normalizer"], made["model"]
-    splitters = _flat(made["pre_tokenizer"] or {}, "pretokenizers")
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    normal, model, added = parts["normalizer"], parts["model"], parts["added_tokens"]
+    splitters = _flat(parts["pre_tokenizer"] or {}, "pretokenizers")
     kept = all(s.get("type") in ("ByteLevel", "Split", "Digits") and s.get("behavior") != "Removed" for s in splitters)
     level = any(s.get("type") == "ByteLevel" for s in splitters)
-    swallows = any(token["lstrip"] or token["rstrip"] for token in made["added_tokens"])
+    swallows = any(token["lstrip"] or token["rstrip"] for token in added)
     known = (normal or {}).get("type") in (None, "NFC") and model.get("type") == "BPE" and kept and level
     if not known or swallows or not model["vocab"].keys() >= set(pre_tokenizers.ByteLevel.alphabet()):
         return 0
-    longest = max(map(len, itertools.chain(model["vocab"], (token["content"] for token in made["added_tokens"]))))
+    longest = max(map(len, itertools.chain(model["vocab"], (token["content"] for token in added))))
     return longest * (4 if normal else 1)  # NFC makes one character of up to four
 
 
 def _flat(part: Mapping[str, Any], inner: str) -> list[Mapping[str, Any]]:
-    """The parts of a Sequence, or the part alone."""
-    return [leaf for one in part[inner] for leaf in _flat(one, inner)] if inner in part else [part]
+    return [leaf for branch in part[inner] for leaf in _flat(branch, inner)] if inner in part else [part]

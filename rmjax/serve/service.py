@@ -19,12 +19,13 @@ from rmjax.inference import engine
 from rmjax.inference.reward_model import RewardModel
 from rmjax.serve.batching import Batcher, QueueFull
 from rmjax.serve.bodies import parse
-from rmjax.serve.inputs import Asked, Body, Reader, Refused
+from rmjax.serve.inputs import STOPPING, UNFINISHED, Asked, Body, Reader, Refused
 
 WARM = 4_096  # tokens: rows up to here are compiled before the server is ready
 ASK_SECONDS = 0.5  # between two looks whether a client is still there
 LARGE = 65_536  # bytes of requests that have threads of their own, so that small ones do not wait for them
 SMALL_THREADS = 4
+NO_ACTIVATION = "`use_activation` is true, it must be false or left out: a reward is no probability"
 
 T = TypeVar("T")
 
@@ -34,14 +35,8 @@ log = logging.getLogger("rmjax.serve")
 class Service:
     """A model behind a batcher, with its counters.
 
-    Attributes:
-        model: the model; the batcher's thread is the only one that computes with it once it is ready.
-        name: of it, as clients see it.
-        max_length: most tokens of a sequence; 0 is no limit.
-        reader: turns requests into sequences.
-        ready: whether it is compiled for common shapes.
-        failure: what ended the warming up, if something did.
-        registry, requests, seconds: of Prometheus.
+    The batcher's thread is the only one that computes with `model` once it is `ready`: compiled for the common shapes.
+    `failure` is the error that ended the warming up, if there was one.
     """
 
     def __init__(
@@ -55,16 +50,10 @@ class Service:
         max_wait: float,
         normalize: tuple[float, float] | None = None,
     ):
-        """Starts the batcher.
+        """Starts the batcher of a model for sequence classification, called `name` by clients.
 
-        Args:
-            model: of sequence classification.
-            name: of it.
-            max_length: most tokens of a sequence; 0 is no limit.
-            queue: sequences that may wait.
-            batch_tokens: of a batch.
-            max_wait: seconds that a request waits for others.
-            normalize: mean and standard deviation, for rewards.
+        A sequence has at most `max_length` tokens (0 is no limit) and a batch `batch_tokens`; `queue` sequences may
+        wait, for others `max_wait` seconds. `normalize` is the mean and the standard deviation of rewards.
         """
         self.model, self.name, self.max_length = model, name, max_length
         self.ready = False
@@ -80,7 +69,8 @@ class Service:
         )
         self._tokens = prometheus_client.Counter("rmjax_tokens", "Tokens of all batches.", **make)
         self._busy = prometheus_client.Counter("rmjax_model_seconds", "Seconds in which the model computed.", **make)
-        self.batcher = Batcher(model.outputs, most=queue, batch_tokens=batch_tokens, max_wait=max_wait, told=self._told)
+        limits: dict[str, Any] = {"most": queue, "batch_tokens": batch_tokens, "max_wait": max_wait}
+        self.batcher = Batcher(model.outputs, **limits, on_batch=self._count_batch)
         threads = concurrent.futures.ThreadPoolExecutor
         self._small = threads(SMALL_THREADS, "requests")
         # The tokenizer has as many threads as there are cores; some stay free for small requests.
@@ -91,13 +81,13 @@ class Service:
         computed = prometheus_client.Gauge("rmjax_tokens_computed", "Tokens computed; less than all if shared.", **make)
         computed.set_function(lambda: self.model.inference.work.computed)
 
-    def _told(self, requests: int, tokens: int, seconds: float) -> None:
+    def _count_batch(self, requests: int, tokens: int, seconds: float) -> None:
         self._sizes.observe(requests)
         self._tokens.inc(tokens)
         self._busy.inc(seconds)
 
     def warm_up(self) -> None:
-        """Compiles the common shapes, then is ready; keeps the error if there is one. Ends early when it stops."""
+        """Compiles the common shapes, then is ready; keeps an error in `failure`. Ends early when the server stops."""
         mesh, begun = self.model.mesh.shape, time.monotonic()
         longest = min(self.max_length or WARM, WARM)
         shapes = list(warm_shapes(longest, self._batch_tokens, devices=mesh["data"] * mesh["fsdp"]))
@@ -112,21 +102,21 @@ class Service:
             self.ready = True
             log.info("ready: %d shapes compiled in %.0f seconds", len(shapes), time.monotonic() - begun)
 
-    def start(self, failed: Callable[[], None]) -> None:
-        """Warms up beside the event loop that runs, which calls `failed` if that fails."""
-        loop, work = asyncio.get_running_loop(), self.warm_up
+    def start(self, on_failure: Callable[[], None]) -> None:
+        """Warms up beside the running event loop, which calls `on_failure` if that fails."""
+        loop = asyncio.get_running_loop()
 
         def warm() -> None:
-            work()
+            self.warm_up()
             if self.failure:
                 with contextlib.suppress(RuntimeError):  # the loop has ended
-                    loop.call_soon_threadsafe(failed)
+                    loop.call_soon_threadsafe(on_failure)
 
         self._warming = threading.Thread(target=warm, name="warming up", daemon=True)
         self._warming.start()
 
     def close(self, seconds: float) -> None:
-        """Takes no more requests, and finishes what is queued if that takes no longer; `busy` says what goes on."""
+        """Takes no more requests, and finishes queued ones within `seconds`; `busy` says whether some go on."""
         self._stopping = True
         end = time.monotonic() + seconds
         for pool in (self._small, self._large):
@@ -140,7 +130,7 @@ class Service:
     def busy(self) -> bool:
         """Whether a thread still works: the interpreter's end would wait for it, or abort in the model's."""
         pools = [thread for pool in (self._small, self._large) for thread in pool._threads]
-        return self.batcher.alive or any(thread.is_alive() for thread in (self._warming, *pools))
+        return any(thread.is_alive() for thread in (self.batcher.thread, self._warming, *pools))
 
     async def prepared(
         self,
@@ -149,16 +139,10 @@ class Service:
         gone: Callable[[], Awaitable[bool]],
         repeats: Callable[[Body], int] = lambda body: 1,
     ) -> T:
-        """What a request's body asks for, parsed and tokenized in threads.
+        """Parses and tokenizes a request's body in threads, by `read` of its JSON object.
 
-        Args:
-            data: the body.
-            read: makes it of the JSON object.
-            gone: says whether the client is no longer there.
-            repeats: how often, at most, what is in the body is tokenized.
-
-        Raises:
-            Refused: by `read`, it is not JSON, the client has gone, or the server stops.
+        `gone` says whether the client has gone; `repeats` how often, at most, the text of a body is tokenized. Refused
+        by `read`, for no JSON, when the client has gone, or the server stops.
         """
 
         def small() -> T | concurrent.futures.Future[T]:
@@ -169,40 +153,24 @@ class Service:
         try:
             first = self._large.submit(lambda: read(parse(data))) if large else self._small.submit(small)
         except RuntimeError:  # it is shut down
-            raise Refused(503, "the server is stopping; try again later") from None
-        made: Any = await _unless_gone(first, gone)
-        return await _unless_gone(made, gone) if isinstance(made, concurrent.futures.Future) else made
+            raise Refused(503, STOPPING) from None
+        result: Any = await _unless_gone(first, gone)
+        return await _unless_gone(result, gone) if isinstance(result, concurrent.futures.Future) else result
 
     async def outputs(self, asked: Asked, gone: Callable[[], Awaitable[bool]]) -> np.ndarray:
-        """Outputs [n, A] of sequences.
-
-        Args:
-            asked: the sequences.
-            gone: says whether the client is no longer there.
-
-        Raises:
-            Refused: the queue is full, the server stops, or the client has gone.
-        """
+        """float32 [n, A] of the head. Refused: the queue is full, the server stops, or the client has gone."""
         try:
             answer = self.batcher.submit(asked.sequences, asked.prompts)
         except QueueFull as full:
             raise Refused(503, f"{full}; try again later") from None
         return await _unless_gone(answer, gone)
 
-    def told(self, outputs: np.ndarray, activation: bool | None) -> np.ndarray:
-        """What is answered: rewards as they are, or normalized; of a judge the probabilities of its verdicts.
-
-        Args:
-            outputs: float32 [n, A], of the head.
-            activation: vLLM's `use_activation`; False gives a judge's outputs as they are.
-
-        Raises:
-            Refused: an activation is asked of rewards.
-        """
+    def activated(self, outputs: np.ndarray, activation: bool | None) -> np.ndarray:
+        """Rewards, perhaps normalized; of a judge the probabilities of its verdicts, unless `activation` is False."""
         objective = self.model.objective
         judges = objective is not None and objective.problem_type == "single_label_classification"
         if activation and not judges:
-            raise Refused(400, "`use_activation` is true, it must be false or left out: a reward is no probability")
+            raise Refused(400, NO_ACTIVATION)
         if self._normalize is not None:
             outputs = (outputs - self._normalize[0]) / self._normalize[1]
         if judges and activation is not False:
@@ -210,11 +178,7 @@ class Service:
         return outputs
 
     def rewards(self, outputs: np.ndarray) -> np.ndarray:
-        """[n]: what /score answers.
-
-        Raises:
-            Refused: the model has no single reward.
-        """
+        """float32 [n]: the answer of /score; Refused where the model has no single reward."""
         values = self.model.decode(outputs)
         if "score" not in values:
             raise Refused(400, f"the model gives {', '.join(values)}, not one reward; ask /classify")
@@ -223,7 +187,7 @@ class Service:
 
 
 async def _unless_gone(answer: "concurrent.futures.Future[T]", gone: Callable[[], Awaitable[bool]]) -> T:
-    """The result of a future, which is cancelled if nobody waits for it any more: a queued one is then never begun."""
+    """The result of a future; cancelled once the client has gone, so that a queued one never begins."""
     waiting = asyncio.wrap_future(answer)
     try:
         while not waiting.done():
@@ -231,7 +195,7 @@ async def _unless_gone(answer: "concurrent.futures.Future[T]", gone: Callable[[]
             if not waiting.done() and await gone():
                 raise Refused(499, "the client has gone")
         if waiting.cancelled():
-            raise Refused(503, "the server stopped before this request's turn; try again later")
+            raise Refused(503, UNFINISHED)
         return waiting.result()
     finally:
         answer.cancel()
@@ -239,14 +203,9 @@ async def _unless_gone(answer: "concurrent.futures.Future[T]", gone: Callable[[]
 
 
 def warm_shapes(longest: int, tokens: int, devices: int) -> Iterator[tuple[int, int]]:
-    """Numbers of full rows, and their tokens, that between them need every shape that a batch comes in.
+    """Numbers of full rows, and their tokens, that together need every shape of a batch: powers of two, see engine.py.
 
-    Rows and their tokens are powers of two; see inference.py.
-
-    Args:
-        longest: tokens of the longest sequence.
-        tokens: of a batch.
-        devices: that rows are split over.
+    `longest` is the longest sequence and `tokens` the batch, in tokens; rows are split over `devices`.
     """
     most = min(tokens, devices * engine.BATCH_TOKENS.get(jax.default_backend(), engine.DEFAULT_BATCH_TOKENS))
     for row in itertools.takewhile(lambda n: n <= engine.row_tokens(longest), _doubled(engine.LEAST_ROW)):

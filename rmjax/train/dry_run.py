@@ -163,7 +163,7 @@ def time_lines(work: Work, steps: int) -> list[str]:
 
 def memory_lines(name: str, program: Program) -> list[str]:
     """The table of what a device holds."""
-    fixed, temporary = memory.of(program.step)
+    fixed, temporary = memory.program_bytes(program.step)
     params, opt = (sharding.bytes_per_device(program.state[part]) for part in ("params", "opt"))
     all_of_it = topology.memory(name)
     free = all_of_it - fixed - temporary

@@ -205,7 +205,7 @@ def _run(
                 )
                 try:
                     # Nothing goes to or from the devices unless it is asked for.
-                    with command_line.under_way(), stop.left_to_loop(), jax.transfer_guard("disallow"):
+                    with command_line.under_way(), stop.defer_signals(), jax.transfer_guard("disallow"):
                         last = loop(job, state, host, start)
                     break
                 except RollBack as error:

@@ -23,7 +23,7 @@ def compiled(remat, rows):
 
 
 def test_the_cheapest_policy_that_fits_is_taken():
-    needs = {remat: sum(memory.of(compiled(remat, 4))) for remat in ("none", "full")}
+    needs = {remat: sum(memory.program_bytes(compiled(remat, 4))) for remat in ("none", "full")}
     assert needs["full"] < 0.8 * needs["none"]  # or the test would show nothing
     choices = [("none", 4), ("full", 4)]
     for most, expected in ((needs["none"] * 1.1, "none"), (needs["none"], "full"), (needs["full"] * 1.1, "full")):

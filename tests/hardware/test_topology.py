@@ -86,7 +86,7 @@ def test_a_device_that_is_not_known_is_named():
 def test_memory_is_what_the_compiler_has(name):
     one = jax.sharding.SingleDeviceSharding(topology.devices(name)[0])
     copy = lambda size: jax.jit(jnp.copy).lower(jax.ShapeDtypeStruct((size // 2,), jnp.int8, sharding=one)).compile()
-    assert sum(memory.of(copy(int(0.99 * topology.memory(name))))) == pytest.approx(
+    assert sum(memory.program_bytes(copy(int(0.99 * topology.memory(name))))) == pytest.approx(
         0.99 * topology.memory(name), rel=1e-3
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
@@ -239,7 +239,7 @@ def compile_config(config, name):
 def fits(config, name):
     """Asserts that the step fits with 5 % to spare and runs our kernels; prints what was chosen."""
     program, split, model, line = compile_config(config, name)
-    assert sum(memory.of(program.step)) < 0.95 * topology.memory(name)
+    assert sum(memory.program_bytes(program.step)) < 0.95 * topology.memory(name)
     report = dry_run.report(name, config, model, program, split)
     print(line, *report, sep="\n")
     return program.step

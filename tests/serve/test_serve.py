@@ -292,7 +292,7 @@ def test_a_model_that_cannot_be_compiled_stops_the_server(serve, stand_in):
     one.ready = False
 
     async def start():
-        built = app.build(one, failed=lambda: told.append(one.failure))
+        built = app.build(one, on_failure=lambda: told.append(one.failure))
         async with built.router.lifespan_context(built):
             await asyncio.sleep(0.2)
 

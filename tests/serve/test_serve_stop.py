@@ -23,7 +23,7 @@ import uvicorn
 from rmjax.batches.chat import Chat, load_tokenizer
 from rmjax.serve import __main__ as command
 from rmjax.serve import app, bodies, connections
-from rmjax.serve.gate import Gate
+from rmjax.serve.connections import Gate
 from rmjax.serve.service import Service
 
 ROOT = Path(__file__).parents[2]

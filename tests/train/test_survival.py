@@ -131,7 +131,7 @@ def test_a_second_sigterm_lets_the_save_go_on_and_a_second_ctrl_c_does_not(tmp_p
 
 def test_stop_signals_are_given_back(monkeypatch):
     before = [signal.getsignal(number) for number in signals.CODES]
-    with signals.Stop().listening() as stop, stop.left_to_loop():
+    with signals.Stop().listening() as stop, stop.defer_signals():
         assert not stop.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
         deadline = time.monotonic() + 10
