@@ -174,7 +174,12 @@ def scaled(params: Mapping[str, Any], terms: Mapping[str, Any]) -> tuple[dict[st
 
 def in_unit(metrics: Mapping[str, Any], unit: float) -> dict[str, Any]:
     """Metrics by name ("margin", "validation/margin"), numbers or estimates, those that are rewards over `unit`."""
-    divided = lambda value: jax.tree.map(lambda x: x / unit, value)  # None stays
+
+    def divided(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: divided(x) for name, x in value.items()}
+        return None if value is None else value / unit
+
     return {name: divided(value) if re.fullmatch(IN_REWARDS, name) else value for name, value in metrics.items()}
 
 
