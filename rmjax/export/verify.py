@@ -34,7 +34,7 @@ def verify(directory: Path) -> list[str]:
     contract.check_weights(terms, model.norms())
     outputs: dict[str, Outputs] = {"rmjax": model.replay(terms["golden"])}
     contract.check_outputs(terms, outputs["rmjax"])
-    for name, replay in _others(model.architecture).items():
+    for name, replay in other_replays(model.architecture).items():
         outputs[name] = replay(directory, terms["golden"])
         try:
             contract.check_outputs(terms, outputs[name])
@@ -48,7 +48,7 @@ def verify(directory: Path) -> list[str]:
     return _table(outputs, differences)
 
 
-def _others(architecture: str) -> dict[str, Callable[[Path, Sequence[Any]], Outputs]]:
+def other_replays(architecture: str) -> dict[str, Callable[[Path, Sequence[Any]], Outputs]]:
     """What else can replay here, by name and version; vLLM is asked about sequence classifiers only."""
     names = ["transformers"]
     if architecture == "SequenceClassification" and importlib.util.find_spec("vllm") is not None:
