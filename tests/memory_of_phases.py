@@ -85,7 +85,7 @@ def main(model: str, tokenizer: str, directory: str) -> None:
         del params
         state, _ = checkpointer.restore_step(1, {"params": shapes})
         phase("export")
-        export.write(
+        export.write_export(
             Path(directory) / "export",
             state.pop("params"),
             objective=BradleyTerry(),

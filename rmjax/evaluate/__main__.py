@@ -29,60 +29,33 @@ from rmjax.runtime.command_line import Parser
 if TYPE_CHECKING:
     from rmjax.inference.reward_model import RewardModel
 
-CHUNK = 512  # records of --gold in memory
+CHUNK = 512  # records of --gold that are scored together
+TEXTS = (  # flags that take a text: name, what it is, help
+    ("model", "PATH[,PATH]", "models to measure: exports, hub ids, runs or checkpoints"),
+    ("benchmark", "NAME[,NAME]", "benchmarks to run, by name; NAME=SOURCE reads a local copy"),
+    ("data", "SOURCE[,SOURCE]", "held-out data to measure on, in any format"),
+    ("format", "NAME", "format of --data; default: detected from the columns"),
+    ("gold", "SOURCE", "responses with the scores of a gold model to compare with"),
+    ("train_data", "SOURCE", "data that the model was trained on; shows whether it is fitted"),
+    ("output", "FILE", "JSON file to write all results to"),
+    ("mesh", "AXES", "devices per mesh axis; default data=1,fsdp=-1,tensor=1 (-1: all that are left)"),
+    ("template_kwargs", "JSON", "arguments of the chat template, for a model without contract"),
+)
 
 
 def parser() -> Parser:
-    """The command's arguments."""
-    made = command_line.parser("rmjax.evaluate", __doc__)
-    add = made.add_argument
-    add("--model", default="", metavar="PATH[,PATH]", help="models to measure: exports, hub ids, runs or checkpoints")
-    add(
-        "--benchmark",
-        default="",
-        metavar="NAME[,NAME]",
-        help="benchmarks to run, by name; NAME=SOURCE reads a local copy",
-    )
-    add("--data", default="", metavar="SOURCE[,SOURCE]", help="held-out data to measure on, in any format")
-    add("--format", default="auto", metavar="NAME", help="format of --data; default: detected from the columns")
-    add("--gold", default="", metavar="SOURCE", help="responses with the scores of a gold model to compare with")
-    add(
-        "--train_data",
-        default="",
-        metavar="SOURCE",
-        help="data that the model was trained on; shows whether it is fitted",
-    )
-    add(
-        "--train_rows",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="number of groups of --train_data to measure; default 1000",
-    )
-    add("--output", default="", metavar="FILE", help="JSON file to write all results to")
-    add(
-        "--mesh",
-        default="",
-        metavar="AXES",
-        help="devices per mesh axis; default data=1,fsdp=-1,tensor=1 (-1: all that are left)",
-    )
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="number type of the computation; auto is float32 on CPUs, else bfloat16",
-    )
-    add(
-        "--template_kwargs",
-        default="",
-        metavar="JSON",
-        help="arguments of the chat template, for a model without contract",
-    )
-    return made
+    command = command_line.parser("rmjax.evaluate", __doc__)
+    for name, metavar, text in TEXTS:
+        command.add_argument(f"--{name}", default="", metavar=metavar, help=text)
+    rows = "number of groups of --train_data to measure; default 1000"
+    command.add_argument("--train_rows", type=int, default=1000, metavar="N", help=rows)
+    dtype = "number type of the computation; auto is float32 on CPUs, else bfloat16"
+    command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help=dtype)
+    command.set_defaults(format="auto")
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; see command_line.py for what becomes of errors."""
     argv = sys.argv[1:] if argv is None else argv
     with command_line.outcome(debug="--debug" in argv, stopped="stopped; nothing was written"):
         args = checked(parser().parse_args(argv))
@@ -99,11 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def checked(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments, when all sources are there; before a model is loaded.
-
-    Raises:
-        ValueError, FileNotFoundError: something is missing or wrong.
-    """
+    """The arguments, when all sources are there, else ValueError or FileNotFoundError; before a model is loaded."""
     from rmjax.data import reading, sources
     from rmjax.evaluate import benchmarks
 
@@ -125,17 +94,13 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
             sources.parts(item)
     for name in ("data", "gold", "train_data"):
         setattr(args, name, passwords.hide(getattr(args, name)))
-        for item in sources.split_spec(getattr(args, name)) if getattr(args, name) else ():
+        for item in _split(getattr(args, name)):
             reading.open_rows(item, args.format if name == "data" else "auto")
     return args
 
 
 def mesh_axes(text: str) -> dict[str, int]:
-    """What --mesh says: "fsdp=8,tensor=2" is {"data": 1, "fsdp": 8, "tensor": 2}; {} of nothing.
-
-    Raises:
-        ValueError: an axis that is none, or a size that is no number.
-    """
+    """What --mesh says: "fsdp=8,tensor=2" is {"data": 1, "fsdp": 8, "tensor": 2}; {} of nothing."""
     axes = {"data": 1, "fsdp": -1, "tensor": 1}
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
@@ -167,24 +132,28 @@ def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
 
     model, step = load(path, args)
     learnt = model.objective.task if model.objective else None
-    asked = [name for name in ("train_data", "data") if getattr(args, name)]
-    named = [(name, item) for name in asked for item in sources.split_spec(getattr(args, name))]
+    data = [("train", item, "auto", args.train_rows) for item in _split(args.train_data)]
+    data += [(sources.source_name(item), item, args.format, None) for item in _split(args.data)]
     sets: dict[str, Any] = {}
-    for name, item in named:
-        format = args.format if name == "data" else "auto"
-        tasks = evaluating.kinds(item, format, learnt)
+    for name, item, format, rows in data:
+        tasks = evaluating.measurable_tasks(item, format, learnt)
         for kind, task in tasks.items():
             groups = evaluating.read(item, model.chat, task, format=format)
-            groups = groups.sample(args.train_rows, 0) if name == "train_data" else groups
-            label = "train" if name == "train_data" else sources.source_name(item)
-            label = f"{label} ({kind})" if len(tasks) > 1 else label
+            groups = groups.sample(rows, 0) if rows else groups
+            label = f"{name} ({kind})" if len(tasks) > 1 else name
             sets[label] = evaluating.measured(model, groups, task, progress=progress(label, len(groups)))
     tests = {}
     for test, source in args.tests:
         groups = evaluating.read_benchmark(test, source, model.chat, learnt)
         tests[test.name] = evaluating.run_benchmark(model, test, groups, progress=progress(test.name, len(groups)))
-    found = {"version": 1, "model": path, "step": step, "sets": sets, "benchmarks": tests}
-    return found | ({"gold": against_gold(model, args.gold, sets)} if args.gold else {})
+    report = {"version": 1, "model": path, "step": step, "sets": sets, "benchmarks": tests}
+    return report | ({"gold": against_gold(model, args.gold, sets)} if args.gold else {})
+
+
+def _split(spec: str) -> list[str]:
+    from rmjax.data import sources
+
+    return sources.split_spec(spec) if spec else []
 
 
 def progress(name: str, total: int) -> Callable[[int], None]:
@@ -203,43 +172,29 @@ def progress(name: str, total: int) -> Callable[[int], None]:
 
 
 def against_gold(model: "RewardModel", source: str, sets: dict[str, Any]) -> dict[str, Any]:
-    """The model as a proxy of the gold model whose scores are in `source`; see evaluate/gold.py.
-
-    Raises:
-        ValueError: no row has gold scores, or a model that scores no responses.
-    """
+    """The model as a proxy of the gold model whose scores are in `source`; see evaluate/gold.py."""
     from rmjax.data import reading
     from rmjax.evaluate import gold
     from rmjax.evaluate.scored import Scored
 
     groups: list[Scored] = []
     scores: list[np.ndarray] = []
-    rows = reading.records(source)
+    rows = (record for record in reading.records(source) if "score" in record.attributes)
     while chunk := list(itertools.islice(rows, CHUNK)):
-        with_gold = [record for record in chunk if "score" in record.attributes]
-        values = model.score([c for record in with_gold for c in record.conversations])
-        for record in with_gold:
+        values = model.score([c for record in chunk for c in record.conversations])
+        for record in chunk:
             own, values = values[: len(record.conversations)], values[len(record.conversations) :]
-            groups.append(
-                Scored(
-                    id=record.row,
-                    prompt=reading.prompt_id(record),
-                    source=record.source,
-                    wins=record.wins,
-                    ties=record.ties,
-                    margin=record.margin,
-                    tokens=np.array([len(c[-1].get("content") or "") for c in record.conversations]),
-                    scores=np.array(own, np.float64),
-                )
-            )
+            labels = (record.source, record.wins, record.ties, record.margin)
+            lengths = np.array([len(c[-1].get("content") or "") for c in record.conversations])
+            groups.append(Scored(record.row, reading.prompt_id(record), *labels, lengths, np.array(own, np.float64)))
             scores.append(np.array(record.attributes["score"], np.float64))
     if not groups:
         raise ValueError(f"--gold={source}: no row has scores; expected `prompt`, `responses` and `scores`")
-    accuracy = lambda measured: measured["metrics"]["accuracy"]["value"] if "accuracy" in measured["metrics"] else None
     trained = (model.contract or {}).get("metrics", {})
-    train = accuracy(sets["train"]) if "train" in sets else trained.get("train_slice/accuracy")
-    tested = [accuracy(x) for name, x in sets.items() if name != "train" and accuracy(x) is not None]
-    test = tested[0] if tested else trained.get("validation/accuracy")
+    accuracy = {name: x["metrics"]["accuracy"]["value"] for name, x in sets.items() if "accuracy" in x["metrics"]}
+    train = accuracy.get("train") if "train" in sets else trained.get("train_slice/accuracy")
+    held_out = (value for name, value in accuracy.items() if name != "train" and value is not None)
+    test = next(held_out, trained.get("validation/accuracy"))
     return gold.compare(groups, scores, train_accuracy=train, test_accuracy=test)
 
 
@@ -247,23 +202,18 @@ def lines(reports: dict[str, dict[str, Any]]) -> list[str]:
     """What a person reads: each model on its own, or several side by side."""
     from rmjax.evaluate import gold, tables
 
-    found: list[str] = []
+    text: list[str] = []
+    parts = {name: {**report["sets"], **report["benchmarks"]} for name, report in reports.items()}
     for name, report in reports.items():
-        parts = {**report["sets"], **report["benchmarks"]}
-        for part, measured in parts.items() if len(reports) == 1 else ():
-            found += ["", f"{part}, by {name}", *tables.lines(measured)]
+        for part, measured in parts[name].items() if len(reports) == 1 else ():
+            text += ["", f"{part}, by {name}", *tables.lines(measured)]
         if "gold" in report:
-            found += ["", f"against gold, {name}", *gold.lines(report["gold"])]
-    if len(reports) > 1:
-        found += ["", *tables.side_by_side({name: {**r["sets"], **r["benchmarks"]} for name, r in reports.items()})]
-    return found
+            text += ["", f"against gold, {name}", *gold.lines(report["gold"])]
+    return text + (["", *tables.side_by_side(parts)] if len(reports) > 1 else [])
 
 
 def write(path: Path, reports: list[dict[str, Any]]) -> None:
-    """Writes what was measured: of one model its evaluation, of several a list of them.
-
-    A file that is there is replaced by a whole one.
-    """
+    """Writes the evaluation of one model, or a list of several; a file that is there is replaced by a whole one."""
     files.check_target(path, "--output")  # again: measuring took its time
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, reports[0] if len(reports) == 1 else {"models": reports})

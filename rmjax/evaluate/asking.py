@@ -1,6 +1,6 @@
 """Between groups of tokens and what a model said of them: how each kind of model is asked about preferences.
 
-    records -> task -> groups -> model -> outputs -> `scored` -> benchmarks and measures
+    records -> task -> groups -> model -> outputs -> `Scored` -> benchmarks and measures
 
 A reward model scores every response. A judge that classifies sees each labelled pair in both orders
 (judging/verdicts.py). A judge that writes is asked how likely each verdict is (judging/questions.py).
@@ -9,7 +9,8 @@ Shape letters: K responses, E scored tokens of a group, A outputs, C verdicts, R
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,20 +18,17 @@ from rmjax.batches import measure
 from rmjax.batches.groups import Groups
 from rmjax.batches.tasks import Attributes, Preferences, Task
 from rmjax.evaluate.scored import Scored
+from rmjax.inference.reward_model import RewardModel
 from rmjax.judging.questions import Ratings, Verdicts
 from rmjax.judging.verdicts import Judgements
 from rmjax.judging.writing import Writing
 from rmjax.statistics import softmax
 
-Decode = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # outputs [n, A] to what they mean, by name
 PAIR = re.compile(r"(.*)#(\d+)-(\d+)")  # the row of a pair of its responses
 
 
 def task_for(learnt: Task | None) -> Task:
-    """How a model is asked about preferences.
-
-    Args:
-        learnt: the task of its objective; None of a foreign model, which gives one reward.
+    """How a model is asked about preferences, by the task of its objective; None is a foreign model's one reward.
 
     Raises:
         ValueError: it cannot be asked.
@@ -52,34 +50,25 @@ def task_for(learnt: Task | None) -> Task:
     raise ValueError(f"the model {what}: it prefers no response to another, and cannot run a benchmark of preferences")
 
 
-def scored(
-    groups: Groups, outputs: Sequence[np.ndarray], task: Task, decode: Decode, log_odds: float = 1.0
-) -> list[Scored]:
-    """What a model said of groups that were asked by `task_for`.
+def ask(model: RewardModel, groups: Groups, progress: Callable[[int], None] = lambda done: None) -> list[Scored]:
+    """What a model says of groups that were read for `task_for`; a judge's pairs of one record are put together.
 
-    Args:
-        groups: n groups of the task.
-        outputs: float [E, A] of each, in the order of its scored tokens; of a language model [E, 1]: the mean negative
-            log-likelihood of the tokens after the first.
-        task: how they were asked.
-        decode: what the outputs mean.
-        log_odds: of a reward model, see Scored.
-
-    Returns:
-        One for each record: a judge's pairs of one record are put together.
+    `progress` is told how many groups are done.
     """
+    task = task_for(model.objective.task if model.objective else None)
+    outputs = model.answers(groups, progress)  # of a language model the mean negative log-likelihood after token 1
     if isinstance(task, Preferences):
-        scores = _split(decode(np.concatenate(outputs))["score"], outputs)
+        scores = _split(model.decode(np.concatenate(outputs))["score"], outputs)
+        log_odds = (model.contract or {}).get("reward_scale", 1.0)
         return _with_scores(groups, scores, measure.response_tokens(groups), log_odds)
     if isinstance(task, Ratings):  # the texts' lengths are characters, as a question holds more than the response
-        ratings = [_mean_rating(x, task) for x in _log_likelihoods(groups, outputs)]
+        levels = np.array(task.ratings, np.float64)
+        ratings = [softmax(x.reshape(-1, len(levels))) @ levels for x in _log_likelihoods(groups, outputs)]
         return _with_scores(groups, ratings, groups.column("characters"))
     if isinstance(task, Verdicts):
-        c = task.classes
-        orders = [softmax(x.reshape(2, c)) for x in _log_likelihoods(groups, outputs)]
+        orders = [softmax(x.reshape(2, task.classes)) for x in _log_likelihoods(groups, outputs)]
     else:
-        named = list(decode(np.concatenate(outputs)).values())
-        orders = _split(np.stack(named, -1), outputs)
+        orders = _split(np.stack(list(model.decode(np.concatenate(outputs)).values()), -1), outputs)
     return list(_from_orders(groups, orders))
 
 
@@ -100,48 +89,42 @@ def _with_scores(
     sizes, begin = lengths
     columns = {name: groups.column(f"label/{name}") for name in ("wins", "ties", "margin")}
 
-    def label(name: str, n: int, k: int) -> np.ndarray:
-        flat, at = columns[name]
+    def labels(n: int, k: int) -> dict[str, Any]:
         size = int(groups.responses[n])  # K, or K R of which the first K are labelled
-        return flat[at[n] : at[n + 1]].reshape(size, size)[:k, :k]
+        square = lambda flat, at: flat[at[n] : at[n + 1]].reshape(size, size)[:k, :k]
+        return {name: square(*column) for name, column in columns.items()}
 
     return [
         Scored(
-            id=groups.id(n),
-            prompt=int(groups.prompt_ids[n]),
-            source=groups.sources[groups.source[n]],
-            wins=label("wins", n, len(s)),
-            ties=label("ties", n, len(s)),
-            margin=label("margin", n, len(s)),
-            tokens=sizes[begin[n] : begin[n] + len(s)],
-            scores=np.asarray(s, np.float64),
-            weight=float(groups.weights[n]),
+            **_origin(groups, n),
+            **labels(n, len(values)),
+            tokens=sizes[begin[n] : begin[n] + len(values)],
+            scores=np.asarray(values, np.float64),
             log_odds=log_odds,
         )
-        for n, s in enumerate(scores)
+        for n, values in enumerate(scores)
     ]
 
 
-def _mean_rating(likely: np.ndarray, task: Ratings) -> np.ndarray:
-    """[K]: the mean of the ratings [K R] by how likely each is."""
-    levels = np.array(task.ratings, np.float64)
-    return softmax(likely.reshape(-1, len(levels))) @ levels
+def _origin(groups: Groups, n: int) -> dict[str, Any]:
+    return {
+        "id": groups.id(n),
+        "prompt": int(groups.prompt_ids[n]),
+        "source": groups.sources[groups.source[n]],
+        "weight": float(groups.weights[n]),
+    }
 
 
 def _from_orders(groups: Groups, orders: Sequence[np.ndarray]) -> Iterator[Scored]:
-    """Puts the pairs of a record together; lengths are the texts' characters.
-
-    Args:
-        groups: one for each pair.
-        orders: [2, C] of each: the verdicts when the first of the pair is shown as A, and when the second is.
-    """
+    """Puts the pairs of a record together, of which each is a group with verdicts [2, C]: when its first response is
+    shown as A, and when its second is. Lengths are the texts' characters."""
     characters, begin = groups.column("characters")
     verdicts, at = groups.column("label/verdict")
     strengths = groups.column("label/strength")[0]
     records: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
     for n in range(len(groups)):
-        found = PAIR.fullmatch(groups.id(n))
-        row, i, j = (found[1], int(found[2]), int(found[3])) if found else (groups.id(n), 0, 1)
+        match = PAIR.fullmatch(groups.id(n))
+        row, i, j = (match[1], int(match[2]), int(match[3])) if match else (groups.id(n), 0, 1)
         records.setdefault((int(groups.source[n]), row), []).append((n, i, j))
     for (_, row), pairs in records.items():
         first = pairs[0][0]
@@ -156,14 +139,5 @@ def _from_orders(groups: Groups, orders: Sequence[np.ndarray]) -> Iterator[Score
             better = (i, j) if said[0] > said[1] else (j, i)
             margin[better] = strengths[n]
             asked[i, j], asked[j, i] = orders[n]
-        yield Scored(
-            id=row,
-            prompt=int(groups.prompt_ids[first]),
-            source=groups.sources[groups.source[first]],
-            wins=wins,
-            ties=ties,
-            margin=margin,
-            tokens=characters[begin[first] : begin[first + 1]],
-            orders=asked,
-            weight=float(groups.weights[first]),
-        )
+        tokens, origin = characters[begin[first] : begin[first + 1]], {**_origin(groups, first), "id": row}
+        yield Scored(wins=wins, ties=ties, margin=margin, tokens=tokens, orders=asked, **origin)

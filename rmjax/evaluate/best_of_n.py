@@ -6,6 +6,7 @@ Best of n as a use of rewards: Nakano et al. 2021, arXiv:2112.09332; the curve a
 Shape letters: N groups, K responses.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,14 +37,8 @@ def gold_ranks(stack: Stack) -> tuple[np.ndarray, np.ndarray]:
 def picked(worth: np.ndarray, n: int) -> np.ndarray:
     """How likely each response is the first among n random ones of its group; equally good ones share.
 
-    With b of k responses below it and e as good as it, itself among them: (C(b + e, n) - C(b, n)) / (e C(k, n)).
-
-    Args:
-        worth: float64 [N, K], NaN where there is no response.
-        n: at most the number of responses of each group.
-
-    Returns:
-        float64 [N, K] with sum 1; 0 where there is no response.
+    With b of k responses below it and e as good as it, itself among them: (C(b + e, n) - C(b, n)) / (e C(k, n)). Both
+    are float64 [N, K], NaN and 0 where there is no response; n is at most the number of responses of each group.
     """
     k = (~np.isnan(worth)).sum(-1, keepdims=True)
     below = (worth[:, None, :] < worth[:, :, None]).sum(-1)
@@ -59,64 +54,54 @@ def _within(m: np.ndarray, k: np.ndarray, n: int) -> np.ndarray:
     return product
 
 
-def curve(found: Estimates, stacks: list[Stack]) -> list[tuple[int, float]]:
+def add_curve(
+    estimates: Estimates, stacks: Sequence[Stack]
+) -> Callable[[dict[Any, Estimate]], dict[str, list[Any]] | None]:
     """Adds the mean gold rank of what the model picks among n, under the keys ("best_of_n", n).
 
     n doubles from 1 to what the largest group has; a group with fewer is left out there, as are groups that are
     labelled equal throughout. With nothing but pairs there is no curve, since it is the accuracy.
 
     Returns:
-        Each n with what the best choice gives, the oracle. A random choice gives 0.5 at every n.
+        A function that makes the curve of all estimates, for JSON, beside what the best choice gives, the oracle, and a
+        random one; None where there is no curve.
     """
     most = max((int(s.labelled.sum(-1).max()) for s in stacks), default=0)
-    kept = []
+    oracle = {}
     for n in (2**i for i in range(most.bit_length())) if most > 2 else ():
-        parts = [part for s in stacks if (part := _at_n(s, n)) is not None]
-        at, model, oracle, weight = (np.concatenate(x) for x in zip(*parts)) if parts else [np.zeros(0, int)] * 4
-        if len(at):
-            found.mean(("best_of_n", n), at, model, weight)
-            kept.append((n, float((weight * oracle).sum() / weight.sum())))
-    return kept
+        if parts := [part for s in stacks if len((part := _at_n(s, n))[0])]:
+            at, model, best, weight = (np.concatenate(x) for x in zip(*parts))
+            estimates.mean(("best_of_n", n), at, model, weight)
+            oracle[n] = float((weight * best).sum() / weight.sum())
+
+    def curve(measured: dict[Any, Estimate]) -> dict[str, list[Any]] | None:
+        model = [measured["best_of_n", n] for n in oracle]
+        values = {"n": [*oracle], "model": model, "oracle": [*oracle.values()], "random": [0.5] * len(oracle)}
+        return values if oracle else None
+
+    return curve
 
 
-def _at_n(stack: Stack, n: int) -> tuple[np.ndarray, ...] | None:
+def _at_n(stack: Stack, n: int) -> tuple[np.ndarray, ...]:
     """Groups that have n responses, [M] each: where they are, gold rank of the model's and of the best pick, weight."""
     ranks, usable = gold_ranks(stack)
     use = usable & (stack.labelled.sum(-1) >= n)
-    if not use.any():
-        return None
     ranks, worth = ranks[use], np.where(stack.labelled, stack.worth, np.nan)[use]
     model, oracle = ((picked(x, n) * np.nan_to_num(ranks)).sum(-1) for x in (worth, ranks))
     return stack.at[use], model, oracle, stack.weight[use]
 
 
-def with_estimates(kept: list[tuple[int, float]], made: dict[Any, Estimate]) -> dict[str, list[Any]] | None:
-    """The curve as values for JSON; None without one."""
-    if not kept:
-        return None
-    return {
-        "n": [n for n, _ in kept],
-        "model": [made["best_of_n", n] for n, _ in kept],
-        "oracle": [x for _, x in kept],
-        "random": [0.5] * len(kept),
-    }
-
-
-def add_top1(found: Estimates, stacks: list[Stack]) -> None:
-    """Adds top1_accuracy: see `top1`."""
+def add_top1(estimates: Estimates, stacks: Sequence[Stack]) -> None:
     at, weight = (np.concatenate([getattr(s, name) for s in stacks]) for name in ("at", "weight"))
     hit, counts = (np.concatenate(x) for x in zip(*map(top1, stacks)))
-    found.share("top1_accuracy", at[counts], hit[counts], weight[counts])
+    estimates.share("top1_accuracy", at[counts], hit[counts], weight[counts])
 
 
 def top1(stack: Stack) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the response that the model puts first is a best one, and whether that can be asked of the group.
+    """float64 [N], whether the response that the model puts first is a best one; bool [N], whether that can be asked.
 
-    A best one is a labelled response to which none is preferred. Counted are groups of more than two labelled responses
-    of which one at least is not a best one.
-
-    Returns:
-        float64 [N], where several are first the share of these that are a best one; bool [N].
+    A best one is a labelled response to which none is preferred; where several are first, it is their share. Groups of
+    more than two labelled responses count, of which one at least is not a best one.
     """
     known, worse = stack.labelled, stack.decided.any(1)
     best = known & ~worse

@@ -15,14 +15,15 @@ from rmjax.report.section import Section
 Values = Mapping[str, Any]
 Check = dict[str, Any]
 ACCURACY = {"preferences": "accuracy", "steps": "accuracy", "tokens": "verdict_accuracy"}  # by kind; others have none
+BROKEN = "look at the rewards (validation/reward_max) and at the labels of this set; lower config.optim.learning_rate"
 FITTED = 0.05  # accuracy in training this far above the threshold: the training data is fitted
 
 
 def judge(gate: Values, evaluation: Values, lines: Sequence[Values]) -> dict[str, Any]:
-    """Judges a run by its thresholds.
+    """Judges a run by its thresholds; one of 0 or False asks nothing.
 
     Args:
-        gate: `config.gate`; a threshold of 0 or False asks nothing.
+        gate: `config.gate`.
         evaluation: with "sets", "validation" and "train_slice" among them; and "errors", why one is not among them,
             which no threshold excuses.
         lines: of metrics.jsonl, for the training loss.
@@ -39,36 +40,22 @@ def judge(gate: Values, evaluation: Values, lines: Sequence[Values]) -> dict[str
         "beats_length": lambda: _beats_length(sets),
         "ece": lambda: _calibration(gate["ece"], sets),
     }
-    checks = [{"name": name, **check()} for name, check in asked.items() if gate.get(name)]
-    checks = [{"name": "measured", **_broken(*error)} for error in (evaluation.get("errors") or {}).items()] + checks
+    broken = lambda name, error: _check(False, None, None, f"{name}: {error}", BROKEN)
+    checks = [{"name": "measured", **broken(*error)} for error in (evaluation.get("errors") or {}).items()]
+    checks += [{"name": name, **check()} for name, check in asked.items() if gate.get(name)]
     return {"passed": all(check["passed"] is not False for check in checks), "checks": checks}
 
 
 def text(verdict: Values) -> list[str]:
-    """The verdict for the terminal, with a row for each check, and advice under each that failed."""
     return show.to_text([Section("", *evaluation_report.verdict(verdict))])
 
 
-# ----------------------------------------------------------------------------------------------------
-# Checks
-# ----------------------------------------------------------------------------------------------------
-
-
-def _broken(name: str, error: str) -> Check:
-    advice = (
-        "look at the rewards (validation/reward_max) and at the labels of this set; lower config.optim.learning_rate"
-    )
-    return {"passed": False, "value": None, "threshold": None, "reason": f"{name}: {error}", "advice": advice}
-
-
 def _accuracy(least: float, sets: Values) -> Check:
-    found = _accuracy_of(sets, "validation")
-    if found is None:
+    accuracy = _accuracy_of(sets, "validation")
+    if accuracy is None:
         return _not_measured("the validation set has no accuracy", least)
-    passed = found["value"] >= least
-    reason = f"validation accuracy {with_interval(found, True)}, at least {number(least, True)} is asked"
-    reason += _by_a_hair(found, least, passed, "below" if passed else "above")
-    return _check(passed, found["value"], least, reason, "" if passed else _raise_accuracy(sets, least))
+    reason = f"validation accuracy {with_interval(accuracy, True)}, at least {number(least, True)} is asked"
+    return _at_least(accuracy, least, accuracy["value"] >= least, reason, _raise_accuracy(sets, least))
 
 
 def _raise_accuracy(sets: Values, least: float) -> str:
@@ -101,15 +88,15 @@ def _gap(most: float, sets: Values) -> Check:
         down = math.hypot(train["value"] - train["low"], validation["high"] - validation["value"])
         up = math.hypot(train["high"] - train["value"], validation["value"] - validation["low"])
         gap |= {"low": gap["value"] - down, "high": gap["value"] + up}
-    passed = gap["value"] < most
-    reason = f"accuracy in training minus that in validation is {_points(gap)}, less than {100 * most:.3g} is asked"
-    reason += _by_a_hair(gap, most, passed, "above" if passed else "below")
+    ends = "" if gap["low"] is None else f" ({100 * gap['low']:.1f} to {100 * gap['high']:.1f})"
+    points = f"{100 * gap['value']:.1f}{ends} points"
+    reason = f"accuracy in training minus that in validation is {points}, less than {100 * most:.3g} is asked"
     advice = (
         "it learns the training data by heart: fewer epochs in config.duration, config.checkpoint.patience to stop "
         "early, a lower config.optim.learning_rate, config.optim.weight_decay, config.objective.label_smoothing where "
         "the objective has it, or more prompts"
     )
-    return _check(passed, gap["value"], most, reason, "" if passed else advice)
+    return _at_most(gap, most, gap["value"] < most, reason, advice)
 
 
 def _convergence(most: float, lines: Sequence[Values]) -> Check:
@@ -126,7 +113,6 @@ def _convergence(most: float, lines: Sequence[Values]) -> Check:
         advice = "nothing was learnt: lower config.optim.learning_rate, raise config.optim.warmup, and audit the data"
         return _check(False, 1.0, most, reason, advice)
     share = (before - last) / (first - last)
-    passed = share < most
     reason = (
         f"training loss {number(first)} in the first tenth of the steps and {number(last)} in the last, which brought "
         f"{share:.1%} of the fall; less than {number(most, True)} is asked"
@@ -135,36 +121,31 @@ def _convergence(most: float, lines: Sequence[Values]) -> Check:
         "the loss still falls: raise config.duration, or config.optim.learning_rate, if the validation loss falls as "
         "well; if that rises, it learns by heart: see the gap"
     )
-    return _check(passed, share, most, reason, "" if passed else advice)
+    return _check(share < most, share, most, reason, advice)
 
 
 def _beats_length(sets: Values) -> Check:
-    measured = sets.get("validation") or {}
-    found, baseline = _accuracy_of(sets, "validation"), _known(measured, "longer_is_better")
-    if found is None or baseline is None:
+    accuracy, baseline = _accuracy_of(sets, "validation"), _known(sets, "validation", "longer_is_better")
+    if accuracy is None or baseline is None:
         return _not_measured('the accuracy of "the longer response is better" is not known', None)
-    passed = found["value"] > baseline["value"]
+    least = baseline["value"]
     reason = (
-        f"validation accuracy {with_interval(found, True)}, that of preferring the longer response is "
-        f"{number(baseline['value'], True)}"
+        f"validation accuracy {with_interval(accuracy, True)}, that of preferring the longer response is "
+        f"{number(least, True)}"
     )
-    reason += _by_a_hair(found, baseline["value"], passed, "below" if passed else "above")
     advice = (
         'length tells more than the model: see "Length against label" of `python -m rmjax.data audit`, level the '
         "lengths with config.data.filter or other data, and read the slices by length difference in the report"
     )
-    return _check(passed, found["value"], baseline["value"], reason, "" if passed else advice)
+    return _at_least(accuracy, least, accuracy["value"] > least, reason, advice)
 
 
 def _calibration(most: float, sets: Values) -> Check:
-    measured = sets.get("validation") or {}
-    found = _known(measured, "ece")
-    if found is None:
+    ece = _known(sets, "validation", "ece")
+    if ece is None:
         return _not_measured("the validation set has no calibration error", most)
-    passed = found["value"] <= most
-    reason = f"expected calibration error {with_interval(found, True)}, at most {number(most, True)} is asked"
-    reason += _by_a_hair(found, most, passed, "above" if passed else "below")
-    over = overconfidence(measured.get("reliability"))
+    reason = f"expected calibration error {with_interval(ece, True)}, at most {number(most, True)} is asked"
+    over = overconfidence(sets["validation"].get("reliability"))
     if over is not None and over < 0:
         advice = (
             f"it is {-100 * over:.1f} points less sure than it may be: raise config.duration, or lower "
@@ -176,12 +157,7 @@ def _calibration(most: float, sets: Values) -> Check:
             f"it is too sure {by}of what it says: fewer epochs in config.duration, config.objective.label_smoothing or "
             "barrier where the objective has them, or a lower config.optim.learning_rate"
         )
-    return _check(passed, found["value"], most, reason, "" if passed else advice)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Numbers
-# ----------------------------------------------------------------------------------------------------
+    return _at_most(ece, most, ece["value"] <= most, reason, advice)
 
 
 def losses_by_tenths(lines: Sequence[Values]) -> tuple[float | None, float | None, float | None]:
@@ -192,8 +168,12 @@ def losses_by_tenths(lines: Sequence[Values]) -> tuple[float | None, float | Non
     """
     losses = [(x["step"], x["train/loss"]) for x in lines if x.get("train/loss") is not None]
     steps = max((step for step, _ in losses), default=0)
-    within = lambda low, high: _mean([loss for step, loss in losses if low * steps < step <= high * steps])
-    return within(0.0, 0.1), within(0.8, 0.9), within(0.9, 1.0)
+
+    def mean(low: float, high: float) -> float | None:
+        within = [loss for step, loss in losses if low * steps < step <= high * steps]
+        return sum(within) / len(within) if within else None
+
+    return mean(0.0, 0.1), mean(0.8, 0.9), mean(0.9, 1.0)
 
 
 def overconfidence(reliability: Values | None) -> float | None:
@@ -204,39 +184,39 @@ def overconfidence(reliability: Values | None) -> float | None:
     return sum(n * over for n, over in full) / total if total else None
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def _known(measured: Values, name: str) -> Values | None:
-    """An estimate of a set whose value is known."""
-    found = measured.get("metrics", {}).get(name)
-    return found if found is not None and found["value"] is not None else None
+def _known(sets: Values, name: str, metric: str) -> Values | None:
+    """The estimate of a metric of a set, if its value is known."""
+    estimate = (sets.get(name) or {}).get("metrics", {}).get(metric)
+    return estimate if estimate is not None and estimate["value"] is not None else None
 
 
 def _accuracy_of(sets: Values, name: str) -> Values | None:
-    measured = sets.get(name) or {}
-    return _known(measured, ACCURACY.get(measured.get("kind", ""), ""))
+    return _known(sets, name, ACCURACY.get((sets.get(name) or {}).get("kind", ""), ""))
 
 
-def _points(estimate: Values) -> str:
-    ends = "" if estimate["low"] is None else f" ({100 * estimate['low']:.1f} to {100 * estimate['high']:.1f})"
-    return f"{100 * estimate['value']:.1f}{ends} points"
+def _at_least(estimate: Values, least: float, passed: bool, reason: str, advice: str) -> Check:
+    across = "below" if passed else "above"
+    return _check(passed, estimate["value"], least, reason + _by_a_hair(estimate, least, passed, across), advice)
 
 
-def _by_a_hair(estimate: Values, threshold: float, passed: bool, where: str) -> str:
+def _at_most(estimate: Values, most: float, passed: bool, reason: str, advice: str) -> Check:
+    across = "above" if passed else "below"
+    return _check(passed, estimate["value"], most, reason + _by_a_hair(estimate, most, passed, across), advice)
+
+
+def _by_a_hair(estimate: Values, threshold: float, passed: bool, across: str) -> str:
     """What to add where the interval reaches to the other side of the threshold."""
-    end = estimate["low"] if where == "below" else estimate["high"]
-    if end is None or not (end < threshold if where == "below" else end > threshold):
+    end = estimate["low"] if across == "below" else estimate["high"]
+    if end is None or not (end < threshold if across == "below" else end > threshold):
         return ""
-    return f"; by a hair: the 95 % interval reaches {where} it" + (
-        "" if passed else ", more validation data would tell"
-    )
+    more = "" if passed else ", more validation data would tell"
+    return f"; by a hair: the 95 % interval reaches {across} it{more}"
 
 
-def _check(passed: bool, value: float, threshold: float, reason: str, advice: str) -> Check:
+def _check(passed: bool | None, value: float | None, threshold: float | None, reason: str, advice: str) -> Check:
+    advice = "" if passed else advice
     return {"passed": passed, "value": value, "threshold": threshold, "reason": reason, "advice": advice}
 
 
 def _not_measured(why: str, threshold: float | None) -> Check:
-    return {"passed": None, "value": None, "threshold": threshold, "reason": f"not measured: {why}", "advice": ""}
+    return _check(None, None, threshold, f"not measured: {why}", "")

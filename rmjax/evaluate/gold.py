@@ -10,8 +10,6 @@ within a prompt it uses too little of its range, so that a policy that learns fr
 Factors and offsets of rewards change nothing, and noise compresses nothing, which the match rate tells.
 """
 
-import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,46 +17,16 @@ import numpy as np
 
 from rmjax import statistics
 from rmjax.evaluate import moments
-from rmjax.evaluate.estimates import Estimate, Estimates
+from rmjax.evaluate.estimates import Estimates
 from rmjax.evaluate.scored import Scored
 from rmjax.report import show
 from rmjax.report.naming import number, value_and_interval
 from rmjax.report.section import Cell, Section, Table, capital
 
+Sides = list[tuple[np.ndarray, np.ndarray]]  # the proxy's and gold's scores of the responses of each group
 COMPRESSED = 1 / 3  # of gold's separation
 FITTED = 0.75  # accuracy in training that shows a fitted training set: what the gate asks of validation, and 0.05 more
 GAP = 0.1  # between the accuracies of a fitted and a carried over one, as the gate has it
-
-
-@dataclasses.dataclass(frozen=True)
-class _Both:
-    """Scores of the responses that gold has scored, of each group."""
-
-    proxies: Sequence[np.ndarray]
-    golds: Sequence[np.ndarray]
-
-    @functools.cached_property
-    def at(self) -> np.ndarray:
-        """int64 [n]: the group of each response."""
-        return np.repeat(np.arange(len(self.proxies)), [len(x) for x in self.proxies])
-
-    @functools.cached_property
-    def proxy(self) -> np.ndarray:
-        """float64 [n]: of all responses."""
-        return np.concatenate(self.proxies)
-
-    @functools.cached_property
-    def gold(self) -> np.ndarray:
-        """float64 [n]: of all responses."""
-        return np.concatenate(self.golds)
-
-    def stacks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Of groups with the same number of responses: int64 [N], where they are, and float64 [N, K] of each side."""
-        sizes = np.array([len(x) for x in self.proxies])
-        for k in np.unique(sizes[sizes > 1]).tolist():
-            at = np.flatnonzero(sizes == k)
-            proxy, gold = (np.stack([side[n] for n in at.tolist()]) for side in (self.proxies, self.golds))
-            yield at, proxy, gold
 
 
 def compare(
@@ -89,32 +57,44 @@ def compare(
     Raises:
         ValueError: a judge's groups, other numbers of scores, scores that are not finite, or nothing to compare.
     """
-    both = _checked(groups, gold)
-    found = Estimates(np.array([g.prompt for g in groups]))
-    pairs, ties = _add_pairs(found, both)
-    _add_ranks(found, both)
-    made: dict[Any, Estimate] = {**found.all(), "kendall": _kendall(both.proxy, both.gold)}
-    compressed, why = _compression(made["separation_proxy"]["value"], made["separation_gold"]["value"])
+    from scipy.stats import kendalltau  # takes a second to import
+
+    sides = _scored_by_both(groups, gold)
+    at = np.repeat(np.arange(len(sides)), [len(x) for x, _ in sides])
+    proxy, true = (np.concatenate(x) for x in zip(*sides))
+    estimates = Estimates(np.array([g.prompt for g in groups]))
+    pairs, ties = _add_pairs(estimates, sides, at, proxy, true)
+    _add_ranks(estimates, sides)
+    moments.add_correlation(estimates, "spearman", at, statistics.ranks(proxy), statistics.ranks(true))
+    metrics: dict[Any, Any] = estimates.all()
+    varies = np.ptp(proxy) > 0 and np.ptp(true) > 0
+    kendall = float(kendalltau(proxy, true).statistic) if varies else None
+    metrics["kendall"] = {"value": kendall, "low": None, "high": None}
+    compressed, why = _compression(metrics["separation_proxy"]["value"], metrics["separation_gold"]["value"])
     return {
         "groups": len(groups),
-        "responses": len(both.at),
-        "without_gold": sum(len(g.tokens) for g in groups) - len(both.at),
+        "responses": len(at),
+        "without_gold": sum(len(g.tokens) for g in groups) - len(at),
         "pairs": pairs,
         "gold_ties": ties,
-        "metrics": made,
-        "proxy": _spread(both.proxy),
-        "gold": _spread(both.gold),
+        "metrics": metrics,
+        "proxy": _spread(proxy),
+        "gold": _spread(true),
         "compressed": compressed,
         "compression": why,
-        "fitted": fitted(train_accuracy, test_accuracy),
+        "fitted": {
+            "train_accuracy": train_accuracy,
+            "test_accuracy": test_accuracy,
+            "fitted": None if train_accuracy is None else train_accuracy >= FITTED,
+            "text": _fitted_text(train_accuracy, test_accuracy),
+        },
     }
 
 
-def _checked(groups: Sequence[Scored], gold: Sequence[np.ndarray]) -> _Both:
-    """The proxy's and gold's scores of the responses of each group that gold has scored."""
+def _scored_by_both(groups: Sequence[Scored], gold: Sequence[np.ndarray]) -> Sides:
     if len(groups) != len(gold):
         raise ValueError(f"{len(groups)} groups, but gold scores of {len(gold)}")
-    proxies, golds = [], []
+    sides = []
     for group, true in zip(groups, gold):
         if group.scores is None:
             raise ValueError(f"{group.id}: a judge has no scores to compare with gold's; its accuracy says how it does")
@@ -123,146 +103,114 @@ def _checked(groups: Sequence[Scored], gold: Sequence[np.ndarray]) -> _Both:
             raise ValueError(f"{group.id}: {len(mine)} responses, but gold scores {true.shape}")
         if not np.isfinite(mine).all() or np.isinf(true).any():
             raise ValueError(f"{group.id}: scores {mine.tolist()} or gold scores {true.tolist()} are not finite")
-        proxies.append(mine[~np.isnan(true)])
-        golds.append(true[~np.isnan(true)])
-    if not any(len(x) > 1 for x in proxies):
+        sides.append((mine[~np.isnan(true)], true[~np.isnan(true)]))
+    if not any(len(x) > 1 for x, _ in sides):
         raise ValueError(f"none of {len(groups)} prompts has two responses with gold scores: nothing can be compared")
-    return _Both(proxies, golds)
+    return sides
 
 
-# ----------------------------------------------------------------------------------------------------
-# Pairs of a prompt
-# ----------------------------------------------------------------------------------------------------
+def _stacks(sides: Sides) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields groups with the same number of responses: int64 [N], where they are, and float64 [N, K] of each side."""
+    sizes = np.array([len(x) for x, _ in sides])
+    for k in np.unique(sizes[sizes > 1]).tolist():
+        at = np.flatnonzero(sizes == k)
+        proxy, true = (np.stack(scores) for scores in zip(*(sides[n] for n in at.tolist())))
+        yield at, proxy, true
 
 
-def _add_pairs(found: Estimates, both: _Both) -> tuple[int, int]:
+def _add_pairs(
+    estimates: Estimates, sides: Sides, at: np.ndarray, proxy: np.ndarray, true: np.ndarray
+) -> tuple[int, int]:
     """Adds match_rate, tie_rate, both separations and cohens_d; returns how many pairs gold orders and how many not."""
-    where, mine, other, gold_one, gold_other = (np.concatenate(x) for x in zip(*_pairs(both)))
+    pairs = []  # flat: the group of each pair of responses, the proxy's scores of both, and gold's
+    for where, *stacked in _stacks(sides):
+        i, j = np.triu_indices(stacked[0].shape[1], 1)
+        pairs.append([np.repeat(where, len(i)), *(side[:, pick].ravel() for side in stacked for pick in (i, j))])
+    group, mine, other, gold_one, gold_other = (np.concatenate(x) for x in zip(*pairs))
     said, labelled = np.sign(mine - other), np.sign(gold_one - gold_other)
     ordered = labelled != 0
     ones = np.ones(int(ordered.sum()))
-    found.share("match_rate", where[ordered], 0.5 + 0.5 * (said * labelled)[ordered], ones)
-    found.share("tie_rate", where[ordered], said[ordered] == 0, ones)
-    for name, apart, values in (("proxy", mine - other, both.proxy), ("gold", gold_one - gold_other, both.gold)):
-        _add_separation(found, f"separation_{name}", where, np.abs(apart), both.at, values)
+    estimates.share("match_rate", group[ordered], 0.5 + 0.5 * (said * labelled)[ordered], ones)
+    estimates.share("tie_rate", group[ordered], said[ordered] == 0, ones)
+    for name, distance, scores in (("proxy", mine - other, proxy), ("gold", gold_one - gold_other, true)):
+        _add_separation(estimates, f"separation_{name}", group, np.abs(distance), at, scores)
     better = np.where(labelled > 0, mine, other)[ordered]
-    _add_cohens_d(found, where[ordered], better, np.where(labelled > 0, other, mine)[ordered])
+    _add_cohens_d(estimates, group[ordered], better, np.where(labelled > 0, other, mine)[ordered])
     return int(ordered.sum()), int((~ordered).sum())
 
 
-def _pairs(both: _Both) -> Iterator[tuple[np.ndarray, ...]]:
-    """Flat: the group of each pair of responses, the proxy's scores of both, and gold's."""
-    for at, mine, true in both.stacks():
-        i, j = np.triu_indices(mine.shape[1], 1)
-        yield np.repeat(at, len(i)), *(side[:, pick].ravel() for side in (mine, true) for pick in (i, j))
+def _over_deviation(difference: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    return np.where(variance > moments.NOTHING, difference / np.sqrt(np.maximum(variance, 0)), np.nan)
 
 
 def _add_separation(
-    found: Estimates, key: str, where: np.ndarray, apart: np.ndarray, at: np.ndarray, values: np.ndarray
+    estimates: Estimates, key: str, pair_at: np.ndarray, distance: np.ndarray, at: np.ndarray, values: np.ndarray
 ) -> None:
     x = statistics.standardized(values)
     scale = values.std() if np.ptp(values) > 0 else 1.0
 
-    def of(t: np.ndarray) -> np.ndarray:
+    def separation(t: np.ndarray) -> np.ndarray:
         variance = t[..., 4] / t[..., 2] - (t[..., 3] / t[..., 2]) ** 2
-        return np.where(variance > moments.NOTHING, t[..., 0] / t[..., 1] / np.sqrt(np.maximum(variance, 0)), np.nan)
+        return _over_deviation(t[..., 0] / t[..., 1], variance)
 
-    pairs = [found.per_prompt(where, v) for v in (apart / scale, np.ones(len(apart)))]
-    found.add(key, of, *pairs, *(found.per_prompt(at, x**power) for power in range(3)))
+    pairs = [estimates.per_prompt(pair_at, v) for v in (distance / scale, np.ones(len(distance)))]
+    estimates.add(key, separation, *pairs, *(estimates.per_prompt(at, x**power) for power in range(3)))
 
 
-def _add_cohens_d(found: Estimates, where: np.ndarray, better: np.ndarray, other: np.ndarray) -> None:
+def _add_cohens_d(estimates: Estimates, where: np.ndarray, better: np.ndarray, other: np.ndarray) -> None:
     """Adds Cohen's d (1988) of two equally large samples: both variances weigh the same."""
     every = np.concatenate([better, other])
     middle, scale = (every.mean(), every.std() or 1.0) if len(every) else (0.0, 1.0)
 
-    def of(t: np.ndarray) -> np.ndarray:
+    def cohens_d(t: np.ndarray) -> np.ndarray:
         n, a, b, aa, bb = (t[..., i] for i in range(5))
         variance = (aa + bb) / (2 * n) - ((a / n) ** 2 + (b / n) ** 2) / 2
-        return np.where(variance > moments.NOTHING, (a - b) / n / np.sqrt(np.maximum(variance, 0)), np.nan)
+        return _over_deviation((a - b) / n, variance)
 
     a, b = ((side - middle) / scale for side in (better, other))
-    found.add("cohens_d", of, *(found.per_prompt(where, v) for v in (np.ones(len(a)), a, b, a * a, b * b)))
+    estimates.add(
+        "cohens_d", cohens_d, *(estimates.per_prompt(where, v) for v in (np.ones(len(a)), a, b, a * a, b * b))
+    )
 
 
 def _compression(proxy: float | None, gold: float | None) -> tuple[bool | None, str]:
-    """The rule of the module, and how it came out."""
+    """Whether the rule of the module calls the proxy compressed, and why."""
     if gold is None:
         return None, "gold does not tell the responses apart, so compression cannot be judged"
-    share = (proxy or 0.0) / gold if gold else None
-    if share is None:
+    if not gold:
         return None, "gold finds all responses of a prompt equal, so compression cannot be judged"
+    share = (proxy or 0.0) / gold
     rule = f"{share:.0%} of gold's; under {COMPRESSED:.0%} counts as compressed"
     if share < COMPRESSED:
         return True, f"compressed: two responses of a prompt stand {number(proxy or 0.0)} deviations apart, {rule}"
     return False, f"not compressed: two responses of a prompt stand {number(proxy)} deviations apart, {rule}"
 
 
-# ----------------------------------------------------------------------------------------------------
-# Ranks and spread
-# ----------------------------------------------------------------------------------------------------
-
-
-def _add_ranks(found: Estimates, both: _Both) -> None:
-    """Adds spearman_within, kendall_within and spearman."""
-    parts = [(where, *rank_correlations(x, y)) for where, x, y in both.stacks()]
+def _add_ranks(estimates: Estimates, sides: Sides) -> None:
+    parts = [(where, *_rank_correlations(x, y)) for where, x, y in _stacks(sides)]
     where, spearman, kendall = (np.concatenate(x) for x in zip(*parts))
     for name, values in (("spearman_within", spearman), ("kendall_within", kendall)):
         known = ~np.isnan(values)
-        found.mean(name, where[known], values[known], np.ones(int(known.sum())))
-    moments.add_correlation(found, "spearman", both.at, statistics.ranks(both.proxy), statistics.ranks(both.gold))
+        estimates.mean(name, where[known], values[known], np.ones(int(known.sum())))
 
 
-def rank_correlations(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Spearman's rho and Kendall's tau-b (1945) of each row.
+def _rank_correlations(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Spearman's rho and Kendall's tau-b (1945) of each row of [N, K], float64 [N] each.
 
-    Both come from the signs of differences: the sum of a row of signs is twice the rank, up to a constant.
-
-    Args:
-        x: float [N, K].
-        y: float [N, K].
-
-    Returns:
-        float64 [N] twice: NaN where y does not vary; 0 where only x does not, which tells nothing about y.
+    NaN where y does not vary; 0 where only x does not, which tells nothing about y. Both come from the signs of
+    differences: the sum of a row of signs is twice the rank, up to a constant.
     """
-    of_x, of_y = (np.sign(side[:, :, None] - side[:, None, :]) for side in (x, y))
-    made = []
-    for a, b, axes in ((of_x.sum(-1), of_y.sum(-1), -1), (of_x, of_y, (-1, -2))):
+    sign_x, sign_y = (np.sign(side[:, :, None] - side[:, None, :]) for side in (x, y))
+    correlations = []
+    for a, b, axes in ((sign_x.sum(-1), sign_y.sum(-1), -1), (sign_x, sign_y, (-1, -2))):
         both, square, known = (a * b).sum(axes), (a * a).sum(axes) * (b * b).sum(axes), (b * b).sum(axes) > 0
-        made.append(np.where(known, both / np.sqrt(np.where(square > 0, square, 1.0)), np.nan))
-    return made[0], made[1]
-
-
-def _kendall(x: np.ndarray, y: np.ndarray) -> Estimate:
-    from scipy.stats import kendalltau  # takes a second to import
-
-    value = float(kendalltau(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else None
-    return {"value": value, "low": None, "high": None}
+        correlations.append(np.where(known, both / np.sqrt(np.where(square > 0, square, 1.0)), np.nan))
+    return correlations[0], correlations[1]
 
 
 def _spread(x: np.ndarray) -> dict[str, float]:
     low, high = float(x.min()), float(x.max())
     return {"min": low, "max": high, "range": high - low, "mean": float(x.mean()), "std": float(x.std())}
-
-
-# ----------------------------------------------------------------------------------------------------
-# Words
-# ----------------------------------------------------------------------------------------------------
-
-
-def fitted(train: float | None, test: float | None) -> dict[str, Any]:
-    """Whether the training set itself is fitted; first that, then whether it carries over to held-out data.
-
-    Args:
-        train: accuracy in training; None where it is not known.
-        test: accuracy on held-out data.
-
-    Returns:
-        {"train_accuracy", "test_accuracy", "fitted": bool or None, "text"}.
-    """
-    text = _fitted_text(train, test)
-    is_fitted = None if train is None else train >= FITTED
-    return {"train_accuracy": train, "test_accuracy": test, "fitted": is_fitted, "text": text}
 
 
 def _fitted_text(train: float | None, test: float | None) -> str:
@@ -298,17 +246,17 @@ METRICS = {  # how they are shown: title, whether a share
 
 
 def lines(compared: dict[str, Any]) -> list[str]:
-    """What a terminal shows of a comparison."""
     ties, missing = compared["gold_ties"], compared["without_gold"]
     head = f"{compared['pairs']:,} pairs of {compared['responses']:,} responses to {compared['groups']:,} prompts"
     head += f"; {ties:,} pairs that gold finds equal left out" if ties else ""
     head += f"; {missing:,} responses without a gold score left out" if missing else ""
+    metrics = compared["metrics"]
     rows: list[list[Cell]] = [
-        [title, value_and_interval(compared["metrics"][name], share)] for name, (title, share) in METRICS.items()
+        [title, value_and_interval(metrics[name], share)] for name, (title, share) in METRICS.items()
     ]
     for name in ("proxy", "gold"):
-        of = compared[name]
-        ends = f"{number(of['min'])} to {number(of['max'])}, standard deviation {number(of['std'])}"
-        rows.append([f"Range, {name}", (number(of["range"]), ends)])
+        low, high, deviation = (number(compared[name][key]) for key in ("min", "max", "std"))
+        ends = f"{low} to {high}, standard deviation {deviation}"
+        rows.append([f"Range, {name}", (number(compared[name]["range"]), ends)])
     words = (f"{capital(compared['compression'])}.", f"{capital(compared['fitted']['text'])}.")
     return show.to_text([Section("", head, Table(rows, numbers=(1,)), *words)])

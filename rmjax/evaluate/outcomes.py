@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rmjax.batches.tasks import Attributes, Preferences, Steps, Task
-from rmjax.evaluate import best_of_n, calibration, judges, measures, pairs, ratings
+from rmjax.evaluate import best_of_n, judges, measures, moments, pairs, ratings
 from rmjax.evaluate.estimates import Estimates, ratio
 from rmjax.evaluate.scored import Stack
 from rmjax.judging.verdicts import Judgements
@@ -22,7 +22,7 @@ from rmjax.objectives.sums import Sums
 from rmjax.statistics import spread
 
 Outcomes = Mapping[str, np.ndarray]
-Measured = tuple[Estimates, Sums, dict[str, float]]  # statistics; counts and extremes; what else a whole set tells
+Measured = tuple[Estimates, Sums, dict[str, float]]  # statistics; counts and extremes; quantiles of a whole set
 
 
 def step_sums(task: Task, outcomes: Outcomes) -> Sums:
@@ -32,13 +32,8 @@ def step_sums(task: Task, outcomes: Outcomes) -> Sums:
 
 
 def evaluation_metrics(task: Task, outcomes: Outcomes, loss: np.ndarray) -> dict[str, float]:
-    """Metrics of a whole set by name; what is not defined is left out.
-
-    Args:
-        task: of the objective.
-        outcomes: of all batches, joined.
-        loss: float64 [2], its numerator and denominator.
-    """
+    """Metrics of a whole set by name, from the outcomes of all batches, joined, and the loss [2] (numerator and
+    denominator); what is not defined is left out."""
     estimates, counts, quantiles = _measure(task, outcomes)
     sums = {**estimates.sums(), **counts, "loss": loss}
     return {**sums_lib.to_metrics(sums), **estimates.others(), **quantiles}
@@ -68,31 +63,27 @@ def _count(n: float) -> np.ndarray:
 
 def _preferences(task: Preferences, outcomes: Outcomes) -> Measured:
     here = outcomes["weight"] > 0
-    of = lambda name: outcomes[name][here]  # [n, ...]
-    scores, wins, weight = of("scores"), of("wins"), of("weight")
-    stack = _stack(wins, of("ties"), weight, scores=scores)
+    scores, wins, weight, ties = (outcomes[name][here] for name in ("scores", "wins", "weight", "ties"))
+    stack = _stack(wins, ties, weight, scores=scores)
     compared, estimates = pairs.of_stack(stack), _without_intervals(len(scores))
     measures.add_pairs(estimates, compared)
-    for name, values in {
-        "margin": compared.chosen - compared.beaten,
-        "chosen": compared.chosen,
-        "rejected": compared.beaten,
-    }.items():
+    chosen, rejected = compared.chosen, compared.beaten
+    for name, values in (("margin", chosen - rejected), ("chosen", chosen), ("rejected", rejected)):
         estimates.mean(name, compared.group, values, compared.weight)
     if scores.shape[1] > 2:
         best_of_n.add_top1(estimates, [stack])
-    at, slot = np.nonzero(of("present"))
+    at, slot = np.nonzero(outcomes["present"][here])
     counts = {"pairs_count": _count(len(compared)), **_reward_sums(estimates, at, scores[at, slot])}
     if "tied" in outcomes:
-        labelled, ties = wins + 0.5 * stack.ties, 0.5 * stack.ties
-        for name, values in (("ties_labelled", ties), ("ties_predicted", labelled * of("tied"))):
-            both = [estimates.per_prompt(stack.at, weight * x.sum((1, 2))) for x in (values, labelled)]
-            estimates.add(name, ratio, *both)
+        labelled = wins + 0.5 * ties
+        for name, values in (("ties_labelled", 0.5 * ties), ("ties_predicted", labelled * outcomes["tied"][here])):
+            sums = (estimates.per_prompt(stack.at, weight * x.sum((1, 2))) for x in (values, labelled))
+            estimates.add(name, ratio, *sums)
     for name in ("rao_kupper_theta", "davidson_nu"):
         if name in outcomes:
             counts[name] = np.array([outcomes[name].sum(), outcomes[name].size])
     known = lambda x: x[~np.isnan(x)]
-    return estimates, counts, spread("chosen", known(compared.chosen)) | spread("rejected", known(compared.beaten))
+    return estimates, counts, spread("chosen", known(chosen)) | spread("rejected", known(rejected))
 
 
 def _verdicts(task: Judgements, outcomes: Outcomes) -> Measured:
@@ -117,7 +108,6 @@ def _stack_of_orders(p: np.ndarray, verdict: np.ndarray, weight: np.ndarray) -> 
 
 
 def _stack(wins: np.ndarray, ties: np.ndarray, weight: np.ndarray, **said: Any) -> Stack:
-    """A stack of `scores` or `orders`, without margins and lengths."""
     return Stack(np.arange(len(wins)), wins, ties, np.zeros_like(wins), np.zeros(wins.shape[:2]), weight, **said)
 
 
@@ -128,8 +118,8 @@ def _attributes(task: Attributes, outcomes: Outcomes) -> Measured:
     label, weight = np.where(known, label, np.nan), weight.max(-1)
     ratings.add_ratings(estimates, score, label, weight, task.names, task.scales)
     low, high = zip(*task.scales)
-    apart = np.abs(ratings.rating(score, low, high) - ratings.rating(label, low, high))
-    ratings.add_means(estimates, "within_1", apart <= 1, known, weight, task.names)
+    distance = np.abs(ratings.rating(score, low, high) - ratings.rating(label, low, high))
+    ratings.add_means(estimates, "within_1", distance <= 1, known, weight, task.names)
     ratings.add_means(estimates, "loss", outcomes["loss"][here], known, weight, task.names)
     counts = {"labels_count": _count(known.sum()), **_reward_sums(estimates, np.arange(len(reward)), reward)}
     return estimates, counts, {}
@@ -141,7 +131,7 @@ def _steps(task: Steps, outcomes: Outcomes) -> Measured:
     estimates, at = _without_intervals(len(p)), np.flatnonzero(weight > 0)
     response, right = np.cumsum(starts)[at], label[at] >= 0.5
     first = measures.add_steps(estimates, p[at], right, response, weight[at])
-    calibration.add_ece(estimates, at, p[at], right, weight[at], 0.0)
+    moments.add_ece(estimates, at, p[at], right, weight[at], 0.0)
     counts = {"steps_count": _count(len(at)), "responses_count": _count(len(first))}
     return estimates, {**counts, **_reward_sums(estimates, np.arange(len(p)), p)}, {}
 

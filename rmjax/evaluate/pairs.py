@@ -5,7 +5,7 @@ Shape letter: P pairs.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,35 +18,23 @@ SOURCES = 20  # sources that are slices of their own, the largest ones
 LEAST = 20  # pairs of a slice that may be said to fail
 
 Slices = dict[str, list[tuple[str, np.ndarray]]]  # by table: names, with bool [P] of the pairs in each
+SliceTables = dict[str, list[dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """P pairs; every field is [P], those of rewards are NaN of a judge.
+    """P pairs; every field is [P], those of rewards are NaN of a judge."""
 
-    Attributes:
-        group: int64, where the pair's group is in all groups.
-        preferred: int64, the response that is labelled better.
-        rejected: int64, the other one.
-        weight: float64, of the group.
-        right: float64, 1 where the model prefers the same, 0 the other one, 0.5 where it finds them equal.
-        probability: float64, the model's that the preferred one is better.
-        chosen: float64, reward of the preferred response.
-        beaten: float64, reward of the other one.
-        margin: float64, the label's, in the source's units; 0 where it is not known.
-        longer: int64, tokens of the preferred response minus those of the other.
-    """
-
-    group: np.ndarray
-    preferred: np.ndarray
-    rejected: np.ndarray
-    weight: np.ndarray
-    right: np.ndarray
-    probability: np.ndarray
-    chosen: np.ndarray
-    beaten: np.ndarray
-    margin: np.ndarray
-    longer: np.ndarray
+    group: np.ndarray  # int64, where the pair's group is in all groups
+    preferred: np.ndarray  # int64, the response that is labelled better
+    rejected: np.ndarray  # int64, the other one
+    weight: np.ndarray  # float64, of the group
+    right: np.ndarray  # float64, 1 where the model prefers the same, 0 the other one, 0.5 where it finds them equal
+    probability: np.ndarray  # float64, the model's that the preferred one is better
+    chosen: np.ndarray  # float64, reward of the preferred response
+    beaten: np.ndarray  # float64, reward of the other one
+    margin: np.ndarray  # float64, the label's, in the source's units; 0 where it is not known
+    longer: np.ndarray  # int64, tokens of the preferred response minus those of the other
 
     def __len__(self) -> int:
         return len(self.group)
@@ -77,30 +65,21 @@ def of_stack(stack: Stack) -> Pairs:
 
 
 def joined(parts: Sequence[Pairs]) -> Pairs:
-    """All pairs, in the order of their groups."""
     names = [field.name for field in dataclasses.fields(Pairs)]
     whole = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     order = np.lexsort((whole["rejected"], whole["preferred"], whole["group"]))
     return Pairs(**{name: values[order] for name, values in whole.items()})
 
 
-# ----------------------------------------------------------------------------------------------------
-# Slices
-# ----------------------------------------------------------------------------------------------------
-
-
 def slices(pairs: Pairs, groups: Sequence[Scored]) -> Slices:
-    """Divides pairs by gold margin, by how much longer the preferred one is, and by source.
-
-    A table with one slice only is left out.
-    """
+    """Divides pairs by gold margin, by how much longer the preferred one is, and by source; several slices each."""
     tables = {
         "gold margin": _by_margin(pairs.margin),
         "length difference": _by_length(pairs.longer),
         "source": _by_source(np.array([g.source for g in groups])[pairs.group] if len(pairs) else np.array([])),
     }
-    found = {name: [(label, here) for label, here in rows if here.any()] for name, rows in tables.items()}
-    return {name: rows for name, rows in found.items() if len(rows) > 1}
+    filled = {name: [(label, here) for label, here in rows if here.any()] for name, rows in tables.items()}
+    return {name: rows for name, rows in filled.items() if len(rows) > 1}
 
 
 def _by_margin(margin: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -129,42 +108,40 @@ def _by_length(longer: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 def _by_source(source: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """The largest sources first, then all others together."""
-    names, of, counts = np.unique(source, return_inverse=True, return_counts=True)
+    names, index, counts = np.unique(source, return_inverse=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     own = order if len(names) <= SOURCES else order[: SOURCES - 1]
-    yield from ((str(names[n]), of == n) for n in own)
+    yield from ((str(names[n]), index == n) for n in own)
     if len(own) < len(names):
-        yield f"{len(names) - len(own)} others", ~np.isin(of, own)
+        yield f"{len(names) - len(own)} others", ~np.isin(index, own)
 
 
-def failing(tables: dict[str, list[dict[str, Any]]], overall: Estimate) -> list[dict[str, Any]]:
+def failing(tables: SliceTables, overall: Estimate) -> list[dict[str, Any]]:
     """Slices that are surely worse than all pairs: their interval ends below. With under LEAST pairs one is not judged.
 
     Of 40 slices no worse than the others one is expected here, since the intervals are 95 %.
     """
-    rows = [{"table": table, **row} for table, of in tables.items() for row in of if row["pairs"] >= LEAST]
+    rows = [{"table": table, **row} for table, slices in tables.items() for row in slices if row["pairs"] >= LEAST]
     least = overall["value"]
     return [row for row in rows if least is not None and row["high"] is not None and row["high"] < least]
 
 
-def add_slices(found: Estimates, pairs: Pairs, tables: Slices) -> None:
-    """Adds the accuracy of each slice under the key (table, name)."""
+def add_slices(
+    estimates: Estimates, pairs: Pairs, groups: Sequence[Scored]
+) -> Callable[[dict[Any, Estimate]], SliceTables]:
+    """Adds the accuracy of each slice under the key (table, name).
+
+    Returns:
+        A function that makes the tables of all estimates, for JSON: {"name", "pairs"} and the estimate of the accuracy.
+    """
+    tables = slices(pairs, groups)
     for table, rows in tables.items():
         for name, here in rows:
-            found.share((table, name), pairs.group[here], pairs.right[here], pairs.weight[here])
-
-
-def with_estimates(tables: Slices, made: dict[Any, Estimate]) -> dict[str, list[dict[str, Any]]]:
-    """Slices as values for JSON: {"name", "pairs"} and the estimate of their accuracy."""
-    return {
-        table: [{"name": name, "pairs": int(here.sum()), **made[table, name]} for name, here in rows]
+            estimates.share((table, name), pairs.group[here], pairs.right[here], pairs.weight[here])
+    return lambda measured: {
+        table: [{"name": name, "pairs": int(here.sum()), **measured[table, name]} for name, here in rows]
         for table, rows in tables.items()
     }
-
-
-# ----------------------------------------------------------------------------------------------------
-# Single pairs
-# ----------------------------------------------------------------------------------------------------
 
 
 def worst(pairs: Pairs, groups: Sequence[Scored], most: int) -> list[dict[str, Any]]:
@@ -172,17 +149,15 @@ def worst(pairs: Pairs, groups: Sequence[Scored], most: int) -> list[dict[str, A
     wrong = np.flatnonzero(pairs.probability < 0.5)
     difference = pairs.chosen - pairs.beaten  # tells more where probabilities are 0 for all digits
     order = wrong[np.lexsort((difference[wrong], pairs.probability[wrong]))][:most]
-    return [_entry(pairs, groups, int(p)) for p in order]
-
-
-def _entry(pairs: Pairs, groups: Sequence[Scored], p: int) -> dict[str, Any]:
-    group, difference, margin = groups[int(pairs.group[p])], pairs.chosen[p] - pairs.beaten[p], pairs.margin[p]
-    return {
-        "id": group.id,
-        "source": group.source,
-        "preferred": int(pairs.preferred[p]),
-        "rejected": int(pairs.rejected[p]),
-        "probability": float(pairs.probability[p]),
-        "difference": None if np.isnan(difference) else float(difference),
-        "margin": float(margin) if margin > 0 else None,
-    }
+    return [
+        {
+            "id": groups[pairs.group[p]].id,
+            "source": groups[pairs.group[p]].source,
+            "preferred": int(pairs.preferred[p]),
+            "rejected": int(pairs.rejected[p]),
+            "probability": float(pairs.probability[p]),
+            "difference": None if np.isnan(difference[p]) else float(difference[p]),
+            "margin": float(pairs.margin[p]) if pairs.margin[p] > 0 else None,
+        }
+        for p in order
+    ]

@@ -37,15 +37,11 @@ def attributes(
     of all responses.
 
     Args:
-        scores: float [n, A], on the attributes' scales.
-        labels: float [n, A]; NaN where one is missing.
-        prompt: [n], of each response.
+        scores, labels: float [n, A], on the attributes' scales; NaN where a label is missing.
+        prompt, tokens, rewards, weight: [n], of each response; no weight is 1 each.
         ids: n, the row of each response; those of one group share it.
-        tokens: int [n], how long each is.
-        rewards: float [n].
         names: A.
         limits: lowest and highest score of each attribute; () is without limits.
-        weight: float [n]; None is 1 each.
 
     Returns:
         Values of kind "attributes": also "attributes", by name histograms and the scores by label, and "worst", the
@@ -58,63 +54,55 @@ def attributes(
     shapes = [np.shape(x) for x in (scores, labels, prompt, ids, tokens, rewards)]
     if not n or shapes != [(n, a)] * 2 + [(n,)] * 4 or len(limits) not in (0, a):
         raise ValueError(f"arrays {shapes} and {len(limits)} limits: expected [n, {a}] twice, [n] and {a} or no limits")
-    found = Estimates(prompt)
-    add_ratings(found, scores, labels, np.ones(n) if weight is None else weight, names, limits)
-    moments.add_correlation(found, "reward_length_correlation", np.arange(n), rewards, tokens)
-    made = found.all()
+    estimates = Estimates(prompt)
+    add_ratings(estimates, scores, labels, np.ones(n) if weight is None else weight, names, limits)
+    moments.add_correlation(estimates, "reward_length_correlation", np.arange(n), rewards, tokens)
+    measured = {str(key): estimate for key, estimate in estimates.all().items()}
     return {
         "kind": "attributes",
         "groups": len(set(ids)),
-        "prompts": found.prompts,
-        "metrics": {str(key): made[key] for key in sorted(made, key=lambda key: "/" in str(key))},
+        "prompts": estimates.prompts,
+        "metrics": {key: measured[key] for key in sorted(measured, key=lambda key: "/" in key)},
         "attributes": {name: _distribution(scores[:, i], labels[:, i]) for i, name in enumerate(names)},
         "worst": _farthest(scores, labels, ids, names),
     }
 
 
 def add_ratings(
-    found: Estimates,
+    estimates: Estimates,
     scores: np.ndarray,
     labels: np.ndarray,
     weight: np.ndarray,
     names: Sequence[str],
     limits: Sequence[tuple[float, float]],
 ) -> None:
-    """Adds errors and correlations of each attribute, as "mse/NAME", and of all together.
+    """Adds errors and correlations of each attribute, as "mse/NAME", and of all together; arguments as `attributes`.
 
     mse and mae are of all labels by their weight. pearson, spearman and kappa, Cohen's with quadratic weights of
     ratings, count every label once; without a name they are the mean over the attributes for which they are defined.
-
-    Args:
-        found: of n responses.
-        scores: float [n, A].
-        labels: float [n, A]; NaN where one is missing.
-        weight: float [n].
-        names: A.
-        limits: lowest and highest score of each attribute; () is without limits.
     """
-    known, apart = ~np.isnan(labels), scores - labels
-    add_means(found, "mse", apart**2, known, weight, names)
-    add_means(found, "mae", np.abs(apart), known, weight, names)
+    known, error = ~np.isnan(labels), scores - labels
+    add_means(estimates, "mse", error**2, known, weight, names)
+    add_means(estimates, "mae", np.abs(error), known, weight, names)
     for i, name in enumerate(names):
         at = np.flatnonzero(known[:, i])
         x, y = scores[at, i], labels[at, i]
-        moments.add_correlation(found, f"pearson/{name}", at, x, y)
-        moments.add_correlation(found, f"spearman/{name}", at, statistics.ranks(x), statistics.ranks(y))
+        moments.add_correlation(estimates, f"pearson/{name}", at, x, y)
+        moments.add_correlation(estimates, f"spearman/{name}", at, statistics.ranks(x), statistics.ranks(y))
         rated = (rating(side, *(limits[i] if limits else (-np.inf, np.inf))) for side in (x, y))
-        found.add(f"kappa/{name}", moments.kappa, moments.second(found, at, *rated))
+        estimates.add(f"kappa/{name}", moments.kappa, moments.second(estimates, at, *rated))
     for metric in AGREEMENT:
-        found.combine(metric, [f"{metric}/{name}" for name in names], mean_of_known)
+        estimates.combine(metric, [f"{metric}/{name}" for name in names], mean_of_known)
 
 
 def add_means(
-    found: Estimates, metric: str, values: np.ndarray, known: np.ndarray, weight: np.ndarray, names: Sequence[str]
+    estimates: Estimates, metric: str, values: np.ndarray, known: np.ndarray, weight: np.ndarray, names: Sequence[str]
 ) -> None:
     """Adds the mean of values [n, A] over the known ones, and that of each attribute; `weight` is [n]."""
     n, i = np.nonzero(known)
-    found.mean(metric, n, values[n, i], weight[n])
+    estimates.mean(metric, n, values[n, i], weight[n])
     for a, name in enumerate(names):
-        found.mean(f"{metric}/{name}", n[i == a], values[n, i][i == a], weight[n[i == a]])
+        estimates.mean(f"{metric}/{name}", n[i == a], values[n, i][i == a], weight[n[i == a]])
 
 
 def rating(scores: np.ndarray, low: Any, high: Any) -> np.ndarray:
@@ -133,12 +121,12 @@ def _distribution(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     here = ~np.isnan(labels)
     scores, labels = scores[here], labels[here]
     edges = edges_of(scores, labels, whole=bool((labels == np.floor(labels)).all()))
-    distinct, of = np.unique(labels, return_inverse=True)
+    distinct, index = np.unique(labels, return_inverse=True)
     if len(distinct) > measure.FEW:
         cuts = np.linspace(labels.min(), labels.max(), LABELS + 1)
         distinct = (cuts[:-1] + cuts[1:]) / 2
-        of = np.clip(np.searchsorted(cuts, labels, "right") - 1, 0, LABELS - 1)
-    parts = [scores[of == i] for i in range(len(distinct))]
+        index = np.clip(np.searchsorted(cuts, labels, "right") - 1, 0, LABELS - 1)
+    parts = [scores[index == i] for i in range(len(distinct))]
     curve = {
         "label": distinct.tolist(),
         "mean": [float(x.mean()) if len(x) else None for x in parts],
@@ -152,11 +140,10 @@ def _farthest(scores: np.ndarray, labels: np.ndarray, ids: Sequence[str], names:
     """At most WORST labels with their scores, the farthest first."""
     known = ~np.isnan(labels)
     wide = np.array([np.ptp(y[here]) if here.any() else 0.0 for y, here in zip(labels.T, known.T)])
-    apart = np.where(known, np.abs(scores - labels), -1.0) / np.where(wide > 0, wide, 1.0)
-    order = np.argsort(-apart, axis=None, kind="stable")[:WORST]
-    places = [divmod(int(place), len(names)) for place in order]
+    distance = np.where(known, np.abs(scores - labels), -1.0) / np.where(wide > 0, wide, 1.0)
+    order = np.argsort(-distance, axis=None, kind="stable")[:WORST]
     return [
         {"id": ids[n], "attribute": names[i], "score": float(scores[n, i]), "label": float(labels[n, i])}
-        for n, i in places
-        if apart[n, i] > 0
+        for n, i in zip(*np.unravel_index(order, distance.shape))
+        if distance[n, i] > 0
     ]

@@ -18,56 +18,33 @@ from pathlib import Path
 from rmjax.runtime import command_line
 from rmjax.runtime.command_line import Parser
 
+TEXTS = (  # flags that take a text: name, what it is, help
+    ("run", "DIR", "directory of a run, or of one of its checkpoints"),
+    ("step", "STEP", "checkpoint of the run to export: best (default), last, or its step number"),
+    ("output", "DIR", "directory to write the export to; an older export is replaced, other files are kept"),
+    ("push_to", "OWNER/NAME", "upload the export to this repository of the Hugging Face Hub"),
+    ("verify", "DIR", "replay the score contract of the export in DIR instead of writing one"),
+)
+SWITCHES = (
+    ("unit_std", "divide the head by the standard deviation of rewards on the validation set"),
+    ("private", "make a new repository of --push_to private"),
+)
+
 
 def parser() -> Parser:
-    """The command's arguments."""
-    made = command_line.parser("rmjax.export", __doc__)
-    add = made.add_argument
-    add("--run", default="", metavar="DIR", help="directory of a run, or of one of its checkpoints")
-    add(
-        "--step",
-        default="",
-        metavar="STEP",
-        help="checkpoint of the run to export: best (default), last, or its step number",
-    )
-    add(
-        "--output",
-        default="",
-        metavar="DIR",
-        help="directory to write the export to; an older export is replaced, other files are kept",
-    )
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="number type of the exported weights; auto takes config.export.dtype of the run",
-    )
-    add(
-        "--max_shard_gb", type=float, default=5.0, metavar="GB", help="size of the largest weight file in GB; default 5"
-    )
-    add(
-        "--unit_std",
-        action="store_true",
-        help="divide the head by the standard deviation of rewards on the validation set",
-    )
-    add(
-        "--push_to",
-        default="",
-        metavar="OWNER/NAME",
-        help="upload the export to this repository of the Hugging Face Hub",
-    )
-    add("--private", action="store_true", help="make a new repository of --push_to private")
-    add(
-        "--verify",
-        default="",
-        metavar="DIR",
-        help="replay the score contract of the export in DIR instead of writing one",
-    )
-    return made
+    command = command_line.parser("rmjax.export", __doc__)
+    for name, metavar, text in TEXTS:
+        command.add_argument(f"--{name}", default="", metavar=metavar, help=text)
+    for name, text in SWITCHES:
+        command.add_argument(f"--{name}", action="store_true", help=text)
+    dtype = "number type of the exported weights; auto takes config.export.dtype of the run"
+    command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help=dtype)
+    shard = "size of the largest weight file in GB; default 5"
+    command.add_argument("--max_shard_gb", type=float, default=5.0, metavar="GB", help=shard)
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; see command_line.py for what becomes of errors."""
     argv = sys.argv[1:] if argv is None else argv
     with command_line.outcome(debug="--debug" in argv, stopped="stopped; nothing was written"):
         args = parser().parse_args(argv)

@@ -14,7 +14,6 @@ from rmjax.batches import prepare
 from rmjax.export import write as export
 from rmjax.inference import contract, runs
 from rmjax.models import hf, hf_export
-from rmjax.report import card, card_values
 from rmjax.runtime import command_line, exits, files, ownership
 
 
@@ -34,9 +33,8 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError("--run and --output are required, or --verify; --help shows commands that run")
     place = runs.find(args.run)
     if place is None:
-        raise ValueError(
-            f"--run={args.run} is no run of rmjax, nor a checkpoint of one (there is no config.json of a run)"
-        )
+        what = "no run of rmjax, nor a checkpoint of one (there is no config.json of a run)"
+        raise ValueError(f"--run={args.run} is {what}")
     if args.step:
         if place.step != "best":
             raise ValueError(f"--run={args.run} is a checkpoint already; leave out --step={args.step}")
@@ -46,7 +44,8 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     if args.push_to and not hf.is_hub_id(args.push_to):
         raise ValueError(f"--push_to={args.push_to} must be of the form OWNER/NAME")
     command_line.check_writable(Path(args.output), f"--output={args.output}")
-    if (at := runs.find(args.output)) is not None and Path(args.output).resolve() == at.workdir.resolve():
+    run = runs.find(args.output)
+    if run is not None and Path(args.output).resolve() == run.workdir.resolve():
         raise ValueError(f"--output={args.output} is a run, which an export would replace; name another directory")
     hf_export.require_replaceable(Path(args.output), "--output")
     args.place = place
@@ -59,7 +58,7 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
     workdir, config = opened.workdir, opened.config
     config.export.dtype = args.dtype if args.dtype != "auto" else config.export.dtype
     lines = files.read_json_lines(workdir / "metrics.jsonl")
-    of_step = [x for x in lines if x["step"] == opened.step and "validation/loss" in x]
+    evaluated = [x for x in lines if x["step"] == opened.step and "validation/loss" in x]
     before = None
     with contextlib.suppress(ValueError):  # that of another version
         before = contract.read(workdir / "export")
@@ -69,17 +68,13 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
     else:
         train, validation = prepare.read_groups(config, opened.chat, opened.model.objective.task)
         data, golden = train.fingerprint, export.golden_sequences(validation)
-    evaluation, quality = _measured(workdir, opened.step)
-    described = lambda terms, values: card.text(
-        Path(args.push_to or args.output).name,
-        config=card_values.public_config(config),
-        contract=terms,
-        model=values,
-        evaluation=_in_unit(evaluation, terms.get("reward_scale")),
-        quality=quality,
-        base_model=card_values.base_model(config),
-    )
-    export.write(
+    evaluation = quality = None
+    with contextlib.suppress(OSError, ValueError):
+        measured = json.loads((workdir / "evaluation.json").read_text())
+        if measured["step"] == opened.step:
+            quality = json.loads((workdir / "quality.json").read_text())
+            evaluation = measured
+    export.write_export(
         Path(args.output),
         opened.params,
         objective=opened.model.objective,
@@ -87,11 +82,12 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
         values=opened.model.values,
         model=opened.model.config,
         chat=opened.chat,
-        metrics=of_step[-1] if of_step else {"step": float(opened.step)},
+        metrics=evaluated[-1] if evaluated else {"step": float(opened.step)},
         data=data,
         golden=golden,
-        estimates=card_values.all_estimates(evaluation) if evaluation else {},
-        card=described,
+        evaluation=evaluation,
+        quality=quality,
+        card_name=Path(args.push_to or args.output).name,
         unit_std=args.unit_std,
         max_shard_bytes=args.max_shard_gb * 1e9,
         run=runs.run_id(workdir),
@@ -99,28 +95,11 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
     return opened
 
 
-def _measured(workdir: Path, step: int) -> tuple[Any, Any]:
-    """The run's evaluation and verdict, if they are of this step."""
-    with contextlib.suppress(OSError, ValueError):
-        evaluation = json.loads((workdir / "evaluation.json").read_text())
-        if evaluation["step"] == step:
-            return evaluation, json.loads((workdir / "quality.json").read_text())
-    return None, None
-
-
-def _in_unit(evaluation: Any, scale: float | None) -> Any:
-    """The evaluation with metrics of the scaled rewards; as it is without a scale."""
-    if not evaluation or not scale:
-        return evaluation
-    scaled = lambda part: {**part, "metrics": export.in_unit(part["metrics"], scale)}
-    return {**evaluation, "sets": {name: scaled(part) for name, part in evaluation["sets"].items()}}
-
-
 def export_and_push(args: argparse.Namespace) -> list[str]:
     """Exports, uploads if that is asked for, and says what there is now.
 
     Raises:
-        ValueError: see `checked`, runs.open_checkpoint and export.write.
+        ValueError: as runs.open_checkpoint and write_export.
         NotUploaded: the repository cannot be made, before anything is written; or the upload failed, after it.
     """
     if args.push_to:
@@ -131,11 +110,9 @@ def export_and_push(args: argparse.Namespace) -> list[str]:
     if contract.read(args.output)["metrics"].keys() <= {"step"}:  # type: ignore[index]
         said.append(f"step {opened.step} was not evaluated: its contract has no metrics, nor what --normalize needs")
     if args.push_to:
-        again = f"the export is {args.output}; `hf upload {args.push_to} {args.output}` uploads it"
-        with _reached(args, again):
-            huggingface_hub.upload_folder(
-                repo_id=args.push_to, folder_path=args.output, ignore_patterns=[ownership.MARKER]
-            )
+        own = [ownership.MARKER]
+        with _reached(args, f"the export is {args.output}; `hf upload {args.push_to} {args.output}` uploads it"):
+            huggingface_hub.upload_folder(repo_id=args.push_to, folder_path=args.output, ignore_patterns=own)
         said.append(f"uploaded to https://huggingface.co/{args.push_to}")
     return [*said, f"check it with: python -m rmjax.export --verify {args.output}"]
 

@@ -3,7 +3,7 @@
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rmjax.inference.reward_model import RewardModel
 from rmjax.models import hf
 from rmjax.models.config import ModelConfig
 from rmjax.objectives.base import Objective
+from rmjax.report import card
 from rmjax.runtime import agreement, processes
 
 GOLDEN = 4  # responses whose scores the contract keeps
@@ -30,7 +31,7 @@ SAMPLES = (  # where normalizers and splitting rules differ
 )
 
 
-def write(
+def write_export(
     directory: Path,
     params: Any,
     *,
@@ -42,8 +43,10 @@ def write(
     metrics: Mapping[str, float],
     data: str,
     golden: Sequence[tuple[Any, Sequence[int]]],
-    estimates: Mapping[str, Any] | None = None,
-    card: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    quality: Mapping[str, Any] | None = None,
+    card_name: str = "",
+    parameters: int | None = None,
     unit_std: bool = False,
     max_shard_bytes: float = 5e9,
     run: str = "",
@@ -54,19 +57,16 @@ def write(
     one writes.
 
     Args:
-        directory: where to; an older export there is replaced, and files in it that are not ours are kept.
+        directory: an older export there is replaced, and files in it that are not ours are kept.
         params: the parameters, sharded or not. Arrays on devices are deleted once they are written, so that the golden
             scores need no room beside them.
-        objective: what was trained.
-        config: the run's config.
+        objective, config, model, chat: of the run.
         values: Hugging Face config values of the model.
-        model: its shapes.
-        chat: tokenizer and template.
-        metrics: of the exported step, for the contract.
+        metrics, evaluation: of the exported step, for contract and card.
         data: fingerprint of the training data.
         golden: token sequences and the places in them that are scored, for golden rows; see `golden_sequences`.
-        estimates: metrics with their intervals, for the contract.
-        card: makes README.md of the contract and of config.json.
+        quality, parameters: verdict of the gate and number of parameters, for the card.
+        card_name: of the model; "" writes no card.
         unit_std: the head is divided by the rewards' standard deviation on the validation set.
         max_shard_bytes: size of the largest weight file.
         run: id of the run, for the export's marker.
@@ -77,6 +77,7 @@ def write(
     dtype = config.export.dtype
     if dtype == "auto":
         dtype = values.get("dtype") or values.get("torch_dtype") or config.model.param_dtype
+    parts = {**evaluation["sets"], **evaluation["benchmarks"]} if evaluation else {}
     terms = contract.make(
         chat,
         objective={"name": config.objective.name, **objective.terms()},
@@ -88,7 +89,7 @@ def write(
         data=data,
         max_length=chat.max_length,
         over_long=config.data.over_long,
-        estimates=estimates or {},
+        estimates={f"{name}/{metric}": x for name, part in parts.items() for metric, x in part["metrics"].items()},
     )
     if unit_std:
         params, terms = scaled(params, terms)
@@ -106,21 +107,30 @@ def write(
         outputs, norms = written.replay(rows), written.norms()
         scored = [{**row, "outputs": values.tolist()} for row, values in zip(rows, outputs)]
         agreement.barrier("golden rows replayed")  # nobody reads the contract that is replaced
-        if processes.is_first():
-            contract.write(partial, {**terms, "golden": scored, "weight_norms": norms})
-            if card is not None:
-                (partial / "README.md").write_text(card(terms, hf.read_config(partial)))
+        if not processes.is_first():
+            return
+        contract.write(partial, {**terms, "golden": scored, "weight_norms": norms})
+        if card_name:
+            text = card.text(
+                card_name,
+                config=card.public_config(config),
+                contract=terms,
+                model=hf.read_config(partial),
+                evaluation=_scaled_evaluation(evaluation, terms.get("reward_scale")),
+                quality=quality,
+                parameters=parameters,
+                base_model=card.base_model(config),
+            )
+            (partial / "README.md").write_text(text)
 
     arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
-    params = {name: x for name, x in params.items() if name != "objective"}
-    pad = chat.tokenizer.pad_token_id
     hf.save(
         directory,
-        params,
+        {name: x for name, x in params.items() if name != "objective"},
         values,
         model,
         dtype=dtype,
-        pad_token_id=pad,
+        pad_token_id=chat.tokenizer.pad_token_id,
         architecture=objective.architecture,
         labels=objective.labels,
         problem_type=objective.problem_type,
@@ -134,10 +144,7 @@ def scaled(params: Mapping[str, Any], terms: Mapping[str, Any]) -> tuple[dict[st
     """Parameters and contract of rewards that are divided by their standard deviation on the validation set.
 
     The contract says by what they were divided ("reward_scale"): that times a difference of scores is the log-odds
-    that loss and calibration were measured with, which stay as they were.
-
-    Raises:
-        ValueError: see `write`.
+    that loss and calibration were measured with, which stay as they were. Errors are those of `write_export`.
     """
     objective = terms["objective"]
     if objective["name"] != "bradley_terry" or terms["objective_params"]:
@@ -146,14 +153,14 @@ def scaled(params: Mapping[str, Any], terms: Mapping[str, Any]) -> tuple[dict[st
             f"{objective['name']} model have a scale that decoding knows"
         )
     if not terms["reward_std"]:
-        found = "none: it was not evaluated" if terms["reward_std"] is None else "one of 0"
+        deviation = "none: it was not evaluated" if terms["reward_std"] is None else "one of 0"
         raise ValueError(
-            f"--unit_std divides by the rewards' standard deviation on the validation set, and this step has {found}; "
-            "take another, as --step=best"
+            "--unit_std divides by the rewards' standard deviation on the validation set, and this step has "
+            f"{deviation}; take another, as --step=best"
         )
     mean, std = contract.normalization(terms)
     head = {**params["score"], "kernel": params["score"]["kernel"] / std}
-    told = {
+    changed = {
         "decoding": f"the output is the reward divided by {std:.9g}; the log-odds that one response is preferred to "
         "another are the difference of their outputs times that",
         "reward_mean": mean / std,
@@ -162,7 +169,7 @@ def scaled(params: Mapping[str, Any], terms: Mapping[str, Any]) -> tuple[dict[st
         "metrics": in_unit(terms["metrics"], std),
         "estimates": in_unit(terms["estimates"], std),
     }
-    return {**params, "score": head}, {**terms, **told}
+    return {**params, "score": head}, {**terms, **changed}
 
 
 def in_unit(metrics: Mapping[str, Any], unit: float) -> dict[str, Any]:
@@ -176,16 +183,19 @@ def in_unit(metrics: Mapping[str, Any], unit: float) -> dict[str, Any]:
     return {name: divided(value) if re.fullmatch(IN_REWARDS, name) else value for name, value in metrics.items()}
 
 
+def _scaled_evaluation(evaluation: Mapping[str, Any] | None, scale: float | None) -> Mapping[str, Any] | None:
+    if not evaluation or not scale:
+        return evaluation
+    scaled_set = lambda part: {**part, "metrics": in_unit(part["metrics"], scale)}
+    return {**evaluation, "sets": {name: scaled_set(part) for name, part in evaluation["sets"].items()}}
+
+
 def check_tokenizer(chat: Chat, values: Mapping[str, Any]) -> None:
     """Refuses what could not be exported, before any training.
 
     transformers picks the tokenizer's class by config.json's model_type as well, and some classes put their own
     normalization and splitting around any vocabulary: beside a Qwen2 model, every tokenizer becomes Qwen2's. Such an
-    export would not see the tokens that were trained on.
-
-    Args:
-        chat: tokenizer and template that will be trained with.
-        values: Hugging Face config values of the model.
+    export would not see the tokens that were trained on. `values` are those of the model's config.json.
 
     Raises:
         ValueError: the tokenizer, saved beside such a config.json and loaded back, gives other tokens; or padding is

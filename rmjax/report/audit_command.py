@@ -32,23 +32,18 @@ UNLIMITED = 2**30  # tokens of a conversation
 
 @dataclasses.dataclass(frozen=True)
 class DataAudit:
-    """The values of measure.report, what it is of, how it was read, and what has to be put right.
+    """What an audit shows."""
 
-    `problems` are sentences without their full stops.
-    """
-
-    report: dict[str, Any]
+    report: dict[str, Any]  # of measure.report
     title: str
-    notes: list[str]
-    problems: list[str]
+    notes: list[str]  # how the data was read
+    problems: list[str]  # what has to be put right, sentences without their full stops
 
     def text(self) -> list[str]:
         """Lines for a terminal, what has to be put right last."""
-        look_at = (
-            [Section("Look at", Items([f"{capital(problem)}." for problem in self.problems]))] if self.problems else []
-        )
+        look_at = Section("Look at", Items([f"{capital(problem)}." for problem in self.problems]))
         data = [audit_report.overview(self.report), *audit_report.sections(self.report)]
-        return show.to_text([Section("", *self.notes), *data, *look_at])
+        return show.to_text([Section("", *self.notes), *data, *[look_at] * bool(look_at)])
 
     def page(self) -> str:
         """An HTML page with plots, what has to be put right first."""
@@ -57,11 +52,7 @@ class DataAudit:
 
 
 def audit(args: argparse.Namespace, scratch: Path) -> DataAudit:
-    """Audits what the command line asks for.
-
-    Args:
-        args: of `rmjax.data.__main__`.
-        scratch: an empty directory.
+    """Audits what the command line of `rmjax.data` asks for, with an empty directory to work in.
 
     Raises:
         FileNotFoundError: a source, a tokenizer or a config file is not there.
@@ -78,18 +69,19 @@ def audit(args: argparse.Namespace, scratch: Path) -> DataAudit:
         config.data.max_length = UNLIMITED
     chat = prepare.open_chat(config, scratch) if with_tokens else bytes_chat()
     groups = read_sets(config, chat, task, as_run=bool(args.config))
-    plans = {name: plan for name, x in groups.items() if with_tokens and (plan := _filling(config, x))}
-    if with_tokens:
-        groups = {name: count_unfitting(x, config.plan.row_tokens) for name, x in groups.items()}
+    plans, config.duration = {}, "1 epoch"
+    for name, x in list(groups.items()) if with_tokens else ():
+        if x.lengths.min() <= config.plan.row_tokens:
+            fitting = x.fitting(config.plan.row_tokens)
+            plans[name] = measure.filling(fitting, prepare.plan_training(config, fitting))
+            groups[name] = x.audited(fitting.audit)  # it counts those that no row holds
     unit = "tokens" if with_tokens else "bytes"
     report = measure.report(groups, plans=plans, names=getattr(task, "names", ()), unit=unit)
     report["shared"] |= leaks(config.data.train, config.data.format, args.benchmark)
     problems = [*audit_report.problems(report), *_refusals(groups, asked), *(f"chat template: {x}" for x in chat.notes)]
-    learnt = " ".join([next(iter(report["sets"].values()))["labels"]["kind"], ", ".join(getattr(task, "names", ()))])
-    notes = [
-        f"tokenizer: {config.model.tokenizer or config.model.init_from or 'none, so lengths are in bytes of ChatML'}",
-        f"learnt: {learnt.strip()}",
-    ]
+    learnt = f"{next(iter(report['sets'].values()))['labels']['kind']} {', '.join(getattr(task, 'names', ()))}"
+    tokenizer = config.model.tokenizer or config.model.init_from or "none, so lengths are in bytes of ChatML"
+    notes = [f"tokenizer: {tokenizer}", f"learnt: {learnt.strip()}"]
     return DataAudit(report, config.data.train, notes, problems)
 
 
@@ -101,10 +93,7 @@ def read_config(args: argparse.Namespace) -> ConfigDict:
     """
     if args.config and args.objective:
         raise ValueError("--objective is a part of --config; give one of them, or --config.objective.KEY=VALUE")
-    if args.config:
-        config = config_file.load(args.config)
-    else:
-        config = config_lib.defaults(args.objective or "bradley_terry")
+    config = config_file.load(args.config) if args.config else config_lib.defaults(args.objective or "bradley_terry")
     values, argv = flags.FlagValues(), ["audit", *args.overrides]
     try:
         config_flags.DEFINE_config_dict("config", config, "", flag_values=values, lock_config=True, sys_argv=argv)
@@ -137,13 +126,12 @@ def bytes_chat() -> Chat:
     """A chat whose tokens are the bytes of ChatML."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     model = tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, [])
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}<|im_end|>\n{% endfor %}"
-    )
+    bytes_alone = tokenizers.Tokenizer(model)
+    bytes_alone.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytes_alone.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_alone)
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content or '' }}<|im_end|>\n"
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
     return Chat(tokenizer)
 
 
@@ -163,45 +151,26 @@ def read_sets(config: ConfigDict, chat: Chat, task: Task, *, as_run: bool) -> di
         return {"data": train}
 
 
-def count_unfitting(groups: Groups, row_tokens: int) -> Groups:
-    """The same groups; those that a run would leave out because no row holds them are counted."""
-    if groups.lengths.min() > row_tokens:
-        return groups
-    return groups.audited(groups.fitting(row_tokens).audit)
-
-
-def _filling(config: ConfigDict, groups: Groups) -> dict[str, Any] | None:
-    """Plans one epoch of the groups that fit a row, if any does."""
-    if groups.lengths.min() > config.plan.row_tokens:
-        return None
-    config.duration = "1 epoch"
-    groups = groups.fitting(config.plan.row_tokens)
-    return measure.filling(groups, prepare.plan_training(config, groups))
-
-
 def leaks(source: str, format: str, benchmarks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The prompts of each benchmark that are in the training data, system messages, case and spacing aside."""
-    if not benchmarks:
-        return {}
     wanted = {name: reading.prompts(name) for name in benchmarks}
-    found: dict[str, dict[str, list[str]]] = {name: {} for name in benchmarks}
-    for record in reading.records(source, format=format):
+    shared: dict[str, dict[str, list[str]]] = {name: {} for name in benchmarks}
+    for record in reading.records(source, format=format) if benchmarks else ():
         text = reading.prompt_text(record)
         for name, prompts in wanted.items():
             if text in prompts:
-                found[name].setdefault(text, [record.row, prompts[text]])
+                shared[name].setdefault(text, [record.row, prompts[text]])
     return {
         name: {"prompts": len(x), "of": len(wanted[name]), "examples": list(x.values())[: measure.EXAMPLES]}
-        for name, x in found.items()
+        for name, x in shared.items()
     }
 
 
 def _refusals(groups: dict[str, Groups], asked: tuple[str, float]) -> list[str]:
-    """Why a run with this config would refuse the data."""
-    found = []
+    refusals = []
     for name, x in groups.items():
         try:
             x.audit.check(*asked)
         except ValueError as error:
-            found.append(f"training would refuse {name}: {error}")
-    return found
+            refusals.append(f"training would refuse {name}: {error}")
+    return refusals

@@ -7,10 +7,14 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from ml_collections import ConfigDict
 
+from rmjax.data import sources
+from rmjax.models import hf
 from rmjax.report import card_usage, show
 from rmjax.report.evaluation import benchmark, failing, key_numbers, shown_sets, verdict
 from rmjax.report.naming import flat, metric
@@ -22,19 +26,12 @@ HUB_DATA = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What an export is, by its objective.
+    """What an export is, by its objective."""
 
-    Attributes:
-        what: a noun phrase.
-        task: the Hub's pipeline tag.
-        tags: for finding it.
-        says: what its outputs mean.
-    """
-
-    what: str
-    task: str
-    tags: tuple[str, ...]
-    says: str
+    what: str  # a noun phrase
+    task: str  # the Hub's pipeline tag
+    tags: tuple[str, ...]  # for finding it
+    says: str  # what its outputs mean
 
 
 KINDS = {
@@ -83,30 +80,18 @@ def text(
     model: Values,
     evaluation: Values | None = None,
     quality: Values | None = None,
-    audit: Values | None = None,
     parameters: int | None = None,
     base_model: str = "",
-    license: str = "",
 ) -> str:
-    """Writes the card.
+    """Writes the card: Markdown after a block of YAML.
 
     Args:
         name: of the model, "owner/name" or that of a directory.
-        config: the run's resolved config.
-        contract: the score contract.
+        config, contract: the run's resolved config, and the score contract.
         model: values of the export's config.json.
-        evaluation: of the exported step.
-        quality: verdict of the gate.
-        audit: of measure.report.
+        evaluation, quality: of the exported step, and the verdict of the gate.
         parameters: how many the model has.
         base_model: hub id of what it was trained from; "" where it has none.
-        license: identifier of the base model's licence, as the Hub writes it; "" where it is not known.
-
-    Returns:
-        Markdown after a block of YAML.
-
-    Raises:
-        ValueError: an objective of no known name.
     """
     objective = contract["objective"]["name"]
     if objective not in KINDS:
@@ -118,34 +103,46 @@ def text(
     origin = f"of the {model.get('model_type', 'decoder')} family"
     if base_model:
         origin = f"fine-tuned from [{base_model}](https://huggingface.co/{base_model})"
-    head = f"---\n{metadata(name, kind, config, evaluation, base_model, license)}\n---\n\n# {name}\n\n"
+    words = Markdown(f"A {kind.what}, {origin}, trained with rmjax. {says}")
+    head = f"---\n{_metadata(name, kind, config, evaluation, base_model)}\n---\n\n# {name}\n\n"
     return head + show.to_markdown(
         [
-            Section(
-                "", Markdown(f"A {kind.what}, {origin}, trained with rmjax. {says}"), *verdict(quality, advice=False)
-            ),
+            Section("", words, *verdict(quality, advice=False)),
             Section("How to use it", *card_usage.parts(objective, name)),
             *_metrics(evaluation),
             Section("Architecture", Table(_architecture(model, contract, parameters))),
-            Section("Data", Table(_data(config, contract, audit))),
+            Section("Data", Table(_data(config, contract))),
             Section("Hyper-parameters", Table(_hyper_parameters(config), ("key", "value"))),
             Section("Limits", Items(_limits(objective, contract, evaluation))),
         ]
     )
 
 
-def metadata(name: str, kind: Kind, config: Values, evaluation: Values, base_model: str, license: str) -> str:
-    """The YAML of the block, made by huggingface_hub."""
+def base_model(config: ConfigDict) -> str:
+    """The hub id that a run started from; "" where it was a directory, or from scratch."""
+    base = str(config.model.init_from)
+    return base if hf.is_hub_id(base) and not Path(base).is_dir() else ""
+
+
+def public_config(config: ConfigDict) -> dict[str, Any]:
+    """A run's config as an export may tell it: local data by its name, not by its place."""
+    values = config.to_dict()
+    for key in ("train", "validation"):
+        items = sources.split_spec(values["data"][key]) if values["data"][key] else []
+        values["data"][key] = ", ".join(item if "://" in item else Path(item).name for item in items)
+    return values
+
+
+def _metadata(name: str, kind: Kind, config: Values, evaluation: Values, base_model: str) -> str:
     data = config.get("data") or {}
-    sources = ",".join(str(data.get(key) or "") for key in ("train", "validation"))
+    datasets = HUB_DATA.findall(",".join(str(data.get(key) or "") for key in ("train", "validation")))
     results = _results(kind, evaluation)
     card = ModelCardData(
         model_name=name if results else None,
         library_name="transformers",
         pipeline_tag=kind.task,
         base_model=base_model or None,
-        license=license or None,
-        datasets=sorted(set(HUB_DATA.findall(sources))) or None,
+        datasets=sorted(set(datasets)) or None,
         tags=["rmjax", *kind.tags],
         eval_results=results or None,
     )
@@ -154,33 +151,20 @@ def metadata(name: str, kind: Kind, config: Values, evaluation: Values, base_mod
 
 def _results(kind: Kind, evaluation: Values) -> list[EvalResult]:
     """What was measured, for the Hub's model-index; the slice of the training set is no result."""
-    found = []
-    for name, measured in (evaluation.get("sets") or {}).items():
-        if name != "train_slice":
-            found += _results_of(kind, name, measured["metrics"], measured["kind"])
-    for name, measured in (evaluation.get("benchmarks") or {}).items():
-        found += _results_of(kind, name, measured["metrics"], "")
-    return found
-
-
-def _results_of(kind: Kind, name: str, metrics: Values, measured: str) -> list[EvalResult]:
+    sets = {name: x for name, x in (evaluation.get("sets") or {}).items() if name != "train_slice"}
     return [
         EvalResult(
             task_type=kind.task,
             dataset_type=name,
             dataset_name=name,
             metric_type=key,
-            metric_name=metric(key, measured).title,
+            metric_name=metric(key, measured.get("kind", "")).title,
             metric_value=round(float(estimate["value"]), 6),
         )
-        for key, estimate in metrics.items()
+        for name, measured in [*sets.items(), *(evaluation.get("benchmarks") or {}).items()]
+        for key, estimate in measured["metrics"].items()
         if estimate["value"] is not None and key not in BASELINES
     ]
-
-
-# ----------------------------------------------------------------------------------------------------
-# Sections
-# ----------------------------------------------------------------------------------------------------
 
 
 def _metrics(evaluation: Values) -> list[Section]:
@@ -193,17 +177,17 @@ def _metrics(evaluation: Values) -> list[Section]:
 def _architecture(model: Values, contract: Values, parameters: int | None) -> list[tuple[str, str]]:
     rows = [("class", ", ".join(model.get("architectures") or ()))]
     rows += [("parameters", f"{parameters:,}")] if parameters else []
-    rows += [(title, _value(model[key])) for key, title in SHAPE.items() if model.get(key) is not None]
+    shape = [(title, model[key]) for key, title in SHAPE.items() if model.get(key) is not None]
+    rows += [(title, f"{x:,}" if type(x) is int else _code(x)) for title, x in shape]
     rows += [("outputs", ", ".join(contract.get("labels") or ())), ("decoding", contract.get("decoding") or "")]
     return [(title, value) for title, value in rows if value]
 
 
-def _data(config: Values, contract: Values, audit: Values | None) -> list[tuple[str, str]]:
-    data, sets = config.get("data") or {}, (audit or {}).get("sets") or {}
+def _data(config: Values, contract: Values) -> list[tuple[str, str]]:
     keys = ("train", "validation", "weights", "filter", "sample", "augment")
-    rows = [(key, _code(data[key])) for key in keys if data.get(key)]
-    rows += [(f"{name} set", f"{x['groups']:,} groups, {x['prompts']:,} prompts") for name, x in sets.items()]
-    return rows + ([("fingerprint", _code(contract["data_fingerprint"]))] if contract.get("data_fingerprint") else [])
+    values = {key: (config.get("data") or {}).get(key) for key in keys}
+    values["fingerprint"] = contract.get("data_fingerprint")
+    return [(key, _code(value)) for key, value in values.items() if value]
 
 
 def _hyper_parameters(config: Values) -> list[tuple[str, str]]:
@@ -239,10 +223,6 @@ def _limits(objective: str, contract: Values, evaluation: Values) -> list[str]:
     for measured in shown_sets(evaluation.get("sets") or {}).values():
         limits += failing(measured)
     return [*limits, "It has learnt what the people who labelled the data preferred, with their errors and habits."]
-
-
-def _value(value: Any) -> str:
-    return f"{value:,}" if type(value) is int else _code(value)
 
 
 def _code(value: Any) -> str:

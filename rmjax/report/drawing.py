@@ -19,22 +19,13 @@ STYLE: Any = {  # a dict with keys of matplotlib.rcParams
     "svg.fonttype": "none",  # text stays text, in the page's typeface
     "text.parse_math": False,  # names of data may have dollar signs
     "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), FAINT),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 9),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.axisbelow", "axes.grid"), True),
     "axes.grid.axis": "y",
-    "grid.color": FAINT,
     "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
     "legend.handlelength": 1.2,
     "legend.columnspacing": 1.2,
     "legend.borderpad": 0,
@@ -48,17 +39,10 @@ Panel = Callable[[Axes], None]
 
 
 def draw(panel: Panel, title: str, alt: str, high: float = HIGH, png: bool = False) -> tuple[str, bytes]:
-    """Draws a panel under its title.
-
-    Args:
-        panel: paints the axes.
-        title: stands at the left edge, where those of other plots above and below stand, too.
-        alt: what is to be seen, for those who cannot; every figure of a page needs its own.
-        high: inches.
-        png: whether to make a file, too.
+    """Draws a panel under its title, `high` inches; every figure of a page needs an `alt` text of its own.
 
     Returns:
-        An <svg> element that refers to nothing outside it, and a PNG file or b"".
+        An <svg> element that refers to nothing outside it, and with `png` a PNG file, else b"".
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -5,19 +5,23 @@ nothing.
 """
 
 import dataclasses
+import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rmjax.report import naming, panels
 from rmjax.report.drawing import CHOSEN, REJECTED, SOFT, VALIDATION
 from rmjax.report.naming import number, with_interval
-from rmjax.report.pairs import wrong_pair
 from rmjax.report.panels import Line, Mark
-from rmjax.report.section import Bad, Caption, Cell, Folded, Good, Part, Plot, Section, Table, capital
+from rmjax.report.section import Bad, Caption, Cell, Folded, Good, Pair, Part, Plot, Run, Section, Table, capital
 
 Values = Mapping[str, Any]
 TILES = 6
 OPEN = 5  # wrong pairs that are not folded
+LONGEST_TEXT = 4000  # characters of a text that are shown
+COMPARED = 600  # words; finding what differs takes time with the square of them
+ALIKE = 0.5  # texts less alike than this have no words marked: most would be
 CHECKS = {
     "accuracy": "Validation accuracy",
     "gap": "Training against validation",
@@ -29,18 +33,12 @@ STATUS = {True: Good("passed"), False: Bad("failed"), None: "not measured"}
 
 
 def set_title(name: str) -> str:
-    """What a set of an evaluation is called."""
     return "training (a slice)" if name == "train_slice" else name
 
 
 def shown_sets(sets: Values) -> dict[str, Values]:
     """The sets that are looked at closely: all but the slice of the training set, unless that is the only one."""
     return {name: x for name, x in sets.items() if name != "train_slice" or len(sets) == 1}
-
-
-# ----------------------------------------------------------------------------------------------------
-# Numbers
-# ----------------------------------------------------------------------------------------------------
 
 
 def verdict(quality: Values | None, advice: bool = True) -> list[Part]:
@@ -50,7 +48,9 @@ def verdict(quality: Values | None, advice: bool = True) -> list[Part]:
     checks = quality["checks"]
     failed, unknown = (sum(check["passed"] is x for check in checks) for x in (False, None))
     known = len(checks) - unknown
-    which = f"{_checks(failed or known, known)} of the quality gate" + (f"; {unknown} not measured" if unknown else "")
+    some = f"all {known} checks" if failed in (0, known) else f"{failed} of {known} checks"
+    which = f"{some if known != 1 else 'the one check'} of the quality gate"
+    which += f"; {unknown} not measured" if unknown else ""
     text: str = Bad(f"Not good enough: fails {which}") if failed else Good(f"Good enough: passes {which}")
     if not known:
         text = "The quality gate checked nothing: what it asks for was not measured"
@@ -61,14 +61,7 @@ def verdict(quality: Values | None, advice: bool = True) -> list[Part]:
     return [text, Table(rows)]
 
 
-def _checks(some: int, known: int) -> str:
-    if known == 1:
-        return "the one check"
-    return f"all {known} checks" if some == known else f"{some} of {known} checks"
-
-
 def key_numbers(sets: Values) -> Section:
-    """The metrics of all sets, the headlines of the first one large."""
     if not sets:
         return Section("Key numbers")
     sets = {**shown_sets(sets), **sets}
@@ -95,7 +88,6 @@ def metrics_table(parts: Values, headlines: Sequence[str] = ()) -> Table:
 
 
 def benchmark(name: str, measured: Values) -> Section:
-    """Its metrics, plots of its sections, and its subsets as numbers."""
     missing = [Bad(f"The data lacks {', '.join(measured['missing'])}.")] if measured.get("missing") else []
     rows = [
         [key, naming.value_and_interval(x, naming.is_share(x)), f"{x['count']:,}"]
@@ -122,19 +114,14 @@ def _is_known(estimate: Values | None) -> bool:
     return bool(estimate) and estimate["value"] is not None  # type: ignore[index]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Closer looks
-# ----------------------------------------------------------------------------------------------------
-
-
 def calibration(sets: Values) -> Section:
     """Stated probabilities against the shares that are right, and how good the best of n is by the model."""
     words, plots, chosen = [], of_all(reliability_plots, sets), of_all(best_of_n_plots, sets)
     for name, measured in sets.items():
         error = measured["metrics"].get("ece")
         if plots and _is_known(error):
-            of = f"of {set_title(name)} " if name else ""
-            words.append(f"The expected calibration error {of}is {with_interval(error, True)}.")
+            which = f"of {set_title(name)} " if name else ""
+            words.append(f"The expected calibration error {which}is {with_interval(error, True)}.")
     if plots:
         words.append("Points below the diagonal are right less often than stated. Grey bars: how many there are.")
     if chosen:
@@ -152,7 +139,6 @@ def slices(sets: Values) -> Section:
 
 
 def failing(measured: Values) -> list[str]:
-    """A sentence for each slice that is worse than all pairs together."""
     return [
         f"{capital(str(row['name']))} ({row['table']}): accuracy {with_interval(row, True)} is below that of all pairs "
         f"({row['pairs']:,} pairs)."
@@ -161,31 +147,62 @@ def failing(measured: Values) -> list[str]:
 
 
 def worst(sets: Values) -> Section:
-    """The pairs or scores that are farthest from their labels."""
     attributes = sets and all(measured["kind"] == "attributes" for measured in sets.values())
     tables, pairs = [], []
     for name, measured in sets.items():
-        entries = measured.get("worst") or []
-        pairs += [pair for pair in map(wrong_pair, entries) if pair]
-        rest = [entry for entry in entries if wrong_pair(entry) is None]
+        shown = [(entry, wrong_pair(entry)) for entry in measured.get("worst") or []]
+        pairs += [pair for _, pair in shown if pair]
+        rest = [entry for entry, pair in shown if not pair]
         if rest and "attribute" in rest[0]:
             rows = [[str(x["id"]), str(x["attribute"]), number(x["score"]), number(x["label"])] for x in rest]
             tables.append(Table(rows, ["row", "attribute", "score", "label"], (2, 3), set_title(name)))
         elif rest:
-            rows = [
-                [str(x["id"]), str(x.get("source") or ""), f"{x['preferred']} over {x['rejected']}",
-                 number(x["probability"], True), number(x.get("difference")), number(x.get("margin"))]
-                for x in rest
-            ]  # fmt: skip
+            numbers = lambda x: [number(x["probability"], True), *(number(x.get(y)) for y in ("difference", "margin"))]
+            labelled = lambda x: [str(x["id"]), str(x.get("source") or ""), f"{x['preferred']} over {x['rejected']}"]
+            rows = [[*labelled(x), *numbers(x)] for x in rest]
             head = ["row", "source", "labelled", "model's probability of it", "rewards differ by", "gold margin"]
             tables.append(Table(rows, head, (3, 4, 5), set_title(name)))
     title = "Farthest from their labels" if attributes else "Most confidently wrong"
     return Section(title, *tables, pairs[:OPEN], Folded(f"{len(pairs) - OPEN} more", [pairs[OPEN:]]))
 
 
-# ----------------------------------------------------------------------------------------------------
-# Plots
-# ----------------------------------------------------------------------------------------------------
+def wrong_pair(entry: Mapping[str, Any]) -> Pair | None:
+    """One of "worst" of an evaluation; None where its texts are not known."""
+    preferred, rejected = entry.get("preferred_text"), entry.get("rejected_text")
+    if preferred is None or rejected is None:
+        return None
+    heading = f"The model gives the label a probability of {number(entry['probability'], True)}"
+    if entry.get("difference") is not None:
+        heading += f"; the preferred response gets {number(abs(entry['difference']))} less reward"
+    place = " · ".join(str(x) for x in (entry["id"], entry.get("source")) if x)
+    prompt, preferred, rejected = map(_shorten, (entry.get("prompt") or "", preferred, rejected))
+    return Pair(heading, place, prompt, *differing(preferred, rejected))
+
+
+def _shorten(text: str) -> str:
+    more = len(text) - LONGEST_TEXT
+    return f"{text[:LONGEST_TEXT]} … ({more:,} more characters)" if more > 0 else text
+
+
+def differing(first: str, second: str) -> tuple[list[Run], list[Run]]:
+    """Splits two texts where they differ, by words.
+
+    >>> differing("every old river", "every old garden")
+    ([(True, 'every old '), (False, 'river')], [(True, 'every old '), (False, 'garden')])
+    """
+    a, b = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (first, second))
+    whole = [(True, first)], [(True, second)]
+    if max(len(a), len(b)) > COMPARED:
+        return whole
+    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
+    if matcher.ratio() < ALIKE:
+        return whole
+    runs: tuple[list[Run], list[Run]] = [], []
+    for kind, i, j, k, l in matcher.get_opcodes():
+        for side, words in zip(runs, (a[i:j], b[k:l])):
+            if words:
+                side.append((kind == "equal", "".join(words)))
+    return runs
 
 
 def of_all(plots: Callable[[str, Values], list[Plot]], sets: Values) -> list[Plot]:
@@ -196,31 +213,27 @@ def of_all(plots: Callable[[str, Values], list[Plot]], sets: Values) -> list[Plo
 
 def reward_plots(name: str, measured: Values) -> list[Plot]:
     """Distributions of rewards, margins, scores of steps or losses of conversations, as they are there."""
-    plots = []
-    if _counted(measured.get("chosen")) and _counted(measured.get("rejected")):
-        sides = [("rejected", REJECTED, measured["rejected"]), ("chosen", CHOSEN, measured["chosen"])]
-        panel = panels.histograms(sides, "reward", "responses")
-        alt = f"{name}: histograms of the rewards of chosen and rejected"
-        plots.append(Plot(f"rewards_{name}", "Rewards at the end", panel, alt))
-    if _counted(measured.get("margins")):
-        sides = panels.split_at_zero(measured["margins"], ("wrong", "right"), (REJECTED, CHOSEN))
+    steps, margins = measured.get("scores") or {}, measured.get("margins")
+    rewards = [(side, color, measured.get(side)) for side, color in (("rejected", REJECTED), ("chosen", CHOSEN))]
+    scores = [("wrong steps", REJECTED, steps.get("incorrect")), ("right steps", CHOSEN, steps.get("correct"))]
+    losses = [("", VALIDATION, measured.get("losses"))]
+    margin_plots = []
+    if margins and _counted(margins):
+        sides = panels.split_at_zero(margins, ("wrong", "right"), (REJECTED, CHOSEN))
         panel = panels.histograms(sides, "chosen minus rejected", "pairs")
-        plots.append(Plot(f"margins_{name}", "Margins", panel, f"{name}: histogram of reward differences"))
-    steps = measured.get("scores") or {}
-    if all(_counted(steps.get(side)) for side in ("correct", "incorrect")):
-        sides = [("wrong steps", REJECTED, steps["incorrect"]), ("right steps", CHOSEN, steps["correct"])]
-        panel = panels.histograms(sides, "probability that the step is right", "steps")
-        alt = f"{name}: histograms of the scores of right and wrong steps"
-        plots.append(Plot(f"steps_{name}", "Scores of steps", panel, alt))
-    if _counted(measured.get("losses")):
-        panel = panels.histograms([("", VALIDATION, measured["losses"])], "nats a token", "conversations")
-        alt = f"{name}: histogram of the mean losses of conversations"
-        plots.append(Plot(f"losses_{name}", "Loss of a conversation", panel, alt))
-    return plots
+        margin_plots.append(Plot(f"margins_{name}", "Margins", panel, f"{name}: histogram of reward differences"))
+    return [
+        *_histograms(f"rewards_{name}", "Rewards at the end", rewards, "reward", "responses",
+                     f"{name}: histograms of the rewards of chosen and rejected"),
+        *margin_plots,
+        *_histograms(f"steps_{name}", "Scores of steps", scores, "probability that the step is right", "steps",
+                     f"{name}: histograms of the scores of right and wrong steps"),
+        *_histograms(f"losses_{name}", "Loss of a conversation", losses, "nats a token", "conversations",
+                     f"{name}: histogram of the mean losses of conversations"),
+    ]  # fmt: skip
 
 
 def attribute_plots(name: str, measured: Values) -> list[Plot]:
-    """For each attribute the scores by label, and the distributions of labels and scores."""
     plots = []
     for attribute, values in (measured.get("attributes") or {}).items():
         curve = values.get("curve") or {"label": (), "mean": (), "sd": ()}
@@ -230,19 +243,22 @@ def attribute_plots(name: str, measured: Values) -> list[Plot]:
             low, high = ([y + sign * (sd or 0.0) for _, y, sd in known] for sign in (-1, 1))
             lines = [Line("", None, label, label), Line("", VALIDATION, label, mean, bands=[(low, high, 0.18)])]
             title, panel = f"{panels.cut(attribute)}: score by label", panels.curves(lines, "label", "score")
-            plots.append(
-                Plot(f"scores_{name}_{attribute}", title, panel, f"{name}: mean score of {attribute} by label")
-            )
-        if _counted(values.get("labels")) and _counted(values.get("scores")):
-            sides = [("labels", SOFT, values["labels"]), ("scores", VALIDATION, values["scores"])]
-            title, panel = f"{panels.cut(attribute)}: distribution", panels.histograms(sides, "score", "responses")
-            alt = f"{name}: labels and scores of {attribute}"
-            plots.append(Plot(f"distribution_{name}_{attribute}", title, panel, alt))
+            alt = f"{name}: mean score of {attribute} by label"
+            plots.append(Plot(f"scores_{name}_{attribute}", title, panel, alt))
+        sides = [("labels", SOFT, values.get("labels")), ("scores", VALIDATION, values.get("scores"))]
+        title, alt = f"{panels.cut(attribute)}: distribution", f"{name}: labels and scores of {attribute}"
+        plots += _histograms(f"distribution_{name}_{attribute}", title, sides, "score", "responses", alt)
     return plots
 
 
+def _histograms(
+    name: str, title: str, sides: Sequence[tuple[str, str, Values | None]], x: str, y: str, alt: str
+) -> list[Plot]:
+    filled = [(label, color, counts) for label, color, counts in sides if counts and _counted(counts)]
+    return [Plot(name, title, panels.histograms(filled, x, y), alt)] if len(filled) == len(sides) else []
+
+
 def reliability_plots(name: str, measured: Values) -> list[Plot]:
-    """Stated probabilities against the shares that are right."""
     bins = measured.get("reliability")
     if not bins or not sum(bins["counts"]):
         return []
@@ -250,23 +266,17 @@ def reliability_plots(name: str, measured: Values) -> list[Plot]:
     x = "stated probability that a step is right" if steps else "stated probability of the preferred side"
     y = "steps that are right" if steps else "pairs labelled so"
     alt = f"{name}: stated probability against the share that is right"
-    return [Plot(f"reliability_{name}", "Reliability", panels.reliability(bins, x, y, VALIDATION), alt, 3.3)]
+    return [Plot(f"reliability_{name}", "Reliability", panels.reliability(bins, x, y), alt, 3.3)]
 
 
 def slice_plots(name: str, measured: Values) -> list[Plot]:
-    """Accuracy of each kind of pairs, with that of all as a line."""
     whole = (measured.get("metrics", {}).get("accuracy") or {}).get("value")
     level = None if whole is None else (whole, "all")
-    return [
-        plot
-        for table, rows in (measured.get("slices") or {}).items()
-        for plot in _interval_plots(
-            (f"slices_{name}_{table}", f"Accuracy by {table}", f"{name}: accuracy by {table}"),
-            [{**row, "count": row["pairs"]} for row in rows],
-            level,
-            "pairs",
-        )
-    ]
+    plots = []
+    for table, slices in (measured.get("slices") or {}).items():
+        names = (f"slices_{name}_{table}", f"Accuracy by {table}", f"{name}: accuracy by {table}")
+        plots += _interval_plots(names, [{**row, "count": row["pairs"]} for row in slices], level, "pairs")
+    return plots
 
 
 def best_of_n_plots(name: str, measured: Values) -> list[Plot]:
@@ -297,13 +307,11 @@ def benchmark_plots(name: str, measured: Values) -> list[Plot]:
     level = (metrics["overall"]["value"], "overall") if _is_known(metrics.get("overall")) else None
     sections = [{"name": key, "count": None, **x} for key, x in metrics.items() if key != "overall"]
     subsets = [{"name": key, **x} for key, x in (measured.get("subsets") or {}).items()]
-    shares = lambda rows: all(naming.is_share(row) for row in rows if _is_known(row))
-    return [
-        dataclasses.replace(plot, table=None)  # both stand in tables of the section
-        for what, rows in (("sections", sections), ("subsets", subsets))
-        if shares(rows)
-        for plot in _interval_plots((f"{what}_{name}", capital(what), f"{name}: {what}"), rows, level, "groups")
-    ]
+    plots = []
+    for what, rows in (("sections", sections), ("subsets", subsets)):
+        if all(naming.is_share(row) for row in rows if _is_known(row)):
+            plots += _interval_plots((f"{what}_{name}", capital(what), f"{name}: {what}"), rows, level, "groups")
+    return [dataclasses.replace(plot, table=None) for plot in plots]  # both stand in tables of the section
 
 
 def _interval_plots(names: tuple[str, str, str], rows: Sequence[Values], level: Mark | None, unit: str) -> list[Plot]:
@@ -315,7 +323,7 @@ def _interval_plots(names: tuple[str, str, str], rows: Sequence[Values], level: 
         [str(x["name"]), naming.value_and_interval(x, True), f"{x['count'] or 0:,} {unit}"] for x in rows
     ]
     name, title, alt = names
-    panel = panels.intervals(known, VALIDATION, level)
+    panel = panels.intervals(known, level)
     return [Plot(name, title, panel, alt, panels.tall(known), Table(cells, numbers=(1, 2), title=title))]
 
 

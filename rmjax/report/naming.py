@@ -9,17 +9,11 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """How a metric is shown.
-
-    Attributes:
-        title: its name in words.
-        percent: whether it is a share.
-        meaning: one phrase.
-    """
+    """How a metric is shown."""
 
     title: str
-    percent: bool = False
-    meaning: str = ""
+    percent: bool = False  # whether it is a share
+    meaning: str = ""  # one phrase
 
 
 METRICS = {
@@ -72,10 +66,7 @@ HEADLINES = {  # what is shown large, in this order, at most six of them
 def metric(name: str, kind: str = "", estimate: Mapping[str, Any] | None = None) -> Metric:
     """How a metric is shown; "mse/style" is that of the attribute "style", and one of no known name is shown as it is.
 
-    Args:
-        name: of the metric.
-        kind: of what was measured, where that makes a difference; a benchmark has none.
-        estimate: of a benchmark, whose numbers are shares if they are between 0 and 1 and not ours by name.
+    `kind` is that of the measures; a benchmark has none, and an unknown number of it is a share if it is from 0 to 1.
     """
     base, _, part = name.partition("/")
     known = OF_KIND.get(kind, {}).get(base) or METRICS.get(base)
@@ -110,7 +101,6 @@ def interval(estimate: Mapping[str, Any], percent: bool = False) -> str:
 
 
 def value_and_interval(estimate: Mapping[str, Any], percent: bool = False) -> tuple[str, str]:
-    """Both as the cell of a table."""
     return number(estimate.get("value"), percent), interval(estimate, percent)
 
 

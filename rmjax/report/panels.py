@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rmjax.report.drawing import FAINT, FILL, SOFT, Axes, Panel
+from rmjax.report.drawing import FAINT, FILL, SOFT, VALIDATION, Axes, Panel
 
 Values = Mapping[str, Any]
 LONGEST = 30  # characters of a name beside a plot
@@ -21,23 +21,14 @@ Mark = tuple[float, str]  # where a line across the panel stands, and its name
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """Points that are known, x ascending.
+    """Points that are known, x ascending."""
 
-    Attributes:
-        name: in the legend; "" has no place there.
-        color: of all of it; None is that of a dashed line that data is compared with.
-        x: of the points.
-        y: of the points.
-        marker: whether the points are marked.
-        bands: (low, high, opacity) around it, at every point.
-    """
-
-    name: str
-    color: str | None
+    name: str  # in the legend; "" has no place there
+    color: str | None  # None is that of a dashed line that data is compared with
     x: Sequence[float]
     y: Sequence[float]
-    marker: bool = True
-    bands: Sequence[tuple[Sequence[float], Sequence[float], float]] = ()
+    marker: bool = True  # whether the points are marked
+    bands: Sequence[tuple[Sequence[float], Sequence[float], float]] = ()  # (low, high, opacity) at every point
 
 
 def curves(
@@ -49,16 +40,9 @@ def curves(
     zero: bool = False,
     mark: Mark | None = None,
 ) -> Panel:
-    """Lines over x.
+    """Lines over x; y is named where the title does not say what it is.
 
-    Args:
-        lines: at least one.
-        x: what is on the x-axis.
-        y: what is on the y-axis, if the title does not say it.
-        share: whether y is a share, shown as percent.
-        log: whether x doubles from mark to mark.
-        zero: whether y begins at 0.
-        mark: a place on the x-axis.
+    A share is shown as percent, with `log` x doubles from tick to tick, with `zero` y begins at 0.
     """
 
     def paint(axes: Axes) -> None:
@@ -66,14 +50,10 @@ def curves(
         for line in lines:
             for low, high, opacity in line.bands:
                 axes.fill_between(line.x, low, high, color=line.color, alpha=opacity, linewidth=0)
-            few = line.marker or len(line.x) == 1
-            look = (
-                {"marker": "o", "markersize": 3.5, "linewidth": 1.6}
-                if few
-                else {"linewidth": 1.8 if line.bands else 1.0}
-            )
-            look = DASHED if line.color is None else {"color": line.color, **look}
-            axes.plot(line.x, line.y, label=line.name, **look)
+            look: dict[str, Any] = {"color": line.color, "linewidth": 1.8 if line.bands else 1.0}
+            if line.marker or len(line.x) == 1:
+                look |= {"marker": "o", "markersize": 3.5, "linewidth": 1.6}
+            axes.plot(line.x, line.y, label=line.name, **(DASHED if line.color is None else look))
         _draw_mark(axes, mark)
         axes.margins(x=0.02, y=0.08)
         if zero:
@@ -89,14 +69,8 @@ def curves(
 
 
 def histograms(sides: Sequence[tuple[str, str, Values]], x: str, y: str, mark: Mark | None = None) -> Panel:
-    """Histograms behind each other, as of measure.histogram: over the same edges, or of a few values.
-
-    Args:
-        sides: name, colour and counts; one alone needs no name.
-        x: what is on the x-axis.
-        y: what is counted.
-        mark: a place on the x-axis.
-    """
+    """Histograms (name, colour, counts) behind each other, as of measure.histogram: over the same edges, or of a few
+    values. `y` is what is counted; one histogram alone needs no name."""
     values = [value for *_, counts in sides for value in counts.get("values", ())]
     distinct = sorted(set(values))
     beside = len(sides) if len(distinct) < len(values) else 1  # bars of the same value stand beside each other
@@ -127,22 +101,18 @@ def split_at_zero(counts: Values, names: tuple[str, str], colors: tuple[str, str
     number = np.array(counts["counts"])
     if "edges" in counts:
         middle = (np.array(counts["edges"][:-1], float) + np.array(counts["edges"][1:], float)) / 2
-        part = lambda of: {"edges": counts["edges"], "counts": np.where(of, number, 0).tolist()}
+        part = lambda here: {"edges": counts["edges"], "counts": np.where(here, number, 0).tolist()}
     else:
         middle = np.array(counts["values"], float)
-        part = lambda of: {"values": middle[of].tolist(), "counts": number[of].tolist()}
+        part = lambda here: {"values": middle[here].tolist(), "counts": number[here].tolist()}
     sides = [*zip(names, colors, (part(middle < 0), part(middle > 0))), ("", SOFT, part(middle == 0))]
     return [(name, color, side) for name, color, side in sides if name or sum(side["counts"])]
 
 
-def reliability(bins: Values, x: str, y: str, color: str) -> Panel:
-    """Stated probability `x` against the share `y` that is right; grey bars say how many are in a bin.
+def reliability(bins: Values, x: str, y: str) -> Panel:
+    """Stated probability `x` against the share `y` that is right; grey bars say how many are in each of the bins.
 
-    Args:
-        bins: "edges", "counts", "predicted" and "observed"; the latter two are None in empty bins.
-        x: whose probability.
-        y: share of what.
-        color: of the points.
+    `bins` has "edges", "counts", "predicted" and "observed"; the latter two are None in empty bins.
     """
     edges, counts = bins["edges"], np.array(bins["counts"], float)
     known = [(p, o) for p, o in zip(bins["predicted"], bins["observed"]) if p is not None and o is not None]
@@ -153,28 +123,25 @@ def reliability(bins: Values, x: str, y: str, color: str) -> Panel:
         tall = 0.2 * (1.02 - low) * counts / counts.max()
         axes.bar(edges[:-1], tall, np.diff(edges) * 0.92, bottom=low, align="edge", color=FAINT)
         axes.plot([edges[0], 1], [edges[0], 1], label="perfectly calibrated", **DASHED)
-        axes.plot(*zip(*known), color=color, marker="o", markersize=5, linewidth=1.6)
+        axes.plot(*zip(*known), color=VALIDATION, marker="o", markersize=5, linewidth=1.6)
         _percent(axes.xaxis)
         _percent(axes.yaxis)
 
     return paint
 
 
-def intervals(rows: Sequence[Values], color: str, mark: Mark | None) -> Panel:
+def intervals(rows: Sequence[Values], mark: Mark | None) -> Panel:
     """Shares with their 95 % intervals, one row each, and what they are compared with.
 
-    Args:
-        rows: {"name", "value", "low", "high"} and "count", how many are behind it, or None.
-        color: of the points.
-        mark: a place on the x-axis.
+    A row is {"name", "value", "low", "high"} and "count", how many are behind it, or None.
     """
 
     def paint(axes: Axes) -> None:
         _draw_mark(axes, mark)
         for place, row in enumerate(rows):
             if row["low"] is not None and row["high"] is not None:
-                axes.plot([row["low"], row["high"]], [place, place], color=color, linewidth=1.6, alpha=0.55)
-            axes.plot([row["value"]], [place], color=color, marker="o", markersize=5)
+                axes.plot([row["low"], row["high"]], [place, place], color=VALIDATION, linewidth=1.6, alpha=0.55)
+            axes.plot([row["value"]], [place], color=VALIDATION, marker="o", markersize=5)
         number = lambda row: "" if row.get("count") is None else f"  ({short(row['count'])})"
         axes.set_yticks(range(len(rows)), [cut(row["name"]) + number(row) for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -207,11 +174,6 @@ def categories(counts: Mapping[str, int]) -> Panel:
     return paint
 
 
-# ----------------------------------------------------------------------------------------------------
-# Names and numbers in panels
-# ----------------------------------------------------------------------------------------------------
-
-
 def cut(name: str, most: int = LONGEST) -> str:
     """A name on one line, with its middle left out where it is long: both ends of paths and names tell."""
     name = " ".join(name.split())
@@ -239,7 +201,6 @@ def _thousands(axis: Any, integer: bool = False) -> None:
 
 
 def _percent(axis: Any) -> None:
-    """Ticks of shares as 20 % and 80 %."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))

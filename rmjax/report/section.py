@@ -32,23 +32,14 @@ Cell: TypeAlias = str | tuple[str, str]  # the second of a pair is less importan
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of cells, all equally many; without rows it is left out.
-
-    Attributes:
-        rows: one cell for each column.
-        head: names of the columns, or none.
-        numbers: columns that are aligned on the right.
-        title: stands above it.
-        quiet: explaining columns, which a phone and a terminal have no room for.
-        large: rows whose second cell a page shows large above the table.
-    """
+    """Rows of cells, all equally many; without rows it is left out."""
 
     rows: Sequence[Sequence[Cell]]
-    head: Sequence[str] = ()
-    numbers: Sequence[int] = ()
+    head: Sequence[str] = ()  # names of the columns, or none
+    numbers: Sequence[int] = ()  # columns that are aligned on the right
     title: str = ""
-    quiet: Sequence[int] = ()
-    large: Sequence[int] = ()
+    quiet: Sequence[int] = ()  # explaining columns, which a phone and a terminal have no room for
+    large: Sequence[int] = ()  # rows whose second cell a page shows large above the table
 
     def __bool__(self) -> bool:
         return bool(self.rows)
@@ -56,23 +47,14 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """One panel; a page shows it drawn, text and Markdown show its table.
+    """One panel; a page shows it drawn, text and Markdown show its table."""
 
-    Attributes:
-        name: of its PNG file, without the ending; unique in a document.
-        title: stands above it.
-        panel: paints it.
-        alt: what is to be seen, for those who cannot; unique in a document.
-        high: inches.
-        table: the same as numbers, if these are to be read.
-    """
-
-    name: str
+    name: str  # of its PNG file, without the ending; unique in a document
     title: str
     panel: drawing.Panel
-    alt: str
-    high: float = drawing.HIGH
-    table: Table | None = None
+    alt: str  # what is to be seen, for those who cannot; unique in a document
+    high: float = drawing.HIGH  # inches
+    table: Table | None = None  # the same as numbers, if these are to be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +107,6 @@ class Section:
     """Parts under a heading of level 2 or 3; without a title they belong to the document's beginning."""
 
     def __init__(self, title: str, *parts: Part, level: int = 2):
-        """Leaves out the parts that are empty."""
         self.title, self.level = title, level
         self.parts: list[Part] = [part for part in parts if part]
 
@@ -134,17 +115,14 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """What links within a page call it."""
         return "-".join("".join(c if c.isalnum() else " " for c in self.title.lower()).split())
 
     @property
     def plots(self) -> Iterator[Plot]:
-        """Its plots, in order."""
         for part in self.parts:
             if isinstance(part, list):
                 yield from (x for x in part if isinstance(x, Plot))
 
 
 def capital(text: str) -> str:
-    """The text with its first letter large."""
     return text[:1].upper() + text[1:]

@@ -15,11 +15,6 @@ WIDTH = 110  # characters of a table in text
 NARROW = 12  # characters that a column keeps where a table is too wide
 
 
-# ----------------------------------------------------------------------------------------------------
-# Text
-# ----------------------------------------------------------------------------------------------------
-
-
 def to_text(sections: Sequence[Section]) -> list[str]:
     """Lines for a terminal: sections of level 2 with a line between them, tables aligned, plots as their tables."""
     lines: list[str] = []
@@ -86,13 +81,7 @@ def _wrapped(cell: str, width: int) -> list[str]:
     return [part for line in cell.split("\n") for part in fold.wrap(line)]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Markdown
-# ----------------------------------------------------------------------------------------------------
-
-
 def to_markdown(sections: Sequence[Section]) -> str:
-    """Blocks of Markdown with a line between them."""
     blocks = []
     for section in sections:
         blocks += [f"{'#' * section.level} {_plain(section.title)}"] * bool(section.title)
@@ -135,25 +124,13 @@ def _plain(text: str) -> str:
     return escaped.replace("<", "&lt;")
 
 
-# ----------------------------------------------------------------------------------------------------
-# HTML
-# ----------------------------------------------------------------------------------------------------
-
-
 def to_html(
     title: str, sections: Sequence[Section], *, kind: str, notes: Sequence[str] = (), png: bool = False
 ) -> tuple[str, dict[str, bytes]]:
-    """Renders a page with nothing that is loaded from elsewhere.
-
-    Args:
-        title: what it is about.
-        sections: in reading order.
-        kind: of page, in small type above the title.
-        notes: lines below the title.
-        png: whether to draw the plots as files, too.
+    """Renders a page with nothing that is loaded from elsewhere; `kind` stands above the title, `notes` below it.
 
     Returns:
-        The page; and PNG files of the plots by a file name that is unique in the page.
+        The page; and with `png` files of the plots by a file name that is unique in the page.
     """
     plots = [plot for section in sections for plot in section.plots]
     drawn = {x.alt: drawing.draw(x.panel, x.title, x.alt, x.high, png) for x in plots}

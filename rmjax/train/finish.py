@@ -19,7 +19,6 @@ from rmjax.export import write as export
 from rmjax.inference import runs
 from rmjax.inference.parameters import AbstractModel
 from rmjax.inference.reward_model import RewardModel
-from rmjax.report import card, card_values
 from rmjax.report import run as run_report
 from rmjax.runtime import agreement, exits, files, processes
 
@@ -99,15 +98,8 @@ def write(
         files.write_json(workdir / "evaluation.json", evaluation)
         files.write_json(workdir / "quality.json", verdict)
         files.write_json(workdir / "environment.json", environment(model.mesh))
-    told = {"evaluation": evaluation, "quality": verdict, "parameters": sum(x.size for x in jax.tree.leaves(params))}
-    told["base_model"] = card_values.base_model(config)
-    name = f"{Path(config.model.init_from).name or model.values['model_type']}-{config.objective.name}".replace(
-        "_", "-"
-    )
-    describe = lambda terms, values: card.text(
-        name, config=card_values.public_config(config), contract=terms, model=values, **told
-    )
-    export.write(
+    name = f"{Path(config.model.init_from).name or model.values['model_type']}-{config.objective.name}"
+    export.write_export(
         workdir / "export",
         params,
         objective=model.objective,
@@ -118,8 +110,10 @@ def write(
         metrics=metrics,
         data=data,
         golden=export.golden_sequences(sets["validation"]),
-        estimates=card_values.all_estimates(evaluation),
-        card=describe,
+        evaluation=evaluation,
+        quality=verdict,
+        card_name=name.replace("_", "-"),
+        parameters=sum(x.size for x in jax.tree.leaves(params)),
         run=run,
     )
     if processes.is_first() and config.log.report:

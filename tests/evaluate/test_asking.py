@@ -65,7 +65,7 @@ def loaded(directory, what, own=None):
 def asked(model, rows, tmp_path):
     task = asking.task_for(model.objective.task)
     groups = evaluating.read(rows, model.chat, task, cache_dir=tmp_path, workers=0)
-    return groups, task, evaluating.ask(model, groups)
+    return groups, task, asking.ask(model, groups)
 
 
 def test_a_reward_model_gives_each_response_its_score(base, rows, tmp_path):
@@ -83,8 +83,8 @@ def test_a_reward_model_gives_each_response_its_score(base, rows, tmp_path):
         assert group.tokens.tolist() == tokens
     assert said[0].wins.tolist() == [[0, 1, 1], [0, 0, 0], [0, 0, 0]] and said[0].ties[1, 2] == 1
     order = np.argsort(-said[0].scores)
-    assert said[0].verdicts[order[0], order[1]] == 1 and said[0].verdicts[order[1], order[0]] == 0
-    assert said[0].preference[0, 1] == pytest.approx(1 / (1 + np.exp(said[0].scores[1] - said[0].scores[0])))
+    assert said[0].alone.verdicts[0][order[0], order[1]] == 1 and said[0].alone.verdicts[0][order[1], order[0]] == 0
+    assert said[0].alone.preference[0][0, 1] == pytest.approx(1 / (1 + np.exp(said[0].scores[1] - said[0].scores[0])))
 
 
 def test_a_pairwise_judge_is_asked_in_both_orders(base, rows, tmp_path):
@@ -96,10 +96,10 @@ def test_a_pairwise_judge_is_asked_in_both_orders(base, rows, tmp_path):
         prompt = {"role": "user", "content": row["prompt"]}
         for i, j in ((0, 1), (1, 0)):
             averaged = model.judge([[prompt, turn(row["responses"][i])]], [[prompt, turn(row["responses"][j])]])[0]
-            np.testing.assert_allclose(group.averaged[i, j], list(averaged.values()), atol=1e-5)
-    assert np.isnan(said[0].orders[0, 0]).all() and np.isnan(said[0].verdicts[1, 1])
+            np.testing.assert_allclose(group.alone.averaged[0][i, j], list(averaged.values()), atol=1e-5)
+    assert np.isnan(said[0].orders[0, 0]).all() and np.isnan(said[0].alone.verdicts[0][1, 1])
     assert said[2].ties[0, 1] == 1 and not said[2].wins.any()
-    np.testing.assert_allclose(said[0].preference[0, 1] + said[0].preference[1, 0], 1, atol=1e-6)
+    np.testing.assert_allclose(said[0].alone.preference[0][0, 1] + said[0].alone.preference[0][1, 0], 1, atol=1e-6)
 
 
 def log_likelihood(model, tokens, start):
@@ -194,7 +194,7 @@ def test_scaled_rewards_mean_the_same_probabilities(base, rows, tmp_path):
     scaled.contract = {"reward_scale": 4.0}
     *_, divided = asked(scaled, rows, tmp_path)
     np.testing.assert_allclose(divided[0].scores * 4, plain[0].scores, atol=1e-5)
-    np.testing.assert_allclose(divided[0].preference, plain[0].preference, atol=1e-6)
+    np.testing.assert_allclose(divided[0].alone.preference, plain[0].alone.preference, atol=1e-6)
     before, after = (measures.preferences(said)["metrics"] for said in (plain, divided))
     for name in ("accuracy", "nll", "ece"):
         assert after[name]["value"] == pytest.approx(before[name]["value"], abs=1e-5), name

@@ -22,8 +22,8 @@ def flat(groups):
     found = []
     for g in groups:
         for i, j in zip(*np.nonzero(g.wins > g.wins.T)):
-            if not np.isnan(g.verdicts[i, j]):
-                found.append((g.verdicts[i, j], g.preference[i, j], g.weight))
+            if not np.isnan(g.alone.verdicts[0][i, j]):
+                found.append((g.alone.verdicts[0][i, j], g.alone.preference[0][i, j], g.weight))
     return (np.array(column) for column in zip(*found))
 
 
@@ -36,10 +36,10 @@ def test_stacks_say_what_single_groups_say(groups):
     for stack in scored.stacks(groups):
         for row, n in enumerate(stack.at):
             one = groups[n]
-            np.testing.assert_array_equal(stack.verdicts[row], one.verdicts)
-            np.testing.assert_array_equal(stack.preference[row], one.preference)
+            np.testing.assert_array_equal(stack.verdicts[row], one.alone.verdicts[0])
+            np.testing.assert_array_equal(stack.preference[row], one.alone.preference[0])
             if one.orders is not None:
-                np.testing.assert_array_equal(stack.first_verdicts[row], one.first_verdicts)
+                np.testing.assert_array_equal(stack.first_verdicts[row], one.alone.first_verdicts[0])
             seen += 1
     assert seen == len(groups)
 
@@ -179,7 +179,7 @@ def test_accuracy_nll_and_reliability_against_scikit_learn():
     verdict, p, _ = flat(groups)
     side = np.array([g.scores[0] > g.scores[1] for g in groups])
     label = np.array([g.wins[0, 1] > 0 for g in groups])
-    of_first = np.array([g.preference[0, 1] for g in groups])
+    of_first = np.array([g.alone.preference[0][0, 1] for g in groups])
     assert value(found, "accuracy") == sklearn.metrics.accuracy_score(label, side) == verdict.mean()
     assert value(found, "nll") == pytest.approx(sklearn.metrics.log_loss(label, of_first))
     confidence, right = np.maximum(p, 1 - p), verdict
@@ -310,7 +310,7 @@ def test_a_kind_of_preference_that_fails_is_named_and_a_handful_is_not():
 def test_worst_pairs_are_the_most_confidently_wrong_ones():
     groups = pairs(300)
     found = measures.preferences(groups, worst=7)["worst"]
-    of = [(g.preference[0, 1] if g.wins[0, 1] else g.preference[1, 0], g) for g in groups]
+    of = [(g.alone.preference[0][0, 1] if g.wins[0, 1] else g.alone.preference[0][1, 0], g) for g in groups]
     expected = sorted(of, key=lambda x: x[0])[:7]
     assert [x["id"] for x in found] == [g.id for _, g in expected]
     assert [x["probability"] for x in found] == [p for p, _ in expected]
@@ -354,7 +354,7 @@ def test_cycles_against_counting_triples():
     circles = asked = 0
     for g in groups:
         for i, j, k in itertools.combinations(range(5), 3):
-            seen = [g.verdicts[x] for x in ((i, j), (j, k), (k, i))]
+            seen = [g.alone.verdicts[0][x] for x in ((i, j), (j, k), (k, i))]
             asked += not np.isnan(seen).any()
             circles += seen in ([1, 1, 1], [0, 0, 0])
     assert value(measures.preferences(groups), "cycle_rate") == pytest.approx(circles / asked) and circles

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from made_up_answers import metrics_of, sums_of
 
-from rmjax.evaluate import calibration
+from rmjax.evaluate import moments
 from rmjax.evaluate.estimates import Estimates
 from rmjax.objectives.bradley_terry import BradleyTerry
 from rmjax.objectives.pairwise import Pairwise
@@ -16,7 +16,7 @@ from rmjax.statistics import first_where, softmax, spread
 
 def calibration_error(confidence, right, weight):
     found = Estimates(np.zeros(len(right), int))
-    calibration.add_ece(found, np.arange(len(right)), confidence, right, weight, 0.0)
+    moments.add_ece(found, np.arange(len(right)), confidence, right, weight, 0.0)
     return found.others().get("ece")
 
 

@@ -54,7 +54,7 @@ def write(tmp_path_factory):
         outputs = len(objective.labels)
         _, shapes = heads.abstract(model, outputs, "float32", "float32", architecture=objective.architecture)
         ids = chat.encode([chat.render(talk) for talk in TALKS])
-        export.write(
+        export.write_export(
             directory,
             random_params(shapes),
             objective=objective,
@@ -65,7 +65,10 @@ def write(tmp_path_factory):
             metrics=MEASURED,
             data="0",
             golden=[(row, [5, len(row) - 1] if name == "prm" else [len(row) - 1]) for row in ids],
-            estimates={"validation/margin": INTERVAL, "validation/accuracy": INTERVAL},
+            evaluation={
+                "sets": {"validation": {"metrics": {"margin": INTERVAL, "accuracy": INTERVAL}}},
+                "benchmarks": {},
+            },
             **options,
         )
         return directory
@@ -173,7 +176,7 @@ def test_others_that_disagree_are_named_and_nothing_is_recorded(copied, monkeypa
     directory = copied()
     before = (directory / contract.FILE).read_bytes()
     off = lambda directory, golden: [np.array(row["outputs"]) + 2 * contract.TOLERANCE for row in golden]
-    monkeypatch.setattr(verify, "by", lambda architecture: {"another 1.0": off})
+    monkeypatch.setattr(verify, "other_replays", lambda architecture: {"another 1.0": off})
     with pytest.raises(ValueError, match=r"another 1\.0 disagrees with the export's contract: golden row 0 scores"):
         verify.verify(directory)
     assert (directory / contract.FILE).read_bytes() == before

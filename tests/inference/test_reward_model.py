@@ -307,7 +307,7 @@ def write_export(directory, source, dtype="auto"):
         "model_type": family,
         "max_position_embeddings": 1024,
     }
-    export.write(
+    export.write_export(
         directory,
         jax.tree.map(jnp.copy, source.params),  # they are deleted when written
         objective=BradleyTerry(),

@@ -13,7 +13,7 @@ from rmjax.batches import measure
 from rmjax.config import defaults
 from rmjax.evaluate import gate
 from rmjax.report import audit as audit_report
-from rmjax.report import drawing, naming, pairs, panels
+from rmjax.report import drawing, naming, panels
 from rmjax.report import evaluation as evaluation_report
 from rmjax.report import run as run_report
 from rmjax.report.section import capital
@@ -367,10 +367,10 @@ def test_of_run_reads_what_is_there(tmp_path):
 
 def test_long_texts_are_cut_and_texts_unlike_each_other_not_marked():
     entry = {"id": "a", "source": "", "probability": 0.1, "preferred_text": "x" * 9000, "rejected_text": "other words"}
-    shown = pairs.wrong_pair(entry)
+    shown = evaluation_report.wrong_pair(entry)
     assert shown.preferred == [(True, "x" * 4000 + " … (5,000 more characters)")]
-    assert pairs.wrong_pair({**entry, "rejected_text": None}) is None
-    first, second = pairs.differing("a b, c d e", "a b. c d e")
+    assert evaluation_report.wrong_pair({**entry, "rejected_text": None}) is None
+    first, second = evaluation_report.differing("a b, c d e", "a b. c d e")
     assert [text for same, text in first if not same] == [","] and [text for same, text in second if not same] == ["."]
     assert "".join(text for _, text in first) == "a b, c d e"
 

@@ -73,7 +73,7 @@ def test_sigterm_anywhere_loses_nothing(whole, tmp_path, cache_dir):
         (before(signal_before, "rmjax.train.training", "evaluate", then=0.2), 5),  # of step 5 again
         (before(signal_before, "rmjax.checkpoint", "Checkpointer.save", then=0.2), 6),
         (before(signal_before, "rmjax.train.training", "evaluate", call=5, then=0.2), 20),
-        (before(signal_before, "rmjax.export.write", "write", then=LONG), 20),
+        (before(signal_before, "rmjax.export.write", "write_export", then=LONG), 20),
     ]
     at = None
     for number, (spoil, saved) in enumerate(moments):
