@@ -39,14 +39,10 @@ def convert(
     """Writes the records of a source; every file appears whole, and only when all are.
 
     Args:
-        source: what `sources.open_source` takes.
+        source, format, on_bad_row, audit, progress: as in `reading.records`.
         output: a file that ends with .parquet, or a directory, which a split needs.
         shares: of each part, see `splitting.parse_shares`; the parts become PART.parquet.
         seed: of the split.
-        format: a name in formats.FORMATS, or "auto".
-        on_bad_row: "error", "skip" or "keep", see `reading.records`.
-        audit: counts rows, reasons, and records of each source.
-        progress: the stream of the progress line.
 
     Returns:
         Records of each file; and how the kinds of rows are shared out, as lines of a table, if they are split.
@@ -65,11 +61,17 @@ def convert(
     records = reading.records(source, format=format, on_bad_row=on_bad_row, audit=audit, progress=progress)
     kinds: list[tuple[str, ...]] = []
     prompts: list[int] = []
+
+    def noted() -> Iterator[Record]:
+        for record in records:
+            prompts.append(reading.prompt_id(record))
+            kinds.append((record.source, splitting.label_kind(record)))
+            yield record
+
     directory = files[0].parent
     with leaving_nothing(directory), tempfile.TemporaryDirectory(prefix=".convert.", dir=directory) as scratch:
         whole = Path(scratch) / (files[0].name + durable.SCRATCH)  # which no reader takes for data, if it is left there
-        watched = _watched(records, prompts, kinds) if shares else records
-        count = store.write(whole, watched)
+        count = store.write(whole, noted() if shares else records)
         if not count:
             raise ValueError(f"{source}: none of its {audit.rows} rows could be used; {audit.reasons_text()}")
         if not shares:
@@ -132,8 +134,15 @@ def _place(new_files: list[Path], files: list[Path], scratch: Path) -> None:
     for new in new_files:
         durable.sync(new)
     _require_ours(files)  # again: reading took its time
-    aside = [(file, scratch / f"old-{i}{durable.SCRATCH}") for i, file in enumerate(files) if len(files) > 1]
-    aside = [(file, old) for file, old in aside if file.exists()]
+    if len(files) == 1:
+        new_files[0].replace(files[0])
+    else:
+        _place_parts(new_files, files, scratch)
+    durable.sync(files[0].parent)
+
+
+def _place_parts(new_files: list[Path], files: list[Path], scratch: Path) -> None:
+    aside = [(file, scratch / f"old-{i}{durable.SCRATCH}") for i, file in enumerate(files) if file.exists()]
     placed: list[Path] = []
     try:
         for file, old in aside:
@@ -144,22 +153,12 @@ def _place(new_files: list[Path], files: list[Path], scratch: Path) -> None:
             new.replace(file)
             placed.append(file)
     except BaseException:
-        if len(files) > 1:
-            for file in placed:
-                file.unlink(missing_ok=True)
+        for file in placed:
+            file.unlink(missing_ok=True)
         for file, old in aside:
             if old.exists():
                 old.replace(file)
         raise
-    durable.sync(files[0].parent)
-
-
-def _watched(records: Iterable[Record], prompts: list[int], kinds: list[tuple[str, ...]]) -> Iterator[Record]:
-    """Passes records through and notes what a split needs to know of each."""
-    for record in records:
-        prompts.append(reading.prompt_id(record))
-        kinds.append((record.source, splitting.label_kind(record)))
-        yield record
 
 
 def _divide(whole: Path, new_files: list[Path], parts: np.ndarray) -> None:

@@ -50,14 +50,9 @@ SCHEMA = pa.schema(
 
 
 def write(path: str | os.PathLike[str], records: Iterable[Record]) -> int:
-    """Writes records as they come, a row group at a time; the file appears whole and synced, or not at all.
+    """Writes records as they come, a row group at a time, and returns how many; none is a file too.
 
-    Args:
-        path: the file; its directory is made.
-        records: may be any number, also none.
-
-    Returns:
-        How many were written.
+    The file appears whole and synced, or not at all.
     """
     path, count, records = Path(path), 0, iter(records)
     path.parent.mkdir(parents=True, exist_ok=True)
