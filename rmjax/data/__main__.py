@@ -194,8 +194,8 @@ def _to_label_studio(args: argparse.Namespace) -> None:
     if args.split:
         raise ValueError("--to=label_studio writes one project; split first, and convert the parts")
     audit = Audit()
-    options = {"format": args.format, "on_bad_row": args.on_bad_row, "audit": audit, "progress": sys.stderr}
-    records = reading.records(args.source, **options)
+    options = {"format": args.format, "on_bad_row": args.on_bad_row, "progress": sys.stderr}
+    records = reading.records(args.source, audit=audit, **options)
     try:
         low, high = map(int, args.scale.split(","))
     except ValueError:
@@ -220,8 +220,8 @@ def _split(args: argparse.Namespace) -> None:
 def _to_parquet(args: argparse.Namespace) -> None:
     audit = Audit()
     output = args.output.expanduser()
-    options = {"format": args.format, "on_bad_row": args.on_bad_row, "audit": audit, "progress": sys.stderr}
-    written, table = converting.convert(args.source, output, shares=args.split, seed=args.seed, **options)
+    options = {"format": args.format, "on_bad_row": args.on_bad_row, "progress": sys.stderr}
+    written, table = converting.convert(args.source, output, audit, shares=args.split, seed=args.seed, **options)
     print("\n".join([*rows_lines(audit), *table]))
     for file, count in written.items():
         print(f"{count:,} records in {file}")

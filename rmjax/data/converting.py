@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,26 +26,20 @@ WHOLE = "records"  # the file in a directory when nothing is split
 
 
 def convert(
-    source: str,
-    output: Path,
-    *,
-    shares: Mapping[str, float] | None = None,
-    seed: int = 0,
-    format: str = "auto",
-    on_bad_row: str = "skip",
-    audit: Audit | None = None,
-    progress: TextIO | None = None,
+    source: str, output: Path, audit: Audit, *, shares: Mapping[str, float] | None = None, seed: int = 0, **options: Any
 ) -> tuple[dict[Path, int], list[str]]:
     """Writes the records of a source; every file appears whole, and only when all are.
 
     Args:
-        source, format, on_bad_row, audit, progress: as in `reading.records`.
+        source: what `sources.open_source` takes.
         output: a file that ends with .parquet, or a directory, which a split needs.
+        audit: counts rows, reasons, and records of each source.
         shares: of each part, see `splitting.parse_shares`; the parts become PART.parquet.
         seed: of the split.
+        **options: of `reading.records`.
 
     Returns:
-        Records of each file; and how the kinds of rows are shared out, as lines of a table, if they are split.
+        Records of each file; and, of a split, a table of how the kinds of rows are shared out.
 
     Raises:
         FileNotFoundError: a source is not there.
@@ -57,8 +51,7 @@ def convert(
         read = {Path(item).resolve(), *(file.resolve() for file in sources.local_files(item))}
         if own := [file for file in files if not read.isdisjoint((file.resolve(), *file.resolve().parents))]:
             raise ValueError(f"--output: {own[0]} would be written into the source {item}; name another")
-    audit = Audit() if audit is None else audit
-    records = reading.records(source, format=format, on_bad_row=on_bad_row, audit=audit, progress=progress)
+    records = reading.records(source, audit=audit, **options)
     kinds: list[tuple[str, ...]] = []
     prompts: list[int] = []
 

@@ -72,12 +72,12 @@ def labelling_config(
         _turns(column, f"response_{n}", title)
         for name in attributes if kind == "rating" else ():
             SubElement(column, "Header", value=f"{name} (one star: {low}, all stars: {high})", size="5")
-            stars = {"maxRating": str(high - low + 1), "required": "true"}
-            SubElement(column, "Rating", name=f"{name}_{n}", toName=f"response_{n}", **stars)
+            stars = str(high - low + 1)
+            SubElement(column, "Rating", name=f"{name}_{n}", toName=f"response_{n}", maxRating=stars, required="true")
     if kind == "preference":
         SubElement(view, "Header", value="Which response is better?")
-        options = {"choice": "single-radio", "showInline": "true", "required": "true"}
-        choices = SubElement(view, "Choices", name="preference", toName="prompt", **options)
+        options = {"name": "preference", "toName": "prompt", "choice": "single-radio"}
+        choices = SubElement(view, "Choices", options, showInline="true", required="true")
         for word in ("left", "right", "tie"):
             SubElement(choices, "Choice", value=word)
     ElementTree.indent(view)
@@ -136,5 +136,5 @@ def _shared_turns(conversations: Sequence[Sequence[Message]]) -> int:
 
 def _turns(parent: ElementTree.Element, name: str, title: str) -> None:
     SubElement(parent, "Header", value=title)
-    keys = {"layout": "dialogue", "nameKey": "role", "textKey": "content"}
-    SubElement(parent, "Paragraphs", name=name, value=f"${name}", **keys)
+    shown = {"name": name, "value": f"${name}", "layout": "dialogue"}
+    SubElement(parent, "Paragraphs", shown, nameKey="role", textKey="content")

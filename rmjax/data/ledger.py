@@ -1,10 +1,10 @@
 """What became of the rows and what the groups look like, counted while reading, in a few lines."""
 
-import collections
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -38,24 +38,20 @@ class Audit:
     augmented: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def add(self, reason: str, where: str, detail: str, tokens: int = 0, kept: bool = False) -> None:
-        """Counts a row under a reason; the first of each is its example.
-
-        Raises:
-            ValueError: a reason that has no name in records.REASONS.
-        """
+        """Counts a row under a reason of records.REASONS; the first of each is its example."""
         if reason not in REASONS:
             raise ValueError(f"unknown reason {reason!r}; known: {', '.join(REASONS)}")
         self._count(reason, Count(1, int(kept), f"{where}: {detail}", tokens, {where.rpartition(":")[0]: 1}))
 
     def add_all(self, reason: str, places: Sequence[str], detail: str, tokens: int = 0) -> None:
         """Counts many rows under a reason; `detail` is said of the first."""
-        files = collections.Counter(place.rpartition(":")[0] for place in places)
+        files = Counter(place.rpartition(":")[0] for place in places)
         self._count(reason, Count(len(places), 0, f"{places[0]}: {detail}", tokens, dict(files)))
 
     def merge(self, other: "Audit") -> None:
         """Adds the counts of other rows that come after these."""
         self.rows += other.rows
-        self.sources = _sum_by_name(self.sources, other.sources)
+        self.sources = dict(Counter(self.sources) + Counter(other.sources))
         for name, (changed, new) in other.augmented.items():
             before = self.augmented.get(name, (0, 0))
             self.augmented[name] = before[0] + changed, before[1] + new
@@ -69,7 +65,7 @@ class Audit:
             before.kept + more.kept,
             before.example or more.example,
             max(before.tokens, more.tokens),
-            _sum_by_name(before.files, more.files),
+            dict(Counter(before.files) + Counter(more.files)),
         )
 
     def copy(self) -> "Audit":
@@ -80,11 +76,7 @@ class Audit:
         return sum(c.rows - c.kept for reason, c in self.reasons.items() if reason not in CHOSEN)
 
     def check(self, on_bad_row: str, max_bad_fraction: float) -> None:
-        """Refuses data with more unusable rows than the config allows.
-
-        Raises:
-            ValueError: names the reasons, an example of each, and what to change.
-        """
+        """Raises ValueError for more unusable rows than the config allows, with the reasons and what to change."""
         defective = sum(c.rows for reason, c in self.reasons.items() if reason not in CHOSEN)
         if on_bad_row == "error" and defective:  # none is let through, so those that are kept lost a part
             raise ValueError(
@@ -110,10 +102,6 @@ class Audit:
         reasons = {name: Count(**count) for name, count in data["reasons"].items()}
         augmented = {name: (changed, made) for name, (changed, made) in data["augmented"].items()}
         return cls(data["rows"], reasons, data["sources"], augmented)
-
-
-def _sum_by_name(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
-    return {name: first.get(name, 0) + second.get(name, 0) for name in {**first, **second}}
 
 
 class GroupSet(Protocol):

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TextIO, TypeVar
+from typing import TextIO
 
 from rmjax.data import formats, sources
 from rmjax.data.ledger import Audit
@@ -12,7 +12,7 @@ from rmjax.runtime.progress import Progress
 
 SHOWN_ROWS = 256  # between two looks at the clock
 
-T = TypeVar("T")
+Rows = Iterator[tuple[str, sources.Row]]
 
 
 def records(
@@ -50,7 +50,7 @@ def records(
                 yield record
 
 
-def open_rows(item: str, format: str) -> tuple[formats.Layout, Iterator[tuple[str, sources.Row]]]:
+def open_rows(item: str, format: str) -> tuple[formats.Layout, Rows]:
     """How one source is read, which its first rows decide, and all its rows; errors as of `records`."""
     rows = sources.open_source(item)
     first = list(itertools.islice(rows, formats.LOOK))
@@ -98,7 +98,7 @@ def prompts(spec: str) -> dict[str, str]:
     return first_rows
 
 
-def _shown(rows: Iterator[T], item: str, stream: TextIO | None) -> Iterator[T]:
+def _shown(rows: Rows, item: str, stream: TextIO | None) -> Rows:
     if stream is None:
         yield from rows
         return

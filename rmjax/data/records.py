@@ -62,34 +62,21 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One group of K responses; it may say several things at once, or nothing.
+    """One group of K responses; it may say several things at once, or nothing."""
 
-    Attributes:
-        conversations: K whole lists of messages, each ending with an assistant turn.
-        wins: float32 [K, K]; wins[i, j] is how much i is preferred to j: 1 for a hard label, p and 1 - p for
-            a soft one.
-        ties: float32 [K, K], symmetric; 1 where i and j were judged equal.
-        margin: float32 [K, K]; by how much i beats j where wins[i, j] > 0, in the source's own units, else 0.
-        attributes: named scores of each response, K numbers each, NaN where one is missing.
-        steps: for each response its steps in order; () where no steps were judged.
-        agreement: share of the annotators who gave the label; NaN where it is not known.
-        weight: how much the group counts in the loss.
-        tools: tool descriptions handed to the chat template, or None.
-        source: name of the source it came from.
-        row: where it stands there, "file.jsonl:17" (row numbers count from 0).
-    """
-
-    conversations: tuple[tuple[Message, ...], ...]
+    conversations: tuple[tuple[Message, ...], ...]  # K whole ones, each ending with an assistant turn
+    # float32 [K, K]; wins[i, j] is how much i is preferred to j: 1 for a hard label, p and 1 - p for a soft one.
     wins: np.ndarray
-    ties: np.ndarray
-    margin: np.ndarray
-    weight: float = 1.0
-    tools: tuple[Any, ...] | None = None
-    source: str = ""
-    row: str = ""
+    ties: np.ndarray  # float32 [K, K], symmetric; 1 where i and j were judged equal
+    margin: np.ndarray  # float32 [K, K]; by how much i beats j where wins[i, j] > 0, in the source's own units, else 0
+    weight: float = 1.0  # in the loss
+    tools: tuple[Any, ...] | None = None  # descriptions handed to the chat template
+    source: str = ""  # name of the source it came from
+    row: str = ""  # where it stands there, "file.jsonl:17" (row numbers count from 0)
+    # Named scores of each response, K numbers each, NaN where one is missing.
     attributes: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-    steps: tuple[tuple[Step, ...], ...] = ()
-    agreement: float = math.nan
+    steps: tuple[tuple[Step, ...], ...] = ()  # for each response its steps in order; () where no steps were judged
+    agreement: float = math.nan  # share of the annotators who gave the label; NaN where it is not known
 
     def __post_init__(self) -> None:
         k = len(self.conversations)
@@ -177,7 +164,9 @@ def group(
         defects.extend(bad.values())
     record = Record(
         tuple(checked),
-        *(wins, ties, margin),
+        wins,
+        ties,
+        margin,
         tools=tuple(tools) if tools else None,
         attributes={name: tuple(map(float, values)) for name, values in (attributes or {}).items()},
         steps=tuple(map(tuple, steps)),
@@ -190,6 +179,12 @@ def check_count(responses: int) -> None:
     """Raises BadRow (`too_many_responses`) where arrays of all pairs would become too large."""
     if responses > MOST_RESPONSES:
         raise BadRow("too_many_responses", f"it has {responses:,} responses, a group has at most {MOST_RESPONSES:,}")
+
+
+def require_as_many(name: str, values: Sequence[Any], responses: Sequence[Any]) -> None:
+    """Raises BadRow (`conflicting_label`) for lists that are not aligned."""
+    if len(values) != len(responses):
+        raise BadRow("conflicting_label", f"{len(values)} {name} for {len(responses)} responses")
 
 
 def _check_all(conversations: Sequence[Any], keep: bool) -> tuple[list[tuple[Message, ...]], dict[int, BadRow]]:
@@ -213,12 +208,8 @@ def _check_all(conversations: Sequence[Any], keep: bool) -> tuple[list[tuple[Mes
 def pair(chosen: Any, rejected: Any, *, preference: float = 1.0, margin: float = 0.0, **rest: Any) -> Record:
     """Builds the group of a preference pair from two whole conversations.
 
-    Args:
-        chosen: messages of response 0.
-        rejected: messages of response 1.
-        preference: probability in [0, 1] that `chosen` is better; 0.5 is a tie.
-        margin: by how much, in the source's units; belongs to whichever side is preferred.
-        **rest: as in `group`.
+    `preference` is the probability in [0, 1] that `chosen` (response 0) is better, 0.5 a tie. `margin`, in the source's
+    units, belongs to whichever side is preferred. `rest` is as in `group`.
 
     Raises:
         BadRow: as `group`, or a preference outside [0, 1].

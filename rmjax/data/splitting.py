@@ -61,11 +61,7 @@ def assign_parts(
     Args:
         prompts: uint64 [n] hash of each row's prompt.
         kinds: (source, label) of each row.
-        shares: of each part; they add up to 1.
-        seed: of the draw.
-
-    Returns:
-        int64 [n] each row's part, counted in the order of `shares`.
+        shares: of each part; they add up to 1. The result, int64 [n], counts parts in this order.
     """
     ids, prompt, rows = np.unique(prompts, return_inverse=True, return_counts=True)
     number = {name: i for i, name in enumerate(sorted(set(kinds)))}

@@ -46,17 +46,11 @@ Cells = Mapping[str, Sequence[Any]]  # of the first rows by column, without null
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the rows of one source are read.
+    """How the rows of one source are read."""
 
-    Attributes:
-        name: the format, a name in FORMATS.
-        by_place: `preference` is a place in [1, 2], not a probability in [0, 1].
-        attributes: the columns that are scores of the response, where the format looks for them.
-    """
-
-    name: str
-    by_place: bool = False
-    attributes: tuple[str, ...] = ()
+    name: str  # the format, a name in FORMATS
+    by_place: bool = False  # `preference` is a place in [1, 2], not a probability in [0, 1]
+    attributes: tuple[str, ...] = ()  # the columns that are scores of the response, where the format looks for them
 
     def read(
         self, row: Row, *, source: str, where: str, keep: bool = False, defects: list[BadRow] | None = None

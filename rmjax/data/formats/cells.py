@@ -29,30 +29,15 @@ ROLE_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What a reader needs besides the row.
+    """What a reader needs besides the row."""
 
-    Attributes:
-        source: name of the source.
-        where: where the row stands there.
-        keep: let defects that allow training (records.KEEPABLE) through.
-        by_place: `preference` is a place in [1, 2], not a probability in [0, 1].
-        attributes: columns that are scores of the response, where the format has such.
-        defects: takes the defects of parts that the row can be used without; None: the first such part makes the whole
-            row a BadRow.
-    """
-
-    source: str
-    where: str
-    keep: bool = False
-    by_place: bool = False
-    attributes: tuple[str, ...] = ()
+    source: str  # name of the source, where the row does not name one
+    where: str  # where the row stands there
+    keep: bool = False  # let defects that allow training (records.KEEPABLE) through
+    by_place: bool = False  # `preference` is a place in [1, 2], not a probability in [0, 1]
+    attributes: tuple[str, ...] = ()  # columns that are scores of the response, where the format has such
+    # Takes the defects of parts that the row can be used without; None: the first such part makes the row a BadRow.
     defects: list[BadRow] | None = None
-
-    def leave_out(self, bad: BadRow) -> None:
-        """Goes on without a part of the row, or raises its defect where nobody counts such parts."""
-        if self.defects is None:
-            raise bad
-        self.defects.append(bad)
 
 
 Reader = Callable[[Row, Reading], Record | Sequence[Record]]
@@ -60,23 +45,14 @@ Reader = Callable[[Row, Reading], Record | Sequence[Record]]
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A format on disk.
+    """A format on disk."""
 
-    Attributes:
-        name: its name, for config.data.format.
-        columns: the columns it must have, and what is in them.
-        read: makes the record, or the records, of a row whose cells are of the right kinds.
-        agrees: whether a row (with cells of the right kinds) can be this format, where others have the same columns.
-        optional: further columns that it reads where they are.
-        scores: every other column of numbers is an attribute.
-    """
-
-    name: str
-    columns: Mapping[str, Kind]
-    read: Reader
-    agrees: Callable[[Row], bool]
-    optional: Mapping[str, Kind]
-    scores: bool
+    name: str  # for config.data.format
+    columns: Mapping[str, Kind]  # that it must have
+    read: Reader  # makes the record, or the records, of a row whose cells are of the right kinds
+    agrees: Callable[[Row], bool]  # whether such a row can be this format, where others have the same columns
+    optional: Mapping[str, Kind]  # further columns that it reads where they are
+    scores: bool  # every other column of numbers is an attribute
 
     @property
     def means(self) -> str:
@@ -187,9 +163,3 @@ def score(cell: Any, name: str) -> float:
     if not kinds.NUMBER.test(cell):
         raise kinds.NUMBER.wrong(name, cell)
     return float(cell)
-
-
-def require_as_many(name: str, values: Sequence[Any], responses: Sequence[Any]) -> None:
-    """Raises BadRow (`conflicting_label`) for lists that are not aligned."""
-    if len(values) != len(responses):
-        raise BadRow("conflicting_label", f"{len(values)} {name} for {len(responses)} responses")

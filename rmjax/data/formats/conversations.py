@@ -2,7 +2,7 @@
 
 from rmjax.data.formats import kinds
 from rmjax.data.formats.cells import Reading, Row, common, messages, prompt_turns, row_format, with_system
-from rmjax.data.records import Record, group
+from rmjax.data.records import Message, Record, group
 
 LABELS = ("label", "labels", "chosen", "rejected", "scores", "score")  # columns that would be lost without a word
 
@@ -11,13 +11,21 @@ def _unlabelled(row: Row) -> bool:
     return not any(name in row for name in LABELS)
 
 
+def whole_turns(row: Row) -> list[Message]:
+    return with_system(row, messages(row["messages"]))
+
+
+def completed_turns(row: Row) -> list[Message]:
+    return [*prompt_turns(row, row["prompt"]), *messages(row["completion"])]
+
+
 @row_format("messages", {"messages": kinds.MESSAGES}, _unlabelled)
 def _messages(row: Row, reading: Reading) -> Record:
     """Whole conversations; no label."""
-    return group([with_system(row, messages(row["messages"]))], **common(row, reading))
+    return group([whole_turns(row)], **common(row, reading))
 
 
 @row_format("messages_completion", {"prompt": kinds.PROMPT, "completion": kinds.PROMPT}, _unlabelled)
 def _completion(row: Row, reading: Reading) -> Record:
     """The same with the prompt apart."""
-    return group([[*prompt_turns(row, row["prompt"]), *messages(row["completion"])]], **common(row, reading))
+    return group([completed_turns(row)], **common(row, reading))

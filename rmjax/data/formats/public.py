@@ -6,21 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rmjax.data.formats import kinds
-from rmjax.data.formats.cells import (
-    Reading,
-    Row,
-    answer,
-    answered,
-    common,
-    named_only,
-    require_as_many,
-    row_format,
-    score,
-)
+from rmjax.data.formats.cells import Reading, Row, answered, common, named_only, row_format, score
 from rmjax.data.formats.kinds import NUMBER, OBJECT, PROMPT, TEXT, Kind, show
 from rmjax.data.formats.scored import scored
 from rmjax.data.formats.steps import joined_steps
-from rmjax.data.records import BadRow, Record, group, pair
+from rmjax.data.records import BadRow, Record, group, pair, require_as_many
 
 JUDGE_TASK = re.compile(
     r"###\s*The instruction to evaluate:\s*\n(?P<instruction>.*?)\n+"
@@ -46,7 +36,7 @@ def _by_strength(
     conversations: Sequence[Any], strength: float, annotators: Any, key: str, row: Row, reading: Reading
 ) -> Record:
     """A pair; the agreement is the share of the annotators on its side, whose strengths are under `key`."""
-    votes = [vote.get(key) for vote in annotators or () if isinstance(vote, Mapping)]
+    votes: list[Any] = [vote.get(key) for vote in annotators or () if isinstance(vote, Mapping)]
     sides = [_sign(vote) for vote in votes if STRENGTH.test(vote)]  # -100 is no vote
     return pair(
         *conversations,
@@ -116,7 +106,7 @@ def _unieval(row: Row, reading: Reading) -> Record:
     """An attribute for each of `scores`, on its own scale; the prompt is `source` and `context`."""
     parts = [row["source"], row.get("context")]
     asked = "\n\n".join(part.strip() for part in parts if isinstance(part, str) and part.strip())
-    conversation = [{"role": "user", "content": asked}, answer(row["system_output"])]
+    conversation = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["system_output"]}]
     # Here `source` is a text to answer, not the name of a data set.
     return scored([conversation], [row["scores"]], {k: v for k, v in row.items() if k != "source"}, reading)
 

@@ -15,7 +15,6 @@ from rmjax.data.formats.cells import (
     common,
     messages,
     prompt_turns,
-    require_as_many,
     row_format,
     score,
     with_system,
@@ -23,7 +22,7 @@ from rmjax.data.formats.cells import (
 from rmjax.data.formats.kinds import Kind, is_null
 from rmjax.data.formats.pairs import is_transcript, transcript
 from rmjax.data.formats.scored import scored
-from rmjax.data.records import BadRow, Message, Record, compare, group
+from rmjax.data.records import BadRow, Message, Record, compare, group, require_as_many
 
 PAIRS_OF_FOUR = tuple(itertools.combinations(range(4), 2))
 RESPONSE = re.compile(r"response_?(\d+)")
@@ -97,7 +96,9 @@ def _ranked_tree(row: Row, reading: Reading) -> list[Record]:
             conversations = [with_system(row, [*history, _turn(reply)]) for reply in replies]
             records.append(by_rank(conversations, ranks, row, reading))
         except BadRow as bad:
-            reading.leave_out(bad)
+            if reading.defects is None:
+                raise
+            reading.defects.append(bad)
     if not records:
         raise BadRow("no_label", "no message of the tree has several ranked replies")
     return records

@@ -9,18 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rmjax.data.formats import kinds
-from rmjax.data.formats.cells import (
-    Reading,
-    Row,
-    answered,
-    common,
-    marked_turns,
-    messages,
-    prompt_turns,
-    row_format,
-    score,
-    with_system,
-)
+from rmjax.data.formats.cells import Reading, Row, answered, common, marked_turns, row_format, score
+from rmjax.data.formats.conversations import completed_turns, whole_turns
 from rmjax.data.formats.kinds import Kind
 from rmjax.data.records import BadRow, Conversation, Record, compare, group
 
@@ -77,15 +67,13 @@ def _scored_output(row: Row, reading: Reading) -> Record:
 @row_format("boolean", {"messages": kinds.MESSAGES, "label": kinds.BOOLEAN})
 def _boolean(row: Row, reading: Reading) -> Record:
     """True or false for the last turn: attribute `label`, 1 or 0."""
-    conversation = with_system(row, messages(row["messages"]))
-    return group([conversation], attributes={"label": [row["label"]]}, **common(row, reading))
+    return group([whole_turns(row)], attributes={"label": [row["label"]]}, **common(row, reading))
 
 
 @row_format("boolean_text", {"prompt": kinds.PROMPT, "completion": kinds.PROMPT, "label": kinds.BOOLEAN})
 def _boolean_text(row: Row, reading: Reading) -> Record:
     """The same with the prompt apart."""
-    conversation = [*prompt_turns(row, row["prompt"]), *messages(row["completion"])]
-    return group([conversation], attributes={"label": [row["label"]]}, **common(row, reading))
+    return group([completed_turns(row)], attributes={"label": [row["label"]]}, **common(row, reading))
 
 
 @row_format("nemo_text", {"text": kinds.TEXT, "label": kinds.LIST}, lambda row: row["text"].startswith("<extra_id_"))

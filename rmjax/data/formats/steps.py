@@ -53,11 +53,7 @@ def split_steps(text: str, separator: str) -> list[tuple[int, str]]:
     return pieces
 
 
-@row_format(
-    "stepwise",
-    {"prompt": kinds.PROMPT, "completions": kinds.TEXTS, "labels": kinds.LIST},
-    optional=OPTIONAL,
-)
+@row_format("stepwise", {"prompt": kinds.PROMPT, "completions": kinds.TEXTS, "labels": kinds.LIST}, optional=OPTIONAL)
 def _stepwise(row: Row, reading: Reading) -> Record:
     """Steps and as many labels, true or false or in [0, 1]; joined by `separator`, by default a newline."""
     separator = kinds.TEXT.optional(row, "separator")
@@ -65,11 +61,7 @@ def _stepwise(row: Row, reading: Reading) -> Record:
     return group(answered(row, row["prompt"], [text]), steps=[steps], **common(row, reading))
 
 
-@row_format(
-    "stepwise_text",
-    {"prompt": kinds.PROMPT, "response": kinds.TEXT, "labels": kinds.LIST},
-    optional=OPTIONAL,
-)
+@row_format("stepwise_text", {"prompt": kinds.PROMPT, "response": kinds.TEXT, "labels": kinds.LIST}, optional=OPTIONAL)
 def _stepwise_text(row: Row, reading: Reading) -> Record:
     """`response` with `separator` (by default a blank line) after each step, which stays; `labels` as above.
 

@@ -5,18 +5,10 @@ import math
 from typing import Any
 
 from rmjax.data.formats import kinds
-from rmjax.data.formats.cells import (
-    Reading,
-    Row,
-    common,
-    messages,
-    require_as_many,
-    row_format,
-    score,
-)
+from rmjax.data.formats.cells import Reading, Row, common, messages, row_format, score
 from rmjax.data.formats.kinds import Kind
 from rmjax.data.formats.steps import step_label
-from rmjax.data.records import Message, Record, Step, group
+from rmjax.data.records import Message, Record, Step, group, require_as_many
 
 MATRICES = ("wins", "ties", "margin")
 MATRIX = Kind("K lists of K numbers", lambda c: isinstance(c, list) and all(_is_numbers(x, len(c)) for x in c))

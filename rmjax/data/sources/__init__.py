@@ -78,12 +78,9 @@ def refuse_equal_names(spec: str, why: str) -> None:
 def open_source(spec: str) -> Iterator[tuple[str, Row]]:
     """Yields (row id, row) of every source in `spec`, in order; ids are "file.jsonl:17", counting from 0.
 
-    Files of one source that have the same name are called by as many directories as tell them apart.
-
     Raises:
         FileNotFoundError: a path or glob that matches nothing.
-        ValueError: no rows at all, a kind of file that is unknown, or contents that cannot be read (with the
-            line).
+        ValueError: no rows, an unknown kind of file, or contents that cannot be read (with the line).
     """
     for item in split_spec(spec):
         empty = True
