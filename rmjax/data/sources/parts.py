@@ -34,9 +34,9 @@ class Part:
 def file_parts(paths: Sequence[Path]) -> list[Part]:
     if unknown := [path for path in paths if not files.kind(path)]:
         raise ValueError(f"{unknown[0]}: unknown kind of file; known: {', '.join(files.READERS)}, each also with .gz")
-    functions = (files.read, files.count, files.digest, files.state)
+    of = lambda function, path: functools.partial(function, path)
     return [
-        Part(name, *(functools.partial(function, path) for function in functions))
+        Part(name, of(files.read, path), of(files.count, path), of(files.digest, path), of(files.state, path))
         for name, path in zip(short_names(paths), paths)
     ]
 
