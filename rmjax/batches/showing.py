@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rmjax.data.formats import LOOK
-from rmjax.data.formats.cells import is_null, is_number
+from rmjax.data.formats.kinds import is_null, is_number
 from rmjax.data.records import Record
 
 LONGEST = 600  # characters of a text that are shown

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,106 +58,70 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser() -> tuple[Parser, dict[str, Parser]]:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m rmjax.data", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = Parser(prog="python -m rmjax.data", description=__doc__, **raw)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     commands = {}
-
-    def command(run: Any, name: str, says: str, example: str) -> Parser:
-        description = f"{says}\n\n  python -m rmjax.data {name} {example}"
-        made = choices.add_parser(name, help=says, description=description, formatter_class=raw, allow_abbrev=False)
-        made.set_defaults(run=run)
+    for name, (run, add_options, example) in COMMANDS.items():
+        about = run.__doc__
+        description = f"{about}\n\n  python -m rmjax.data {name} {example}"
+        commands[name] = command = choices.add_parser(name, help=about, description=description, **raw)
+        command.set_defaults(run=run)
         optional: Any = {"nargs": "?", "default": ""} if name == "audit" else {}
-        made.add_argument(
-            "source", metavar="SOURCE", help="data to read: a file, directory, glob, or hf://datasets/...", **optional
-        )
-        made.add_argument("--format", default="auto", choices=["auto", *formats.FORMATS], metavar="NAME",
-                          help="format of the rows; default: detected from the columns")  # fmt: skip
-        made.add_argument("--debug", action="store_true", help="show the traceback of an error as well")
-        commands[name] = made
-        return made
-
-    inspect = command(
-        _inspect, "inspect", "Shows columns, format and the first records.", "data/pairs.jsonl --show=2 --tokenizer=DIR"
-    )
-    inspect.add_argument("--show", type=int, default=3, metavar="N", help="number of records to show; default 3")
-    inspect.add_argument(
-        "--tokenizer", default="", metavar="DIR", help="also show each record as a model with this tokenizer reads it"
-    )
-
-    for run, name, says, example in (
-        (
-            _convert,
-            "convert",
-            "Converts any source to Parquet files of records, or to tasks for Label Studio.",
-            "data/pairs.jsonl --output=pairs.parquet",
-        ),
-        (
-            _split,
-            "split",
-            "Splits by prompt, with equal shares of sources and labels in each part.",
-            "data/pairs.jsonl --output=DIR --split=train=0.8,validation=0.1,test=0.1",
-        ),
-    ):
-        made = command(run, name, says, example)
-        made.add_argument(
-            "--output", required=True, type=Path, metavar="PATH", help="where to write: a directory, or a .parquet file"
-        )
-        made.add_argument("--split", type=_shares, required=name == "split", metavar="NAME=SHARE,...",
-                          help="parts and their shares; each part is written to NAME.parquet, and no prompt is in two "
-                          "of them")  # fmt: skip
-        made.add_argument("--seed", type=int, default=0, help="seed of the split; default 0")
-        made.add_argument("--on_bad_row", choices=("error", "skip", "keep"), default="skip",
-                          help="what to do with an unusable row: stop, skip and count it (default), or keep it if it "
-                          "still allows training")  # fmt: skip
-    _label_studio_arguments(commands["convert"])
-
-    audit = command(
-        _audit,
-        "audit",
-        "Reports what is wrong with data, what it costs, and whether length predicts the label.",
-        "data/pairs.jsonl --tokenizer=DIR --html=audit.html",
-    )
-    audit.add_argument(
-        "--tokenizer",
-        default="",
-        metavar="DIR",
-        help="directory or hub id of a tokenizer; without one lengths are in bytes",
-    )
-    audit.add_argument(
-        "--validation",
-        default="",
-        metavar="SOURCE",
-        help="validation data; the audit reports prompts that are in the training data too",
-    )
-    audit.add_argument("--benchmark", action="append", default=[], metavar="SOURCE",
-                       help="benchmark data, checked in the same way; may be repeated")  # fmt: skip
-    audit.add_argument(
-        "--objective",
-        default="",
-        metavar="NAME",
-        help="objective to check the data for; default: detected from the labels",
-    )
-    audit.add_argument("--config", default="", metavar="FILE",
-                       help="config of a run, which gives SOURCE, tokenizer and objective; --config.KEY=VALUE "
-                       "changes a key, with or without FILE")  # fmt: skip
-    audit.add_argument("--html", type=Path, default=None, metavar="FILE", help="HTML file to write; it has plots")
-    audit.add_argument("--json", action="store_true", help="print JSON instead of text")
+        source = "data to read: a file, directory, glob, or hf://datasets/..."
+        command.add_argument("source", metavar="SOURCE", help=source, **optional)
+        known = ["auto", *formats.FORMATS]
+        text = "format of the rows; default: detected from the columns"
+        command.add_argument("--format", default="auto", choices=known, metavar="NAME", help=text)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error as well")
+        add_options(command)
     return parser, commands
 
 
-def _label_studio_arguments(convert: Parser) -> None:
-    made = convert.add_argument_group("options for Label Studio, where people label the data")
-    made.add_argument("--to", choices=("parquet", "label_studio"), default="parquet",
-                      help="what to write: parquet (default), or label_studio, which writes tasks.json and config.xml "
-                      "into --output")  # fmt: skip
-    made.add_argument("--ask", choices=labelling.KINDS, default=labelling.KINDS[0],
-                      help="what to ask people for: a preference between two responses (default), or a rating of "
-                      "each")  # fmt: skip
-    made.add_argument(
-        "--attributes", default="quality", metavar="NAME,...", help="names of what is rated; default: quality"
+def _inspect_options(inspect: Parser) -> None:
+    inspect.add_argument("--show", type=int, default=3, metavar="N", help="number of records to show; default 3")
+    text = "also show each record as a model with this tokenizer reads it"
+    inspect.add_argument("--tokenizer", default="", metavar="DIR", help=text)
+
+
+def _split_options(command: Parser, required: bool = True) -> None:
+    text = "where to write: a directory, or a .parquet file"
+    command.add_argument("--output", required=True, type=Path, metavar="PATH", help=text)
+    text = "parts and their shares; each part is written to NAME.parquet, and no prompt is in two of them"
+    command.add_argument("--split", type=_shares, required=required, metavar="NAME=SHARE,...", help=text)
+    command.add_argument("--seed", type=int, default=0, help="seed of the split; default 0")
+    text = "what to do with an unusable row: stop, skip and count it (default), or keep it if it still allows training"
+    command.add_argument("--on_bad_row", choices=("error", "skip", "keep"), default="skip", help=text)
+
+
+def _convert_options(convert: Parser) -> None:
+    _split_options(convert, required=False)
+    label = convert.add_argument_group("options for Label Studio, where people label the data")
+    text = "what to write: parquet (default), or label_studio, which writes tasks.json and config.xml into --output"
+    label.add_argument("--to", choices=("parquet", "label_studio"), default="parquet", help=text)
+    text = "what to ask people for: a preference between two responses (default), or a rating of each"
+    label.add_argument("--ask", choices=labelling.KINDS, default=labelling.KINDS[0], help=text)
+    text = "names of what is rated; default: quality"
+    label.add_argument("--attributes", default="quality", metavar="NAME,...", help=text)
+    label.add_argument("--scale", default="1,5", metavar="LOW,HIGH", help="lowest and highest rating; default: 1,5")
+
+
+def _audit_options(audit: Parser) -> None:
+    text = "directory or hub id of a tokenizer; without one lengths are in bytes"
+    audit.add_argument("--tokenizer", default="", metavar="DIR", help=text)
+    text = "validation data; the audit reports prompts that are in the training data too"
+    audit.add_argument("--validation", default="", metavar="SOURCE", help=text)
+    text = "benchmark data, checked in the same way; may be repeated"
+    audit.add_argument("--benchmark", action="append", default=[], metavar="SOURCE", help=text)
+    text = "objective to check the data for; default: detected from the labels"
+    audit.add_argument("--objective", default="", metavar="NAME", help=text)
+    text = (
+        "config of a run, which gives SOURCE, tokenizer and objective; --config.KEY=VALUE changes a key, with or "
+        "without FILE"
     )
-    made.add_argument("--scale", default="1,5", metavar="LOW,HIGH", help="lowest and highest rating; default: 1,5")
+    audit.add_argument("--config", default="", metavar="FILE", help=text)
+    audit.add_argument("--html", type=Path, default=None, metavar="FILE", help="HTML file to write; it has plots")
+    audit.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def _shares(text: str) -> dict[str, float]:
@@ -177,6 +141,7 @@ def _say(text: str) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    """Shows columns, format and the first records."""
     for item in sources.split_spec(args.source):
         first = list(itertools.islice(sources.open_source(item), formats.LOOK))
         rows = [row for _, row in first]
@@ -203,11 +168,6 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _columns(rows: Sequence[tuple[str, sources.Row]]) -> list[str]:
-    """The columns of the first rows.
-
-    Raises:
-        ValueError: a row is nested too deep; names it.
-    """
     for where, row in rows:
         try:
             showing.columns([row])
@@ -234,8 +194,8 @@ def _to_label_studio(args: argparse.Namespace) -> None:
     if args.split:
         raise ValueError("--to=label_studio writes one project; split first, and convert the parts")
     audit = Audit()
-    options = {"format": args.format, "on_bad_row": args.on_bad_row, "audit": audit, "progress": sys.stderr}
-    records = reading.records(args.source, **options)
+    options = {"format": args.format, "on_bad_row": args.on_bad_row, "progress": sys.stderr}
+    records = reading.records(args.source, audit=audit, **options)
     try:
         low, high = map(int, args.scale.split(","))
     except ValueError:
@@ -248,25 +208,23 @@ def _to_label_studio(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    if getattr(args, "to", "parquet") == "label_studio":
-        return _to_label_studio(args)
+    """Converts any source to Parquet files of records, or to tasks for Label Studio."""
+    (_to_label_studio if args.to == "label_studio" else _to_parquet)(args)
+
+
+def _split(args: argparse.Namespace) -> None:
+    """Splits by prompt, with equal shares of sources and labels in each part."""
+    _to_parquet(args)
+
+
+def _to_parquet(args: argparse.Namespace) -> None:
     audit = Audit()
-    written, table = converting.convert(
-        args.source,
-        args.output.expanduser(),
-        shares=args.split,
-        seed=args.seed,
-        format=args.format,
-        on_bad_row=args.on_bad_row,
-        audit=audit,
-        progress=sys.stderr,
-    )
+    output = args.output.expanduser()
+    options = {"format": args.format, "on_bad_row": args.on_bad_row, "progress": sys.stderr}
+    written, table = converting.convert(args.source, output, audit, shares=args.split, seed=args.seed, **options)
     print("\n".join([*rows_lines(audit), *table]))
     for file, count in written.items():
         print(f"{count:,} records in {file}")
-
-
-_split = _convert
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -275,6 +233,7 @@ _split = _convert
 
 
 def _audit(args: argparse.Namespace) -> None:
+    """Reports what is wrong with data, what it costs, and whether length predicts the label."""
     from rmjax.report import audit_command
 
     if args.html:
@@ -293,6 +252,13 @@ def _audit(args: argparse.Namespace) -> None:
     if args.html:
         _say(f"page: {args.html}")
 
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[Parser], None], str]] = {
+    "inspect": (_inspect, _inspect_options, "data/pairs.jsonl --show=2 --tokenizer=DIR"),
+    "convert": (_convert, _convert_options, "data/pairs.jsonl --output=pairs.parquet"),
+    "split": (_split, _split_options, "data/pairs.jsonl --output=DIR --split=train=0.8,validation=0.1,test=0.1"),
+    "audit": (_audit, _audit_options, "data/pairs.jsonl --tokenizer=DIR --html=audit.html"),
+}
 
 if __name__ == "__main__":
     main()

@@ -5,6 +5,7 @@ by the package krippendorff; what is ours is how answers are put together for th
 """
 
 import collections
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -15,12 +16,11 @@ from typing import Any
 import numpy as np
 
 from rmjax.data import formats, sources
-from rmjax.data.formats import judged, label_studio
+from rmjax.data.formats import judged, kinds, label_studio
 from rmjax.data.reading import open_rows
 from rmjax.data.records import BadRow
 
 Answers = Mapping[str, float]  # of one question on one item, by person
-Votes = Callable[[Mapping[str, Any]], list[tuple[str, Answers]]]  # gives the answers of a row, each to its question
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,18 +75,14 @@ def krippendorff_alpha(ratings: Any, level: str) -> float:
 
 
 def summarise(question: str, items: Sequence[Answers]) -> Summary:
-    """Agreement on a question, from the answers to it on each item.
-
-    Raises:
-        ImportError: the packages are not installed.
-    """
+    """Agreement on a question, from the answers to it on each item; ImportError where a package is missing."""
     items = [answers for answers in items if len(answers) > 1]
     people = sorted({person for answers in items for person in answers})
     verdict = question == "preference"
-    of_each = np.array([[answers.get(person, math.nan) for answers in items] for person in people])
-    of_each = of_each.reshape(-1, len(items))
+    ratings = np.array([[answers.get(person, math.nan) for answers in items] for person in people])
+    ratings = ratings.reshape(-1, len(items))
     kappas = []
-    for first, second in itertools.combinations(of_each, 2):
+    for first, second in itertools.combinations(ratings, 2):
         both = ~np.isnan(first) & ~np.isnan(second)
         if both.any():
             kappas.append(cohen_kappa(first[both], second[both], quadratic=not verdict))
@@ -100,52 +96,40 @@ def summarise(question: str, items: Sequence[Answers]) -> Summary:
         len(people),
         sum(kappas) / len(kappas) if kappas else math.nan,
         fleiss_kappa(counts) if counts else math.nan,
-        krippendorff_alpha(of_each, "nominal" if verdict else "interval") if items else math.nan,
+        krippendorff_alpha(ratings, "nominal" if verdict else "interval") if items else math.nan,
     )
 
 
-def _annotated_pair(row: Mapping[str, Any]) -> list[tuple[str, Answers]]:
-    votes: Answers = {name: row[name] for name in row if judged.VOTER.fullmatch(name) and judged.VOTE.test(row[name])}
+def _votes(row: Mapping[str, Any]) -> list[tuple[str, Answers]]:
+    votes = {name: row[name] for name in row if judged.VOTER.fullmatch(name) and kinds.VOTE.test(row[name])}
     return [("preference", votes)]
 
 
-# The formats that say who gave which answer.
-VOTES: dict[str, Votes] = {
-    "annotated_pair": _annotated_pair,
-    "label_studio": label_studio.votes,
+# The formats that say who gave which answer: the answers of a row, each to its question.
+ANSWERS: dict[str, Callable[[Mapping[str, Any]], Sequence[tuple[str, Answers]]]] = {
+    "annotated_pair": _votes,
+    "label_studio": label_studio.answers_by_question,
 }
 
 
 def summaries(spec: str, format: str = "auto") -> list[Summary]:
     """Agreement on every question that several people answered in the sources of `spec`; [] where there is none.
 
-    Rows that the format cannot read are left out; the audit counts them.
-
-    Args:
-        spec: what `sources.open_source` takes.
-        format: a name in formats.FORMATS, or "auto" for each source.
-
-    Raises:
-        ImportError: there are such answers, but the packages are not installed.
-        FileNotFoundError, ValueError: as `sources.open_source` and `formats.detect`.
+    Rows that the format cannot read are left out; the audit counts them. Errors are those of `summarise` and
+    `reading.open_rows`.
     """
-    asked: dict[str, list[Answers]] = {}
+    by_question: dict[str, list[Answers]] = {}
     for item in sources.split_spec(spec):
         layout, rows = open_rows(item, format)
-        answers_of = VOTES.get(layout.name)
-        if answers_of is None:
-            continue
-        for _, row in rows:
-            try:
-                for question, answers in answers_of(row):
-                    asked.setdefault(question, []).append(answers)
-            except (BadRow, *formats.MISSHAPEN):
-                continue
-    return [summarise(q, items) for q, items in asked.items() if any(len(answers) > 1 for answers in items)]
+        for _, row in rows if layout.name in ANSWERS else ():
+            with contextlib.suppress(BadRow, *formats.MISSHAPEN):
+                for question, answers in ANSWERS[layout.name](row):
+                    by_question.setdefault(question, []).append(answers)
+    return [summarise(q, items) for q, items in by_question.items() if any(len(answers) > 1 for answers in items)]
 
 
 def lines(spec: str, format: str = "auto") -> list[str]:
-    """`summaries` for the terminal: a line each, or one that says what to install."""
+    """`summaries` as text, or what to install."""
     try:
         return [str(summary) for summary in summaries(spec, format)]
     except ImportError as error:

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,30 +26,20 @@ WHOLE = "records"  # the file in a directory when nothing is split
 
 
 def convert(
-    source: str,
-    output: Path,
-    *,
-    shares: Mapping[str, float] | None = None,
-    seed: int = 0,
-    format: str = "auto",
-    on_bad_row: str = "skip",
-    audit: Audit | None = None,
-    progress: TextIO | None = None,
+    source: str, output: Path, audit: Audit, *, shares: Mapping[str, float] | None = None, seed: int = 0, **options: Any
 ) -> tuple[dict[Path, int], list[str]]:
     """Writes the records of a source; every file appears whole, and only when all are.
 
     Args:
         source: what `sources.open_source` takes.
         output: a file that ends with .parquet, or a directory, which a split needs.
+        audit: counts rows, reasons, and records of each source.
         shares: of each part, see `splitting.parse_shares`; the parts become PART.parquet.
         seed: of the split.
-        format: a name in formats.FORMATS, or "auto".
-        on_bad_row: "error", "skip" or "keep", see `reading.records`.
-        audit: counts rows, reasons, and records of each source.
-        progress: the stream of the progress line.
+        **options: of `reading.records`.
 
     Returns:
-        Records of each file; and how the kinds of rows are shared out, as lines of a table, if they are split.
+        Records of each file; and, of a split, a table of how the kinds of rows are shared out.
 
     Raises:
         FileNotFoundError: a source is not there.
@@ -61,15 +51,20 @@ def convert(
         read = {Path(item).resolve(), *(file.resolve() for file in sources.local_files(item))}
         if own := [file for file in files if not read.isdisjoint((file.resolve(), *file.resolve().parents))]:
             raise ValueError(f"--output: {own[0]} would be written into the source {item}; name another")
-    audit = Audit() if audit is None else audit
-    records = reading.records(source, format=format, on_bad_row=on_bad_row, audit=audit, progress=progress)
+    records = reading.records(source, audit=audit, **options)
     kinds: list[tuple[str, ...]] = []
     prompts: list[int] = []
+
+    def noted() -> Iterator[Record]:
+        for record in records:
+            prompts.append(reading.prompt_id(record))
+            kinds.append((record.source, splitting.label_kind(record)))
+            yield record
+
     directory = files[0].parent
     with leaving_nothing(directory), tempfile.TemporaryDirectory(prefix=".convert.", dir=directory) as scratch:
         whole = Path(scratch) / (files[0].name + durable.SCRATCH)  # which no reader takes for data, if it is left there
-        watched = _watched(records, prompts, kinds) if shares else records
-        count = store.write(whole, watched)
+        count = store.write(whole, noted() if shares else records)
         if not count:
             raise ValueError(f"{source}: none of its {audit.rows} rows could be used; {audit.reasons_text()}")
         if not shares:
@@ -132,8 +127,15 @@ def _place(new_files: list[Path], files: list[Path], scratch: Path) -> None:
     for new in new_files:
         durable.sync(new)
     _require_ours(files)  # again: reading took its time
-    aside = [(file, scratch / f"old-{i}{durable.SCRATCH}") for i, file in enumerate(files) if len(files) > 1]
-    aside = [(file, old) for file, old in aside if file.exists()]
+    if len(files) == 1:
+        new_files[0].replace(files[0])
+    else:
+        _place_parts(new_files, files, scratch)
+    durable.sync(files[0].parent)
+
+
+def _place_parts(new_files: list[Path], files: list[Path], scratch: Path) -> None:
+    aside = [(file, scratch / f"old-{i}{durable.SCRATCH}") for i, file in enumerate(files) if file.exists()]
     placed: list[Path] = []
     try:
         for file, old in aside:
@@ -144,22 +146,12 @@ def _place(new_files: list[Path], files: list[Path], scratch: Path) -> None:
             new.replace(file)
             placed.append(file)
     except BaseException:
-        if len(files) > 1:
-            for file in placed:
-                file.unlink(missing_ok=True)
+        for file in placed:
+            file.unlink(missing_ok=True)
         for file, old in aside:
             if old.exists():
                 old.replace(file)
         raise
-    durable.sync(files[0].parent)
-
-
-def _watched(records: Iterable[Record], prompts: list[int], kinds: list[tuple[str, ...]]) -> Iterator[Record]:
-    """Passes records through and notes what a split needs to know of each."""
-    for record in records:
-        prompts.append(reading.prompt_id(record))
-        kinds.append((record.source, splitting.label_kind(record)))
-        yield record
 
 
 def _divide(whole: Path, new_files: list[Path], parts: np.ndarray) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+from xml.etree.ElementTree import SubElement
 
 from rmjax.data.records import Message, Record
 from rmjax.runtime import files
@@ -29,16 +30,13 @@ def tasks(records: Iterable[Record], *, lowest: int = 1, seed: int = 0) -> Itera
                   "response_1": [{"role": "assistant", "content": "hello"}], "response_2": [...],
                   "source": "mine", "rmjax": {"row": "a.jsonl:17", "order": [1, 0], "lowest": 1}}}
 
-    Args:
-        records: what is to be labelled.
-        lowest: the score that one star stands for.
-        seed: of the order.
+    `lowest` is the score that one star stands for, `seed` that of the order.
     """
-    for i, record in enumerate(records):
+    for number, record in enumerate(records):
         conversations = record.conversations
-        order = random.Random(f"{seed}/{i}").sample(range(len(conversations)), len(conversations))
+        order = random.Random(f"{seed}/{number}").sample(range(len(conversations)), len(conversations))
         shared = _shared_turns(conversations)
-        responses = {f"response_{n}": list(conversations[of][shared:]) for n, of in enumerate(order, 1)}
+        responses = {f"response_{n}": list(conversations[i][shared:]) for n, i in enumerate(order, 1)}
         values = {"source": record.source, "weight": record.weight, "tools": list(record.tools or ())}
         rest = {name: value for name, value in values.items() if value not in ("", 1.0, [])}
         notes = {"row": record.row, "order": order, "lowest": lowest}
@@ -50,15 +48,9 @@ def labelling_config(
 ) -> str:
     """The labelling configuration (XML) that goes with `tasks`.
 
-    Verdicts are radio buttons, because Label Studio's own control for pairs (`Pairwise`) has no tie: what is neither
-    left nor right leaves no trace in its export.
-
-    Args:
-        kind: "preference": which of two responses is better, or a tie; "rating": stars for every attribute of every
-            response.
-        responses: of each task.
-        attributes: what is rated.
-        scale: the scores that one star and all stars stand for.
+    A "preference" says which of two responses is better, or a tie; by radio buttons, because Label Studio's own control
+    for pairs (`Pairwise`) leaves no trace of a tie in its export. A "rating" gives stars to every attribute of every
+    response; `scale` has the scores that one star and all stars stand for.
 
     Raises:
         ValueError: another kind, a preference between other than two, or a scale without 2 to 10 whole numbers.
@@ -73,21 +65,21 @@ def labelling_config(
         raise ValueError(f"a rating needs attributes and a scale of 2 to {MOST_STARS} whole numbers; {given}")
     view = ElementTree.Element("View", style="white-space: pre-wrap")  # else line breaks are not shown
     _turns(view, "prompt", "Conversation")
-    side_by_side = _add(view, "View", style="display: flex; gap: 1em")
+    side_by_side = SubElement(view, "View", style="display: flex; gap: 1em")
     for n in range(1, responses + 1):
-        column = _add(side_by_side, "View", style="flex: 1")
+        column = SubElement(side_by_side, "View", style="flex: 1")
         title = ("Left", "Right")[n - 1] if kind == "preference" else f"Response {n}"
         _turns(column, f"response_{n}", title)
         for name in attributes if kind == "rating" else ():
-            _add(column, "Header", value=f"{name} (one star: {low}, all stars: {high})", size="5")
-            stars = {"maxRating": str(high - low + 1), "required": "true"}
-            _add(column, "Rating", name=f"{name}_{n}", toName=f"response_{n}", **stars)
+            SubElement(column, "Header", value=f"{name} (one star: {low}, all stars: {high})", size="5")
+            stars = str(high - low + 1)
+            SubElement(column, "Rating", name=f"{name}_{n}", toName=f"response_{n}", maxRating=stars, required="true")
     if kind == "preference":
-        _add(view, "Header", value="Which response is better?")
-        options = {"choice": "single-radio", "showInline": "true", "required": "true"}
-        choices = _add(view, "Choices", name="preference", toName="prompt", **options)
+        SubElement(view, "Header", value="Which response is better?")
+        options = {"name": "preference", "toName": "prompt", "choice": "single-radio"}
+        choices = SubElement(view, "Choices", options, showInline="true", required="true")
         for word in ("left", "right", "tie"):
-            _add(choices, "Choice", value=word)
+            SubElement(choices, "Choice", value=word)
     ElementTree.indent(view)
     return ElementTree.tostring(view, encoding="unicode") + "\n"
 
@@ -101,10 +93,7 @@ def write_project(
     scale: tuple[int, int] = (1, 5),
     seed: int = 0,
 ) -> int:
-    """Writes DIRECTORY/tasks.json, to be imported into a project, and DIRECTORY/config.xml, its configuration.
-
-    Returns:
-        The number of tasks.
+    """Writes DIRECTORY/tasks.json, to be imported, and DIRECTORY/config.xml; returns the number of tasks.
 
     Raises:
         ValueError: records with other numbers of responses than the first, or what `labelling_config` raises.
@@ -145,11 +134,7 @@ def _shared_turns(conversations: Sequence[Sequence[Message]]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda turns: all(turn == turns[0] for turn in turns), together))
 
 
-def _add(parent: ElementTree.Element, tag: str, **attributes: str) -> ElementTree.Element:
-    return ElementTree.SubElement(parent, tag, attributes)
-
-
 def _turns(parent: ElementTree.Element, name: str, title: str) -> None:
-    _add(parent, "Header", value=title)
-    keys = {"layout": "dialogue", "nameKey": "role", "textKey": "content"}
-    _add(parent, "Paragraphs", name=name, value=f"${name}", **keys)
+    SubElement(parent, "Header", value=title)
+    shown = {"name": name, "value": f"${name}", "layout": "dialogue"}
+    SubElement(parent, "Paragraphs", shown, nameKey="role", textKey="content")

@@ -1,10 +1,10 @@
 """What became of the rows and what the groups look like, counted while reading, in a few lines."""
 
-import collections
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,61 +18,43 @@ REMEDY = {"over_long": "data.max_length", "tree_too_long": "plan.row_tokens"}
 
 @dataclasses.dataclass
 class Count:
-    """Rows with one reason.
-
-    Attributes:
-        rows: how many.
-        kept: how many of them were used all the same (data.on_bad_row="keep"), or without the part that is wrong.
-        example: the first, "file.jsonl:17: what was found".
-        tokens: the length that would take all of them, where length is the reason.
-        files: how many stand in each file.
-    """
+    """Rows with one reason."""
 
     rows: int = 0
-    kept: int = 0
-    example: str = ""
-    tokens: int = 0
-    files: dict[str, int] = dataclasses.field(default_factory=dict)
+    kept: int = 0  # of them were used all the same (data.on_bad_row="keep"), or without the part that is wrong
+    example: str = ""  # the first, "file.jsonl:17: what was found"
+    tokens: int = 0  # the length that would take all of them, where length is the reason
+    files: dict[str, int] = dataclasses.field(default_factory=dict)  # rows of each file
 
 
 @dataclasses.dataclass
 class Audit:
-    """Counts of a build.
+    """Counts of a build."""
 
-    Attributes:
-        rows: rows read.
-        reasons: rows with a defect, by its name in records.REASONS.
-        sources: groups of each source.
-        augmented: under each augmentation, how many groups it changed and how many it made of them.
-    """
-
-    rows: int = 0
-    reasons: dict[str, Count] = dataclasses.field(default_factory=dict)
-    sources: dict[str, int] = dataclasses.field(default_factory=dict)
+    rows: int = 0  # that were read
+    reasons: dict[str, Count] = dataclasses.field(default_factory=dict)  # by name in records.REASONS
+    sources: dict[str, int] = dataclasses.field(default_factory=dict)  # groups of each source
+    # Under each augmentation, how many groups it changed and how many it made of them.
     augmented: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def add(self, reason: str, where: str, detail: str, tokens: int = 0, kept: bool = False) -> None:
-        """Counts a row under a reason; the first of each is its example.
-
-        Raises:
-            ValueError: a reason that has no name in records.REASONS.
-        """
+        """Counts a row under a reason of records.REASONS; the first of each is its example."""
         if reason not in REASONS:
             raise ValueError(f"unknown reason {reason!r}; known: {', '.join(REASONS)}")
         self._count(reason, Count(1, int(kept), f"{where}: {detail}", tokens, {where.rpartition(":")[0]: 1}))
 
     def add_all(self, reason: str, places: Sequence[str], detail: str, tokens: int = 0) -> None:
         """Counts many rows under a reason; `detail` is said of the first."""
-        files = collections.Counter(place.rpartition(":")[0] for place in places)
+        files = Counter(place.rpartition(":")[0] for place in places)
         self._count(reason, Count(len(places), 0, f"{places[0]}: {detail}", tokens, dict(files)))
 
     def merge(self, other: "Audit") -> None:
         """Adds the counts of other rows that come after these."""
         self.rows += other.rows
-        self.sources = _added(self.sources, other.sources)
-        for name, (changed, made) in other.augmented.items():
+        self.sources = dict(Counter(self.sources) + Counter(other.sources))
+        for name, (changed, new) in other.augmented.items():
             before = self.augmented.get(name, (0, 0))
-            self.augmented[name] = before[0] + changed, before[1] + made
+            self.augmented[name] = before[0] + changed, before[1] + new
         for reason, count in other.reasons.items():
             self._count(reason, count)
 
@@ -83,11 +65,10 @@ class Audit:
             before.kept + more.kept,
             before.example or more.example,
             max(before.tokens, more.tokens),
-            _added(before.files, more.files),
+            dict(Counter(before.files) + Counter(more.files)),
         )
 
     def copy(self) -> "Audit":
-        """An audit of its own with the same counts."""
         return copy.deepcopy(self)
 
     def unusable(self) -> int:
@@ -95,19 +76,14 @@ class Audit:
         return sum(c.rows - c.kept for reason, c in self.reasons.items() if reason not in CHOSEN)
 
     def check(self, on_bad_row: str, max_bad_fraction: float) -> None:
-        """Refuses data with more unusable rows than the config allows.
-
-        Raises:
-            ValueError: names the reasons, an example of each, and what to change.
-        """
-        bad = self.unusable()
-        if on_bad_row == "error":  # none is let through, so those that are kept lost a part
-            bad = sum(c.rows for reason, c in self.reasons.items() if reason not in CHOSEN)
-        if on_bad_row == "error" and bad:
+        """Raises ValueError for more unusable rows than the config allows, with the reasons and what to change."""
+        defective = sum(c.rows for reason, c in self.reasons.items() if reason not in CHOSEN)
+        if on_bad_row == "error" and defective:  # none is let through, so those that are kept lost a part
             raise ValueError(
-                f"{bad} of {self.rows} rows cannot be used; {self.reasons_text()}; repair them, or count and leave "
-                "them out with config.data.on_bad_row='skip'"
+                f"{defective} of {self.rows} rows cannot be used; {self.reasons_text()}; repair them, or count and "
+                "leave them out with config.data.on_bad_row='skip'"
             )
+        bad = self.unusable()
         if bad > max_bad_fraction * self.rows:
             raise ValueError(
                 f"{bad} of {self.rows} rows ({bad / self.rows:.1%}) cannot be used, config.data.max_bad_fraction "
@@ -115,28 +91,21 @@ class Audit:
             )
 
     def reasons_text(self) -> str:
-        """All reasons in one line."""
         return "; ".join(_reason_line(reason, count) for reason, count in self.reasons.items()) or "no bad rows"
 
     def to_json(self) -> str:
-        """Everything, for `from_json`."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Audit":
-        """Reads what `to_json` wrote."""
         data = json.loads(text)
         reasons = {name: Count(**count) for name, count in data["reasons"].items()}
         augmented = {name: (changed, made) for name, (changed, made) in data["augmented"].items()}
         return cls(data["rows"], reasons, data["sources"], augmented)
 
 
-def _added(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
-    return {name: first.get(name, 0) + second.get(name, 0) for name in {**first, **second}}
-
-
 class GroupSet(Protocol):
-    """What is asked of groups here; see groups.Groups."""
+    """The part of batches.groups.Groups that is read here."""
 
     audit: Audit
     lengths: np.ndarray
@@ -157,11 +126,8 @@ def length_auc(groups: GroupSet) -> float:
 
 
 def repeats(groups: GroupSet) -> tuple[int, int]:
-    """Duplicates and contradictions.
-
-    Returns:
-        Groups whose conversations, in any order, are those of another group before it; and sets of
-        conversations that are labelled in more than one way.
+    """Counts groups that repeat the conversations of one before (in any order), and sets of conversations with
+    labels that contradict each other.
     """
     labelled = np.unique(np.stack([groups.response_sets, groups.label_ids], axis=1), axis=0)
     sets, labels = np.unique(labelled[:, 0], return_counts=True)
@@ -169,35 +135,32 @@ def repeats(groups: GroupSet) -> tuple[int, int]:
 
 
 def shared_prompts(train: GroupSet, validation: GroupSet) -> int:
-    """Number of prompts that stand in both."""
     return len(np.intersect1d(train.prompt_ids, validation.prompt_ids))
 
 
 def lines(train: GroupSet, validation: GroupSet) -> list[str]:
     """The audit of a run's data for the terminal."""
-    text = rows_lines(train.audit)
-    if validation.audit is not train.audit:
-        text += rows_lines(validation.audit)
-    for name, groups in (("training", train), ("validation", validation)):
-        text.extend(_groups_lines(name, groups))
+    rows = [] if validation.audit is train.audit else rows_lines(validation.audit)
     shared = shared_prompts(train, validation)
-    text.append(f"prompts in both training and validation: {shared}" + (" (their scores mislead)" if shared else ""))
-    return text
+    return [
+        *rows_lines(train.audit),
+        *rows,
+        *_groups_lines("training", train),
+        *_groups_lines("validation", validation),
+        f"prompts in both training and validation: {shared}" + (" (their scores mislead)" if shared else ""),
+    ]
 
 
 def rows_lines(audit: Audit) -> list[str]:
-    """What became of the rows: how many were read, and a line for each reason."""
-    reasons = [_reason_line(reason, count) for reason, count in audit.reasons.items()]
-    made = [f"{name} made {new:,} groups of {changed:,}" for name, (changed, new) in audit.augmented.items()]
-    return [_rows_line(audit), *(f"  {text}" for text in (*reasons, *made))]
-
-
-def _rows_line(audit: Audit) -> str:
+    """How many rows were read, and a line for each reason why some were not used."""
     largest = sorted(audit.sources.items(), key=lambda item: -item[1])[:8]
-    sources = [f"{name} {count:,}" for name, count in largest]
-    others = len(audit.sources) - len(sources)
-    listed = ", ".join(sources) + (f" and {others} more" if others else "")
-    return f"data: {audit.rows:,} rows, {sum(audit.sources.values()):,} groups ({listed})"
+    others = len(audit.sources) - len(largest)
+    listed = ", ".join(f"{name} {count:,}" for name, count in largest) + (f" and {others} more" if others else "")
+    return [
+        f"data: {audit.rows:,} rows, {sum(audit.sources.values()):,} groups ({listed})",
+        *(f"  {_reason_line(reason, count)}" for reason, count in audit.reasons.items()),
+        *(f"  {name} made {new:,} groups of {changed:,}" for name, (changed, new) in audit.augmented.items()),
+    ]
 
 
 def _reason_line(reason: str, count: Count) -> str:

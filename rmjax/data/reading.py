@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TextIO, TypeVar
+from typing import TextIO
 
 from rmjax.data import formats, sources
 from rmjax.data.ledger import Audit
@@ -12,7 +12,7 @@ from rmjax.runtime.progress import Progress
 
 SHOWN_ROWS = 256  # between two looks at the clock
 
-T = TypeVar("T")
+Rows = Iterator[tuple[str, sources.Row]]
 
 
 def records(
@@ -50,13 +50,8 @@ def records(
                 yield record
 
 
-def open_rows(item: str, format: str) -> tuple[formats.Layout, Iterator[tuple[str, sources.Row]]]:
-    """How one source is read, which its first rows decide, and all its rows.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it cannot be read, or its format is unclear; names it.
-    """
+def open_rows(item: str, format: str) -> tuple[formats.Layout, Rows]:
+    """How one source is read, which its first rows decide, and all its rows; errors as of `records`."""
     rows = sources.open_source(item)
     first = list(itertools.islice(rows, formats.LOOK))
     try:
@@ -69,7 +64,7 @@ def open_rows(item: str, format: str) -> tuple[formats.Layout, Iterator[tuple[st
 def read_row(
     layout: formats.Layout, row: sources.Row, source: str, where: str, keep: bool, audit: Audit
 ) -> Sequence[Record]:
-    """The records of a row; what is wrong with it is counted, and kept if it, or the rest of it, is used."""
+    """The records of a row; the audit counts its defects, as kept if the row, or the rest of it, is used."""
     defects: list[BadRow] = []
     try:
         usable = layout.read(row, source=source, where=where, keep=keep, defects=defects)
@@ -95,12 +90,7 @@ def prompt_id(record: Record) -> int:
 
 
 def prompts(spec: str) -> dict[str, str]:
-    """The prompts (`prompt_text`) of a source, each with the first row that has it.
-
-    Raises:
-        FileNotFoundError: a source is not there.
-        ValueError: data that cannot be read, or an unclear format.
-    """
+    """The prompts (`prompt_text`) of a source, each with the first row that has it; errors as of `records`."""
     first_rows: dict[str, str] = {}
     for record in records(spec):
         first_rows.setdefault(prompt_text(record), record.row)
@@ -108,8 +98,7 @@ def prompts(spec: str) -> dict[str, str]:
     return first_rows
 
 
-def _shown(rows: Iterator[T], item: str, stream: TextIO | None) -> Iterator[T]:
-    """Passes rows through; shows how many were read."""
+def _shown(rows: Rows, item: str, stream: TextIO | None) -> Rows:
     if stream is None:
         yield from rows
         return

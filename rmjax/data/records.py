@@ -6,6 +6,7 @@ an objective learns from.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 Message = Mapping[str, Any]  # {"role": ..., "content": ...} and whatever else the chat template reads
 Conversation = Sequence[Message]
 
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: JSON can escape it, no tokenizer takes it
 ROLES = ("system", "user", "assistant", "tool")
 
 # Why a row could not be used. The audit counts rows under these names, with an example of each.
@@ -35,21 +37,13 @@ REASONS = {
     "template_error": "the chat template refuses the conversation",
     "too_many_responses": "more responses than a group takes (records.MOST_RESPONSES)",
 }
-MOST_RESPONSES = 4_096  # of a group: what is said of pairs takes three arrays of that many times that many numbers
-
-
+MOST_RESPONSES = 4_096  # of a group: its pairs take three arrays of that many times that many numbers
 # The defects of a row that still allow training on it (data.on_bad_row="keep").
 KEEPABLE = ("empty_response", "identical_responses", "identical_after_truncation")
 
 
 class BadRow(Exception):
-    """A row that cannot be used.
-
-    Attributes:
-        reason: a name in REASONS.
-        detail: what was found.
-        tokens: the length that was too long, where that is the reason, else 0.
-    """
+    """A row that cannot be used: a name in REASONS, what was found, and the length that was too long, or 0."""
 
     def __init__(self, reason: str, detail: str, tokens: int = 0):
         if reason not in REASONS:
@@ -60,49 +54,29 @@ class BadRow(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step of a response.
+    """One step of a response."""
 
-    Attributes:
-        stop: characters of the response's text up to the step's last one, inclusive.
-        label: how right the step is, from 0 (wrong) to 1 (right); NaN where it was not judged.
-    """
-
-    stop: int
-    label: float
+    stop: int  # characters of the response's text up to the step's last one, inclusive
+    label: float  # from 0 (wrong) to 1 (right); NaN where it was not judged
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One group. K responses; every conversation is whole (its own history and its last turn).
+    """One group of K responses; it may say several things at once, or nothing."""
 
-    A record may say several things at once, or nothing: an objective takes what it learns from (`tasks.py`).
-
-    Attributes:
-        conversations: K lists of messages, each ending with an assistant turn.
-        wins: float32 [K, K]; wins[i, j] is how much i is preferred to j: 1 for a hard label, p and 1 - p for
-            a soft one.
-        ties: float32 [K, K], symmetric; 1 where i and j were judged equal.
-        margin: float32 [K, K]; by how much i beats j where wins[i, j] > 0, in the source's own units, else 0.
-        attributes: named scores of each response, K numbers each, NaN where one is missing.
-        steps: for each response its steps in order; () where no steps were judged.
-        agreement: share of the annotators who gave the label; NaN where it is not known.
-        weight: how much the group counts in the loss.
-        tools: tool descriptions handed to the chat template, or None.
-        source: name of the source it came from.
-        row: where it stands there, "file.jsonl:17" (row numbers count from 0).
-    """
-
-    conversations: tuple[tuple[Message, ...], ...]
+    conversations: tuple[tuple[Message, ...], ...]  # K whole ones, each ending with an assistant turn
+    # float32 [K, K]; wins[i, j] is how much i is preferred to j: 1 for a hard label, p and 1 - p for a soft one.
     wins: np.ndarray
-    ties: np.ndarray
-    margin: np.ndarray
-    weight: float = 1.0
-    tools: tuple[Any, ...] | None = None
-    source: str = ""
-    row: str = ""
+    ties: np.ndarray  # float32 [K, K], symmetric; 1 where i and j were judged equal
+    margin: np.ndarray  # float32 [K, K]; by how much i beats j where wins[i, j] > 0, in the source's own units, else 0
+    weight: float = 1.0  # in the loss
+    tools: tuple[Any, ...] | None = None  # descriptions handed to the chat template
+    source: str = ""  # name of the source it came from
+    row: str = ""  # where it stands there, "file.jsonl:17" (row numbers count from 0)
+    # Named scores of each response, K numbers each, NaN where one is missing.
     attributes: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-    steps: tuple[tuple[Step, ...], ...] = ()
-    agreement: float = math.nan
+    steps: tuple[tuple[Step, ...], ...] = ()  # for each response its steps in order; () where no steps were judged
+    agreement: float = math.nan  # share of the annotators who gave the label; NaN where it is not known
 
     def __post_init__(self) -> None:
         k = len(self.conversations)
@@ -115,7 +89,6 @@ class Record:
             raise ValueError(f"{self.row}: {k} responses, but attributes of {counts} and {len(self.steps)} with steps")
 
     def select(self, responses: Sequence[int]) -> "Record":
-        """The record of these responses, in this order."""
         chosen = list(responses)
         pick = lambda values: tuple(values[i] for i in chosen)
         return dataclasses.replace(
@@ -130,10 +103,7 @@ class Record:
 def check_conversation(conversation: Any, *, keep: bool = False) -> tuple[Message, ...]:
     """Validates one conversation: a list of {role, content}, ending with an assistant turn that has text.
 
-    With `keep` that turn may be empty.
-
-    Raises:
-        BadRow: `wrong_type`, `no_assistant_turn` or `empty_response`.
+    With `keep` that turn may be empty. Raises BadRow: `wrong_type`, `no_assistant_turn` or `empty_response`.
     """
     if not isinstance(conversation, list | tuple):
         raise BadRow("wrong_type", f"a conversation must be a list of messages, got {type(conversation).__name__}")
@@ -145,7 +115,7 @@ def check_conversation(conversation: Any, *, keep: bool = False) -> tuple[Messag
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise BadRow("wrong_type", f"the {message['role']}'s content is {type(content).__name__}, expected text")
-        if content and not content.isascii() and not _is_unicode(content):
+        if content and not content.isascii() and HALF_PAIR.search(content):
             raise BadRow("wrong_type", f"the {message['role']}'s content is no Unicode: half of a surrogate pair")
     if not conversation or conversation[-1]["role"] != "assistant":
         last = conversation[-1]["role"] if conversation else "nothing"
@@ -156,15 +126,6 @@ def check_conversation(conversation: Any, *, keep: bool = False) -> tuple[Messag
     return tuple(conversation)
 
 
-def _is_unicode(text: str) -> bool:
-    """JSON can escape half of a surrogate pair, which no tokenizer and no file takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def group(
     conversations: Sequence[Any],
     *,
@@ -173,13 +134,10 @@ def group(
     margin: Any = None,
     attributes: Mapping[str, Sequence[float]] | None = None,
     steps: Sequence[Sequence[Step]] = (),
-    agreement: float = math.nan,
-    weight: float = 1.0,
     tools: Sequence[Any] | None = None,
-    source: str = "",
-    row: str = "",
     keep: bool = False,
     defects: list[BadRow] | None = None,
+    **fields: Any,
 ) -> Record:
     """Builds a group of K whole conversations.
 
@@ -187,19 +145,10 @@ def group(
     without it: two of them if something was said of pairs, else one.
 
     Args:
-        conversations: K lists of messages.
-        wins: numbers [K, K] as in Record, as the others; None is 0 everywhere.
-        ties: the same.
-        margin: the same.
-        attributes: K scores for each name.
-        steps: K sequences of steps, or none.
-        agreement: as in Record.
-        weight: as in Record.
-        tools: tool descriptions for the chat template.
-        source: name of the source.
-        row: where the row stands in it.
+        conversations, wins, ties, margin, attributes, steps, tools: as in Record; a matrix is 0 everywhere if None.
         keep: let the defects in KEEPABLE through.
         defects: takes why responses were left out or let through. Without it none is left out.
+        **fields: the other fields of Record.
 
     Raises:
         BadRow: the group cannot be used.
@@ -213,20 +162,17 @@ def group(
         raise next(iter(bad.values()))
     if defects is not None:
         defects.extend(bad.values())
-    made = Record(
+    record = Record(
         tuple(checked),
         wins,
         ties,
         margin,
-        weight=weight,
         tools=tuple(tools) if tools else None,
-        source=source,
-        row=row,
         attributes={name: tuple(map(float, values)) for name, values in (attributes or {}).items()},
         steps=tuple(map(tuple, steps)),
-        agreement=agreement,
+        **fields,
     )
-    return made.select([i for i in range(k) if keep or i not in bad]) if bad else made
+    return record.select([i for i in range(k) if keep or i not in bad]) if bad else record
 
 
 def check_count(responses: int) -> None:
@@ -235,24 +181,24 @@ def check_count(responses: int) -> None:
         raise BadRow("too_many_responses", f"it has {responses:,} responses, a group has at most {MOST_RESPONSES:,}")
 
 
+def require_as_many(name: str, values: Sequence[Any], responses: Sequence[Any]) -> None:
+    """Raises BadRow (`conflicting_label`) for lists that are not aligned."""
+    if len(values) != len(responses):
+        raise BadRow("conflicting_label", f"{len(values)} {name} for {len(responses)} responses")
+
+
 def _check_all(conversations: Sequence[Any], keep: bool) -> tuple[list[tuple[Message, ...]], dict[int, BadRow]]:
     """The conversations, () for one that cannot be used, and what is wrong with which."""
     checked: list[tuple[Message, ...]] = []
     bad: dict[int, BadRow] = {}
     for i, conversation in enumerate(conversations):
         try:
-            try:
-                checked.append(check_conversation(conversation))
-            except BadRow as error:
-                if not (keep and error.reason in KEEPABLE):
-                    raise
-                bad[i] = error
-                checked.append(check_conversation(conversation, keep=True))
+            checked.append(check_conversation(conversation))
         except BadRow as error:
-            if keep:
+            if keep and error.reason not in KEEPABLE:
                 raise
             bad[i] = error
-            checked.append(())
+            checked.append(check_conversation(conversation, keep=True) if keep else ())
         if i not in bad and checked[i] in checked[:i]:
             same = f"responses {checked.index(checked[i]) + 1} and {i + 1} of {len(conversations)} are the same"
             bad[i] = BadRow("identical_responses", same)
@@ -262,15 +208,11 @@ def _check_all(conversations: Sequence[Any], keep: bool) -> tuple[list[tuple[Mes
 def pair(chosen: Any, rejected: Any, *, preference: float = 1.0, margin: float = 0.0, **rest: Any) -> Record:
     """Builds the group of a preference pair from two whole conversations.
 
-    Args:
-        chosen: messages of the preferred conversation (response 0).
-        rejected: messages of the other one (response 1).
-        preference: probability in [0, 1] that `chosen` is better; 0.5 is a tie.
-        margin: by how much, in the source's units; belongs to whichever side is preferred.
-        **rest: as in `group`.
+    `preference` is the probability in [0, 1] that `chosen` (response 0) is better, 0.5 a tie. `margin`, in the source's
+    units, belongs to whichever side is preferred. `rest` is as in `group`.
 
     Raises:
-        BadRow: a conversation that cannot be used, `identical_responses`, or a preference outside [0, 1].
+        BadRow: as `group`, or a preference outside [0, 1].
     """
     if not 0.0 <= preference <= 1.0:
         raise BadRow("conflicting_label", f"preference {preference} is outside [0, 1]")
@@ -283,17 +225,10 @@ def pair(chosen: Any, rejected: Any, *, preference: float = 1.0, margin: float =
 def compare(scores: Sequence[float]) -> dict[str, Any]:
     """What scores say of pairs: the higher one wins, equal ones tie, and the margin is the difference.
 
+    Returns `wins`, `ties` and `margin`, float32 [K, K], as in Record; NaN is compared with nothing.
+
     >>> compare([3.0, 1.0, float("nan")])["wins"].tolist()
     [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
-
-    Args:
-        scores: K numbers; NaN is compared with nothing.
-
-    Returns:
-        `wins`, `ties` and `margin`, float32 [K, K], as in Record.
-
-    Raises:
-        BadRow: `too_many_responses`.
     """
     check_count(len(scores))
     s = np.array(scores, np.float64)

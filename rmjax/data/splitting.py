@@ -9,13 +9,10 @@ from rmjax.data.records import Record
 
 
 def parse_shares(text: str) -> dict[str, float]:
-    """Reads the shares of a split.
+    """Reads the shares of a split; ValueError for what is none.
 
     >>> parse_shares("train=0.8,validation=0.2")
     {'train': 0.8, 'validation': 0.2}
-
-    Raises:
-        ValueError: not of this form, a name twice, a share that is not above 0, or a sum that is not 1.
     """
     text = text.replace(" ", "")
     pairs = re.findall(r"([\w.-]+)=([0-9.]+)(?:,|$)", text)
@@ -40,8 +37,8 @@ def label_kind(record: Record) -> str:
     responses = len(record.conversations)
     number = lambda x: f"{float(f'{x:.1g}'):g}"
     if record.wins.any():
-        what = "preference" if responses == 2 else f"ranking of {responses}"
-        return what + (f", margin {number(record.margin.max())}" if record.margin.any() else "")
+        name = "preference" if responses == 2 else f"ranking of {responses}"
+        return name + (f", margin {number(record.margin.max())}" if record.margin.any() else "")
     if record.ties.any():
         return "tie"
     for name, values in record.attributes.items():
@@ -64,15 +61,10 @@ def assign_parts(
     Args:
         prompts: uint64 [n] hash of each row's prompt.
         kinds: (source, label) of each row.
-        shares: of each part; they add up to 1.
-        seed: of the draw.
-
-    Returns:
-        int64 [n] each row's part, counted in the order of `shares`.
+        shares: of each part; they add up to 1. The result, int64 [n], counts parts in this order.
     """
     ids, prompt, rows = np.unique(prompts, return_inverse=True, return_counts=True)
-    names = sorted(set(kinds))
-    number = {name: i for i, name in enumerate(names)}
+    number = {name: i for i, name in enumerate(sorted(set(kinds)))}
     kind = np.array([number[k] for k in kinds], np.int64)
     kind_of_prompt = _most_frequent(prompt, kind, len(ids))
     shuffled = np.random.default_rng(seed).permutation(len(ids))
@@ -100,7 +92,7 @@ def _most_frequent(group: np.ndarray, value: np.ndarray, groups: int) -> np.ndar
 def shares_table(
     kinds: Sequence[tuple[str, ...]], parts: np.ndarray, shares: Mapping[str, float], most: int = 30
 ) -> list[str]:
-    """How the rows of the `most` largest kinds, and all together, are shared out, as lines of a table."""
+    """A table of how the rows of the `most` largest kinds, and all together, are shared out."""
     counts = {kind: np.zeros(len(shares), np.int64) for kind in sorted(set(kinds))}
     for kind, part in zip(kinds, parts.tolist()):
         counts[kind][part] += 1

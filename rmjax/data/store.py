@@ -28,7 +28,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rmjax.data.records import Message, Record
+from rmjax.data.records import HALF_PAIR, Message, Record
 from rmjax.runtime import files
 
 ROW_GROUP = 512  # records; a group is in memory at once when written and when read
@@ -50,14 +50,9 @@ SCHEMA = pa.schema(
 
 
 def write(path: str | os.PathLike[str], records: Iterable[Record]) -> int:
-    """Writes records as they come, a row group at a time; the file appears whole and synced, or not at all.
+    """Writes records as they come, a row group at a time, and returns how many; none is a file too.
 
-    Args:
-        path: the file; its directory is made.
-        records: may be any number, also none.
-
-    Returns:
-        How many were written.
+    The file appears whole and synced, or not at all.
     """
     path, count, records = Path(path), 0, iter(records)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,11 +90,7 @@ def _message(message: Message) -> Mapping[str, str | None]:
 def _json(value: Any) -> str:
     """Readable, but where half of a surrogate pair stands in it, which no file takes."""
     text = json.dumps(value, ensure_ascii=False, default=str)  # dates, for example
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, default=str)
-    return text
+    return json.dumps(value, default=str) if HALF_PAIR.search(text) else text
 
 
 def _or_null(number: float) -> float | None:

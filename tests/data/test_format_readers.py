@@ -7,7 +7,6 @@ import pytest
 from format_rows import NAMED, ROWS, assistant, user
 
 from rmjax.data import formats
-from rmjax.data.formats.sets import CONVERSIONS
 from rmjax.data.records import BadRow, Step, compare
 
 NAN = math.nan
@@ -388,12 +387,31 @@ SET_ROWS = {
 }
 
 
+# Where each set lies on the hub, and the format that reads it.
+CONVERSIONS = {
+    "helpsteer2": ("hf://datasets/nvidia/HelpSteer2/train.jsonl.gz", "scored_text"),
+    "helpsteer2_preference": ("hf://datasets/nvidia/HelpSteer2/preference/preference.jsonl.gz", "strength_pair"),
+    "helpsteer3_preference": ("hf://datasets/nvidia/HelpSteer3/preference/train.jsonl.gz", "strength_chat"),
+    "ultrafeedback": ("hf://datasets/openbmb/UltraFeedback/*.jsonl", "ultrafeedback"),
+    "ultrafeedback_binarized": (
+        "hf://datasets/HuggingFaceH4/ultrafeedback_binarized/data/train_prefs-*.parquet",
+        "pair_messages",
+    ),
+    "hh-rlhf": ("hf://datasets/Anthropic/hh-rlhf/h*/train.jsonl.gz", "pair_transcript"),
+    "skywork": ("hf://datasets/Skywork/Skywork-Reward-Preference-80K-v0.2/data/*.parquet", "pair_messages"),
+    "nectar": ("hf://datasets/berkeley-nest/Nectar/data/rlaif.parquet", "ranked_answers"),
+    "math_shepherd": ("hf://datasets/peiyi9979/Math-Shepherd/math-shepherd.jsonl", "shepherd_text"),
+    "math_shepherd_trl": ("hf://datasets/trl-lib/math_shepherd/data/train-*.parquet", "stepwise"),
+    "prm800k_trl": ("hf://datasets/trl-lib/prm800k/data/train-*.parquet", "stepwise"),
+}
+
+
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_public_sets_are_detected(name):
     source, form = CONVERSIONS[name]
     layout = formats.detect([SET_ROWS[name]])
-    assert layout.name == form and source.startswith("hf://datasets/")
-    assert layout.read(SET_ROWS[name], source=name, where="f:0")
+    assert layout.name == form
+    assert layout.read(SET_ROWS[name], source=source, where="f:0")
 
 
 def test_scores_of_both_names_are_margins():

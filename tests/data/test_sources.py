@@ -28,7 +28,7 @@ from rmjax.batches.chat import Chat
 from rmjax.batches.tasks import Preferences
 from rmjax.data import formats, sources
 from rmjax.data.sources import database as database_lib
-from rmjax.data.sources import files, listing, queries, registered
+from rmjax.data.sources import files, listing, registered
 
 
 def rows(spec):
@@ -162,7 +162,7 @@ def test_what_is_a_query_is_sent(database):
         "/* ; */ VALUES (1), (2)",
         "SELECT json_extract(chosen, '$[0].role') AS role, 'into' AS i FROM pairs",
     ):
-        assert queries.checked(sql) == sql.rstrip(";")
+        assert database_lib.checked_query(sql) == sql.rstrip(";")
         if sql[0] != "(":  # PostgreSQL's
             assert rows(f"sqlite:///{database}?query={sql}")
 
@@ -185,7 +185,7 @@ def test_what_is_a_query_is_sent(database):
 def test_sqlite_is_read_whatever_it_is_asked(database, tmp_path, monkeypatch, sql):
     """The connection refuses by itself what the text would have been refused for."""
     before = database.read_bytes(), sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr(queries, "checked", lambda sql: sql)
+    monkeypatch.setattr(database_lib, "checked_query", lambda sql: sql)
     with pytest.raises((ValueError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error)):
         rows(f"sqlite:///{database}?query={sql.format(tmp=tmp_path)}")
     assert before == (database.read_bytes(), sorted(path.name for path in tmp_path.iterdir()))

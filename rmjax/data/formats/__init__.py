@@ -1,11 +1,11 @@
-r"""What the columns of a row mean: one line of `FORMATS` per format, read into records.
+r"""What the columns of a row mean: each of FORMATS is a reader with the columns that it reads into records.
 
 A format is recognised by its columns and, where columns overlap, by the first rows (`LOOK`), all of which
 must agree. A column that is wrong in all of them is an error; a cell that is wrong is a BadRow, which the
 audit counts. What the labels of a format mean stands in the module of its reader.
 
-A row with several responses, or several records, of which some cannot be used loses those alone: `Layout.read` says
-what was left out, and the audit counts it.
+A row with several responses, or several records, of which some cannot be used loses those alone, and the audit counts
+them.
 """
 
 import dataclasses
@@ -13,81 +13,65 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rmjax.data.formats.benchmarks import BENCHMARKS
-from rmjax.data.formats.cells import NUMBER, Format, Kind, Reading, Row, is_null, is_number, show, wrong
-from rmjax.data.formats.conversations import UNLABELLED
-from rmjax.data.formats.judged import JUDGED
-from rmjax.data.formats.label_studio import LABEL_STUDIO
-from rmjax.data.formats.pairs import PAIRS
-from rmjax.data.formats.public import PUBLIC
-from rmjax.data.formats.ranked import RANKED
-from rmjax.data.formats.scored import SCORED
-from rmjax.data.formats.steps import STEPS
-from rmjax.data.formats.stored import STORED
+from rmjax.data.formats import (
+    benchmarks,
+    conversations,
+    judged,
+    label_studio,
+    pairs,
+    public,
+    ranked,
+    scored,
+    steps,
+    stored,
+)
+from rmjax.data.formats.cells import Format, Reading, Row
+from rmjax.data.formats.kinds import NUMBER, Kind, is_null, is_number, show
 from rmjax.data.records import BadRow, Record
 from rmjax.suggestions import closest, did_you_mean
 
-__all__ = ["FORMATS", "LOOK", "Format", "Kind", "Layout", "detect", "lines"]
+__all__ = ["FORMATS", "LOOK", "Format", "Kind", "Layout", "detect"]
 
 LOOK = 1000  # rows that decide the format
 
-TABLES = (PAIRS, SCORED, JUDGED, LABEL_STUDIO, RANKED, STEPS, UNLABELLED, PUBLIC, BENCHMARKS, STORED)
-FORMATS: dict[str, Format] = {form.name: form for table in TABLES for form in table}
+MODULES = (pairs, scored, judged, label_studio, ranked, steps, conversations, public, benchmarks, stored)
+FORMATS: dict[str, Format] = {
+    form.name: form for module in MODULES for form in vars(module).values() if isinstance(form, Format)
+}
 MISSHAPEN = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 # Columns of numbers that say where a row comes from, not how good it is.
 COUNTERS = ("id", "idx", "index", "row", "turn", "turns", "seed", "length")
+Cells = Mapping[str, Sequence[Any]]  # of the first rows by column, without nulls
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the rows of one source are read.
+    """How the rows of one source are read."""
 
-    Attributes:
-        name: the format, a name in FORMATS.
-        by_place: `preference` is a place in [1, 2], not a probability in [0, 1].
-        attributes: the columns that are scores of the response, where the format looks for them.
-    """
-
-    name: str
-    by_place: bool = False
-    attributes: tuple[str, ...] = ()
+    name: str  # the format, a name in FORMATS
+    by_place: bool = False  # `preference` is a place in [1, 2], not a probability in [0, 1]
+    attributes: tuple[str, ...] = ()  # the columns that are scores of the response, where the format looks for them
 
     def read(
         self, row: Row, *, source: str, where: str, keep: bool = False, defects: list[BadRow] | None = None
     ) -> Sequence[Record]:
-        """Reads the records of one row; where a row can have several, their `row` ends with ".0", ".1", ...
+        """Reads the records of one row (see Reading for the arguments), or raises BadRow.
 
-        Args:
-            row: its cells by column.
-            source: name of the source, where the row does not name one.
-            where: where the row stands there.
-            keep: defects that allow training (records.KEEPABLE) are let through.
-            defects: takes what was let through and which parts (a response of a ranking, a message of a tree) were
-                left out, each with its reason. Without it nothing is left out: the first bad part raises.
-
-        Raises:
-            BadRow: the row cannot be used.
+        Where a row can have several records, their `row` ends with ".0", ".1", ... What was let through or left out of
+        the row (a response of a ranking, a message of a tree) is added to `defects`.
         """
         form = FORMATS[self.name]
         for column, kind in form.columns.items():
             if not kind.test(row.get(column)):
-                raise wrong(column, row.get(column), kind)
-        reading = Reading(source, where, keep, self.by_place, self.attributes, defects)
+                raise kind.wrong(column, row.get(column))
         try:
-            made = form.read(row, reading)
+            records = form.read(row, Reading(source, where, keep, self.by_place, self.attributes, defects))
         except MISSHAPEN as error:  # deep in a cell, where no kind looks
-            raise BadRow(
-                "wrong_type", f"a cell is not built as in {form.name}: {type(error).__name__} {error}"
-            ) from error
-        if isinstance(made, Record):
-            return [made]
-        return [dataclasses.replace(record, row=f"{record.row}.{i}") for i, record in enumerate(made)]
-
-
-def lines() -> list[str]:
-    """Every format in one line each: its name, the columns it must have, and what they mean."""
-    columns = lambda form: ", ".join(f"{name} ({kind.words})" for name, kind in form.columns.items())
-    return [f"{form.name}: {columns(form)}; {form.means}" for form in FORMATS.values()]
+            detail = f"a cell is not built as in {form.name}: {type(error).__name__} {error}"
+            raise BadRow("wrong_type", detail) from error
+        if isinstance(records, Record):
+            return [records]
+        return [dataclasses.replace(record, row=f"{record.row}.{i}") for i, record in enumerate(records)]
 
 
 def detect(rows: Sequence[Row], name: str = "auto") -> Layout:
@@ -102,59 +86,55 @@ def detect(rows: Sequence[Row], name: str = "auto") -> Layout:
     if not rows:
         raise ValueError("there are no rows to see a format in")
     columns = dict.fromkeys(column for row in rows for column in row)
-    seen = {column: [row[column] for row in rows if not is_null(row.get(column))] for column in columns}
-    if name == "auto":
-        found = [form for form in FORMATS.values() if _fits(form, rows)]
-        if len(found) != 1:
-            raise ValueError(_unclear(found, rows, seen))
-        form = found[0]
-        if hidden := [c for c in form.columns if all(map(_is_conversation_text, seen[c]))]:
-            raise ValueError(
-                f"{' and '.join(map(repr, hidden))} hold conversations as JSON text (the first is "
-                f"{show(seen[hidden[0]][0])}); write lists of messages, or name the format if they are meant as text"
-            )
-    else:
-        form = FORMATS[name]
+    cells = {column: [row[column] for row in rows if not is_null(row.get(column))] for column in columns}
+    form = _only_fit(rows, cells) if name == "auto" else FORMATS[name]
+    _check_columns(form, cells)
+    by_place = "preference" in form.optional and _by_place(cells.get("preference", []))
+    return Layout(form.name, by_place, _attributes(form, cells) if form.scores else ())
+
+
+def _only_fit(rows: Sequence[Row], cells: Cells) -> Format:
+    fitting = [form for form in FORMATS.values() if _fits(form, rows)]
+    if len(fitting) != 1:
+        raise ValueError(_unclear(fitting, rows, cells))
+    if hidden := [c for c in fitting[0].columns if all(map(_is_conversation_text, cells[c]))]:
+        raise ValueError(
+            f"{' and '.join(map(repr, hidden))} hold conversations as JSON text (the first is "
+            f"{show(cells[hidden[0]][0])}); write lists of messages, or name the format if they are meant as text"
+        )
+    return fitting[0]
+
+
+def _check_columns(form: Format, cells: Cells) -> None:
     for column, kind in (*form.columns.items(), *form.optional.items()):
-        cells = seen.get(column, [])
-        if not (cells or column not in form.columns):
-            near = did_you_mean(column, [c for c in seen if c not in form.columns])
-            raise ValueError(f"{form.name} needs a column {column!r} ({kind.words}); found {_columns(seen)}{near}")
-        if cells and not any(map(kind.test, cells)):
-            json_text = "; it holds JSON as text: write it as a list or object" if _parsed(cells[0]) is not None else ""
+        values = cells.get(column, [])
+        if not values and column in form.columns:
+            near = did_you_mean(column, [c for c in cells if c not in form.columns])
+            raise ValueError(f"{form.name} needs a column {column!r} ({kind.words}); found {_columns(cells)}{near}")
+        if values and not any(map(kind.test, values)):
+            json_text = "" if _parsed(values[0]) is None else "; it holds JSON as text: write it as a list or object"
             raise ValueError(
                 f"column {column!r} is wrong throughout: {kind.words} was expected, the first row has "
-                f"{show(cells[0])}{json_text}"
+                f"{show(values[0])}{json_text}"
             )
-    return Layout(
-        form.name,
-        _by_place(seen.get("preference", [])) if "preference" in form.optional else False,
-        _attributes(form, seen),
-    )
 
 
-def _attributes(form: Format, seen: Mapping[str, Sequence[Any]]) -> tuple[str, ...]:
-    """The columns of numbers that are scores.
-
-    Raises:
-        ValueError: the format needs some and there are none.
-    """
-    if not form.scores:
-        return ()
+def _attributes(form: Format, cells: Cells) -> tuple[str, ...]:
+    """The columns of numbers that are scores; ValueError where there are none."""
     known = {*form.columns, *form.optional, *COUNTERS}
-    mostly = lambda cells: 2 * sum(map(is_number, cells)) > len(cells)  # a wrong cell is a bad row, not another column
-    found = [c for c, cells in seen.items() if c not in known and not c.endswith("_id") and mostly(cells)]
-    if not found:
-        raise ValueError(f"{form.name} needs a column of numbers that are scores, as `score`; found {_columns(seen)}")
-    return tuple(found)
+    mostly = lambda values: 2 * sum(map(is_number, values)) > len(values)  # a wrong cell is a bad row
+    scores = [c for c, values in cells.items() if c not in known and not c.endswith("_id") and mostly(values)]
+    if not scores:
+        raise ValueError(f"{form.name} needs a column of numbers that are scores, as `score`; found {_columns(cells)}")
+    return tuple(scores)
 
 
-def _by_place(cells: Sequence[Any]) -> bool:
+def _by_place(preferences: Sequence[Any]) -> bool:
     """Whether `preference` is in [1, 2].
 
     Sets that write a tie as 0 (or -1) beside 1 and 2 are refused, not guessed.
     """
-    values = [cell for cell in cells if NUMBER.test(cell)]
+    values = [cell for cell in preferences if NUMBER.test(cell)]
     if any(v > 1 for v in values) and any(v < 1 for v in values):
         raise ValueError(
             f"preference runs from {min(values)} to {max(values)}; expected a probability in [0, 1] that `chosen` is "
@@ -169,47 +149,54 @@ def _fits(form: Format, rows: Sequence[Row]) -> bool:
     return bool(usable) and all(map(form.agrees, usable))
 
 
-def _unclear(found: Sequence[Format], rows: Sequence[Row], seen: Mapping[str, list[Any]]) -> str:
-    """Why no format, or more than one, fits; in a sentence or two."""
-    what = f"{len(rows)} rows with the columns {_columns(seen)}"
-    if found:
-        names = ", ".join(form.name for form in found)
-        return f"ambiguous data format: {what} fit {names}; name one with config.data.format"
-    if as_text := _written_as_text(rows):
-        return f"unknown data format: {what}; {as_text}"
-    mixed = [form.name for form in FORMATS.values() if any(_fits(form, [row]) for row in rows)]
-    if mixed:
+def _unclear(fitting: Sequence[Format], rows: Sequence[Row], cells: Cells) -> str:
+    """Why no format, or more than one, fits."""
+    data = f"{len(rows)} rows with the columns {_columns(cells)}"
+    if fitting:
+        names = ", ".join(form.name for form in fitting)
+        return f"ambiguous data format: {data} fit {names}; name one with config.data.format"
+    if advice := _json_text_advice(rows):
+        return f"unknown data format: {data}; {advice}"
+    if mixed := [form.name for form in FORMATS.values() if any(_fits(form, [row]) for row in rows)]:
         why = f"the rows do not agree (some are {', some '.join(mixed)}); name one with config.data.format"
-        return f"unknown data format: {what}; {why}, or read them as several sources"
-    return f"unknown data format: {what}. {_closest(seen)}; rename columns, or see the table of formats in docs/data.md"
+        return f"unknown data format: {data}; {why}, or read them as several sources"
+    return (
+        f"unknown data format: {data}. {_closest(cells)}; rename columns, or see the table of formats in docs/data.md"
+    )
 
 
-def _closest(seen: Mapping[str, list[Any]]) -> str:
+def _closest(cells: Cells) -> str:
     """The format that shares most columns, and what it lacks."""
-    has = lambda column, kind: column in seen and any(map(kind.test, seen[column]))
-    part = lambda column, kind: 1.0 if has(column, kind) else 0.4 if column in seen or closest(column, seen) else 0.0
-    fit = lambda form: sum(part(*item) for item in form.columns.items())
-    sure = lambda form: 0.8 if fit(form) == len(form.columns) else 1.0  # its columns are there, its rows differ
-    form = max(FORMATS.values(), key=lambda form: sure(form) * fit(form) / (len(form.columns) + len(seen)))
+    right = lambda column, kind: any(map(kind.test, cells.get(column, ())))
+    near = lambda column: column in cells or closest(column, cells)
+
+    def likeness(form: Format) -> float:
+        shared = sum(1.0 if right(c, kind) else 0.4 if near(c) else 0.0 for c, kind in form.columns.items())
+        complete = shared == len(form.columns)  # then its rows differ, so another format is more likely
+        return (0.8 if complete else 1.0) * shared / (len(form.columns) + len(cells))
+
+    form = max(FORMATS.values(), key=likeness)
     lacks = []
     for column, kind in form.columns.items():
-        if column in seen and not has(column, kind):
-            lacks.append(f"{column!r} as {kind.words}, not as {show(next(iter(seen[column]), None))}")
-        elif column not in seen:
-            lacks.append(f"{column!r} ({kind.words}{did_you_mean(column, [c for c in seen if c not in form.columns])})")
+        if column not in cells:
+            lacks.append(
+                f"{column!r} ({kind.words}{did_you_mean(column, [c for c in cells if c not in form.columns])})"
+            )
+        elif not right(column, kind):
+            lacks.append(f"{column!r} as {kind.words}, not as {show(next(iter(cells[column]), None))}")
     needs = f"which needs {' and '.join(lacks)}" if lacks else f"but its rows differ: {form.means}"
     return f"Closest is {form.name}, {needs}"
 
 
-def _written_as_text(rows: Sequence[Row]) -> str:
-    """Says which columns hold JSON as text, if some format would fit without; else ""."""
-    parsed = [{c: _parsed(cell) if _parsed(cell) is not None else cell for c, cell in row.items()} for row in rows]
+def _json_text_advice(rows: Sequence[Row]) -> str:
+    """Names the columns that hold JSON as text, if some format would fit without; else ""."""
+    parsed = [{c: cell if (value := _parsed(cell)) is None else value for c, cell in row.items()} for row in rows]
     columns = [c for c in parsed[0] if parsed[0][c] is not rows[0][c]]
-    fits = [form.name for form in FORMATS.values() if columns and _fits(form, parsed)]
-    if not fits:
+    fitting = [form.name for form in FORMATS.values() if columns and _fits(form, parsed)]
+    if not fitting:
         return ""
     names, first = ", ".join(map(repr, columns)), show(rows[0][columns[0]])
-    return f"{names} hold JSON as text (the first is {first}); write lists and objects, and this is {fits[0]}"
+    return f"{names} hold JSON as text (the first is {first}); write lists and objects, and this is {fitting[0]}"
 
 
 def _parsed(cell: Any) -> Any:
@@ -231,5 +218,5 @@ def _is_conversation_text(cell: Any) -> bool:
     )
 
 
-def _columns(seen: Mapping[str, Sequence[Any]]) -> str:
-    return ", ".join(f"{c} ({type(v[0]).__name__ if v else 'null'})" for c, v in seen.items()) or "none"
+def _columns(cells: Cells) -> str:
+    return ", ".join(f"{c} ({type(v[0]).__name__ if v else 'null'})" for c, v in cells.items()) or "none"

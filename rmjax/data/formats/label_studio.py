@@ -11,11 +11,10 @@ terms of other projects `answer`, `completion`, `output`, `reply` or `text`. Wha
     choices             a word of VERDICTS; questions with other answers are not read
     rating, number      a score of the response that it belongs to, under the control's name
 
-One person has one vote, the last one given; skipped annotations, drafts and predictions are none. Wins and ties are
-shares of the votes, and `agreement` is the largest share; a score is the mean over those who gave one. Where nobody
-voted, scores compare the responses as in `scored.py`.
+One person has one vote, the last one given; skipped annotations, drafts and predictions are none. A score is the mean
+over those who gave one. Where nobody voted, scores compare the responses as in `scored.py`.
 
-`rmjax.data.label_studio` writes such tasks; what it notes in `data.rmjax` brings the record back as it was: its
+`rmjax.data.labelling` writes such tasks; what it notes in `data.rmjax` brings the record back as it was: its
 `row`, the `order` in which its responses are shown, and the `lowest` score, which one star stands for.
 """
 
@@ -25,21 +24,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rmjax.data.formats.cells import (
-    NUMBER,
-    OBJECT,
-    PROMPT,
-    TURN,
-    Format,
-    Kind,
-    Reading,
-    Row,
-    messages,
-    prompt_turns,
-    show,
-    wrong,
-)
+from rmjax.data.formats.cells import Reading, Row, messages, prompt_turns, row_format
 from rmjax.data.formats.judged import voted
+from rmjax.data.formats.kinds import NUMBER, OBJECT, PROMPT, TURN, Kind, show
 from rmjax.data.formats.scored import scored
 from rmjax.data.records import BadRow, Record
 
@@ -51,57 +38,54 @@ VERDICTS = {
 }
 AMBIGUOUS = ("1", "2", "both", "neither")
 PROMPTS = ("prompt", "question", "instruction", "messages", "conversation", "dialogue")
+Answers = dict[tuple[str, int], float]  # of one person: scores by attribute and response (from 0), and the vote
+VOTE = ("preference", -1)  # its key in Answers
 RESPONSE = re.compile(r"(?:response|answer|completion|output|reply|text)[ _-]?(\d*)")
 
 
-@dataclasses.dataclass
-class Answers:
-    """What one person said of one task: a vote, or None, and scores by attribute and response (from 0)."""
+def _is_annotations(cell: Any) -> bool:
+    if not isinstance(cell, list) or not all(isinstance(annotation, Mapping) for annotation in cell):
+        return False
+    lists = [annotation.get("result") or [] for annotation in cell]
+    if not all(isinstance(results, list) for results in lists):
+        return False
+    results = [result for results in lists for result in results]
+    return all(isinstance(result, Mapping) and isinstance(result.get("value", {}), Mapping) for result in results)
 
-    vote: int | None = None
-    scores: dict[tuple[str, int], float] = dataclasses.field(default_factory=dict)
+
+ANNOTATIONS = Kind("a list of annotations, each with a list `result`", _is_annotations)
 
 
-def read(row: Row, reading: Reading) -> Record:
-    """The group of a task; see the module.
-
-    Raises:
-        BadRow: `no_label` without annotations, or what `group` raises.
-    """
+@row_format("label_studio", {"data": OBJECT, "annotations": ANNOTATIONS})
+def _task(row: Row, reading: Reading) -> Record:
+    """An export of Label Studio (JSON): `pairwise`, `choices`, `rating` and `number` of one or several people."""
     data = row["data"]
     shown, order = _responses(data)
     prompt = prompt_turns(data, _prompt(data))
     conversations = [[*prompt, *messages(data[shown[order.index(i)]])] for i in range(len(shown))]
     answers = list(_answers(row).values())
-    scores = [_means(answers, i) for i in range(len(shown))]
-    if given := [answer.vote for answer in answers if answer.vote is not None]:
-        made = voted(conversations, given, data, reading)
-        names = dict.fromkeys(name for of_one in scores for name in of_one)
-        attributes = {name: tuple(of_one.get(name, math.nan) for of_one in scores) for name in names}
-        made = dataclasses.replace(made, attributes=attributes)
+    scores = _mean_scores(answers, len(shown))
+    if votes := [given[VOTE] for given in answers if VOTE in given]:
+        names = dict.fromkeys(name for by_name in scores for name in by_name)
+        attributes = {name: [by_name.get(name, math.nan) for by_name in scores] for name in names}
+        record = voted(conversations, votes, data, reading, attributes=attributes)
     elif any(scores):
-        made = scored(conversations, scores, data, reading)
+        record = scored(conversations, scores, data, reading)
     else:
         raise BadRow("no_label", f"none of {len(row['annotations'])} annotations has a verdict or a score")
-    return dataclasses.replace(made, row=_notes(data).get("row") or reading.where)
+    return dataclasses.replace(record, row=_notes(data).get("row") or reading.where)
 
 
-def votes(row: Row) -> list[tuple[str, Mapping[str, float]]]:
+def answers_by_question(row: Row) -> list[tuple[str, dict[str, float]]]:
     """Each question that was asked of a task, with the answer of each person: for `agreement.summaries`.
 
     The question is "preference" (answers 1, 2 and 0, a tie) or the name of an attribute, once for each response.
-
-    Raises:
-        BadRow: `wrong_type`.
     """
-    answers = _answers(row)
     asked: dict[tuple[str, int], dict[str, float]] = {}
-    for person, given in answers.items():
-        if given.vote is not None:
-            asked.setdefault(("preference", -1), {})[person] = given.vote
-        for about, score in given.scores.items():
-            asked.setdefault(about, {})[person] = score
-    return [(question, said) for (question, _), said in asked.items()]
+    for person, answers in _answers(row).items():
+        for about, answer in answers.items():
+            asked.setdefault(about, {})[person] = answer
+    return [(question, by_person) for (question, _), by_person in asked.items()]
 
 
 def _prompt(data: Mapping[str, Any]) -> Any:
@@ -109,27 +93,27 @@ def _prompt(data: Mapping[str, Any]) -> Any:
     if name is None:
         raise BadRow("wrong_type", f"data has no prompt; expected one of {', '.join(PROMPTS)}, found {', '.join(data)}")
     if not (PROMPT.test(data[name]) or data[name] == []):
-        raise wrong(f"data.{name}", data[name], PROMPT)
+        raise PROMPT.wrong(f"data.{name}", data[name])
     return data[name]
 
 
 def _notes(data: Mapping[str, Any]) -> Mapping[str, Any]:
     notes = data.get("rmjax", {})
     if not OBJECT.test(notes):
-        raise wrong("data.rmjax", notes, OBJECT)
+        raise OBJECT.wrong("data.rmjax", notes)
     return notes
 
 
 def _responses(data: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     """The names of the responses as they are shown, and which response of the record each is."""
-    found = sorted((int(match[1] or 1), name) for name in data if (match := RESPONSE.fullmatch(name)))
-    shown = [name for _, name in found]
-    if not found or [number for number, _ in found] != list(range(1, len(found) + 1)):
+    numbered = sorted((int(match[1] or 1), name) for name in data if (match := RESPONSE.fullmatch(name)))
+    shown = [name for _, name in numbered]
+    if not shown or [number for number, _ in numbered] != list(range(1, len(shown) + 1)):
         expected = "one `response`, or response_1, response_2, ..."
         raise BadRow("wrong_type", f"data must have {expected}; found {', '.join(data)}")
     for name in shown:
         if not TURN.test(data[name]):
-            raise wrong(f"data.{name}", data[name], TURN)
+            raise TURN.wrong(f"data.{name}", data[name])
     order = _notes(data).get("order", list(range(len(shown))))
     if len(order) != len(shown) or set(order) != set(range(len(shown))):
         raise BadRow("wrong_type", f"data.rmjax.order is {show(order)}, expected the numbers 0 to {len(shown) - 1}")
@@ -140,16 +124,18 @@ def _answers(row: Row) -> dict[str, Answers]:
     """What each person said, in terms of the record's responses, not of the order in which they were shown."""
     _, order = _responses(row["data"])
     lowest = _notes(row["data"]).get("lowest", 1)
-    said: dict[str, Answers] = {}
+    by_person: dict[str, Answers] = {}
     for i, annotation in enumerate(sorted(row["annotations"], key=lambda a: str(a.get("created_at", "")))):
-        if annotation.get("was_cancelled") or not annotation.get("result"):
+        results = annotation.get("result")
+        if annotation.get("was_cancelled") or not results:
             continue
         by = annotation.get("completed_by")
         person = by.get("email") or by.get("id") if isinstance(by, Mapping) else by
-        answers = Answers(_vote(annotation["result"], order), _scores(annotation["result"], order, lowest))
-        if answers.vote is not None or answers.scores:  # a comment alone takes nothing back
-            said[f"annotation {i}" if person is None else str(person)] = answers
-    return said
+        vote = _vote(results, order)
+        answers = ({} if vote is None else {VOTE: vote}) | _scores(results, order, lowest)
+        if answers:  # a comment alone takes nothing back
+            by_person[f"annotation {i}" if person is None else str(person)] = answers
+    return by_person
 
 
 def _vote(results: Sequence[Mapping[str, Any]], order: Sequence[int]) -> int | None:
@@ -162,8 +148,8 @@ def _vote(results: Sequence[Mapping[str, Any]], order: Sequence[int]) -> int | N
     verdicts = {}
     for result in results:
         key = {"pairwise": "selected", "choices": "choices"}.get(result.get("type", ""))
-        said = result.get("value", {}).get(key)
-        word = said[0] if isinstance(said, list) and len(said) == 1 else said
+        word = result.get("value", {}).get(key)
+        word = word[0] if isinstance(word, list) and len(word) == 1 else word
         name = str(result.get("from_name"))
         word = word.strip().lower() if isinstance(word, str) else ""
         if word in VERDICTS and (name == "preference" or word not in AMBIGUOUS):
@@ -178,16 +164,15 @@ def _vote(results: Sequence[Mapping[str, Any]], order: Sequence[int]) -> int | N
     return vote if vote == TIE else order[vote - 1] + 1
 
 
-def _scores(results: Sequence[Mapping[str, Any]], order: Sequence[int], lowest: float) -> dict[tuple[str, int], float]:
-    """The scores of one annotation, by attribute and response."""
-    scores = {}
+def _scores(results: Sequence[Mapping[str, Any]], order: Sequence[int], lowest: float) -> Answers:
+    scores: Answers = {}
     for result in results:
         kind = result.get("type")
         if kind not in ("rating", "number"):
             continue
         number = result.get("value", {}).get(kind)
         if not NUMBER.test(number):
-            raise wrong(str(result.get("from_name")), number, NUMBER)
+            raise NUMBER.wrong(str(result.get("from_name")), number)
         if kind == "rating" and number == 0:  # stars that were taken back
             continue
         scores[_about(result, order)] = float(number + (lowest - 1 if kind == "rating" else 0))
@@ -210,33 +195,11 @@ def _about(result: Mapping[str, Any], order: Sequence[int]) -> tuple[str, int]:
     return re.sub(rf"[ _-]?{number}$", "", control) or control, order[number - 1]
 
 
-def _means(answers: Sequence[Answers], response: int) -> dict[str, float]:
-    """Each attribute of a response: the mean over those who gave it."""
-    given: dict[str, list[float]] = {}
-    for answer in answers:
-        for (name, of), score in answer.scores.items():
-            if of == response:
-                given.setdefault(name, []).append(score)
-    return {name: sum(numbers) / len(numbers) for name, numbers in given.items()}
-
-
-def _is_annotations(cell: Any) -> bool:
-    if not isinstance(cell, list) or not all(isinstance(annotation, Mapping) for annotation in cell):
-        return False
-    lists = [annotation.get("result") or [] for annotation in cell]
-    if not all(isinstance(results, list) for results in lists):
-        return False
-    results = [result for results in lists for result in results]
-    return all(isinstance(result, Mapping) and isinstance(result.get("value", {}), Mapping) for result in results)
-
-
-ANNOTATIONS = Kind("a list of annotations, each with a list `result`", _is_annotations)
-
-LABEL_STUDIO = (
-    Format(
-        "label_studio",
-        {"data": OBJECT, "annotations": ANNOTATIONS},
-        read,
-        means="an export of Label Studio (JSON): `pairwise`, `choices`, `rating` and `number` of one or several people",
-    ),
-)
+def _mean_scores(answers: Sequence[Answers], responses: int) -> list[dict[str, float]]:
+    """For each response the mean of each attribute over those who gave it."""
+    given: list[dict[str, list[float]]] = [{} for _ in range(responses)]
+    for by_question in answers:
+        for (name, response), score in by_question.items():
+            if (name, response) != VOTE:
+                given[response].setdefault(name, []).append(score)
+    return [{name: sum(scores) / len(scores) for name, scores in by_name.items()} for by_name in given]

@@ -16,23 +16,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rmjax.data.formats.cells import (
-    COMMON,
-    MESSAGES,
-    NUMBER,
-    TEXT,
-    TURN,
-    Format,
-    Kind,
-    Reading,
-    Row,
-    common,
-    is_null,
-    messages,
-    optional,
-    with_system,
-    wrong,
-)
+from rmjax.data.formats import kinds
+from rmjax.data.formats.cells import Format, Reading, Row, common, messages, row_format, with_system
+from rmjax.data.formats.kinds import Kind
 from rmjax.data.records import BadRow, Message, Record, pair
 
 Turns = tuple[list[Message], list[Message]]
@@ -41,11 +27,13 @@ TRANSCRIPT_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
 ASKED = ("prompt", "conversations", "messages", "instruction", "question", "query", "input", "context", "problem")
 PAIR_LABELS = ("margin", "preference_strength", "preference", *(name for names in SCORES for name in names))
+OPTIONAL: Mapping[str, Kind] = {**kinds.COMMON, **dict.fromkeys(PAIR_LABELS, kinds.NUMBER)}
+CHOSEN_TEXTS = {"chosen": kinds.TEXT, "rejected": kinds.TEXT}
 
 
 def _label(row: Row, by_place: bool) -> tuple[float, float]:
     """Probability that `chosen` is better (1 if the row does not say), and the margin of the better one."""
-    value = optional(row, "preference", NUMBER)
+    value = kinds.NUMBER.optional(row, "preference")
     preference = 1.0 if value is None else float(2 - value if by_place else value)
     if not 0 <= preference <= 1:
         raise BadRow("conflicting_label", f"preference {value} is outside {'[1, 2]' if by_place else '[0, 1]'}")
@@ -53,7 +41,7 @@ def _label(row: Row, by_place: bool) -> tuple[float, float]:
     if (chosen - rejected) * (preference - 0.5) < 0:
         said = f"its scores are {chosen:g} and {rejected:g}, the preference is {preference:g}"
         raise BadRow("conflicting_label", said)
-    given = [optional(row, column, NUMBER) for column in ("margin", "preference_strength")]
+    given = [kinds.NUMBER.optional(row, column) for column in ("margin", "preference_strength")]
     margin = next((float(m) for m in given if m is not None), abs(chosen - rejected))
     if margin < 0:
         raise BadRow("conflicting_label", f"margin {margin:g} is below 0: the other response would be better")
@@ -63,28 +51,34 @@ def _label(row: Row, by_place: bool) -> tuple[float, float]:
 def _scores(row: Row) -> tuple[float, float] | None:
     """The scores of `chosen` and `rejected`; None where one is missing."""
     for names in SCORES:
-        chosen, rejected = (optional(row, name, NUMBER) for name in names)
+        chosen, rejected = (kinds.NUMBER.optional(row, name) for name in names)
         if chosen is not None and rejected is not None:
             return float(chosen), float(rejected)
     return None
 
 
-def _pair(turns: Callable[[Row], Turns]) -> Callable[[Row, Reading], Record]:
-    """The reader of a pair format, from what gives the two whole conversations of a row."""
+def _pair_format(
+    name: str, columns: Mapping[str, Kind], agrees: Callable[[Row], bool] = lambda row: True
+) -> Callable[[Callable[[Row], Turns]], Format]:
+    """Decorates what gives the two whole conversations of a row; its docstring says what the row means."""
 
-    def read(row: Row, reading: Reading) -> Record:
-        chosen, rejected = turns(row)
-        preference, margin = _label(row, reading.by_place)
-        return pair(
-            with_system(row, chosen),
-            with_system(row, rejected),
-            preference=preference,
-            margin=margin,
-            attributes={"score": scores} if (scores := _scores(row)) else None,
-            **common(row, reading),
-        )
+    def decorate(turns: Callable[[Row], Turns]) -> Format:
+        def read(row: Row, reading: Reading) -> Record:
+            chosen, rejected = turns(row)
+            preference, margin = _label(row, reading.by_place)
+            return pair(
+                with_system(row, chosen),
+                with_system(row, rejected),
+                preference=preference,
+                margin=margin,
+                attributes={"score": scores} if (scores := _scores(row)) else None,
+                **common(row, reading),
+            )
 
-    return read
+        read.__doc__ = turns.__doc__
+        return row_format(name, columns, agrees, optional=OPTIONAL)(read)
+
+    return decorate
 
 
 def is_transcript(text: Any) -> bool:
@@ -105,25 +99,52 @@ def transcript(text: str) -> list[Message]:
     return [{"role": roles[role], "content": words.strip()} for role, words in zip(pieces[::2], pieces[1::2])]
 
 
+def _no_transcripts(row: Row) -> bool:
+    return not any(is_transcript(row.get(column)) for column in ("prompt", "chosen", "rejected"))
+
+
+def _is_plain(row: Row) -> bool:
+    asked = {*ASKED, *difflib.get_close_matches("prompt", row, cutoff=0.8)}  # what would be dropped without a word
+    return all(kinds.is_null(row.get(column)) for column in asked) and _no_transcripts(row)
+
+
+def _is_transcripts(row: Row) -> bool:
+    whole = (is_transcript(row[c]) or is_transcript(row.get("prompt")) for c in ("chosen", "rejected"))
+    return "conversations" not in row and all(whole)
+
+
+def _after(turns: list[Message], row: Row) -> Turns:
+    return [*turns, *messages(row["chosen"])], [*turns, *messages(row["rejected"])]
+
+
+@_pair_format("pair_text", {"prompt": kinds.TEXT, **CHOSEN_TEXTS}, _no_transcripts)
 def _text_turns(row: Row) -> Turns:
-    first, second = ([*messages(row["prompt"], "user"), *messages(row[c])] for c in ("chosen", "rejected"))
-    return first, second
+    """Texts; the chosen response is better."""
+    return _after(messages(row["prompt"], "user"), row)
 
 
+@_pair_format("pair_transcript", CHOSEN_TEXTS, _is_transcripts)
 def _transcript_turns(row: Row) -> Turns:
+    r"""Transcripts `\n\nHuman: ... \n\nAssistant: ...`; histories that differ keep their own."""
     whole = lambda text: text if is_transcript(text) else str(row.get("prompt") or "") + text
     return transcript(whole(row["chosen"])), transcript(whole(row["rejected"]))
 
 
+@_pair_format("pair_plain", CHOSEN_TEXTS, _is_plain)
 def _plain_turns(row: Row) -> Turns:
+    """Texts without a prompt, which is then empty."""
     # An empty user turn, because many templates refuse a conversation that an assistant begins.
-    return _text_turns({**row, "prompt": ""})
+    return _after(messages("", "user"), row)
 
 
+@_pair_format(
+    "pair_messages", {"chosen": kinds.MESSAGES, "rejected": kinds.MESSAGES}, lambda row: "conversations" not in row
+)
 def _message_turns(row: Row) -> Turns:
+    """Whole conversations, or the turns after `prompt` (text or messages)."""
     prompt = [] if row.get("prompt") is None else row["prompt"]
-    if not (isinstance(prompt, str) or prompt == [] or MESSAGES.test(prompt)):
-        raise wrong("prompt", prompt, MESSAGES)
+    if not (kinds.PROMPT.test(prompt) or prompt == []):
+        raise kinds.MESSAGES.wrong("prompt", prompt)
     turns = messages(prompt, "user")
     return _joined(turns, messages(row["chosen"])), _joined(turns, messages(row["rejected"]))
 
@@ -139,66 +160,7 @@ def _joined(prompt: list[Message], turns: list[Message]) -> list[Message]:
     return turns if begins or asks_again else [*prompt, *turns]
 
 
+@_pair_format("pair_conversations", {"conversations": kinds.MESSAGES, "chosen": kinds.TURN, "rejected": kinds.TURN})
 def _conversation_turns(row: Row) -> Turns:
-    history = messages(row["conversations"])
-    return [*history, *messages(row["chosen"])], [*history, *messages(row["rejected"])]
-
-
-def _no_transcripts(row: Row) -> bool:
-    return not any(is_transcript(row.get(column)) for column in ("prompt", "chosen", "rejected"))
-
-
-def _is_plain(row: Row) -> bool:
-    asked = {*ASKED, *difflib.get_close_matches("prompt", row, cutoff=0.8)}  # what would be dropped without a word
-    return all(is_null(row.get(column)) for column in asked) and _no_transcripts(row)
-
-
-def _is_transcripts(row: Row) -> bool:
-    whole = (is_transcript(row[c]) or is_transcript(row.get("prompt")) for c in ("chosen", "rejected"))
-    return "conversations" not in row and all(whole)
-
-
-_TEXTS = {"chosen": TEXT, "rejected": TEXT}
-_OPTIONAL: Mapping[str, Kind] = {**COMMON, **dict.fromkeys(PAIR_LABELS, NUMBER)}
-
-PAIRS = (
-    Format(
-        "pair_text",
-        {"prompt": TEXT, **_TEXTS},
-        _pair(_text_turns),
-        _no_transcripts,
-        _OPTIONAL,
-        means="texts; the chosen response is better",
-    ),
-    Format(
-        "pair_transcript",
-        _TEXTS,
-        _pair(_transcript_turns),
-        _is_transcripts,
-        _OPTIONAL,
-        means=r"transcripts `\n\nHuman: ... \n\nAssistant: ...`; histories that differ keep their own",
-    ),
-    Format(
-        "pair_plain",
-        _TEXTS,
-        _pair(_plain_turns),
-        _is_plain,
-        _OPTIONAL,
-        means="texts without a prompt, which is then empty",
-    ),
-    Format(
-        "pair_messages",
-        {"chosen": MESSAGES, "rejected": MESSAGES},
-        _pair(_message_turns),
-        lambda row: "conversations" not in row,
-        _OPTIONAL,
-        means="whole conversations, or the turns after `prompt` (text or messages)",
-    ),
-    Format(
-        "pair_conversations",
-        {"conversations": MESSAGES, "chosen": TURN, "rejected": TURN},
-        _pair(_conversation_turns),
-        optional=_OPTIONAL,
-        means="`conversations` is the history (`from`/`value` or `role`/`content`), the others are its last turns",
-    ),
-)
+    """`conversations` is the history (`from`/`value` or `role`/`content`), the others are its last turns."""
+    return _after(messages(row["conversations"]), row)

@@ -4,54 +4,41 @@ import json
 import math
 from typing import Any
 
-from rmjax.data.formats.cells import (
-    COMMON,
-    LIST,
-    MESSAGES,
-    NUMBER,
-    TEXT,
-    Format,
-    Kind,
-    Reading,
-    Row,
-    common,
-    is_null,
-    list_of,
-    messages,
-    optional,
-    score,
-)
-from rmjax.data.formats.ranked import as_many
+from rmjax.data.formats import kinds
+from rmjax.data.formats.cells import Reading, Row, common, messages, row_format, score
+from rmjax.data.formats.kinds import Kind
 from rmjax.data.formats.steps import step_label
-from rmjax.data.records import Message, Record, Step, group
+from rmjax.data.records import Message, Record, Step, group, require_as_many
 
 MATRICES = ("wins", "ties", "margin")
-GROUPED = list_of(MESSAGES, "conversations")
 MATRIX = Kind("K lists of K numbers", lambda c: isinstance(c, list) and all(_is_numbers(x, len(c)) for x in c))
+OPTIONAL = {
+    **{**kinds.COMMON, **dict.fromkeys(MATRICES, MATRIX)},
+    **{"attributes": kinds.LIST, "steps": kinds.LIST, "row": kinds.TEXT},
+}
 
 
 def _is_numbers(cell: Any, count: int) -> bool:
-    return isinstance(cell, list) and len(cell) == count and all(map(NUMBER.test, cell))
+    return isinstance(cell, list) and len(cell) == count and all(map(kinds.NUMBER.test, cell))
 
 
+@row_format("records", {"conversations": kinds.list_of(kinds.MESSAGES, "conversations")}, optional=OPTIONAL)
 def _stored(row: Row, reading: Reading) -> Record:
+    """What `convert` writes: whole groups with everything that is known of them (`rmjax/data/store.py`)."""
     conversations = [_conversation(c) for c in row["conversations"]]
-    matrices = {name: optional(row, name, MATRIX) for name in MATRICES}
+    matrices = {name: MATRIX.optional(row, name) for name in MATRICES}
     for name, matrix in matrices.items():
         if matrix is not None:
-            as_many(name, matrix, conversations)
+            require_as_many(name, matrix, conversations)
     attributes = {}
     for named in row.get("attributes") or ():
-        as_many(named["name"], named["values"], conversations)
+        require_as_many(named["name"], named["values"], conversations)
         attributes[named["name"]] = [score(x, named["name"]) for x in named["values"]]
-    steps = [
-        [Step(step["stop"], math.nan if is_null(step["label"]) else step_label(step["label"])) for step in of_one]
-        for of_one in row.get("steps") or ()
-    ]
+    steps = [[Step(step["stop"], step_label(step["label"])) for step in of_one] for of_one in row.get("steps") or ()]
     if steps:
-        as_many("lists of steps", steps, conversations)
-    agreement = optional(row, "agreement", NUMBER)
-    said = {**common(row, reading), "row": optional(row, "row", TEXT) or reading.where}
+        require_as_many("lists of steps", steps, conversations)
+    agreement = kinds.NUMBER.optional(row, "agreement")
+    said = {**common(row, reading), "row": kinds.TEXT.optional(row, "row") or reading.where}
     return group(
         conversations,
         **matrices,
@@ -68,14 +55,3 @@ def _conversation(turns: Any) -> list[Message]:
         plain = {name: cell for name, cell in turn.items() if name != "extra"}
         read.append({**messages(plain)[0], **json.loads(turn.get("extra") or "{}")})
     return read
-
-
-STORED = (
-    Format(
-        "records",
-        {"conversations": GROUPED},
-        _stored,
-        optional={**COMMON, **dict.fromkeys(MATRICES, MATRIX), "attributes": LIST, "steps": LIST, "row": TEXT},
-        means="what `convert` writes: whole groups with everything that is known of them (`rmjax/data/store.py`)",
-    ),
-)

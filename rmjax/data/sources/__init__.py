@@ -4,7 +4,6 @@ A source is written as a path or as `scheme://...`; several are separated by com
 scheme, `files.READERS` one for each kind of file. Rows are plain dicts; what they mean is for `formats`.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -16,9 +15,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 from rmjax.data import synthetic
 from rmjax.data.sources import database, listing
-from rmjax.data.sources.aligned import aligned_part
 from rmjax.data.sources.files import Row
-from rmjax.data.sources.parts import Part, file_parts, plain, watched
+from rmjax.data.sources.parts import Part, aligned_part, file_parts, plain, watched
 from rmjax.data.sources.registered import register, registered_part
 
 __all__ = ["Row", "plain", "register"]
@@ -65,11 +63,7 @@ def source_name(item: str) -> str:
 
 
 def refuse_equal_names(spec: str, why: str) -> None:
-    """Makes sure that the sources of `spec` can be told apart by name.
-
-    Raises:
-        ValueError: two have the same; names them and what to do. `why` says what needs the names.
-    """
+    """Raises ValueError where two sources of `spec` have the same name; `why` says what needs the names."""
     items: dict[str, str] = {}
     for item in split_spec(spec):
         name = source_name(item)
@@ -84,12 +78,9 @@ def refuse_equal_names(spec: str, why: str) -> None:
 def open_source(spec: str) -> Iterator[tuple[str, Row]]:
     """Yields (row id, row) of every source in `spec`, in order; ids are "file.jsonl:17", counting from 0.
 
-    Files of one source that have the same name are called by as many directories as tell them apart.
-
     Raises:
         FileNotFoundError: a path or glob that matches nothing.
-        ValueError: no rows at all, a kind of file that is unknown, or contents that cannot be read (with the
-            line).
+        ValueError: no rows, an unknown kind of file, or contents that cannot be read (with the line).
     """
     for item in split_spec(spec):
         empty = True
@@ -102,7 +93,7 @@ def open_source(spec: str) -> Iterator[tuple[str, Row]]:
 
 
 def count_rows(spec: str) -> int | None:
-    """Number of rows of all sources, or None where only reading them all would tell."""
+    """Number of rows of all sources; None where only reading them all would tell."""
     counts = [part.count() for item in split_spec(spec) for part in parts(item)]
     return None if None in counts else sum(cast(list[int], counts))
 
@@ -114,19 +105,12 @@ def fingerprint(spec: str) -> str:
 
 
 class Witness:
-    """Tells, after sources were read, whether all that was read is what their fingerprint was taken of.
-
-        witness = Witness(spec)
-        ...  # open_source(spec) and whatever else reads it, once or more
-        witness.check()
+    """Takes the fingerprint of sources before they are read; `check`, afterwards, refuses what changed meanwhile.
 
     Files are compared by their digests before and after, and by inode, size and times of change, which tell of a file
     that was changed and changed back; a file that was only touched is refused with them. The rows of databases and of
-    Python are hashed as they are read, by open_source itself. The cost is a second digest, of files about
-    1 GB/s on two cores (see token_files.py), and of rows one more reading.
-
-    Attributes:
-        fingerprint: as `fingerprint` returns it, taken before.
+    Python are hashed as open_source reads them. The cost is a second digest, of files about 1 GB/s on two cores (see
+    token_files.py), and of rows one more reading.
     """
 
     def __init__(self, spec: str):
@@ -141,12 +125,7 @@ class Witness:
         return {item if item.endswith(part.name) else f"{part.name} of {item}": part.state() for item, part in named}
 
     def check(self) -> None:
-        """Compares.
-
-        Raises:
-            FileNotFoundError: a source is gone.
-            ValueError: something was changed since; names it.
-        """
+        """Raises ValueError, which names what changed, or FileNotFoundError where a source is gone."""
         digests = {item: watched.pop(item, set()) for item in self._items}
         same = fingerprint(self._spec) == self.fingerprint
         after = self._states()
@@ -160,11 +139,7 @@ class Witness:
 
 
 def local_files(item: str) -> list[Path]:
-    """The files of a source that are on this machine; [] for one that is elsewhere.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-    """
+    """The files of a source that are on this machine; [] for one that is elsewhere."""
     scheme, rest = _scheme(item), item.partition("://")[2]
     if scheme == "aligned":
         return [file for piece in listing.split_pieces(rest, "+") for file in local_files(piece)]
@@ -196,16 +171,17 @@ def _scheme(item: str) -> str:
 
 
 def _synthetic_part(item: str) -> Part:
-    """`synthetic://NAME?key=value&...`."""
+    """The rows of `synthetic://NAME?key=value&...`."""
     url = urlsplit(item)
     options = dict(parse_qsl(url.query))
 
-    def digest() -> str:
-        code = b"".join(file.read_bytes() for file in sorted(Path(synthetic.__file__).parent.glob("*.py")))
-        return hashlib.sha256(item.encode() + code).hexdigest()
-
-    count = lambda: int(options.get("n", synthetic.OPTIONS["n"]))
-    return Part(url.netloc, functools.partial(synthetic.rows, url.netloc, **options), count, digest)
+    code = lambda: b"".join(file.read_bytes() for file in sorted(Path(synthetic.__file__).parent.glob("*.py")))
+    return Part(
+        url.netloc,
+        rows=lambda: synthetic.rows(url.netloc, **options),
+        count=lambda: int(options.get("n", synthetic.OPTIONS["n"])),
+        digest=lambda: hashlib.sha256(item.encode() + code()).hexdigest(),
+    )
 
 
 _remote_parts = lambda item: file_parts(listing.remote_files(item))

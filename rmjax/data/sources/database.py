@@ -1,6 +1,6 @@
 """Rows of a database: a table, or what a query gives, through SQLAlchemy (`pip install 'rmjax[sql]'`).
 
-A database is read, never written: SQL must be one query by its text (queries.py), SQLite opens the file to read alone
+A database is read, never written: SQL must be one query by its text, SQLite opens the file to read alone
 and asks here whether it may do what a statement says, and PostgreSQL runs it in a read-only transaction. What functions
 of a PostgreSQL server do outside its tables (write a file, send a message), they do, if the user may call them.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote_plus
 
-from rmjax.data.sources import queries
 from rmjax.data.sources.files import Row
 from rmjax.data.sources.parts import Part, part_of_rows
 from rmjax.runtime import passwords
@@ -25,10 +24,19 @@ FETCH = 1024  # rows in memory at a time
 READING = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_TRANSACTION)
 PRAGMAS = ("table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo", "foreign_key_list")
 FUNCTIONS = ("load_extension", "readfile", "writefile", "edit", "fts3_tokenizer")
+QUERIES = ("SELECT", "WITH", "VALUES", "TABLE")
+# Comments and what stands in quotes, in which no word and no semicolon counts: C comments, line comments, PostgreSQL's
+# dollar quotes, its E'...' with backslashes, and strings and names, in which a quote is doubled.
+_QUOTED = re.compile(
+    r"""/\*.*?\*/ | --[^\n]* | (?<![\w$])\$(?P<tag>\w*)\$.*?\$(?P=tag)\$ | \bE'(?:[^'\\]|\\.|'')*' | '(?:[^']|'')*'
+    | "(?:[^"]|"")*" | `(?:[^`]|``)*`""",
+    re.VERBOSE | re.DOTALL | re.IGNORECASE,
+)
+_UNFINISHED = re.compile(r"""/\*|\*/|['"`]|(?<![\w$])\$\w*\$""")
 
 
 def database_part(item: str) -> Part:
-    """Reads `sqlite:///relative.db?table=NAME`, `sqlite:////absolute.db?query=SELECT ...`, and finds out what is there.
+    """The rows of `sqlite:///relative.db?table=NAME` or `sqlite:////absolute.db?query=SELECT ...`.
 
     Everything after `query=` is SQL as it stands, commas and percent signs too; other options go to the driver. A
     password is better left to the driver (for PostgreSQL, PGPASSWORD or ~/.pgpass), because sources are printed. Rows
@@ -50,11 +58,10 @@ def database_part(item: str) -> Part:
     url = sqlalchemy.make_url(base).update_query_dict(named)
     if bool(table) == bool(sql):
         raise ValueError(f"{_shown(url)}: name a table with ?table=NAME, or give SQL with ?query=SELECT ...")
-    if sql:
-        try:
-            queries.checked(query)
-        except ValueError as error:
-            raise ValueError(f"{_shown(url)}: {error}") from None
+    try:
+        query = checked_query(query) if sql else ""
+    except ValueError as error:
+        raise ValueError(f"{_shown(url)}: {error}") from None
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():  # SQLite would make the file
         raise FileNotFoundError(f"{_shown(url)}: no file {url.database!r}; looked from {Path.cwd()}")
 
@@ -80,7 +87,7 @@ def _statement(connection: Any, url: Any, table: str, query: str) -> Any:
 
     if query:
         # SQLAlchemy would take ":name" for a parameter.
-        return sqlalchemy.text(queries.checked(query).replace(":", r"\:"))
+        return sqlalchemy.text(query.replace(":", r"\:"))
     inspector = sqlalchemy.inspect(connection)
     names = sorted([*inspector.get_table_names(), *inspector.get_view_names()])
     if table not in names:
@@ -145,3 +152,27 @@ def _authorize(action: int, first: str | None, second: str | None, *_: Any) -> i
 def _shown(url: Any) -> str:
     """The URL without its password."""
     return url.render_as_string(hide_password=True)
+
+
+def checked_query(sql: str) -> str:
+    """SQL without semicolons at its end; ValueError where its text is not that of one query.
+
+    It may still be one that writes: `WITH x AS (DELETE ...) SELECT ...` of PostgreSQL; the connection sees to that.
+    """
+    sql = sql.strip().rstrip("; \t\r\n")
+    if any("/*" in quoted[0][2:] for quoted in _QUOTED.finditer(sql) if quoted[0].startswith("/*")):
+        raise ValueError(f"query={sql[:60]} has a comment in a comment; leave it out")
+    plain = _QUOTED.sub(" ", sql)
+    words = re.findall(r"\w+", plain.upper())
+    first = words[0] if words else ""
+    if first not in QUERIES or not re.match(r"[\s(]*\w", plain):
+        raise ValueError(
+            f"query={sql[:60]} is not a query; databases are only read, by {', '.join(QUERIES)}, and nothing was sent"
+        )
+    if _UNFINISHED.search(plain):
+        raise ValueError(f"query={sql[:60]} has a quote or a comment that does not end; nothing was sent")
+    if ";" in plain:
+        raise ValueError(f"query={sql[:60]} is several statements; give one query, without a semicolon in it")
+    if "INTO" in words:
+        raise ValueError(f"query={sql[:60]} has INTO, which writes; databases are only read, and nothing was sent")
+    return sql

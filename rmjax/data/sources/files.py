@@ -27,22 +27,13 @@ def kind(path: Path) -> str:
 
 
 def as_object(value: Any, where: str) -> Row:
-    """The value itself.
-
-    Raises:
-        ValueError: it is no object.
-    """
     if not isinstance(value, dict):
         raise ValueError(f"{where} is a {type(value).__name__}, expected an object")
     return value
 
 
 def read(path: Path, as_row: AsRow = as_object) -> Iterator[Row]:
-    """Yields the rows of a file.
-
-    Args:
-        path: a file of a kind in READERS.
-        as_row: what makes a row of each value of a JSON file.
+    """Yields the rows of a file; `as_row` makes them of the values of a JSON file.
 
     Raises:
         ValueError: contents that cannot be read, with the line where that is known.
@@ -73,7 +64,7 @@ def digest(path: Path) -> str:
 
 
 def state(path: Path) -> tuple[int, ...]:
-    """What becomes another one whenever the file is written to or replaced, even by what it held before."""
+    """Changes whenever the file is written to or replaced, even by what it held before."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -164,10 +155,6 @@ def _read_json(path: Path, as_row: AsRow) -> Iterator[Row]:
         yield as_row(value, f"{path}, item {i}")
 
 
-def _count_json(path: Path) -> int | None:
-    return _json_counts.get(state(path))
-
-
 def _columns_to_rows(columns: dict[str, Any], where: str) -> list[Row]:
     """{"a": [1, 2], "b": [3, 4]} -> [{"a": 1, "b": 3}, {"a": 2, "b": 4}]."""
     lengths = {k: len(v) if isinstance(v, list) else type(v).__name__ for k, v in columns.items()}
@@ -192,5 +179,5 @@ READERS: dict[str, tuple[Callable[[Path, AsRow], Iterator[Row]], Callable[[Path]
     ".parquet": (_read_parquet, _count_parquet),
     ".arrow": (_read_arrow, _count_arrow),
     ".jsonl": (_read_jsonl, _count_jsonl),
-    ".json": (_read_json, _count_json),
+    ".json": (_read_json, lambda path: _json_counts.get(state(path))),
 }

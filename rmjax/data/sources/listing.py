@@ -81,12 +81,7 @@ def glob_name(path: str) -> str:
 
 
 def local_files(item: str) -> list[Path]:
-    """The files of a source that is a path on this machine.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: a directory of files that do not belong together.
-    """
+    """The files of a source that is a path on this machine; errors as of `remote_files`."""
     path = _at_home(passwords.reveal(item))  # a directory may be called like a URL
     if paths := [Path(name) for name in _data_files(LOCAL, path, item) if os.path.isfile(name)]:
         return paths

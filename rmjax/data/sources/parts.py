@@ -1,10 +1,11 @@
-"""The parts of a source, and digests of rows that are in no file."""
+"""The parts of a source: files, files aligned by their rows, and rows that are in no file."""
 
 import dataclasses
 import datetime
 import decimal
 import functools
 import hashlib
+import itertools
 import json
 import uuid
 from collections import deque
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rmjax.data.sources import files
+from rmjax.data.sources import files, listing
 from rmjax.data.sources.files import Row
 
 Rows = Callable[[], Iterator[Row]]
@@ -31,11 +32,6 @@ class Part:
 
 
 def file_parts(paths: Sequence[Path]) -> list[Part]:
-    """A part for each file.
-
-    Raises:
-        ValueError: an unknown kind of file.
-    """
     if unknown := [path for path in paths if not files.kind(path)]:
         raise ValueError(f"{unknown[0]}: unknown kind of file; known: {', '.join(files.READERS)}, each also with .gz")
     of = lambda function, path: functools.partial(function, path)
@@ -54,6 +50,62 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
+def aligned_part(item: str) -> Part:
+    """The rows of `aligned://prompts.json+responses.json+rewards.json`: row i of each file is a part of row i.
+
+    Raises:
+        ValueError: a piece is several files, or there is only one piece.
+    """
+    paths: list[Path] = []
+    for piece in listing.split_pieces(item.removeprefix("aligned://"), "+"):
+        named = listing.remote_files(piece) if piece.startswith("hf://") else listing.local_files(piece)
+        if len(named) != 1:
+            raise ValueError(f"{item}: {piece} is {len(named)} files, expected one")
+        paths += named
+    if len(paths) < 2:
+        raise ValueError(f"{item}: expected several files, joined by +")
+    return Part(
+        "+".join(short_names(paths)),
+        lambda: _merged_rows(item, paths),
+        lambda: files.count(paths[0]),
+        lambda: hashlib.sha256("".join(map(files.digest, paths)).encode()).hexdigest(),
+        lambda: [files.state(path) for path in paths],
+    )
+
+
+def _merged_rows(item: str, paths: Sequence[Path]) -> Iterator[Row]:
+    for i, cells in enumerate(itertools.zip_longest(*(files.read(path, _columns_of) for path in paths))):
+        if None in cells:
+            counts = [f"{path.name} {sum(1 for _ in files.read(path, _columns_of))}" for path in paths]
+            raise ValueError(f"{item}: aligned files must have equally many rows, found {', '.join(counts)}")
+        row: Row = {}
+        for path, more in zip(paths, cells):
+            for column in row.keys() & more.keys():
+                if row[column] != more[column]:
+                    raise ValueError(f"{item}, row {i}: {path.name} and a file before it differ in {column!r}")
+            row |= more
+        yield row
+
+
+def _columns_of(value: Any, where: str) -> Row:
+    """An object is columns; what else stands in a file gets the name that formats have for it.
+
+    >>> _columns_of("hi", ""), _columns_of(["yo", "oh"], ""), _columns_of([0.5, 2], "")
+    ({'prompt': 'hi'}, {'response_1': 'yo', 'response_2': 'oh'}, {'rewards': [0.5, 2]})
+    """
+    if isinstance(value, dict):
+        return value
+    kinds = {type(x) for x in value} if isinstance(value, list) else set()
+    if isinstance(value, str) or kinds == {dict}:
+        return {"prompt": value}
+    if kinds == {str}:
+        return {f"response_{i}": text for i, text in enumerate(value, 1)}
+    if kinds and kinds <= {int, float}:
+        return {"rewards": value}
+    expected = "an object, text or messages (the prompt), a list of texts (responses), or of numbers (rewards)"
+    raise ValueError(f"{where} is {str(value)[:60]!r}, expected {expected}")
+
+
 def part_of_rows(item: str, name: str, rows: Rows, count: Callable[[], int | None]) -> Part:
     """A part that is no file: all its rows are read for its digest, and hashed again on their way to a reader."""
 
@@ -67,7 +119,7 @@ def part_of_rows(item: str, name: str, rows: Rows, count: Callable[[], int | Non
 
 
 def _hashed(item: str, rows: Iterable[Row], digests: set[str]) -> Iterator[Row]:
-    """Passes rows through; adds the SHA-256 of all, in their order, to `digests` once they were read."""
+    """Passes rows through; adds the SHA-256 of all of them to `digests` once they were read."""
     total = hashlib.sha256()
     for i, row in enumerate(rows):
         try:
@@ -81,11 +133,7 @@ def _hashed(item: str, rows: Iterable[Row], digests: set[str]) -> Iterator[Row]:
 
 
 def plain(value: Any) -> Any:
-    """A value that JSON does not know, as one that is the same in every process; for `json.dumps(default=...)`.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """A value that JSON does not know, as one that is the same in every process; for `json.dumps(default=...)`."""
     if hasattr(value, "tolist"):  # of numpy
         return value.tolist()
     if isinstance(value, bytes | datetime.date | datetime.time | datetime.timedelta | decimal.Decimal | uuid.UUID):

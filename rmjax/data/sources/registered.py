@@ -23,8 +23,7 @@ def register(name: str, rows: Iterable[Row] | Callable[[], Iterable[Row]], versi
 
     Args:
         name: letters, digits, ".", "_" and "-".
-        rows: dicts of any format, in anything that can be iterated twice (a list, a data set), or a function that
-            returns them.
+        rows: dicts of any format, in anything that can be iterated twice, or a function that returns them.
         version: says whether the rows are those of an earlier run, so that what was tokenized then can be used;
             without it all rows are hashed, at the start of every run.
 
@@ -56,11 +55,6 @@ def register(name: str, rows: Iterable[Row] | Callable[[], Iterable[Row]], versi
 
 
 def registered_part(item: str) -> Part:
-    """The rows of `python://NAME`.
-
-    Raises:
-        ValueError: nothing was registered under this name.
-    """
     name = item.removeprefix("python://")
     if name not in REGISTERED:
         known = ", ".join(REGISTERED) or "none"

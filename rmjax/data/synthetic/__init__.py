@@ -1,41 +1,35 @@
 """Data that is made, not read: rows with a planted rule, and a tokenizer for them.
 
-For the demos and the tests: no network, no files, a known right answer. One file and one row of GENERATORS each.
+For the demos and the tests: no network, no files, a known right answer. One file and one row of GENERATORS each; a
+generator yields rows without end.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import itertools
+import random
+from collections.abc import Callable
 
-from rmjax.data.synthetic.pairs import FILLER, TOPICS, pairs
+from rmjax.data.synthetic.pairs import pairs
 from rmjax.data.synthetic.rankings import rankings
 from rmjax.data.synthetic.ratings import ratings
 from rmjax.data.synthetic.scores import scores
 from rmjax.data.synthetic.steps import steps
 from rmjax.data.synthetic.tokenizer import CHAT_TEMPLATE, VOCABULARY, make_tokenizer
 from rmjax.data.synthetic.verdicts import verdicts
+from rmjax.data.synthetic.words import FILLER, TOPICS, Rows
 
 __all__ = ["CHAT_TEMPLATE", "FILLER", "GENERATORS", "OPTIONS", "TOPICS", "VOCABULARY", "make_tokenizer", "rows"]
 
-GENERATORS: dict[str, Callable[[int, int], Iterator[dict[str, Any]]]] = {
-    "pairs": pairs,
-    "rankings": rankings,
-    "ratings": ratings,
-    "scores": scores,
-    "steps": steps,
-    "verdicts": verdicts,
+GENERATORS: dict[str, Callable[[random.Random], Rows]] = {
+    generator.__name__: generator for generator in (pairs, rankings, ratings, scores, steps, verdicts)
 }
 OPTIONS: dict[str, int | str] = {"n": 1000, "seed": 0}  # of every generator, and what they are unless given
 
 
-def rows(name: str, **kwargs: int | str) -> Iterator[dict[str, Any]]:
+def rows(name: str, **kwargs: int | str) -> Rows:
     """Yields the rows that a `synthetic://NAME?n=...&seed=...` source stands for.
 
-    The rows depend on the name, `n` and `seed` only: every process sees the same, and fewer rows are a prefix
-    of more.
-
-    Args:
-        name: a name in GENERATORS.
-        **kwargs: `n`, how many rows (default 1000), and `seed` (default 0): whole numbers, as int or as text.
+    The rows depend on the name, `n` and `seed` only (see OPTIONS): every process sees the same, and fewer rows are a
+    prefix of more.
 
     Raises:
         ValueError: by the call itself, on an unknown name or option, or one that is not a whole number >= 0.
@@ -48,4 +42,6 @@ def rows(name: str, **kwargs: int | str) -> Iterator[dict[str, Any]]:
     for option, value in options.items():
         if not str(value).isdecimal():
             raise ValueError(f"synthetic data {name!r}: {option} must be a whole number >= 0, got {value!r}")
-    return GENERATORS[name](int(options["n"]), int(options["seed"]))
+    # A text as seed is hashed with SHA-512, whatever PYTHONHASHSEED is.
+    rng = random.Random(f"{name}/{int(options['seed'])}")
+    return itertools.islice(GENERATORS[name](rng), int(options["n"]))

@@ -1,10 +1,23 @@
-"""Rated replies with a planted rule: a reply about the topic that the prompt names is good, any other is bad."""
+"""Rated replies with a planted rule: a reply about the topic that the prompt names is good, any other is bad.
+
+Yields `scored_text` rows, rated 5 if the reply has the word of SUBJECTS that the prompt names, and 1 if another.
+
+A reply has its word one to three times, at any place but the first, among words of FILLER; 8 to 14 words in all.
+Every word is as frequent in good replies as in bad ones, and so it is in prompts; so neither the prompt, the reply,
+its length nor a linear model of all the words tells the rating: a model has to look the word up.
+
+Of every 40 rows 38 follow the rule; the best reachable accuracy is 95 %. Each rating is that of 20 of them.
+
+One row:
+
+    {"prompt": "Tell me about the candle. Green still often.",
+     "response": "Every quiet candle soft under small early candle once.",
+     "score": 5}
+"""
 
 import random
-from collections.abc import Iterator
-from typing import Any
 
-from rmjax.data.synthetic.pairs import ASK, FILLER, TOPICS, _sentence
+from rmjax.data.synthetic.words import TOPICS, Rows, dealt, question, reply
 
 SUBJECTS = TOPICS[:4]  # of few words the rule is learnt in a minute
 BAD, GOOD = 1, 5
@@ -12,31 +25,8 @@ BAD, GOOD = 1, 5
 BLOCK = (*[(True, GOOD)] * 19, *[(False, BAD)] * 19, (True, BAD), (False, GOOD))  # the last two are wrong
 
 
-def ratings(n: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Yields `scored_text` rows, rated 5 if the reply has the word of SUBJECTS that the prompt names, and 1 if another.
-
-    A reply has its word one to three times, at any place but the first, among words of FILLER; 8 to 14 words in all.
-    Every word is as frequent in good replies as in bad ones, and so it is in prompts; so neither the prompt, the reply,
-    its length nor a linear model of all the words tells the rating: a model has to look the word up.
-
-    Of every 40 rows 38 follow the rule; the best reachable accuracy is 95 %. Each rating is that of 20 of them.
-
-    One row:
-
-        {"prompt": "Tell me about the candle. Green still often.",
-         "response": "Every quiet candle soft under small early candle once.",
-         "score": 5}
-    """
-    rng = random.Random(f"ratings/{seed}")  # seeded by text: hashed with SHA-512, whatever PYTHONHASHSEED is
-    kinds: list[tuple[bool, int]] = []
-    for _ in range(n):
-        if not kinds:
-            kinds = rng.sample(BLOCK, len(BLOCK))
-        follows, rating = kinds.pop()
+def ratings(rng: random.Random) -> Rows:
+    for follows, rating in dealt(lambda: rng.sample(BLOCK, len(BLOCK))):
         named, other = rng.sample(SUBJECTS, 2)
-        prompt = [rng.choice(ASK).format(named), _sentence(rng.sample(FILLER, rng.randint(3, 5)))]
-        rng.shuffle(prompt)
-        words = rng.sample(FILLER, rng.randint(8, 14))
-        for place in rng.sample(range(1, len(words)), rng.randint(1, 3)):
-            words[place] = named if follows else other
-        yield {"prompt": " ".join(prompt), "response": _sentence(words), "score": rating}
+        prompt = question(rng, named)
+        yield {"prompt": prompt, "response": reply(rng, 8, 14, named if follows else other), "score": rating}

@@ -1,11 +1,12 @@
 """A small tokenizer for generated data, trained on the spot."""
 
+import itertools
 import os
+import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rmjax.data.records import Conversation
 from rmjax.data.synthetic.pairs import pairs
 
 VOCABULARY = 640
@@ -58,8 +59,6 @@ def make_tokenizer(directory: str | os.PathLike[str]) -> None:
 
 
 def _texts() -> Iterator[str]:
-    """The text to train the tokenizer on: role names, and the turns of rows of its own seed."""
-    for row in pairs(n=2000, seed=0):
-        conversation: Conversation = [*row["prompt"], *row["chosen"], *row["rejected"]]
-        for message in conversation:
+    for row in itertools.islice(pairs(random.Random("pairs/0")), 2000):
+        for message in (*row["prompt"], *row["chosen"], *row["rejected"]):
             yield f"{message['role']}\n{message['content']}"
