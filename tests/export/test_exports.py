@@ -110,7 +110,8 @@ def test_the_score_command_reads_it(exported, tmp_path):
         with pytest.raises(ValueError, match="writes its verdicts"):
             score.run(str(directory), str(source), output)
         return
-    assert score.run(str(directory), str(source), output) == (1, {"rows": 1})
+    read, counts = score.run(str(directory), str(source), output)
+    assert (read, counts["rows"]) == (1, 1)
     (found,) = [json.loads(line) for line in output.read_text().splitlines()]
     added = {key: value for key, value in found.items() if key not in rows[0]}
     if name == "prm_tiny":
