@@ -261,7 +261,7 @@ OF_EACH_START = {"timings.jsonl", MARKER}
 
 @pytest.mark.slow
 def test_a_power_cut_leaves_a_run_that_ends_alike_or_names_the_file(whole, cache_dir):
-    for i, name in enumerate(of_run(whole[0])):
+    for i, name in enumerate(of_run(whole[0])[::3]):
         end_alike_or_name_it(whole, cache_dir, name, HOW[i % 3])
 
 
