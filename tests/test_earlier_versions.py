@@ -1,7 +1,7 @@
 """What earlier versions wrote is still read: a run of ten steps and its export, made before the package's files moved.
 
-Made by `python -m rmjax.main --config=configs/bt_tiny.py` with `small_runs.SMALL` and these keys:
-duration, eval.every and checkpoint.every "10 steps", keep_latest 1, a model of width and mlp 16.
+Made at commit 050d1d5 by `python -m rmjax.main --config=configs/bt_tiny.py` with `small_runs.SMALL`, KEYS and duration
+of "10 steps"; the data are rows of that commit's `synthetic://pairs`.
 """
 
 import shutil
@@ -19,6 +19,7 @@ KEYS = {
     **dict.fromkeys(("eval.every", "checkpoint.every"), "10 steps"),
     **{"checkpoint.keep_latest": 1, "checkpoint.keep_best": 1},
     **{"model.scratch.hidden_size": 16, "model.scratch.intermediate_size": 16},
+    **{f"data.{part}": f"tests/fixtures/pairs_{part}.jsonl" for part in ("train", "validation")},
 }
 
 

@@ -119,6 +119,7 @@ def _data_files(fs: Any, path: str, item: str) -> list[str]:
         matches = sorted(set(fs.glob(os.path.join(glob.escape(literal), pattern))))
         names = [name for name in matches if fs.isfile(name)]
         return [name for name in names if _is_data(Path(name))] or names
+    literal = literal or "." * (not pattern)  # the directory "." has no parts
     if pattern or not fs.isdir(literal):
         return [path]
     return [os.path.join(literal, name) for name in _belonging_together(item, literal, fs.find(literal))]

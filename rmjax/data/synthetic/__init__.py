@@ -22,6 +22,7 @@ __all__ = ["CHAT_TEMPLATE", "FILLER", "GENERATORS", "OPTIONS", "TOPICS", "VOCABU
 GENERATORS: dict[str, Callable[[random.Random], Rows]] = {
     generator.__name__: generator for generator in (pairs, rankings, ratings, scores, steps, verdicts)
 }
+VERSION = 1  # of the rows: any change of them needs another, so that runs and caches know that their data changed
 OPTIONS: dict[str, int | str] = {"n": 1000, "seed": 0}  # of every generator, and what they are unless given
 
 
