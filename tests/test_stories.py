@@ -315,7 +315,7 @@ def test_learns_300_real_pairs(model_dir, pairs, tmp_path):
     assert exported == pytest.approx(last["train_slice/accuracy"], abs=1.5 / 300)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_learns_nothing_from_shuffled_labels(model_dir, pairs, tmp_path):
     # The validation labels are coins that no score depends on, so their accuracy is binomial: 3 standard errors.
     # A run that could see which response is which, by place or by count, would be above.

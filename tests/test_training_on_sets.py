@@ -53,7 +53,12 @@ def config_of(objective, keys, data, more, tmp_path):
     return config
 
 
-@pytest.mark.parametrize("name", RUNS)
+IN_CI = ("feedback", "comparisons", "verdicts")  # scores, tables of wins, a judge
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in IN_CI else pytest.param(name, marks=pytest.mark.release) for name in RUNS]
+)
 def test_a_few_steps(name, small_sets, tokenizer_dir, tmp_path):
     objective, keys, file, more = RUNS[name]
     config = config_of(objective, keys, small_sets / file, more, tmp_path)

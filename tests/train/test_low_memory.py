@@ -313,7 +313,7 @@ LOW = {"model__param_dtype": "bfloat16", "optim__mu_dtype": "bfloat16", "optim__
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("state_on", ["device", "host"])
+@pytest.mark.parametrize("state_on", ["host", pytest.param("device", marks=pytest.mark.release)])
 def test_a_low_memory_run_resumes_bit_for_bit(state_on, tmp_path, cache_dir):
     values = LOW | {"optim__state_on": state_on}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
