@@ -4,7 +4,7 @@
 
 Hardware: any CPU; here 2 cores.
 Hours: 0.02 (82 seconds from start to report measured on 2 cores of an Intel Xeon at 2.50 GHz, 2026-11-28).
-Score: validation accuracy of 49 % before and 99 % after; two other seeds end above 85 % in a test.
+Score: validation accuracy of 49 % before and 99 % after; three other seeds (`--config.seed`) end at 80, 88 and 95 %.
 
 The preferred response contains the word that the last user turn names (`rmjax/data/synthetic/pairs.py`), so prompt and
 response are both needed: length alone, or a bag of words, predicts nothing.

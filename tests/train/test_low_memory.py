@@ -334,11 +334,15 @@ def test_where_the_state_is_changes_a_run_by_no_more_than_rounding(tmp_path, cac
 
 
 @pytest.mark.slow
-def test_the_demo_learns_in_bfloat16(tmp_path, cache_dir):
-    """The whole demo, with parameters and moments in bfloat16; the bar is that of float32 in test_train.py."""
-    command = [sys.executable, "-m", "rmjax.main", "--config=configs/bt_tiny.py", f"--workdir={tmp_path}"]
-    flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in LOW.items()]
+def test_rankings_are_learnt_in_bfloat16(tmp_path, cache_dir):
+    """Two epochs of the rankings demo, whose end hardly depends on the seed (bt_tiny.py's does: 80 to 99 %).
+
+    With the bar that test_synthetic_rankings.py has for three epochs of float32.
+    """
+    values = LOW | {"duration": "2 epochs"}
+    command = [sys.executable, "-m", "rmjax.main", "--config=configs/bt_rankings_tiny.py", f"--workdir={tmp_path}"]
+    flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]
     process = subprocess.Popen([*command, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     finish(process, 1200)
     accuracy = column(tmp_path, "validation/accuracy")
-    assert 0.4 < accuracy[0] < 0.6 and accuracy[-1] > 0.85
+    assert 0.4 < accuracy[0] < 0.6 and accuracy[-1] > 0.9

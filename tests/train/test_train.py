@@ -321,7 +321,7 @@ def test_the_demo_from_start_to_export(tmp_path, cache_dir):
     assert (tmp_path / "export" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_demo_with_other_seeds(seed, tmp_path, cache_dir):
     config = runpy.run_path(str(ROOT / "configs" / "bt_tiny.py"))["get_config"]()
