@@ -79,20 +79,29 @@ def same(mesh, **options):
 
 ALONE = functools.cache(lambda options: train((1, 1, 1), **dict(options)))
 PARTS = {
+    "kinds": lambda: [same(mesh, **EVEN) for mesh in ((8, 1, 1), (1, 8, 1), (2, 2, 2))],
+    "uneven_kinds": lambda: [same(mesh, vocabulary=97, **UNEVEN) for mesh in ((1, 2, 4),)],
+    "few_rows_kinds": lambda: [same(mesh, rows=3, **EVEN) for mesh in ((8, 1, 1),)],
     "every_mesh": lambda: [same(mesh, **EVEN) for mesh in MESHES],
     "uneven": lambda: [same(mesh, vocabulary=97, **UNEVEN) for mesh in ((1, 8, 1), (1, 2, 4), (1, 1, 8))],
     "few_rows": lambda: [same(mesh, rows=3, **EVEN) for mesh in ((8, 1, 1), (1, 4, 2))],
 }
 
 
-@pytest.mark.slow
-def test_every_mesh_trains_as_one_device_does():
+@pytest.mark.parametrize(
+    ("parts", "count"),
+    [
+        pytest.param(("kinds", "uneven_kinds", "few_rows_kinds"), 3 + 1 + 1, marks=pytest.mark.slow),
+        pytest.param(("every_mesh", "uneven", "few_rows"), len(MESHES) + 3 + 2, marks=pytest.mark.release),
+    ],
+)
+def test_a_mesh_trains_as_one_device_does(parts, count):
     """data x fsdp x tensor of 8 devices; then heads, vocabulary, mlp and width that they do not divide; then 3 rows."""
     # Compiling is nearly all of the time, and what LLVM optimizes changes no number beyond rounding.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
-        [sys.executable, __file__, *PARTS],
+        [sys.executable, __file__, *parts],
         cwd=Path(__file__).parents[1],
         env=os.environ | environment,
         capture_output=True,
@@ -100,7 +109,7 @@ def test_every_mesh_trains_as_one_device_does():
         timeout=900,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("losses") == len(MESHES) + 3 + 2
+    assert done.stdout.count("losses") == count
 
 
 def test_there_are_ten_meshes_of_eight():

@@ -70,7 +70,11 @@ def test_every_source_keeps_its_labels(spec, tokenizer, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rankings", "ties", "augment"),
-    [("pairs", "davidson", ""), ("pairs", "skip", "all_pairs"), ("plackett_luce", "efron", "")],
+    [
+        ("pairs", "davidson", ""),
+        pytest.param("pairs", "skip", "all_pairs", marks=pytest.mark.release),
+        pytest.param("plackett_luce", "efron", "", marks=pytest.mark.release),
+    ],
 )
 def test_one_run_learns_from_all_of_them(spec, tmp_path, capsys, rankings, ties, augment):
     config = runpy.run_path(str(ROOT / "configs" / "bt_tiny.py"))["get_config"]()

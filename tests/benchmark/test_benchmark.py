@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import quick
 import transformers
 from ml_collections import ConfigDict
 
@@ -374,18 +375,17 @@ def test_the_command_writes_a_table_and_json(tmp_path):
     config_file, figures = ROOT / "configs" / "bt_tiny.py", tmp_path / "new" / "figures.json"
     command = [sys.executable, "-m", "rmjax.benchmark", f"--config={config_file}", "--lengths=hh", f"--json={figures}"]
     keys = ["--config.plan.row_tokens=256", "--config.plan.groups_per_step=4", "--steps=3"]
-    done = subprocess.run(
-        [*command, *keys, "--compare=optim.name=adafactor"], cwd=tmp_path, capture_output=True, text=True
-    )
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "env": os.environ | {"XLA_FLAGS": quick.FLAGS}}
+    done = subprocess.run([*command, *keys, "--compare=optim.name=adafactor"], **options)
     assert done.returncode == 0, done.stderr
     report = json.loads(figures.read_text())
     a, b = report["sides"]
     assert (a["config"]["optim"]["name"], b["config"]["optim"]["name"]) == ("adamw", "adafactor")
     assert f"{b['pairs_per_s']:,.1f}" in done.stdout and "B over A" in done.stdout
-    alone = subprocess.run([*command, *keys], cwd=tmp_path, capture_output=True, text=True)
+    alone = subprocess.run([*command, *keys], **options)
     assert alone.returncode == 0 and "B over A" not in alone.stdout
     assert json.loads(figures.read_text())["ratio"] is None
-    failed = subprocess.run([*command, "--lengths=none"], cwd=tmp_path, capture_output=True, text=True)
+    failed = subprocess.run([*command, "--lengths=none"], **options)
     assert failed.returncode == 2 and "error: --lengths=none: there is no such file" in failed.stderr
     assert "Traceback" not in failed.stderr
 
@@ -442,7 +442,7 @@ def test_a_flag_is_added_to_those_that_are_set(monkeypatch):
     assert script.environment("level", {"C": "3"}).items() >= {"XLA_FLAGS": "--a=1", "C": "3"}.items()
 
 
-@pytest.mark.slow
+@pytest.mark.release  # ten processes; the command itself is in the test above
 def test_smoke_fills_the_page(tmp_path):
     script = accelerator()
     before = script.PAGE.read_text()
