@@ -116,7 +116,7 @@ def test_sigkill_anywhere_loses_at_most_the_steps_since_the_last_save(tmp_path, 
 def twice(number):
     """In the run's process: the signal once in a step, and again while that is saved."""
     signal_before("rmjax.train.watch", "Watch.step", number=number, call=8, then=0.2)
-    signal_before("rmjax.checkpoint", "_write_manifest", number=number, call=4, then=1.0)
+    signal_before("rmjax.runtime.sealing", "_write_manifest", number=number, call=4, then=1.0)
 
 
 @pytest.mark.slow
