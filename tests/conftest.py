@@ -88,3 +88,12 @@ def tokenizer(tokenizer_dir):
     import transformers
 
     return transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir))
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables of the environment, in which no cluster is named."""
+    for name in list(os.environ):
+        if name.startswith(("JAX_", "SLURM_", "OMPI_", "TPU_")) and name != "JAX_PLATFORMS":
+            monkeypatch.delenv(name)
+    return lambda **values: [monkeypatch.setenv(name, str(value)) for name, value in values.items()]

@@ -35,14 +35,6 @@ def free_port():
 # Alone
 
 
-@pytest.fixture
-def environment(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith(("JAX_", "SLURM_", "OMPI_", "TPU_")) and name != "JAX_PLATFORMS":
-            monkeypatch.delenv(name)
-    return lambda **values: [monkeypatch.setenv(name, str(value)) for name, value in values.items()]
-
-
 TOLD = {"JAX_COORDINATOR_ADDRESS": "host-a:1234", "JAX_NUM_PROCESSES": 4, "JAX_PROCESS_ID": 2}
 
 
