@@ -102,6 +102,8 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     data.sample = ""  # of training, by prompt: "1000" or "10%" of each source, or "hh-rlhf=1000,helpsteer=10%"
     data.augment = ""  # of training: "all_pairs" of rankings, "swap" (a copy with the responses reversed), or both
     data.format = "auto"  # a name from the table in docs/data.md, or detected from the columns
+    # What columns are, for any format: "prompt=trajectory,system=system_prompt"; "ignore=notes" leaves one out.
+    data.columns = ""
     data.template_kwargs = "{}"  # JSON, for the chat template: '{"enable_thinking": false}'
     data.max_length = 0  # tokens of one conversation; 0 is plan.row_tokens
     data.over_long = "drop"  # conversations over max_length: drop, truncate_prompt or truncate_response

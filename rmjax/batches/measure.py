@@ -59,6 +59,7 @@ def _reading(audit: ledger.Audit) -> dict[str, Any]:
         "sources": audit.sources,
         "reasons": {name: {"meaning": ledger.REASONS[name], **vars(count)} for name, count in reasons},
         "augmented": audit.augmented,
+        "unread": audit.unread,
     }
 
 

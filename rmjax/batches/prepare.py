@@ -18,7 +18,7 @@ from rmjax.batches.groups import Groups
 from rmjax.batches.loader import Shape
 from rmjax.batches.packing import Plan
 from rmjax.batches.tasks import Task
-from rmjax.data import sources, synthetic
+from rmjax.data import formats, sources, synthetic
 from rmjax.models import hf
 
 
@@ -36,8 +36,9 @@ def check_sources(config: ConfigDict, others: Sequence[str] = ()) -> None:
 
     Raises:
         FileNotFoundError: a source that is not there.
-        ValueError: one of no known kind, or a filter, sample, weights or augmentations that cannot be read.
+        ValueError: one of no known kind, or columns, a filter, sample, weights or augmentations that cannot be read.
     """
+    formats.parse_columns(config.data.columns)
     augment.parse(config.data.augment)
     select.parse_sample(config.data.sample)
     select.parse_weights(config.data.weights)
@@ -76,6 +77,7 @@ def build_groups(
         chat,
         task,
         format=config.data.format,
+        columns=config.data.columns,
         on_bad_row=config.data.on_bad_row,
         max_bad_fraction=config.data.max_bad_fraction,
         workers=config.data.workers,
@@ -102,6 +104,7 @@ def read_groups(config: ConfigDict, chat: Chat, task: Task) -> tuple[Groups, Gro
         train, validation = groups_lib.split(groups, config.data.validation_fraction, config.seed)
     train = select.sampled(train, config.data.sample, config.seed)
     refuse_unlabelled(train, getattr(task, "names", ()))
+    refuse_without_margin(config, train)
     return train, validation if config.data.validation else validation.audited(train.audit)
 
 
@@ -114,6 +117,17 @@ def refuse_unlabelled(groups: Groups, names: Sequence[str]) -> None:
         raise ValueError(
             f"config.objective.attributes: no training group has {', '.join(missing)}; leave it out, or look at the "
             "attributes with `python -m rmjax.data inspect`"
+        )
+
+
+def refuse_without_margin(config: ConfigDict, groups: Groups) -> None:
+    """Refuses a loss that is made of margins where no training group has one: it would be that without them."""
+    keys = [key for key in ("margin_scale", "scaled") if config.objective.get(key)]
+    if keys and not groups.margins.any():
+        given = " and ".join(f"config.objective.{key}={config.objective[key]}" for key in keys)
+        raise ValueError(
+            f"{given}: no training group has a margin; the data needs a column `margin`, or scores of both responses "
+            "(config.data.columns says which column is what), or leave the key out"
         )
 
 

@@ -43,7 +43,7 @@ from rmjax.data.records import KEEPABLE, BadRow, Record
 from rmjax.runtime import compile_cache
 from rmjax.runtime.progress import Progress
 
-CACHE_VERSION = 5  # of what is stored; another one is another file
+CACHE_VERSION = 6  # of what is stored; another one is another file
 CHUNK = 256  # rows of a worker's job
 SMALL = 2048  # fewer rows than this are tokenized before processes would have started
 
@@ -58,6 +58,7 @@ def build(
     task: Task,
     *,
     format: str = "auto",
+    columns: str = "",
     on_bad_row: str = "skip",
     max_bad_fraction: float = 0.05,
     workers: int = -1,
@@ -69,6 +70,7 @@ def build(
 
     Args:
         format: a name in formats.FORMATS, or "auto" for each source.
+        columns: what columns are, see config.data.columns.
         on_bad_row: "error" stops at the first; "skip" counts; "keep" counts and keeps those in
             records.KEEPABLE.
         max_bad_fraction: more unusable rows than this are an error; ties are a choice and not among them.
@@ -83,7 +85,7 @@ def build(
     """
     if on_bad_row not in ("error", "skip", "keep"):
         raise ValueError(f"on_bad_row={on_bad_row!r} is none of error, skip, keep")
-    options = [format, type(task).__name__, repr(task), on_bad_row == "keep", *augmentations]
+    options = [format, columns, type(task).__name__, repr(task), on_bad_row == "keep", *augmentations]
     witness = sources.Witness(spec)
     origin = witness.fingerprint
     fingerprint = json_digest([origin, chat.fingerprint(), options])[:32]
@@ -92,7 +94,7 @@ def build(
     cached = _cached(path, task)
     if cached is None:
         work = functools.partial(_tokenize, task=task, keep=on_bad_row == "keep", augmentations=tuple(augmentations))
-        jobs, columns = _jobs(spec, format), schema(task)
+        jobs, columns = _jobs(spec, format, columns), schema(task)
         unused: list[_Job] = []
         with token_files.partials(path, CHUNK, WorkerDied) as (partial, left):
             done = _done(token_files.intact_results(left[0], columns) if left else iter(()), jobs, unused)
@@ -115,9 +117,9 @@ class _Job:
     rows: list[tuple[str, sources.Row]]
 
 
-def _jobs(spec: str, format: str) -> Iterator[_Job]:
+def _jobs(spec: str, format: str, columns: str) -> Iterator[_Job]:
     for item in sources.split_spec(spec):
-        layout, rows = open_rows(item, format)
+        layout, rows = open_rows(item, format, columns)
         while chunk := list(itertools.islice(rows, CHUNK)):
             yield _Job(layout, sources.source_name(item), chunk)
 
@@ -191,7 +193,7 @@ def _work(job: _Job) -> Result:
 
 def _tokenize(chat: Chat, job: _Job, *, task: Task, keep: bool, augmentations: Sequence[str] = ()) -> Result:
     """Rows to groups. With `keep`, a row with a defect that still allows training is counted and kept."""
-    audit = Audit(rows=len(job.rows))
+    audit = Audit(rows=len(job.rows), unread=dict(job.layout.unread))
     lost: dict[tuple[str, str], BadRow] = {}  # by row and reason: a row counts once, however many groups it makes
 
     def lose(where: str, bad: BadRow) -> None:

@@ -73,6 +73,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         known = ["auto", *formats.FORMATS]
         text = "format of the rows; default: detected from the columns"
         command.add_argument("--format", default="auto", choices=known, metavar="NAME", help=text)
+        text = "what columns are, as prompt=trajectory,system=system_prompt; ignore=NAME leaves one out"
+        command.add_argument("--columns", default="", metavar="NAME=COLUMN,...", help=text)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error as well")
         add_options(command)
     return parser, commands
@@ -148,12 +150,12 @@ def _inspect(args: argparse.Namespace) -> None:
         print(f"{item}: columns of {showing.looked_at(len(rows))}")
         print("\n".join(_columns(first)))
         try:
-            print(f"format: {formats.detect(rows, args.format).name}\n")
+            print(f"format: {formats.detect(rows, args.format, args.columns).name}\n")
         except ValueError as error:
             print("\n".join(["first row:", *showing.first_row(rows[0])]), flush=True)
             raise ValueError(f"{item}: {error}") from None
         audit = Audit()
-        records = reading.records(item, format=args.format, audit=audit, progress=sys.stderr)
+        records = reading.records(item, format=args.format, columns=args.columns, audit=audit, progress=sys.stderr)
         chat = _open_chat(args.tokenizer) if args.tokenizer else None
         for record in itertools.islice(records, args.show):
             print("\n".join([*showing.record(record), ""]))
@@ -164,7 +166,7 @@ def _inspect(args: argparse.Namespace) -> None:
                     print(f"  cannot be rendered: {bad}\n")
         for _ in records:  # counts the rest
             pass
-        print("\n".join([*rows_lines(audit), *agreement.lines(item, args.format)]))
+        print("\n".join([*rows_lines(audit), *agreement.lines(item, args.format, args.columns)]))
 
 
 def _columns(rows: Sequence[tuple[str, sources.Row]]) -> list[str]:
@@ -194,7 +196,7 @@ def _to_label_studio(args: argparse.Namespace) -> None:
     if args.split:
         raise ValueError("--to=label_studio writes one project; split first, and convert the parts")
     audit = Audit()
-    options = {"format": args.format, "on_bad_row": args.on_bad_row, "progress": sys.stderr}
+    options = {"format": args.format, "columns": args.columns, "on_bad_row": args.on_bad_row, "progress": sys.stderr}
     records = reading.records(args.source, audit=audit, **options)
     try:
         low, high = map(int, args.scale.split(","))
@@ -220,7 +222,7 @@ def _split(args: argparse.Namespace) -> None:
 def _to_parquet(args: argparse.Namespace) -> None:
     audit = Audit()
     output = args.output.expanduser()
-    options = {"format": args.format, "on_bad_row": args.on_bad_row, "progress": sys.stderr}
+    options = {"format": args.format, "columns": args.columns, "on_bad_row": args.on_bad_row, "progress": sys.stderr}
     written, table = converting.convert(args.source, output, audit, shares=args.split, seed=args.seed, **options)
     print("\n".join([*rows_lines(audit), *table]))
     for file, count in written.items():
@@ -248,7 +250,7 @@ def _audit(args: argparse.Namespace) -> None:
     else:
         print("\n".join(audit.text()))
         for item in sources.split_spec(args.source) if args.source else ():
-            print("".join(f"{line}\n" for line in agreement.lines(item, args.format)), end="")
+            print("".join(f"{line}\n" for line in agreement.lines(item, args.format, args.columns)), end="")
     if args.html:
         _say(f"page: {args.html}")
 

@@ -112,7 +112,7 @@ ANSWERS: dict[str, Callable[[Mapping[str, Any]], Sequence[tuple[str, Answers]]]]
 }
 
 
-def summaries(spec: str, format: str = "auto") -> list[Summary]:
+def summaries(spec: str, format: str = "auto", columns: str = "") -> list[Summary]:
     """Agreement on every question that several people answered in the sources of `spec`; [] where there is none.
 
     Rows that the format cannot read are left out; the audit counts them. Errors are those of `summarise` and
@@ -120,7 +120,7 @@ def summaries(spec: str, format: str = "auto") -> list[Summary]:
     """
     by_question: dict[str, list[Answers]] = {}
     for item in sources.split_spec(spec):
-        layout, rows = open_rows(item, format)
+        layout, rows = open_rows(item, format, columns)
         for _, row in rows if layout.name in ANSWERS else ():
             with contextlib.suppress(BadRow, *formats.MISSHAPEN):
                 for question, answers in ANSWERS[layout.name](row):
@@ -128,10 +128,10 @@ def summaries(spec: str, format: str = "auto") -> list[Summary]:
     return [summarise(q, items) for q, items in by_question.items() if any(len(answers) > 1 for answers in items)]
 
 
-def lines(spec: str, format: str = "auto") -> list[str]:
+def lines(spec: str, format: str = "auto", columns: str = "") -> list[str]:
     """`summaries` as text, or what to install."""
     try:
-        return [str(summary) for summary in summaries(spec, format)]
+        return [str(summary) for summary in summaries(spec, format, columns)]
     except ImportError as error:
         return [str(error)]
 

@@ -2,9 +2,10 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from rmjax.data.records import REASONS
 
 # Choices of the config, not defects of the data.
 CHOSEN = ("tie", "tree_too_long", "filter", "sample")
+SHOWN_UNREAD = 12
 REMEDY = {"over_long": "data.max_length", "tree_too_long": "plan.row_tokens"}
 
 
@@ -36,6 +38,8 @@ class Audit:
     sources: dict[str, int] = dataclasses.field(default_factory=dict)  # groups of each source
     # Under each augmentation, how many groups it changed and how many it made of them.
     augmented: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    # Columns and keys that nobody reads ("history", "output[].critique"), each with the first of its cells, in short.
+    unread: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, reason: str, where: str, detail: str, tokens: int = 0, kept: bool = False) -> None:
         """Counts a row under a reason of records.REASONS; the first of each is its example."""
@@ -57,6 +61,7 @@ class Audit:
             self.augmented[name] = before[0] + changed, before[1] + new
         for reason, count in other.reasons.items():
             self._count(reason, count)
+        self.unread = {**other.unread, **self.unread}
 
     def _count(self, reason: str, more: Count) -> None:
         before = self.reasons.get(reason, Count())
@@ -101,7 +106,7 @@ class Audit:
         data = json.loads(text)
         reasons = {name: Count(**count) for name, count in data["reasons"].items()}
         augmented = {name: (changed, made) for name, (changed, made) in data["augmented"].items()}
-        return cls(data["rows"], reasons, data["sources"], augmented)
+        return cls(data["rows"], reasons, data["sources"], augmented, data["unread"])
 
 
 class GroupSet(Protocol):
@@ -160,7 +165,14 @@ def rows_lines(audit: Audit) -> list[str]:
         f"data: {audit.rows:,} rows, {sum(audit.sources.values()):,} groups ({listed})",
         *(f"  {_reason_line(reason, count)}" for reason, count in audit.reasons.items()),
         *(f"  {name} made {new:,} groups of {changed:,}" for name, (changed, new) in audit.augmented.items()),
+        *([f"  not read: {', '.join(unread_texts(audit.unread))}"] if audit.unread else []),
     ]
+
+
+def unread_texts(unread: Mapping[str, str]) -> list[str]:
+    """Each path with its example; of those after the first `SHOWN_UNREAD` the path alone."""
+    shown = [f"{path} (e.g. {cell})" for path, cell in itertools.islice(unread.items(), SHOWN_UNREAD)]
+    return shown + list(unread)[SHOWN_UNREAD:]
 
 
 def _reason_line(reason: str, count: Count) -> str:

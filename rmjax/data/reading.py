@@ -19,6 +19,7 @@ def records(
     spec: str,
     *,
     format: str = "auto",
+    columns: str = "",
     on_bad_row: str = "skip",
     audit: Audit | None = None,
     progress: TextIO | None = None,
@@ -28,6 +29,7 @@ def records(
     Args:
         spec: what `sources.open_source` takes.
         format: a name in formats.FORMATS, or "auto" for each source.
+        columns: what columns are, see config.data.columns.
         on_bad_row: "error" stops at the first row that cannot be used, "skip" counts it, "keep" counts it and yields
             it if its defect is in records.KEEPABLE.
         audit: counts rows, reasons, and records of each source.
@@ -39,7 +41,8 @@ def records(
     """
     audit = Audit() if audit is None else audit
     for item in sources.split_spec(spec):
-        layout, rows = open_rows(item, format)
+        layout, rows = open_rows(item, format, columns)
+        audit.unread = {**dict(layout.unread), **audit.unread}
         for where, row in _shown(rows, item, progress):
             audit.rows += 1
             usable = read_row(layout, row, sources.source_name(item), where, on_bad_row == "keep", audit)
@@ -50,12 +53,12 @@ def records(
                 yield record
 
 
-def open_rows(item: str, format: str) -> tuple[formats.Layout, Rows]:
+def open_rows(item: str, format: str, columns: str = "") -> tuple[formats.Layout, Rows]:
     """How one source is read, which its first rows decide, and all its rows; errors as of `records`."""
     rows = sources.open_source(item)
     first = list(itertools.islice(rows, formats.LOOK))
     try:
-        layout = formats.detect([row for _, row in first], format)
+        layout = formats.detect([row for _, row in first], format, columns)
     except ValueError as error:
         raise ValueError(f"{item}: {error}") from None
     return layout, itertools.chain(first, rows)
@@ -67,7 +70,7 @@ def read_row(
     """The records of a row; the audit counts its defects, as kept if the row, or the rest of it, is used."""
     defects: list[BadRow] = []
     try:
-        usable = layout.read(row, source=source, where=where, keep=keep, defects=defects)
+        usable = layout.read(row, source=source, where=where, keep=keep, defects=defects, unread=audit.unread)
     except BadRow as bad:
         audit.add(bad.reason, where, bad.detail, bad.tokens)
         return []

@@ -30,6 +30,7 @@ REASONS = {
     "tie": "neither response is preferred (objective.ties='skip')",
     "conflicting_label": "the label contradicts itself or the other labels of the row",
     "wrong_type": "a cell of another type than its column needs",
+    "not_read": "a column of text, a label or media that no reader reads",
     "out_of_scale": "a score outside its attribute's scale (objective.scales)",
     "no_assistant_turn": "the conversation does not end with an assistant turn",
     "labelled_bad": "a response that was judged bad, which is not imitated",

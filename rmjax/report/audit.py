@@ -77,7 +77,7 @@ def _counts(report: Values) -> Table:
 
 def _folded(report: Values) -> list[Folded]:
     reasons: list[list[Cell]] = []
-    sources, augmented = [], []
+    sources, augmented, unread = [], [], []
     for name, reading in report["reading"].items():
         for reason, x in reading["reasons"].items():
             where = f"e.g. {x['example']}", ", ".join(f"{n:,} in {file}" for file, n in x["files"].items())
@@ -87,9 +87,11 @@ def _folded(report: Values) -> list[Folded]:
         sources += [[name, source, f"{groups:,}"] for source, groups in reading["sources"].items()]
         for augmentation, (changed, new) in reading.get("augmented", {}).items():
             augmented.append([name, augmentation, f"{changed:,}", f"{new:,}"])
+        unread += [[name, path, example] for path, example in reading.get("unread", {}).items()]
     head = ["set", "reason", "rows", "kept", "meaning", "where"]
     return [
         Folded("Rows that could not be used as they are", [Table(reasons, head, (2, 3))]),
+        Folded("Columns and keys that are not read", [Table(unread, ["set", "column", "e.g."])]),
         Folded("Sources", [Table(sources, ["set", "source", "groups"], (2,))]),
         Folded("Augmented", [Table(augmented, ["set", "by", "groups", "new groups"], (2, 3))]),
     ]

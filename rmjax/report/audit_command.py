@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rmjax.batches.chat import Chat
 from rmjax.batches.groups import Groups
 from rmjax.batches.tasks import Attributes, Preferences, Steps, Task
 from rmjax.data import formats, reading
+from rmjax.data.records import Record
 from rmjax.report import audit as audit_report
 from rmjax.report import show
 from rmjax.report.section import Items, Section, capital
@@ -63,7 +64,7 @@ def audit(args: argparse.Namespace, scratch: Path) -> DataAudit:
     config.data.max_bad_fraction = 1.0  # an audit is for data that a run would refuse
     config.data.on_bad_row = "skip" if asked[0] == "error" else asked[0]
     named = bool(args.config or args.objective)
-    task = objectives.make(config.objective).task if named else guess_task(config.data.train, config.data.format)
+    task = objectives.make(config.objective).task if named else guess_task(config)
     with_tokens = bool(config.model.tokenizer or config.model.init_from)
     if not args.config and not config.data.max_length:
         config.data.max_length = UNLIMITED
@@ -77,7 +78,7 @@ def audit(args: argparse.Namespace, scratch: Path) -> DataAudit:
             groups[name] = x.audited(fitting.audit)  # it counts those that no row holds
     unit = "tokens" if with_tokens else "bytes"
     report = measure.report(groups, plans=plans, names=getattr(task, "names", ()), unit=unit)
-    report["shared"] |= leaks(config.data.train, config.data.format, args.benchmark)
+    report["shared"] |= leaks(config, args.benchmark)
     problems = [*audit_report.problems(report), *_refusals(groups, asked), *(f"chat template: {x}" for x in chat.notes)]
     learnt = f"{next(iter(report['sets'].values()))['labels']['kind']} {', '.join(getattr(task, 'names', ()))}"
     tokenizer = config.model.tokenizer or config.model.init_from or "none, so lengths are in bytes of ChatML"
@@ -105,14 +106,19 @@ def read_config(args: argparse.Namespace) -> ConfigDict:
     config.data.validation = args.validation or config.data.validation
     config.model.tokenizer = args.tokenizer or config.model.tokenizer
     config.data.format = args.format if args.format != "auto" else config.data.format
+    config.data.columns = args.columns or config.data.columns
     if not config.data.train:
         raise ValueError("no source was named; give one, or a --config that does")
     return config
 
 
-def guess_task(source: str, format: str) -> Task:
+def _records(config: ConfigDict) -> Iterator[Record]:
+    return reading.records(config.data.train, format=config.data.format, columns=config.data.columns)
+
+
+def guess_task(config: ConfigDict) -> Task:
     """What can be learnt from the first records; of those without labels, to write as they do."""
-    first = list(itertools.islice(reading.records(source, format=format), formats.LOOK))
+    first = list(itertools.islice(_records(config), formats.LOOK))
     if any(record.wins.any() or record.ties.any() for record in first):
         return Preferences("keep")
     if names := list(dict.fromkeys(name for record in first for name in record.attributes)):
@@ -151,11 +157,11 @@ def read_sets(config: ConfigDict, chat: Chat, task: Task, *, as_run: bool) -> di
         return {"data": train}
 
 
-def leaks(source: str, format: str, benchmarks: Sequence[str]) -> dict[str, dict[str, Any]]:
+def leaks(config: ConfigDict, benchmarks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The prompts of each benchmark that are in the training data, system messages, case and spacing aside."""
     wanted = {name: reading.prompts(name) for name in benchmarks}
     shared: dict[str, dict[str, list[str]]] = {name: {} for name in benchmarks}
-    for record in reading.records(source, format=format) if benchmarks else ():
+    for record in _records(config) if benchmarks else ():
         text = reading.prompt_text(record)
         for name, prompts in wanted.items():
             if text in prompts:

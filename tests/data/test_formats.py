@@ -43,7 +43,8 @@ def test_each_format_is_recognised_by_its_columns(name):
         assert formats.detect([NAMED[name]], name).name == name
     else:
         assert formats.detect([ROWS[name]]).name == name
-        assert formats.detect([{**ROWS[name], "note": "a column of no meaning"}]).name == name
+        if name != "pair_plain":  # whose prompt the note could be
+            assert formats.detect([{**ROWS[name], "note": "a column of no meaning"}]).name == name
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -76,10 +77,12 @@ def test_unknown_columns_name_what_was_seen_and_the_closest():
         formats.detect([{"prompt": "q", "response": "a"}])
 
 
-@pytest.mark.parametrize("column", ["question", "promt", "context"])
-def test_a_prompt_under_another_name_is_not_dropped_without_a_word(column):
-    with pytest.raises(ValueError, match="Closest is pair_text, which needs 'prompt'"):
-        formats.detect([{column: "q", **ROWS["pair_plain"]}])
+@pytest.mark.parametrize("column", ["promt", "passage", "note"])
+def test_a_prompt_under_an_unknown_name_is_not_dropped_without_a_word(column):
+    row = {column: "q", **ROWS["pair_plain"]}
+    with pytest.raises(ValueError, match=r"Closest is pair_text, which needs 'prompt'.*name the format pair_plain"):
+        formats.detect([row])
+    assert formats.detect([row], columns=f"prompt={column}").name == "pair_text"
 
 
 def test_json_written_as_text_is_said():

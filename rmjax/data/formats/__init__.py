@@ -8,9 +8,11 @@ A row with several responses, or several records, of which some cannot be used l
 them.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rmjax.data.formats import (
@@ -25,12 +27,17 @@ from rmjax.data.formats import (
     steps,
     stored,
 )
-from rmjax.data.formats.cells import Format, Reading, Row
+from rmjax.data.formats import (
+    columns as columns_of,
+)
+from rmjax.data.formats.cells import NAMING, Format, Reading, Row, holds, is_empty, named_only
 from rmjax.data.formats.kinds import NUMBER, Kind, is_null, is_number, show
 from rmjax.data.records import BadRow, Record
 from rmjax.suggestions import closest, did_you_mean
 
-__all__ = ["FORMATS", "LOOK", "Format", "Kind", "Layout", "detect"]
+__all__ = ["FORMATS", "LOOK", "Format", "Kind", "Layout", "detect", "parse_columns"]
+
+parse_columns = columns_of.parse
 
 LOOK = 1000  # rows that decide the format
 
@@ -51,21 +58,46 @@ class Layout:
     name: str  # the format, a name in FORMATS
     by_place: bool = False  # `preference` is a place in [1, 2], not a probability in [0, 1]
     attributes: tuple[str, ...] = ()  # the columns that are scores of the response, where the format looks for them
+    names: columns_of.Names = ()  # what config.data.columns says
+    unread: tuple[tuple[str, str], ...] = ()  # what of the first rows nobody reads: its path, and an example
+    repeating: tuple[str, ...] = ()  # of these, the columns whose texts all stand in the conversations
+    seen: tuple[str, ...] | None = None  # the columns that say something there; None looks at no others later
+    strict: bool = True  # what is not read and looks like more than a note is refused
 
     def read(
-        self, row: Row, *, source: str, where: str, keep: bool = False, defects: list[BadRow] | None = None
+        self,
+        row: Row,
+        *,
+        source: str,
+        where: str,
+        keep: bool = False,
+        defects: list[BadRow] | None = None,
+        unread: dict[str, str] | None = None,
     ) -> Sequence[Record]:
         """Reads the records of one row (see Reading for the arguments), or raises BadRow.
 
         Where a row can have several records, their `row` ends with ".0", ".1", ... What was let through or left out of
-        the row (a response of a ranking, a message of a tree) is added to `defects`.
+        the row (a response of a ranking, a message of a tree) is added to `defects`. A column that is not read and was
+        in none of the first rows is added to `unread`, with an example.
         """
+        row = self._arranged(row)
+        records = self._records(row, Reading(source, where, keep, self.by_place, self.attributes, defects))
+        if late := [name for name in row if name not in self._seen and not is_empty(row[name])]:
+            self._look_at_late(late, row, records, {} if unread is None else unread)
+        if lost := [name for name in self.repeating if not _held(columns_of.cell_at(row, name), records)]:
+            raise BadRow("not_read", f"{lost[0]} says more than the conversations; {NAMING}")
+        return records
+
+    def _arranged(self, row: Row) -> Row:
+        return columns_of.arranged(columns_of.renamed(row, self.names), FORMATS[self.name].declared)
+
+    def _records(self, row: Row, reading: Reading) -> Sequence[Record]:
         form = FORMATS[self.name]
         for column, kind in form.columns.items():
             if not kind.test(row.get(column)):
                 raise kind.wrong(column, row.get(column))
         try:
-            records = form.read(row, Reading(source, where, keep, self.by_place, self.attributes, defects))
+            records = form.read(row, reading)
         except MISSHAPEN as error:  # deep in a cell, where no kind looks
             detail = f"a cell is not built as in {form.name}: {type(error).__name__} {error}"
             raise BadRow("wrong_type", detail) from error
@@ -73,30 +105,100 @@ class Layout:
             return [records]
         return [dataclasses.replace(record, row=f"{record.row}.{i}") for i, record in enumerate(records)]
 
+    @functools.cached_property
+    def _seen(self) -> frozenset[str]:
+        """Columns of which it is known whether they are read."""
+        return FORMATS[self.name].declared.union(self.seen or ())
 
-def detect(rows: Sequence[Row], name: str = "auto") -> Layout:
+    def _look_at_late(self, late: Sequence[str], row: Row, records: Sequence[Record], unread: dict[str, str]) -> None:
+        cells, _ = _unread_cells(self, [row]) if self.seen is not None else ({}, [])
+        for name in filter(cells.__contains__, late):
+            unread.setdefault(name, columns_of.example(row[name]))
+            meaning = _meaning(FORMATS[self.name], name, cells[name], cells) if self.strict else ""
+            if meaning and not (meaning == columns_of.CONTEXT and _held(row[name], records)):
+                raise BadRow("not_read", f"{name} is not read and looks like {meaning}; {NAMING}")
+
+
+def detect(rows: Sequence[Row], name: str = "auto", columns: str = "") -> Layout:
     """Finds the format of a source from its first rows, or checks the one that is named.
 
+    `columns` says what columns are: "prompt=trajectory,ignore=notes", see config.data.columns.
+
     Raises:
-        ValueError: no format fits or several do, or a column is wrong throughout; says what was seen and which
-            format is closest.
+        ValueError: no format fits or several do, a column is wrong throughout, or one that looks like context, a label
+            or media is not read; says what was seen and which format is closest.
     """
     if name != "auto" and name not in FORMATS:
         raise ValueError(f"unknown data format {name!r}; known: {', '.join(FORMATS)}{did_you_mean(name, FORMATS)}")
     if not rows:
         raise ValueError("there are no rows to see a format in")
-    columns = dict.fromkeys(column for row in rows for column in row)
-    cells = {column: [row[column] for row in rows if not is_null(row.get(column))] for column in columns}
-    form = _only_fit(rows, cells) if name == "auto" else FORMATS[name]
+    names = columns_of.parse(columns)
+    columns_of.check_names(rows, names)
+    rows = [columns_of.renamed(row, names) for row in rows]
+    form = _only_fit(rows) if name == "auto" else FORMATS[name]
+    arranged = [columns_of.arranged(row, form.declared) for row in rows]
+    cells = _cells(arranged)
     _check_columns(form, cells)
     by_place = "preference" in form.optional and _by_place(cells.get("preference", []))
-    return Layout(form.name, by_place, _attributes(form, cells) if form.scores else ())
+    strict = form.agrees is not named_only and name != "pair_plain"
+    layout = Layout(form.name, by_place, _attributes(form, cells) if form.scores else (), names, strict=strict)
+    return _looked_at(layout, arranged)
 
 
-def _only_fit(rows: Sequence[Row], cells: Cells) -> Format:
+def _cells(rows: Sequence[Row]) -> Cells:
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return {column: [row[column] for row in rows if not is_null(row.get(column))] for column in columns}
+
+
+def _looked_at(layout: Layout, rows: Sequence[Row]) -> Layout:
+    """The layout with what of the first rows (arranged) nobody reads; ValueError for what a strict one refuses."""
+    cells, readable = _unread_cells(layout, rows)
+    meanings = {path: _meaning(FORMATS[layout.name], path, cells[path], cells) for path in cells}
+    held = lambda path: all(_held(columns_of.cell_at(row, path), records) for row, records in readable)
+    repeating = tuple(p for p, meaning in meanings.items() if meaning == columns_of.CONTEXT and held(p))
+    unread = {path: columns_of.example(found[0]) for path, found in cells.items()}
+    refused = [f"{p} ({meaning}, {unread[p]})" for p, meaning in meanings.items() if meaning and p not in repeating]
+    if refused and layout.strict:
+        raise ValueError(
+            f"not read as {layout.name}: {', '.join(refused)}; name what a column is, as in "
+            f'config.data.columns="prompt=COLUMN" (or --columns), or leave it out with "{columns_of.IGNORE}=COLUMN"; '
+            f"{layout.name} reads {', '.join(sorted({*FORMATS[layout.name].declared, 'history', 'context'}))}"
+        )
+    seen = tuple(dict.fromkeys(column for row in rows for column, cell in row.items() if not is_empty(cell)))
+    repeating = repeating if layout.strict else ()
+    return dataclasses.replace(layout, unread=tuple(unread.items()), repeating=repeating, seen=seen)
+
+
+def _unread_cells(
+    layout: Layout, rows: Sequence[Row]
+) -> tuple[dict[str, list[Any]], list[tuple[Row, Sequence[Record]]]]:
+    """The cells of rows (arranged) that nobody asks for in any of them, by path; and the readable rows and records."""
+    asked = {*FORMATS[layout.name].declared, *layout.attributes}
+    reading = Reading("", "", by_place=layout.by_place, attributes=layout.attributes, defects=[])
+    readable = []
+    for row in rows:
+        with contextlib.suppress(BadRow, RecursionError):
+            readable.append((row, layout._records(columns_of.noted(row, asked), reading)))
+    found: dict[str, list[Any]] = {}
+    for row, _ in readable:
+        for path, cell in columns_of.unread(row, asked):
+            found.setdefault(path, []).append(cell)
+    return found, readable
+
+
+def _meaning(form: Format, path: str, cells: Sequence[Any], others: Collection[str]) -> str:
+    return "" if path.partition(".")[0] in form.left_out else columns_of.meaning(path, cells, others)
+
+
+def _held(cell: Any, records: Sequence[Record]) -> bool:
+    return is_empty(cell) or holds([record.conversations for record in records], cell)
+
+
+def _only_fit(rows: Sequence[Row]) -> Format:
     fitting = [form for form in FORMATS.values() if _fits(form, rows)]
     if len(fitting) != 1:
-        raise ValueError(_unclear(fitting, rows, cells))
+        raise ValueError(_unclear(fitting, rows, _cells(rows)))
+    cells = _cells([columns_of.arranged(row, fitting[0].declared) for row in rows])
     if hidden := [c for c in fitting[0].columns if all(map(_is_conversation_text, cells[c]))]:
         raise ValueError(
             f"{' and '.join(map(repr, hidden))} hold conversations as JSON text (the first is "
@@ -145,6 +247,7 @@ def _by_place(preferences: Sequence[Any]) -> bool:
 
 def _fits(form: Format, rows: Sequence[Row]) -> bool:
     """Whether some row has every cell of the right kind, and all such rows agree."""
+    rows = [columns_of.arranged(row, form.declared) for row in rows]
     usable = [row for row in rows if all(kind.test(row.get(c)) for c, kind in form.columns.items())]
     return bool(usable) and all(map(form.agrees, usable))
 
@@ -160,8 +263,11 @@ def _unclear(fitting: Sequence[Format], rows: Sequence[Row], cells: Cells) -> st
     if mixed := [form.name for form in FORMATS.values() if any(_fits(form, [row]) for row in rows)]:
         why = f"the rows do not agree (some are {', some '.join(mixed)}); name one with config.data.format"
         return f"unknown data format: {data}; {why}, or read them as several sources"
+    texts = all(any(map(kind.test, cells.get(c, ()))) for c, kind in FORMATS["pair_plain"].columns.items())
+    plain = "name the format pair_plain if there is no prompt, " if texts else ""
     return (
-        f"unknown data format: {data}. {_closest(cells)}; rename columns, or see the table of formats in docs/data.md"
+        f"unknown data format: {data}. {_closest(cells)}; say which column is what, as in "
+        f'config.data.columns="prompt=COLUMN" (or --columns), {plain}or see the table of formats in docs/data.md'
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rmjax.data.formats import kinds
-from rmjax.data.formats.cells import Reading, Row, answered, common, messages, named_only, row_format
+from rmjax.data.formats.cells import Reading, Row, answer, common, messages, named_only, row_format, with_system
 from rmjax.data.formats.kinds import MESSAGES, PROMPT, TEXT, TEXTS, Kind
 from rmjax.data.records import Record, check_count, group
 
@@ -38,7 +38,8 @@ def _record(
     labels = common(row, reading) | {"source": subset, "row": f"{reading.where} ({name})" if name else reading.where}
     if not reading.keep:
         labels["defects"] = None  # so that the row is bad as a whole
-    return group(answered(row, prompt, responses), wins=wins, **labels)
+    turns = with_system(row, messages(prompt, "user"))  # as published: no text is taken for a transcript
+    return group([[*turns, answer(text)] for text in responses], wins=wins, **labels)
 
 
 @row_format("reward_bench", {"prompt": PROMPT, "chosen": TEXT, "rejected": TEXT, "subset": TEXT}, named_only)

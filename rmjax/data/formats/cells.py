@@ -4,21 +4,25 @@ Any format may carry these columns; a missing or null cell means that the row sa
 
     source, weight      name of the data set; weight in the loss
     system, tools       system message, where the conversation has none; tool descriptions, a list or JSON of one
+    history, context    turns before the prompt; what the prompt is about, which follows it after a blank line
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from rmjax.data.formats import kinds
 from rmjax.data.formats.kinds import Kind
+from rmjax.data.formats.transcripts import asks, is_transcript, transcript
 from rmjax.data.records import BadRow, Message, Record
 
 Row = Mapping[str, Any]
 
 TURN_MARK = "<extra_id_1>"  # before each turn of a text, in NeMo's data and in HelpSteer2's prompts
+NAMING = 'name what it is in config.data.columns, as "prompt=COLUMN", or leave it out with "ignore=COLUMN"'
+LONG = 16  # characters of a text that does not stand in another by chance
 MISSING = -100  # a score that was not given, as NeMo's data writes it
 ROLE_NAMES = {
     **{name: name for name in ("system", "user", "assistant", "tool")},
@@ -53,6 +57,11 @@ class Format:
     agrees: Callable[[Row], bool]  # whether such a row can be this format, where others have the same columns
     optional: Mapping[str, Kind]  # further columns that it reads where they are
     scores: bool  # every other column of numbers is an attribute
+    left_out: Collection[str]  # columns of the public set that are no part of what is asked, answered and said of it
+
+    @property
+    def declared(self) -> frozenset[str]:
+        return frozenset((*self.columns, *self.optional))
 
     @property
     def means(self) -> str:
@@ -67,9 +76,10 @@ def row_format(
     *,
     optional: Mapping[str, Kind] = kinds.COMMON,
     scores: bool = False,
+    left_out: Collection[str] = (),
 ) -> Callable[[Reader], Format]:
     """Decorates the reader of a format; its docstring says what a row and its labels mean."""
-    return lambda read: Format(name, columns, read, agrees, optional, scores)
+    return lambda read: Format(name, columns, read, agrees, optional, scores, left_out)
 
 
 def named_only(row: Row) -> bool:
@@ -92,19 +102,130 @@ def common(row: Row, reading: Reading) -> dict[str, Any]:
 
 
 def prompt_turns(row: Row, cell: Any) -> list[Message]:
-    """The turns before the response: the `system` column, where `cell` brings no such message, and `cell`.
+    r"""The turns before the response: the `system` and `history` columns, `cell`, and after it the `context`.
 
-    >>> prompt_turns({"system": "be kind"}, "hi")
-    [{'role': 'system', 'content': 'be kind'}, {'role': 'user', 'content': 'hi'}]
+    What the cell holds already is not added. BadRow (`not_read`) where the columns cannot be put together.
+
+    >>> row = {"system": "be kind", "history": [["a", "b"]], "context": "of maps"}
+    >>> [message["content"] for message in prompt_turns(row, "hi")]
+    ['be kind', 'a', 'b', 'hi\n\nof maps']
     """
     marked = isinstance(cell, str) and f"\n{TURN_MARK}Assistant\n" in cell
-    return with_system(row, marked_turns(cell) if marked else messages(cell, "user"))
+    transcribed = asks(cell)
+    turns = transcript(cell)[:-1] if transcribed else marked_turns(cell) if marked else messages(cell, "user")
+    context = row.get("context")
+    if is_empty(context) or context is cell:
+        pass
+    elif kinds.MESSAGES.test(context):
+        turns = _after("context", context, turns)
+    elif holds(turns, context):
+        pass
+    elif (
+        isinstance(cell, str)
+        and not (marked or transcribed)
+        and (kinds.TEXT.test(context) or kinds.TEXTS.test(context))
+    ):
+        about = context if isinstance(context, str) else "\n\n".join(context)
+        turns = [{"role": "user", "content": f"{cell}\n\n{about}" if cell.strip() else about}]
+    else:
+        raise not_read("context", context, "neither text beside a prompt of text nor messages")
+    history = row.get("history")
+    if not (is_empty(history) or history is cell):
+        turns = _after("history", history, turns)
+    return with_system(row, turns)
 
 
-def answered(row: Row, prompt: Any, texts: Sequence[Any]) -> list[list[Message]]:
-    """A conversation for each text, which answers the prompt (a cell as `prompt_turns` takes it)."""
+def _after(column: str, cell: Any, turns: list[Message]) -> list[Message]:
+    """The turns after those of an earlier conversation: messages, a transcript, or [[asked, answered], ...].
+
+    Turns that hold that conversation already are left alone.
+    """
+    if is_transcript(cell):
+        earlier = transcript(cell)
+    elif kinds.MESSAGES.test(cell):
+        earlier = messages(cell)
+    elif isinstance(cell, list) and all(kinds.TEXTS.test(pair) and len(pair) == 2 for pair in cell):
+        sides = [({"role": "user", "content": asked}, answer(said)) for asked, said in cell]
+        earlier = [message for pair in sides for message in pair]
+    else:
+        raise not_read(column, cell, "neither messages nor a list of [asked, answered]")
+    if holds(turns, earlier):
+        return turns
+    system = [message for message in turns[:1] if message["role"] == "system"]
+    turns = turns[len(system) :]
+    if earlier[-1]["role"] == "user" or (system and earlier[0]["role"] == "system"):
+        raise not_read(column, cell, "the turns before the prompt: they must end with an answer")
+    return [*system, *earlier, *turns]
+
+
+def not_read(column: str, cell: Any, expected: str) -> BadRow:
+    return BadRow("not_read", f"{column} is {kinds.show(cell)}, {expected}; {NAMING}")
+
+
+def texts_in(cell: Any) -> list[str]:
+    """Every text in a cell, but roles and other names; spacing aside."""
+    if isinstance(cell, str):
+        return [words] if (words := " ".join(cell.split())) else []
+    if isinstance(cell, Mapping):
+        return [text for name, value in cell.items() if name not in ("role", "from") for text in texts_in(value)]
+    return [text for value in cell for text in texts_in(value)] if isinstance(cell, list | tuple) else []
+
+
+def holds(turns: Any, cell: Any) -> bool:
+    """Whether every text of a cell is one of the turns', or a part of one that is no chance (`LONG`)."""
+    held = texts_in(turns)
+    return all(text in held or (len(text) >= LONG and any(text in x for x in held)) for text in texts_in(cell))
+
+
+def is_empty(cell: Any) -> bool:
+    """Null, or nothing but white space, or a list or object without anything."""
+    return kinds.is_null(cell) or (isinstance(cell, str) and not cell.strip()) or cell in ([], {})
+
+
+def answered(row: Row, prompt: Any, answers: Sequence[Any]) -> list[list[Message]]:
+    """A conversation for each answer (text, a message, or messages) to a prompt (a cell as `prompt_turns` takes it).
+
+    A prompt may be a transcript that the answers go on from.
+    """
+    texts = all(map(kinds.TEXT.test, answers))
+    if texts and (asks(prompt) or (is_transcript(prompt) and all(map(is_transcript, answers)))):
+        return [with_system(row, continued(prompt, text)) for text in answers]
     turns = prompt_turns(row, prompt)
-    return [[*turns, answer(text)] for text in texts]
+    return [joined(turns, messages(x) if kinds.TURN.test(x) else [answer(x)]) for x in answers]
+
+
+def continued(prompt: str, text: str) -> list[Message]:
+    r"""A transcript and what goes on from it: more turns, the whole transcript, or the words of the assistant.
+
+    >>> continued("Human: hi", "Assistant: yo") == continued("Human: hi\n\nAssistant:", " yo")
+    True
+    """
+    turns = transcript(prompt)
+    if turns[-1]["role"] == "assistant" and not is_transcript(text):
+        return transcript(prompt + text)  # the words may end those of the prompt, and begin other turns
+    if turns[-1] == answer(""):
+        turns.pop()
+    return joined(turns, transcript(text) if is_transcript(text) else [answer(text)])
+
+
+def joined(prompt: list[Message], turns: list[Message]) -> list[Message]:
+    """Puts the prompt before the turns that answer it; of whole conversations only its system message is put there.
+
+    Turns are whole if they begin with the prompt, or begin with a system or user turn and hold all its texts. BadRow
+    (`not_read`) for a prompt that such turns do not hold.
+    """
+    system = [message for message in prompt[:1] if message["role"] == "system"]
+    asked = prompt[len(system) :]
+    own = [message for message in turns[:1] if message["role"] == "system"]
+    begins = turns[len(own) : len(own) + len(asked)] == asked
+    asks_again = bool(asked) and asked[-1]["role"] == "user" and turns[0]["role"] in ("system", "user")
+    if not (begins or asks_again):
+        return [*prompt, *turns]
+    if not (begins or holds(turns, asked)):
+        raise not_read("the prompt", asked[-1].get("content"), "which is not in the conversation that should answer it")
+    if system and own and not holds(own, system):
+        raise not_read("the prompt's system message", system[0].get("content"), "the conversation has another")
+    return turns if own else [*system, *turns]
 
 
 def marked_turns(text: str) -> list[Message]:

@@ -52,7 +52,9 @@ def _sign(number: float) -> int:
 
 
 @row_format(
-    "strength_pair", {"prompt": PROMPT, "response_1": TEXT, "response_2": TEXT, "preference_strength": STRENGTH}
+    "strength_pair",
+    {"prompt": PROMPT, "response_1": TEXT, "response_2": TEXT, "preference_strength": STRENGTH},
+    left_out=("preference_statement", "preference_elaboration"),
 )
 def _strength_pair(row: Row, reading: Reading) -> Record:
     """-3 is the first response much better, 3 the second, 0 a tie; the size is the margin."""
@@ -86,7 +88,11 @@ def _rating(cell: Any, name: str) -> float:
         raise BadRow("wrong_type", f"{name} is {show(cell)}, expected a number") from None
 
 
-@row_format("ultrafeedback", {"instruction": TEXT, "completions": COMPLETIONS})
+@row_format(
+    "ultrafeedback",
+    {"instruction": TEXT, "completions": COMPLETIONS},
+    left_out=("correct_answers", "incorrect_answers"),
+)
 def _ultrafeedback(row: Row, reading: Reading) -> Record:
     """Attribute `score` (overall, compares the completions) and the rating of each aspect.
 
@@ -101,7 +107,12 @@ def _ultrafeedback(row: Row, reading: Reading) -> Record:
     return scored(answered(row, row["instruction"], texts), labels, row, reading)
 
 
-@row_format("unieval", {"source": TEXT, "system_output": TEXT, "scores": OBJECT}, optional={"context": TEXT})
+@row_format(
+    "unieval",
+    {"source": TEXT, "system_output": TEXT, "scores": OBJECT},
+    optional={"context": TEXT},
+    left_out=("reference",),
+)
 def _unieval(row: Row, reading: Reading) -> Record:
     """An attribute for each of `scores`, on its own scale; the prompt is `source` and `context`."""
     parts = [row["source"], row.get("context")]
@@ -145,7 +156,7 @@ def _whole(rating: Any) -> int:
 # ----------------------------------------------------------------------------------------------------
 
 
-@row_format("prm800k", {"question": QUESTION, "label": SOLUTION})
+@row_format("prm800k", {"question": QUESTION, "label": SOLUTION}, left_out=("question", "label"))
 def _prm800k(row: Row, reading: Reading) -> Record:
     """Steps rated -1 (wrong), 0 or 1 (right); each alternative ends a response of its own.
 

@@ -14,14 +14,13 @@ from rmjax.data.formats.cells import (
     answered,
     common,
     messages,
-    prompt_turns,
     row_format,
     score,
     with_system,
 )
 from rmjax.data.formats.kinds import Kind, is_null
-from rmjax.data.formats.pairs import is_transcript, transcript
 from rmjax.data.formats.scored import scored
+from rmjax.data.formats.transcripts import is_transcript, transcript
 from rmjax.data.records import BadRow, Message, Record, compare, group, require_as_many
 
 PAIRS_OF_FOUR = tuple(itertools.combinations(range(4), 2))
@@ -49,8 +48,7 @@ def _ranked(row: Row, reading: Reading) -> Record:
 
     A null rank was not ranked; null and -100 are missing scores. With both, the ranks compare.
     """
-    prompt = prompt_turns(row, row["prompt"])
-    conversations = [[*prompt, *messages(response)] for response in row["responses"]]
+    conversations = answered(row, row["prompt"], row["responses"])
     ranks, scores = kinds.NUMBERS.optional(row, "ranks"), kinds.NUMBERS.optional(row, "scores")
     if scores is not None:
         require_as_many("scores", scores, conversations)
@@ -123,6 +121,7 @@ def _turn(node: Mapping[str, Any]) -> Message:
     "comparisons",
     {"question": kinds.TEXT, **{f"prediction {i}": kinds.TEXT for i in range(1, 5)}, "preference": kinds.LIST},
     optional={**kinds.COMMON, "passages": kinds.LIST},
+    left_out=("gold", "feedback"),
 )
 def _comparisons(row: Row, reading: Reading) -> Record:
     """Verdicts over the pairs (12, 13, 14, 23, 24, 34): 1 or 2 is the better one, 0 a tie, null no verdict.
@@ -169,6 +168,5 @@ def _labelled_responses(row: Row, reading: Reading) -> Record:
     names = responses_of(row)
     rewards = row["rewards"] if row.get("rewards") is not None else [row.get(f"reward_{i}") for i in names]
     require_as_many("rewards", rewards, list(names))
-    prompt = prompt_turns(row, row["prompt"])
-    conversations = [[*prompt, *messages(row[column])] for column in names.values()]
+    conversations = answered(row, row["prompt"], [row[column] for column in names.values()])
     return scored(conversations, [{"score": reward} for reward in rewards], row, reading)

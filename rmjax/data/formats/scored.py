@@ -10,7 +10,7 @@ from typing import Any
 
 from rmjax.data.formats import kinds
 from rmjax.data.formats.cells import Reading, Row, answered, common, marked_turns, row_format, score
-from rmjax.data.formats.conversations import completed_turns, whole_turns
+from rmjax.data.formats.conversations import answers_apart, completed_turns, whole_turns
 from rmjax.data.formats.kinds import Kind
 from rmjax.data.records import BadRow, Conversation, Record, compare, group
 
@@ -64,7 +64,7 @@ def _scored_output(row: Row, reading: Reading) -> Record:
     return scored(conversations, labels, {"source": row.get("data_source"), **row}, reading)
 
 
-@row_format("boolean", {"messages": kinds.MESSAGES, "label": kinds.BOOLEAN})
+@row_format("boolean", {"messages": kinds.MESSAGES, "label": kinds.BOOLEAN}, lambda row: not answers_apart(row))
 def _boolean(row: Row, reading: Reading) -> Record:
     """True or false for the last turn: attribute `label`, 1 or 0."""
     return group([whole_turns(row)], attributes={"label": [row["label"]]}, **common(row, reading))
