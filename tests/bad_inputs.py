@@ -392,7 +392,7 @@ FILES = [
     data_file(
         "a.jsonl",
         lines({"chosen": '[{"role": "user"}]', "rejected": '[{"role": "user"}]'}),
-        "conversations as JSON text",
+        "conversations as text",
     ),
     data_file("a.jsonl", lines(PAIR, format_rows.ROWS["messages"]), "ambiguous data format"),
     data_file("a.jsonl", lines({"chosen": "a", "rejected": "b"}, _R["pair_transcript"]), "the rows do not agree"),

@@ -20,8 +20,9 @@ import transformers
 from rmjax.batches import places, rendering
 from rmjax.batches.encoding import Encoder, Sequences, json_digest, vocabulary_digest
 from rmjax.batches.tasks import Example, Span
+from rmjax.batches.template import KEY, Template
 from rmjax.batches.trees import Tree, build_tree
-from rmjax.data.records import BadRow, Conversation
+from rmjax.data.records import LEFT_OUT, BadRow, Conversation
 
 Shortened = tuple[Sequence[Conversation], Sequences]  # conversations that fit, and their tokens
 ASKED, ANSWERED = ("first question", "second question"), ("first answer", "second answer")
@@ -43,7 +44,6 @@ RESERVED = (
 )
 # Files of which a directory with a tokenizer has at least one.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
-KEY = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
 # Arguments of apply_chat_template that template_kwargs cannot have.
 SETTINGS = {"conversation", "tools", "tokenize", "add_generation_prompt", "chat_template", "continue_final_message"}
 
@@ -53,6 +53,7 @@ class Labelled(NamedTuple):
 
     tree: Tree
     labels: dict[str, np.ndarray]  # by the fields of its task
+    left_out: tuple[BadRow, ...] = ()  # see Chat.left_out
 
 
 class Rendering(NamedTuple):
@@ -118,6 +119,7 @@ class Chat:
         if over_long not in POLICIES:
             raise ValueError(f"data.over_long={over_long!r} is none of {', '.join(POLICIES)}")
         self.tokenizer, self.template_kwargs = tokenizer, dict(template_kwargs or {})
+        self._template = Template(tokenizer, self.template_kwargs)
         self.max_length, self.over_long = max_length, over_long
         if taken := sorted(SETTINGS & self.template_kwargs.keys()):
             raise ValueError(f"template_kwargs: {taken[0]!r} is set by rmjax; it is no argument of a template")
@@ -135,11 +137,29 @@ class Chat:
         self.notes = self._find_notes(probe)
         tail = probe.rpartition(ANSWERED[-1])[2]
         self.closing = {*self.encode([tail])[0], self.encode([probe])[0][-1]}
-        self.special = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special = frozenset(special)
+        own = [name for name in special.values() if name in probe or name in str(tokenizer.chat_template)]
+        self._own_tokens = re.compile("|".join(map(re.escape, sorted(own, key=len, reverse=True))) or "(?!)")
 
     def render(self, conversation: Conversation, tools: Sequence[Any] | None = None) -> str:
-        """Renders a whole conversation as the model reads it; a template that fails raises a BadRow."""
-        return self._apply(conversation, tools, self.template_kwargs, add_generation_prompt=False)
+        """Renders a whole conversation as the model reads it; BadRow as of `Template.render`."""
+        return self._template.render(conversation, tools)
+
+    def left_out(self, conversation: Conversation, tools: Sequence[Any] | None = None) -> list[BadRow]:
+        """What a rendering does not show of its conversation, or shows otherwise than it was meant: names in
+        records.LEFT_OUT, with what was found."""
+        found = []
+        for part in self._template.not_shown(conversation, tools):
+            scored = f"scored_{part.kind}_left_out"
+            known = part.scored and scored in LEFT_OUT
+            found.append(BadRow(scored if known else f"{part.kind}_left_out", part.words))
+        for text in self._template.unparsed(conversation):
+            found.append(BadRow("arguments_not_json", f"the arguments {text[:60]!r}"))
+        for message in conversation:
+            if own := self._own_tokens.search(message.get("content") or ""):
+                found.append(BadRow("special_tokens_in_text", f"{own[0]!r} in the {message['role']}'s text"))
+        return found
 
     def encode(self, texts: Sequence[str]) -> Sequences:
         """Token ids of renderings; special tokens only where the text has them, so never a second BOS."""
@@ -173,7 +193,11 @@ class Chat:
                 groups.append(failures[0])
                 continue
             texts = [renderings[name] for name in names if name in renderings]
-            groups.append(self._group(example, [encoded[name] for name in names], texts, len(set(names)), keep))
+            group = self._group(example, [encoded[name] for name in names], texts, len(set(names)), keep)
+            if isinstance(group, Labelled):
+                found = {name: self.left_out(c, example.tools) for name, c in zip(names, example.conversations)}
+                group = group._replace(left_out=tuple(bad for of_one in found.values() for bad in of_one))
+            groups.append(group)
         return groups
 
     def fingerprint(self) -> str:
@@ -193,10 +217,6 @@ class Chat:
         special = [self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.unk_token]
         special += [getattr(self.tokenizer, "split_special_tokens", False)]
         return special + [self.tokenizer.pad_token] * ("pad_token" in str(self.tokenizer.chat_template))
-
-    def _apply(self, conversation: Conversation, tools: Sequence[Any] | None, given: Any, **more: Any) -> str:
-        apply, tools = self.tokenizer.apply_chat_template, list(tools) if tools else None
-        return rendering.render(lambda: apply(list(conversation), tools=tools, tokenize=False, **more, **given))
 
     def _try_render(self, conversation: Conversation, tools: Sequence[Any] | None) -> str | BadRow:
         try:
@@ -318,7 +338,7 @@ class Chat:
                 clock = f"{{% macro strftime_now(format) %}}{now}{{% endmacro %}}"
                 template = clock + self.tokenizer.get_chat_template(tools=tools)
                 try:
-                    rendered.add(self._apply(conversation, tools, template_kwargs, chat_template=template))
+                    rendered.add(self._template.apply(conversation, tools, chat_template=template, **template_kwargs))
                 except BadRow as bad:  # it takes no tools or system messages; plain conversations are checked later
                     if isinstance(bad.__cause__, rendering.TooSlow):
                         raise ValueError(f"the chat template cannot be used: {bad.detail}") from None

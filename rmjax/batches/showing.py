@@ -129,7 +129,7 @@ def rendering(chat: Any, shown: Record) -> list[str]:
     (group,) = chat.groups([example], keep=True)
     if isinstance(group, Exception):
         raise group
-    lines = []
+    lines = list(dict.fromkeys(f"  {bad.reason}: {bad.detail}" for bad in group.left_out))
     for k, conversation in enumerate(shown.conversations):
         text = chat.render(conversation, shown.tools)
         encoding = chat.tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)

@@ -82,7 +82,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
 
 def _inspect_options(inspect: Parser) -> None:
     inspect.add_argument("--show", type=int, default=3, metavar="N", help="number of records to show; default 3")
-    text = "also show each record as a model with this tokenizer reads it"
+    text = "also show each record as a model with this tokenizer reads it, and what its chat template leaves out"
     inspect.add_argument("--tokenizer", default="", metavar="DIR", help=text)
 
 

@@ -10,10 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
-from rmjax.data.records import REASONS
+from rmjax.data.records import LEFT_OUT, REASONS
 
-# Choices of the config, not defects of the data.
-CHOSEN = ("tie", "tree_too_long", "filter", "sample")
+# Choices of the config, and what its chat template does: no defects of the data.
+CHOSEN = ("tie", "tree_too_long", "filter", "sample", *LEFT_OUT)
 SHOWN_UNREAD = 12
 REMEDY = {"over_long": "data.max_length", "tree_too_long": "plan.row_tokens"}
 

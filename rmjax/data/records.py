@@ -15,11 +15,30 @@ import numpy as np
 Message = Mapping[str, Any]  # {"role": ..., "content": ...} and whatever else the chat template reads
 Conversation = Sequence[Message]
 
+TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of the parts of a content that are text
+BESIDE_TEXT = ("type", "text", "annotations", "cache_control", "logprobs", "index")  # keys of such a part
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: JSON can escape it, no tokenizer takes it
 ROLES = ("system", "user", "assistant", "tool")
 
-# Why a row could not be used. The audit counts rows under these names, with an example of each.
+# What a conversation can hold, for what a chat template does not show of it.
+PARTS = {
+    **{"system": "a system message", "text": "the text of an earlier turn", "empty_turn": "an empty turn"},
+    **{"tools": "the tool descriptions", "tool_calls": "tool calls", "thought": "a thought within the content"},
+    **{"reasoning_content": "reasoning beside the content", "other_key": "another key of a message"},
+}
+# What becomes otherwise than it was meant of rows that are used; the last turn's parts have names of their own.
+LEFT_OUT = {
+    **{f"{kind}_left_out": f"the chat template does not show {words}" for kind, words in PARTS.items()},
+    **{
+        f"scored_{kind}_left_out": f"the chat template does not show {PARTS[kind]} of the last turn, which is scored"
+        for kind in ("tool_calls", "thought", "reasoning_content", "other_key")
+    },
+    "special_tokens_in_text": "a text holds special tokens of the chat template, as if it were rendered already",
+    "arguments_not_json": "the arguments of a tool call are no JSON of an object, which the chat template expects",
+}
+# Why a row could not be used, or not as it is. The audit counts rows under these names, with an example of each.
 REASONS = {
+    **LEFT_OUT,
     "empty_response": "a response without text",
     "identical_responses": "the responses of a group are the same",
     "identical_after_truncation": "the responses became the same when they were truncated",
@@ -35,7 +54,7 @@ REASONS = {
     "no_assistant_turn": "the conversation does not end with an assistant turn",
     "labelled_bad": "a response that was judged bad, which is not imitated",
     "no_label": "it says nothing that the objective learns from",
-    "template_error": "the chat template refuses the conversation",
+    "template_error": "the chat template refuses the conversation, or does not show its last turn",
     "too_many_responses": "more responses than a group takes (records.MOST_RESPONSES)",
 }
 MOST_RESPONSES = 4_096  # of a group: its pairs take three arrays of that many times that many numbers
@@ -104,27 +123,52 @@ class Record:
 def check_conversation(conversation: Any, *, keep: bool = False) -> tuple[Message, ...]:
     """Validates one conversation: a list of {role, content}, ending with an assistant turn that has text.
 
-    With `keep` that turn may be empty. Raises BadRow: `wrong_type`, `no_assistant_turn` or `empty_response`.
+    A content that is a list of parts becomes the text of its parts. With `keep` the last turn may be empty. Raises
+    BadRow: `wrong_type`, `no_assistant_turn` or `empty_response`.
     """
     if not isinstance(conversation, list | tuple):
         raise BadRow("wrong_type", f"a conversation must be a list of messages, got {type(conversation).__name__}")
+    checked: list[Message] = []
     for message in conversation:
         if not isinstance(message, Mapping) or "role" not in message:
             raise BadRow("wrong_type", f"a message must be a {{role, content}} object, got {str(message)[:80]!r}")
         if message["role"] not in ROLES:
             raise BadRow("wrong_type", f"role {message['role']!r} is none of {', '.join(ROLES)}")
         content = message.get("content")
+        if isinstance(content, list | tuple | Mapping):
+            content = _joined_text(content, message["role"])
+            message = {**message, "content": content}
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise BadRow("wrong_type", f"the {message['role']}'s content is {type(content).__name__}, expected text")
         if content and not content.isascii() and HALF_PAIR.search(content):
             raise BadRow("wrong_type", f"the {message['role']}'s content is no Unicode: half of a surrogate pair")
-    if not conversation or conversation[-1]["role"] != "assistant":
-        last = conversation[-1]["role"] if conversation else "nothing"
+        if not isinstance(calls := message.get("tool_calls") or [], list | tuple):
+            raise BadRow("wrong_type", f"tool_calls is {type(calls).__name__} {str(calls)[:60]!r}, expected a list")
+        checked.append(message)
+    if not checked or checked[-1]["role"] != "assistant":
+        last = checked[-1]["role"] if checked else "nothing"
         raise BadRow("no_assistant_turn", f"the conversation ends with {last}, expected an assistant turn")
-    last_turn = conversation[-1]
+    last_turn = checked[-1]
     if not keep and not (last_turn.get("content") or "").strip() and not last_turn.get("tool_calls"):
         raise BadRow("empty_response", "the last assistant turn has no text")
-    return tuple(conversation)
+    return tuple(checked)
+
+
+def _joined_text(parts: Any, role: str) -> str:
+    """The text of a content that is one part or a list of them, end to end; BadRow for a part that is none."""
+    texts = []
+    for part in [parts] if isinstance(parts, Mapping) else parts:
+        part = {"text": part} if isinstance(part, str) else part
+        if not isinstance(part, Mapping):
+            raise BadRow("wrong_type", f"a part of the {role}'s content is {type(part).__name__}, expected text")
+        media = [name for name, value in part.items() if name not in BESIDE_TEXT and value is not None]
+        if part.get("type") not in TEXT_PARTS or media:
+            name = part.get("type") if part.get("type") not in TEXT_PARTS else media[0]
+            raise BadRow("wrong_type", f"the {role}'s content has a part {name!r}, only text can be read")
+        if not isinstance(part.get("text"), str):
+            raise BadRow("wrong_type", f"a part of the {role}'s content has no text: {str(part)[:80]!r}")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def group(

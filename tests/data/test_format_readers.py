@@ -1,5 +1,6 @@
 """What the readers make of scores, verdicts, rankings and steps, worked by hand; and what they refuse or leave out."""
 
+import json
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from format_rows import NAMED, ROWS, assistant, user
 
 from rmjax.data import formats
-from rmjax.data.records import BadRow, Step, compare
+from rmjax.data.records import BadRow, Step, check_conversation, compare
 
 NAN = math.nan
 
@@ -421,3 +422,48 @@ def test_scores_of_both_names_are_margins():
     assert record.attributes == {"score": (8.5, 8.0)}
     with pytest.raises(BadRow, match="conflicting_label: its scores are 7 and 8"):
         formats.detect([row]).read({**row, "score_chosen": 7}, source="here", where="f:0")
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text, "image_url": None} for text in texts]
+
+
+@pytest.mark.parametrize("answer", [parts("yo"), ["y", "o"], {"type": "output_text", "text": "yo", "annotations": []}])
+def test_contents_of_text_parts_are_text(answer):
+    turns = [{"role": "user", "content": parts("Look: ", "what is it?")}, {"role": "assistant", "content": answer}]
+    rejected = [turns[0], {"role": "assistant", "content": "no"}]
+    record = read("pair_messages", {"prompt": ..., "chosen": turns, "rejected": rejected})
+    assert [m["content"] for m in record.conversations[0]] == ["Look: what is it?", "yo"]
+    assert record.conversations[0][0] == record.conversations[1][0]
+    assert check_conversation(turns) == record.conversations[0]
+
+
+@pytest.mark.parametrize(
+    "part, named",
+    [
+        ({"type": "image_url", "image_url": {"url": "a.png"}}, "'image_url'"),
+        ({"type": "image", "text": None}, "'image'"),
+        ({"type": "text", "text": "see", "image": "a.png"}, "'image'"),
+        ({"input_audio": {"data": ""}}, "'input_audio'"),
+        ({"type": "text", "text": None}, "no text"),
+        (3, "is int"),
+    ],
+)
+def test_other_parts_are_refused_by_name(part, named):
+    turns = [{"role": "user", "content": [*parts("what is it?"), part]}, {"role": "assistant", "content": "yo"}]
+    with pytest.raises(BadRow, match=rf"the user's content .*{named}") as refused:
+        check_conversation(turns)
+    assert refused.value.reason == "wrong_type"
+
+
+def test_tool_calls_that_are_no_list_are_refused():
+    with pytest.raises(BadRow, match=r"tool_calls is str '\[\{\}\]', expected a list"):
+        check_conversation([{"role": "assistant", "content": "", "tool_calls": "[{}]"}])
+
+
+def test_descriptions_of_tools_may_be_json_each():
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
+    for tools in (json.dumps([tool]), [json.dumps(tool)], [tool]):
+        assert read("pair_text", {"tools": tools}).tools == (tool,)
+    with pytest.raises(BadRow, match="a tool description is str 'look up', expected an object"):
+        read("pair_text", {"tools": ["look up"]})

@@ -85,14 +85,35 @@ def test_a_prompt_under_an_unknown_name_is_not_dropped_without_a_word(column):
     assert formats.detect([row], columns=f"prompt={column}").name == "pair_text"
 
 
+@pytest.mark.parametrize(
+    "printed", [repr, lambda turns: "[" + "\n ".join(map(repr, turns)) + "]", lambda turns: repr(turns[-1])]
+)
+def test_messages_as_python_prints_them_are_no_texts(printed):
+    """By themselves, in one of numpy's arrays, and a single one."""
+    as_text = {
+        c: printed([*cell, {"role": "assistant", "content": r"it's \d"}]) for c, cell in ROWS["pair_messages"].items()
+    }
+    for row in ({"prompt": "q", **as_text}, as_text):
+        with pytest.raises(ValueError, match=r"'chosen' and 'rejected' hold conversations as text \(the first is str"):
+            formats.detect([row])
+    assert formats.detect([{"prompt": "q", **as_text}], "pair_text").name == "pair_text"
+    with pytest.raises(ValueError, match=r"'chosen' is wrong throughout.*holds a list or object as text"):
+        formats.detect([as_text], "pair_messages")
+    assert formats.detect([{**ROWS["pair_text"], "chosen": "{'a': 1}"}]).name == "pair_text"
+
+
 def test_json_written_as_text_is_said():
     as_text = lambda name: {c: cell if isinstance(cell, bool) else json.dumps(cell) for c, cell in ROWS[name].items()}
-    with pytest.raises(ValueError, match=r"'messages' hold JSON as text \(the first is str .*this is boolean"):
+    with pytest.raises(
+        ValueError, match=r"'messages' hold JSON or Python as text \(the first is str .*this is boolean"
+    ):
         formats.detect([as_text("boolean")])
-    with pytest.raises(ValueError, match=r"'messages' is wrong throughout: a list of messages.*holds JSON as text"):
+    with pytest.raises(
+        ValueError, match=r"'messages' is wrong throughout: a list of messages.*holds a list or object as text"
+    ):
         formats.detect([as_text("boolean")], "boolean")
     rows = [{"prompt": "q", **as_text("pair_messages")}]  # texts, so it would fit pair_text
-    with pytest.raises(ValueError, match=r"'chosen' and 'rejected' hold conversations as JSON text"):
+    with pytest.raises(ValueError, match=r"'chosen' and 'rejected' hold conversations as text"):
         formats.detect(rows)
     assert formats.detect(rows, "pair_text").name == "pair_text"
     assert formats.detect([{**ROWS["pair_text"], "chosen": "[1, 2]"}]).name == "pair_text"

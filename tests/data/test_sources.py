@@ -42,6 +42,42 @@ def lines(path, values):
     return path
 
 
+# Files
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_keys_that_a_columns_type_filled_in_are_taken_out(tmp_path, suffix):
+    """Every object of a column has the keys of all; JSON text, and JSON lines, keep the nulls that were written."""
+    asked = lambda n, arguments: {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": n, "arguments": arguments}}],
+    }
+    tool = lambda name, **properties: {"function": {"name": name, "parameters": {"properties": properties}}}
+    values = [
+        {"messages": [asked("look", {"city": "Paris"})], "tools": [tool("look", city={"type": "string"})]},
+        {"messages": [{"from": "human", "value": "hi"}, asked("now", {})], "tools": [tool("add", a={"type": "int"})]},
+        {"messages": [asked("say", {"of": [{"x": 1}, {"y": None}, None]})]},
+    ]
+    values[0]["scores"] = {"a": None, "b": 1.0}
+    text = {"role": "user", "content": '{"null": null}'}
+    values[0]["messages"].append(text)
+    table = pa.Table.from_pylist(values)
+    path = tmp_path / f"filled.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    first, second, third = (row for _, row in rows(str(path)))
+    assert "a" in table.to_pylist()[0]["tools"][0]["function"]["parameters"]["properties"]
+    assert first["messages"] == values[0]["messages"] and first["tools"] == values[0]["tools"]
+    assert second["messages"] == values[1]["messages"] and second["tools"] == values[1]["tools"]
+    assert third["messages"][0]["tool_calls"][0]["function"]["arguments"] == {"of": [{"x": 1}, {}, None]}
+    assert first["scores"] == {"a": None, "b": 1.0} and third["tools"] is None
+    written = [{"messages": [asked("look", {"unit": None})]}]
+    assert [row for _, row in rows(str(lines(tmp_path / "written.jsonl", written)))] == written
+
+
 # Databases
 
 

@@ -8,10 +8,13 @@ A row with several responses, or several records, of which some cannot be used l
 them.
 """
 
+import ast
 import contextlib
 import dataclasses
 import functools
 import json
+import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +51,7 @@ FORMATS: dict[str, Format] = {
 MISSHAPEN = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 # Columns of numbers that say where a row comes from, not how good it is.
 COUNTERS = ("id", "idx", "index", "row", "turn", "turns", "seed", "length")
+BETWEEN_OBJECTS = re.compile(r"\}\s*\n\s*\{")  # of numpy's arrays, which pandas prints without commas
 Cells = Mapping[str, Sequence[Any]]  # of the first rows by column, without nulls
 
 
@@ -201,7 +205,7 @@ def _only_fit(rows: Sequence[Row]) -> Format:
     cells = _cells([columns_of.arranged(row, fitting[0].declared) for row in rows])
     if hidden := [c for c in fitting[0].columns if all(map(_is_conversation_text, cells[c]))]:
         raise ValueError(
-            f"{' and '.join(map(repr, hidden))} hold conversations as JSON text (the first is "
+            f"{' and '.join(map(repr, hidden))} hold conversations as text (the first is "
             f"{show(cells[hidden[0]][0])}); write lists of messages, or name the format if they are meant as text"
         )
     return fitting[0]
@@ -214,10 +218,10 @@ def _check_columns(form: Format, cells: Cells) -> None:
             near = did_you_mean(column, [c for c in cells if c not in form.columns])
             raise ValueError(f"{form.name} needs a column {column!r} ({kind.words}); found {_columns(cells)}{near}")
         if values and not any(map(kind.test, values)):
-            json_text = "" if _parsed(values[0]) is None else "; it holds JSON as text: write it as a list or object"
+            as_text = "" if _parsed(values[0]) is None else "; it holds a list or object as text: write it as such"
             raise ValueError(
                 f"column {column!r} is wrong throughout: {kind.words} was expected, the first row has "
-                f"{show(values[0])}{json_text}"
+                f"{show(values[0])}{as_text}"
             )
 
 
@@ -258,7 +262,7 @@ def _unclear(fitting: Sequence[Format], rows: Sequence[Row], cells: Cells) -> st
     if fitting:
         names = ", ".join(form.name for form in fitting)
         return f"ambiguous data format: {data} fit {names}; name one with config.data.format"
-    if advice := _json_text_advice(rows):
+    if advice := _text_advice(rows):
         return f"unknown data format: {data}; {advice}"
     if mixed := [form.name for form in FORMATS.values() if any(_fits(form, [row]) for row in rows)]:
         why = f"the rows do not agree (some are {', some '.join(mixed)}); name one with config.data.format"
@@ -294,29 +298,33 @@ def _closest(cells: Cells) -> str:
     return f"Closest is {form.name}, {needs}"
 
 
-def _json_text_advice(rows: Sequence[Row]) -> str:
-    """Names the columns that hold JSON as text, if some format would fit without; else ""."""
+def _text_advice(rows: Sequence[Row]) -> str:
+    """Names the columns that hold lists or objects as text, if some format would fit without; else ""."""
     parsed = [{c: cell if (value := _parsed(cell)) is None else value for c, cell in row.items()} for row in rows]
     columns = [c for c in parsed[0] if parsed[0][c] is not rows[0][c]]
     fitting = [form.name for form in FORMATS.values() if columns and _fits(form, parsed)]
     if not fitting:
         return ""
     names, first = ", ".join(map(repr, columns)), show(rows[0][columns[0]])
-    return f"{names} hold JSON as text (the first is {first}); write lists and objects, and this is {fitting[0]}"
+    return (
+        f"{names} hold JSON or Python as text (the first is {first}); write lists and objects, and this is {fitting[0]}"
+    )
 
 
 def _parsed(cell: Any) -> Any:
-    """The list or object that a text is JSON of; None if it is not."""
+    """The list or object that a text is JSON of, or that Python prints so; None if it is neither."""
     if not isinstance(cell, str) or cell.strip()[:1] not in ("[", "{"):
         return None
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(cell)
-    except json.JSONDecodeError:
-        return None
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in texts that are no Python
+        return ast.literal_eval(BETWEEN_OBJECTS.sub("}, {", cell.strip()))
+    return None
 
 
 def _is_conversation_text(cell: Any) -> bool:
-    turns = _parsed(cell)
+    turns = [parsed] if isinstance(parsed := _parsed(cell), dict) else parsed
     return (
         isinstance(turns, list)
         and bool(turns)

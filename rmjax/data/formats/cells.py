@@ -90,15 +90,23 @@ def named_only(row: Row) -> bool:
 def common(row: Row, reading: Reading) -> dict[str, Any]:
     """What any row may say, as keyword arguments of records.group and records.pair."""
     weight = kinds.NOT_NEGATIVE.optional(row, "weight")
-    tools = kinds.TOOLS.optional(row, "tools")
+    tools = _from_json(kinds.TOOLS.optional(row, "tools") or None)
     return {
         "weight": 1.0 if weight is None else float(weight),
-        "tools": (json.loads(tools) if isinstance(tools, str) and tools else tools) or None,
+        "tools": [_from_json(tool) for tool in tools] if tools else None,
         "source": kinds.TEXT.optional(row, "source") or reading.source,
         "row": reading.where,
         "keep": reading.keep,
         "defects": reading.defects,
     }
+
+
+def _from_json(cell: Any) -> Any:
+    """A list or object that may be written as JSON text."""
+    try:
+        return json.loads(cell) if isinstance(cell, str) else cell
+    except json.JSONDecodeError:
+        raise BadRow("wrong_type", f"a tool description is {kinds.show(cell)}, expected an object") from None
 
 
 def prompt_turns(row: Row, cell: Any) -> list[Message]:

@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 BLOCK = 2**22
 MOST_LINE = 2**28  # bytes of a line of JSON lines; what has longer ones is another kind of file
 
+MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
+
 Row = dict[str, Any]
 AsRow = Callable[[Any, str], Row]  # makes a row of what stands in a JSON file, from it and from where it stands
 
@@ -73,10 +75,33 @@ def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path)) if path.name.endswith(".gz") else open(path, "rb")
 
 
+def _rows_of(batch: pa.RecordBatch) -> Iterator[Row]:
+    """Rows without the keys that a column's type filled in with null, in messages and in descriptions of tools: there
+    every object has the keys of all others."""
+    filled = [field.name for field in batch.schema if field.name == "tools" or _has_messages(field.type)]
+    for row in batch.to_pylist():
+        yield {**row, **{name: _without_nulls(row[name]) for name in filled}} if filled else row
+
+
+def _has_messages(kind: pa.DataType) -> bool:
+    """Whether messages, {role, content} or {from, value}, stand somewhere in a type."""
+    if isinstance(kind, pa.StructType):
+        fields = [kind.field(i) for i in range(kind.num_fields)]
+        names = {field.name for field in fields}
+        return any(pair <= names for pair in MESSAGE_KEYS) or any(_has_messages(field.type) for field in fields)
+    return hasattr(kind, "value_type") and _has_messages(kind.value_type)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(x) for key, x in value.items() if x is not None}
+    return [_without_nulls(x) for x in value] if isinstance(value, list) else value
+
+
 def _read_parquet(path: Path, as_row: AsRow) -> Iterator[Row]:
     with _open(path) as file:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+            yield from _rows_of(batch)
 
 
 def _count_parquet(path: Path) -> int:
@@ -99,7 +124,7 @@ def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
 def _read_arrow(path: Path, as_row: AsRow) -> Iterator[Row]:
     for batch in _arrow_batches(path):
         for start in range(0, batch.num_rows, 1024):
-            yield from batch.slice(start, 1024).to_pylist()
+            yield from _rows_of(batch.slice(start, 1024))
 
 
 def _count_arrow(path: Path) -> int:
