@@ -23,10 +23,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "ties": "skip",  # pairs judged equal: skip, half a win each way, rao_kupper, davidson, or efron (of rankings)
         "label_smoothing": 0.0,  # probability that a label is wrong
         "margin_scale": 0.0,  # margins in the data, times this, are asked of the reward difference; 0 is off
-        "scaled": False,  # the loss of a pair times its margin, the strength of the preference
+        "scaled": False,  # the loss of a pair times its margin, if that is known
         "focal": 0.0,  # gamma: pairs already told apart count less; 2 as published, 0 is off
         "center": 0.0,  # weight of the squared sum of both rewards, which keeps their mean near 0
-        "barrier": 0.0,  # weight of the penalty that keeps rewards within -5 and 5; 0.02 as published
+        "barrier": 0.0,  # weight, per response, of what keeps rewards within -5 and 5; 0.02 as published
     },
     "pairwise": {
         "classes": 3,  # 3 (A, B, tie) or 2 (A, B)

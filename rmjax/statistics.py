@@ -3,6 +3,8 @@
 Numbers come as arrays [n]; a statistic that is not defined is NaN: of fewer than two numbers, or without variance.
 """
 
+import math
+
 import numpy as np
 
 
@@ -47,6 +49,8 @@ def first_where(flags: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray
 # Distributions and calibration
 # ----------------------------------------------------------------------------------------------------
 
+TAIL = 0.025  # beyond either end of a 95 % interval
+NORMAL = 1.959964  # that many deviations are where the TAIL of a normal distribution begins
 QUANTILES = (5, 25, 50, 75, 95)  # percent
 
 
@@ -55,6 +59,17 @@ def spread(name: str, values: np.ndarray) -> dict[str, float]:
     if not len(values):
         return {}
     return {f"{name}_p{q:02}": float(x) for q, x in zip(QUANTILES, np.quantile(values, [q / 100 for q in QUANTILES]))}
+
+
+def least_cases(share: float) -> int:
+    """How many cases show that a share is at least this, if all of them are hits: Clopper and Pearson 1934."""
+    return math.ceil(math.log(TAIL) / math.log(share)) if 0 < share < 1 else 1
+
+
+def least_hits(share: float, cases: int) -> float:
+    """Which share of the cases must be hits to show that it is at least this: the end of Wilson's interval (1927)."""
+    wide = NORMAL**2 / cases
+    return (share + wide / 2 + (wide * share * (1 - share) + wide**2 / 4) ** 0.5) / (1 + wide)
 
 
 BINS = 10  # of a reliability diagram

@@ -34,7 +34,7 @@ class Model:
     """Scores a response by its number: "answer 7" is 7. Counts what it was asked."""
 
     def __init__(self, log=None):
-        self.asked, self.log = [], log
+        self.asked, self.log, self.resolution = [], log, 0.0
         self.inference = SimpleNamespace(work=SimpleNamespace(computed=0, unshared=0))
 
     def values(self, conversations):

@@ -15,23 +15,25 @@ import pyarrow as pa
 from rmjax.batches.augment import EVALUATION, TRAINING
 from rmjax.batches.tasks import Task
 from rmjax.batches.trees import Tree
+from rmjax.data import prompts
 from rmjax.data.ledger import Audit
 
-INTS, FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
+INTS, FLOATS, HASHES = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.uint64())
 NUMBERS = {  # one number per group, see Groups
     **{name: pa.int32() for name in ("lengths", "responses", "ends", "unshared", "longest", "prompt_characters")},
     **{name: pa.float32() for name in ("weights", "comparisons", "longer_wins", "margins", "agreements")},
-    **{name: pa.uint64() for name in ("prompt_ids", "response_sets", "label_ids")},
+    **{name: pa.uint64() for name in ("response_sets", "label_ids")},
     "uses": pa.int8(),
 }
 # Positions and visible_until are runs: (start, position, visible_until) of each. scored: (end, end_slot) of each.
 # characters: of the text of each response of the record.
 LISTS = ("tokens", "runs", "scored", "characters")
+HISTORIES = "histories"  # of the record as it was read (data/prompts.py): two hashes of each
 
 
 def schema(task: Task) -> pa.Schema:
     """The columns of a cache file; the task's label fields are lists of float32 in C order."""
-    lists = dict.fromkeys(LISTS, INTS) | {f"label/{name}": FLOATS for name in task.fields}
+    lists = dict.fromkeys(LISTS, INTS) | {f"label/{name}": FLOATS for name in task.fields} | {HISTORIES: HASHES}
     return pa.schema({"id": pa.string(), "source": pa.string(), **lists, **NUMBERS})
 
 
@@ -66,9 +68,9 @@ class Groups:
     # float32 [n] those in which it is the longer one, in tokens (characters where a sequence holds more than one
     # response); equally long counts one half
     longer_wins: np.ndarray
-    margins: np.ndarray  # float32 [n] the largest margin in the group; 0 without any
+    margins: np.ndarray  # float32 [n] the largest known margin in the group; 0 without any
     agreements: np.ndarray  # float32 [n] share of the annotators who gave the label; NaN where it is not known
-    prompt_ids: np.ndarray  # uint64 [n] hash of the prompt (reading.prompt_id) of the record as it was read
+    prompt_ids: np.ndarray  # uint64 [n], equal for groups of one prompt (data/prompts.py) in all of the file
     response_sets: np.ndarray  # uint64 [n] hash of the set of conversations, whatever their order
     # uint64 [n] hash of who is preferred to whom; equal sets with other labels contradict each other
     label_ids: np.ndarray
@@ -80,6 +82,7 @@ class Groups:
         self.fields, self.sources, self.source = store.fields, store.sources, store.source[indices]
         for name in NUMBERS:
             setattr(self, name, store.numbers[name][indices])
+        self.prompt_ids = store.prompt_ids[indices]
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -103,6 +106,13 @@ class Groups:
         starts, sizes = starts[self._indices], sizes[self._indices]
         begin = np.concatenate([[0], np.cumsum(sizes)])
         return values[np.repeat(starts - begin[:-1], sizes) + np.arange(begin[-1])], begin
+
+    def prompts_beside(self, other: "Groups") -> tuple[np.ndarray, np.ndarray]:
+        """`prompt_ids` of both sets, which can be compared whether they are of one file or not."""
+        if self._store is other._store:
+            return self.prompt_ids, other.prompt_ids
+        found = [(values.reshape(-1, 2), begin // 2) for values, begin in (x.column(HISTORIES) for x in (self, other))]
+        return prompts.ids_of_both(*found)
 
     def sample(self, count: int, seed: int) -> "Groups":
         """A fixed random choice of at most `count` groups, in their order."""
@@ -146,8 +156,10 @@ class Store:
         self._starts = np.cumsum([0, *map(len, self._table["id"].chunks)])  # of the batches
         self.numbers = {name: np.array(self._table[name].to_numpy()) for name in NUMBERS}
         views = lambda cells: (cells.offsets.to_numpy(), cells.values.to_numpy())
-        names = [*LISTS, *(f"label/{name}" for name in self.fields)]
+        names = [*LISTS, HISTORIES, *(f"label/{name}" for name in self.fields)]
         self._lists = {name: [views(cells) for cells in self._table[name].chunks] for name in names}
+        hashes, starts, sizes = self.column(HISTORIES)  # all there are, end to end
+        self.prompt_ids = prompts.ids(hashes.reshape(-1, 2), np.append(starts, starts[-1] + sizes[-1]) // 2)
         source = self._table["source"].combine_chunks().dictionary_encode()
         self.sources, self.source = source.dictionary.to_pylist(), source.indices.to_numpy()
 

@@ -85,7 +85,7 @@ def measure(groups: Groups, plan: Mapping[str, Any] | None = None, names: Sequen
 
 
 def _shared(first: Groups, second: Groups) -> dict[str, Any]:
-    prompts, *pairs = np.intersect1d(first.prompt_ids, second.prompt_ids, return_indices=True)
+    prompts, *pairs = np.intersect1d(*first.prompts_beside(second), return_indices=True)
     examples = [[first.id(i), second.id(j)] for i, j in np.transpose(pairs)[:EXAMPLES].tolist()]
     return {"prompts": len(prompts), "of": len(np.unique(second.prompt_ids)), "examples": examples}
 

@@ -81,7 +81,7 @@ class RandomGroups:
         first, second, third = np.split(tokens, [prompt, prompt + chosen])
         third[0] = (second[0] + 1) % self._vocabulary
         wins = np.array([[0, 1], [0, 0]], np.float32)
-        labels = {"wins": wins, "ties": np.zeros_like(wins), "margin": np.zeros_like(wins)}
+        labels = {"wins": wins, "ties": np.zeros_like(wins), "margin": np.where(wins, np.float32(np.nan), wins)}
         return Group(build_tree([np.concatenate([first, x]) for x in (second, third)]), labels, 1.0, self.id(index))
 
     def id(self, index: int) -> str:

@@ -82,7 +82,8 @@ def _about(shown: Record, i: int) -> str:
     said = []
     for j in others:
         share, other = float(shown.wins[i, j]), float(shown.wins[j, i])
-        how = [f"by {shown.margin[i, j]:g}"] * bool(shown.margin[i, j]) + [f"at {share:.2g}"] * bool(other)
+        margin = float(shown.margin[i, j])
+        how = [f"by {margin:g}"] * (margin == margin) + [f"at {share:.2g}"] * bool(other)
         if share > other:
             said.append(" ".join([f"better than {j + 1}", *how]))
         if shown.ties[i, j]:

@@ -33,12 +33,13 @@ from rmjax.batches import token_files
 from rmjax.batches.augment import EVALUATION, augment
 from rmjax.batches.chat import Chat, Labelled, conversation_key
 from rmjax.batches.encoding import json_digest
-from rmjax.batches.groups import Groups, Store, schema
+from rmjax.batches.groups import HISTORIES, Groups, Store, schema
 from rmjax.batches.tasks import Example, Task
 from rmjax.batches.token_files import Result
 from rmjax.data import formats, sources
 from rmjax.data.ledger import Audit
-from rmjax.data.reading import open_rows, prompt_id, read_row
+from rmjax.data.prompts import histories
+from rmjax.data.reading import open_rows, read_row
 from rmjax.data.records import KEEPABLE, BadRow, Record
 from rmjax.runtime import compile_cache
 from rmjax.runtime.progress import Progress
@@ -200,23 +201,23 @@ def _tokenize(chat: Chat, job: _Job, *, task: Task, keep: bool, augmentations: S
         if (where, bad.reason) not in lost or bad.tokens > lost[where, bad.reason].tokens:
             lost[where, bad.reason] = bad
 
-    to_tokenize: list[tuple[str, int, int, Record, Example, int]] = []
+    to_tokenize: list[tuple[str, int, np.ndarray, Record, Example, int]] = []
     for where, row in job.rows:
         for whole in read_row(job.layout, row, job.source, where, keep, audit):
-            prompt = prompt_id(whole)  # of what was read: a swapped copy stays on its side of a split
+            asked = np.ravel(histories(whole))  # of what was read: a swapped copy stays on its side of a split
             for record, use in augment(whole, augmentations, audit.augmented):
                 try:
                     examples = task.examples(record)
                 except BadRow as bad:
                     examples = [bad]
                 usable = [example for example in examples if isinstance(example, Example)]
-                to_tokenize += [(where, use, prompt, record, example, len(usable)) for example in usable]
+                to_tokenize += [(where, use, asked, record, example, len(usable)) for example in usable]
                 for part in examples:
                     if isinstance(part, BadRow):
                         lose(where, part)
     groups, used = [], set()
     tokenized = chat.groups([example for *_, example, _ in to_tokenize])
-    for (where, use, prompt, record, example, shares), group in zip(to_tokenize, tokenized):
+    for (where, use, asked, record, example, shares), group in zip(to_tokenize, tokenized):
         if isinstance(group, BadRow):
             kept = keep and group.reason in KEEPABLE
             lose(where, group)
@@ -224,7 +225,7 @@ def _tokenize(chat: Chat, job: _Job, *, task: Task, keep: bool, augmentations: S
         if isinstance(group, Labelled):
             for bad in group.left_out:
                 lose(where, bad)
-            groups.append({**_columns(record, example, group, shares), "prompt_ids": prompt, "uses": use})
+            groups.append({**_columns(record, example, group, shares), HISTORIES: asked, "uses": use})
             used.add(where)
             if use != EVALUATION:
                 audit.sources[record.source] = audit.sources.get(record.source, 0) + 1
@@ -267,7 +268,7 @@ def _columns(record: Record, example: Example, group: Labelled, shares: int) -> 
         "weights": record.weight,
         "comparisons": float((preferred > 0).sum()) / shares,
         "longer_wins": float(longer[preferred > 0].sum()) / shares,
-        "margins": float(record.margin.max()),
+        "margins": record.largest_margin,
         "agreements": record.agreement,
         "response_sets": _hash(json.dumps([example.name, *sorted(keys)])),
         "label_ids": _label_id(record, preferred, np.argsort(np.array(keys, object), kind="stable")),

@@ -10,19 +10,23 @@ aligned://FILE+FILE, or several of them separated by commas.
 """
 
 import argparse
+import collections
 import itertools
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rmjax.batches import showing
-from rmjax.data import agreement, converting, formats, labelling, reading, sources, splitting
-from rmjax.data.ledger import Audit, rows_lines
-from rmjax.data.records import BadRow
+from rmjax.config import defaults
+from rmjax.data import agreement, converting, formats, labelling, prompts, reading, sources, splitting
+from rmjax.data.ledger import Audit, accuracy_shown, rows_lines
+from rmjax.data.records import BadRow, Record
 from rmjax.runtime import command_line, exits, files, passwords
 from rmjax.runtime.command_line import Parser
 from rmjax.suggestions import did_you_mean
@@ -155,7 +159,9 @@ def _inspect(args: argparse.Namespace) -> None:
             print("\n".join(["first row:", *showing.first_row(rows[0])]), flush=True)
             raise ValueError(f"{item}: {error}") from None
         audit = Audit()
-        records = reading.records(item, format=args.format, columns=args.columns, audit=audit, progress=sys.stderr)
+        histories: list[list[tuple[int, int]]] = []  # of what is preferred or not
+        read = reading.records(item, format=args.format, columns=args.columns, audit=audit, progress=sys.stderr)
+        records = _noting(read, histories)
         chat = _open_chat(args.tokenizer) if args.tokenizer else None
         for record in itertools.islice(records, args.show):
             print("\n".join([*showing.record(record), ""]))
@@ -164,9 +170,18 @@ def _inspect(args: argparse.Namespace) -> None:
                     print("\n".join([*showing.rendering(chat, record), ""]))
                 except BadRow as bad:
                     print(f"  cannot be rendered: {bad}\n")
-        for _ in records:  # counts the rest
-            pass
-        print("\n".join([*rows_lines(audit), *agreement.lines(item, args.format, args.columns)]))
+        collections.deque(records, maxlen=0)  # counts the rest
+        count = len(np.unique(prompts.ids(*prompts.flat(histories))))
+        shown = [accuracy_shown(count, defaults().gate.accuracy)] * bool(count)
+        print("\n".join([*rows_lines(audit), *shown, *agreement.lines(item, args.format, args.columns)]))
+
+
+def _noting(records: Iterable[Record], histories: list[list[tuple[int, int]]]) -> Iterator[Record]:
+    """The records, whose histories are noted where they have preferences."""
+    for record in records:
+        if record.wins.any():
+            histories.append(prompts.histories(record))
+        yield record
 
 
 def _columns(rows: Sequence[tuple[str, sources.Row]]) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rmjax.data import reading, sources, splitting, store
+from rmjax.data import prompts, reading, sources, splitting, store
 from rmjax.data.ledger import Audit
 from rmjax.data.records import Record
 from rmjax.runtime import files as durable
@@ -53,11 +53,11 @@ def convert(
             raise ValueError(f"--output: {own[0]} would be written into the source {item}; name another")
     records = reading.records(source, audit=audit, **options)
     kinds: list[tuple[str, ...]] = []
-    prompts: list[int] = []
+    histories: list[list[tuple[int, int]]] = []
 
     def noted() -> Iterator[Record]:
         for record in records:
-            prompts.append(reading.prompt_id(record))
+            histories.append(prompts.histories(record))
             kinds.append((record.source, splitting.label_kind(record)))
             yield record
 
@@ -70,10 +70,11 @@ def convert(
         if not shares:
             _place([whole], files, Path(scratch))
             return {files[0]: count}, []
-        parts = splitting.assign_parts(np.array(prompts, np.uint64), kinds, shares, seed)
+        prompt_ids = prompts.ids(*prompts.flat(histories))
+        parts = splitting.assign_parts(prompt_ids, kinds, shares, seed)
         counts = np.bincount(parts, minlength=len(shares)).tolist()
         if empty := [name for name, n in zip(shares, counts) if not n]:
-            raise ValueError(f"{source}: {len(set(prompts))} prompts leave nothing for {', '.join(empty)}")
+            raise ValueError(f"{source}: {len(np.unique(prompt_ids))} prompts leave nothing for {', '.join(empty)}")
         new_files = [Path(scratch) / "parts" / (file.name + durable.SCRATCH) for file in files]
         _divide(whole, new_files, parts)
         _place(new_files, files, Path(scratch))

@@ -6,11 +6,12 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
 from rmjax.data.records import LEFT_OUT, REASONS
+from rmjax.statistics import least_cases, least_hits
 
 # Choices of the config, and what its chat template does: no defects of the data.
 CHOSEN = ("tie", "tree_too_long", "filter", "sample", *LEFT_OUT)
@@ -124,6 +125,8 @@ class GroupSet(Protocol):
 
     def __len__(self) -> int: ...
 
+    def prompts_beside(self, other: Self) -> tuple[np.ndarray, np.ndarray]: ...
+
 
 def length_auc(groups: GroupSet) -> float:
     """How often the longer of two responses, in tokens, is preferred; equally long counts one half."""
@@ -140,7 +143,17 @@ def repeats(groups: GroupSet) -> tuple[int, int]:
 
 
 def shared_prompts(train: GroupSet, validation: GroupSet) -> int:
-    return len(np.intersect1d(train.prompt_ids, validation.prompt_ids))
+    return len(np.intersect1d(*train.prompts_beside(validation)))
+
+
+def accuracy_shown(prompts: int, least: float) -> str:
+    """What so many prompts of validation data can show, for `config.gate.accuracy`."""
+    needed = least_cases(least)
+    data = f"validation data of {prompts:,} prompt{'s' * (prompts != 1)}"
+    asked = f"an accuracy of at least {100 * least:.3g} % (config.gate.accuracy)"
+    if prompts < needed:
+        return f"{data} cannot show {asked}: that takes {needed:,}, if all are right"
+    return f"{data} shows {asked} where about {least_hits(least, prompts):.1%} are right"
 
 
 def lines(train: GroupSet, validation: GroupSet) -> list[str]:

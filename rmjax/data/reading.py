@@ -1,6 +1,5 @@
 """Records of any source, one after the other, with what could not be read counted; no tokenizer is needed."""
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import TextIO
@@ -77,28 +76,6 @@ def read_row(
     for defect in defects:
         audit.add(defect.reason, where, defect.detail, defect.tokens, kept=True)
     return usable
-
-
-def prompt_text(record: Record) -> str:
-    """All turns of the prompt but system messages, case and spacing aside; "" without a prompt."""
-    turns = ((m["role"], m.get("content") or "") for m in record.conversations[0][:-1] if m["role"] != "system")
-    lines = [f"{role}: {words}" for role, content in turns if (words := " ".join(content.casefold().split()))]
-    return "\n".join(lines)
-
-
-def prompt_id(record: Record) -> int:
-    """Hash of the prompt; without one, of the conversations, so that not all such records are one prompt's."""
-    text = prompt_text(record) or repr(sorted(map(repr, record.conversations)))
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-
-
-def prompts(spec: str) -> dict[str, str]:
-    """The prompts (`prompt_text`) of a source, each with the first row that has it; errors as of `records`."""
-    first_rows: dict[str, str] = {}
-    for record in records(spec):
-        first_rows.setdefault(prompt_text(record), record.row)
-    first_rows.pop("", None)
-    return first_rows
 
 
 def _shown(rows: Rows, item: str, stream: TextIO | None) -> Rows:

@@ -88,7 +88,9 @@ class Record:
     # float32 [K, K]; wins[i, j] is how much i is preferred to j: 1 for a hard label, p and 1 - p for a soft one.
     wins: np.ndarray
     ties: np.ndarray  # float32 [K, K], symmetric; 1 where i and j were judged equal
-    margin: np.ndarray  # float32 [K, K]; by how much i beats j where wins[i, j] > 0, in the source's own units, else 0
+    # float32 [K, K]; by how much i beats j where wins[i, j] > 0, in the source's own units, NaN where that is not
+    # known; 0 elsewhere
+    margin: np.ndarray
     weight: float = 1.0  # in the loss
     tools: tuple[Any, ...] | None = None  # descriptions handed to the chat template
     source: str = ""  # name of the source it came from
@@ -107,6 +109,11 @@ class Record:
         counts = {name: len(values) for name, values in self.attributes.items()}
         if any(n != k for n in counts.values()) or len(self.steps) not in (0, k):
             raise ValueError(f"{self.row}: {k} responses, but attributes of {counts} and {len(self.steps)} with steps")
+
+    @property
+    def largest_margin(self) -> float:
+        """Of all that are known; 0 where none is."""
+        return float(np.nan_to_num(self.margin).max())
 
     def select(self, responses: Sequence[int]) -> "Record":
         chosen = list(responses)
@@ -190,7 +197,8 @@ def group(
     without it: two of them if something was said of pairs, else one.
 
     Args:
-        conversations, wins, ties, margin, attributes, steps, tools: as in Record; a matrix is 0 everywhere if None.
+        conversations, wins, ties, margin, attributes, steps, tools: as in Record; a matrix is 0 everywhere if None, and
+            margins are not known then.
         keep: let the defects in KEEPABLE through.
         defects: takes why responses were left out or let through. Without it none is left out.
         **fields: the other fields of Record.
@@ -200,7 +208,8 @@ def group(
     """
     check_count(k := len(conversations))
     matrix = lambda x: np.zeros((k, k), np.float32) if x is None else np.array(x, np.float32)
-    wins, ties, margin = matrix(wins), matrix(ties), matrix(margin)
+    wins, ties = matrix(wins), matrix(ties)
+    margin = np.where(wins > 0, np.float32(np.nan), np.float32(0)) if margin is None else matrix(margin)
     least = 2 if k > 1 and (wins.any() or ties.any()) else 1
     checked, bad = _check_all(conversations, keep)
     if bad and not keep and (defects is None or k - len(bad) < least):
@@ -250,11 +259,11 @@ def _check_all(conversations: Sequence[Any], keep: bool) -> tuple[list[tuple[Mes
     return checked, bad
 
 
-def pair(chosen: Any, rejected: Any, *, preference: float = 1.0, margin: float = 0.0, **rest: Any) -> Record:
+def pair(chosen: Any, rejected: Any, *, preference: float = 1.0, margin: float = math.nan, **rest: Any) -> Record:
     """Builds the group of a preference pair from two whole conversations.
 
     `preference` is the probability in [0, 1] that `chosen` (response 0) is better, 0.5 a tie. `margin`, in the source's
-    units, belongs to whichever side is preferred. `rest` is as in `group`.
+    units and NaN where it is not known, belongs to whichever side is preferred. `rest` is as in `group`.
 
     Raises:
         BadRow: as `group`, or a preference outside [0, 1].

@@ -38,7 +38,7 @@ def label_kind(record: Record) -> str:
     number = lambda x: f"{float(f'{x:.1g}'):g}"
     if record.wins.any():
         name = "preference" if responses == 2 else f"ranking of {responses}"
-        return name + (f", margin {number(record.margin.max())}" if record.margin.any() else "")
+        return name + (f", margin {number(record.largest_margin)}" if record.largest_margin else "")
     if record.ties.any():
         return "tie"
     for name, values in record.attributes.items():
@@ -59,7 +59,7 @@ def assign_parts(
     a prompt is that of most of its rows. The result does not depend on the order of the rows.
 
     Args:
-        prompts: uint64 [n] hash of each row's prompt.
+        prompts: uint64 [n], equal for rows of one prompt (prompts.py).
         kinds: (source, label) of each row.
         shares: of each part; they add up to 1. The result, int64 [n], counts parts in this order.
     """

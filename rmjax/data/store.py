@@ -5,7 +5,7 @@ One row is one record, complete: what is read is equal to what was written. K re
     conversations   list of K lists of messages {role, content, extra}; `extra` is a JSON object of what else a message
                     has (tool_calls, reasoning_content, ...), null where that is nothing
     wins, ties      list of K lists of K float32: how much i is preferred to j, and whether they are equal
-    margin          the same, by how much
+    margin          the same, by how much; null where that is not known
     attributes      list of {name, values}: K float64 each, null where one is missing
     steps           list of K lists of {stop, label}: characters of the last turn up to the step's end, and a label in
                     [0, 1], null where it was not judged; empty where no steps were judged
@@ -67,7 +67,8 @@ def to_row(record: Record) -> dict[str, Any]:
     """A record as a row of SCHEMA; `formats.stored` reads it back."""
     return {
         "conversations": [[_message(m) for m in conversation] for conversation in record.conversations],
-        **{name: getattr(record, name).tolist() for name in ("wins", "ties", "margin")},
+        **{name: getattr(record, name).tolist() for name in ("wins", "ties")},
+        "margin": [list(map(_or_null, of_one)) for of_one in record.margin.tolist()],
         "attributes": [
             {"name": name, "values": list(map(_or_null, values))} for name, values in record.attributes.items()
         ],

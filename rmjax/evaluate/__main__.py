@@ -173,11 +173,12 @@ def progress(name: str, total: int) -> Callable[[int], None]:
 
 def against_gold(model: "RewardModel", source: str, sets: dict[str, Any]) -> dict[str, Any]:
     """The model as a proxy of the gold model whose scores are in `source`; see evaluate/gold.py."""
-    from rmjax.data import reading
+    from rmjax.data import prompts, reading
     from rmjax.evaluate import gold
     from rmjax.evaluate.scored import Scored
 
-    groups: list[Scored] = []
+    said: list[tuple[Any, ...]] = []
+    histories: list[list[tuple[int, int]]] = []
     scores: list[np.ndarray] = []
     rows = (record for record in reading.records(source) if "score" in record.attributes)
     while chunk := list(itertools.islice(rows, CHUNK)):
@@ -186,16 +187,20 @@ def against_gold(model: "RewardModel", source: str, sets: dict[str, Any]) -> dic
             own, values = values[: len(record.conversations)], values[len(record.conversations) :]
             labels = (record.source, record.wins, record.ties, record.margin)
             lengths = np.array([len(c[-1].get("content") or "") for c in record.conversations])
-            groups.append(Scored(record.row, reading.prompt_id(record), *labels, lengths, np.array(own, np.float64)))
+            said.append((record.row, *labels, lengths, np.array(own, np.float64)))
+            histories.append(prompts.histories(record))
             scores.append(np.array(record.attributes["score"], np.float64))
-    if not groups:
+    if not said:
         raise ValueError(f"--gold={source}: no row has scores; expected `prompt`, `responses` and `scores`")
+    prompt_ids = prompts.ids(*prompts.flat(histories)).tolist()
+    groups = [Scored(row, prompt, *rest) for (row, *rest), prompt in zip(said, prompt_ids)]
     trained = (model.contract or {}).get("metrics", {})
     accuracy = {name: x["metrics"]["accuracy"]["value"] for name, x in sets.items() if "accuracy" in x["metrics"]}
     train = accuracy.get("train") if "train" in sets else trained.get("train_slice/accuracy")
     held_out = (value for name, value in accuracy.items() if name != "train" and value is not None)
     test = next(held_out, trained.get("validation/accuracy"))
-    return gold.compare(groups, scores, train_accuracy=train, test_accuracy=test)
+    known = {"train_accuracy": train, "test_accuracy": test}
+    return gold.compare(groups, scores, **known, resolution=model.resolution)
 
 
 def lines(reports: dict[str, dict[str, Any]]) -> list[str]:

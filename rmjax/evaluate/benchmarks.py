@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rmjax.evaluate.estimates import bootstrap
-from rmjax.evaluate.rules import REWARD_BENCH, RMB, RULES, Outcome, Rule
+from rmjax.evaluate.rules import NO_SHARES, REWARD_BENCH, RMB, RULES, Outcome, Rule
 from rmjax.evaluate.scored import Scored
 from rmjax.suggestions import did_you_mean
 
@@ -104,7 +104,8 @@ def score(benchmark: Benchmark, groups: Sequence[Scored]) -> dict[str, Any]:
         numbers = {**means, **rule.combine(means)}
         return np.stack([np.broadcast_to(numbers.get(name, np.nan), totals.shape[:-1]) for name in wanted], -1)
 
-    estimates = dict(zip(wanted, bootstrap(sums, prompt, statistics, strata)))
+    shares = [(k, len(measures) + k) for k, name in enumerate(measures) if name not in NO_SHARES]
+    estimates = dict(zip(wanted, bootstrap(sums, prompt, statistics, strata, shares)))
     return {
         "groups": len(groups),
         "metrics": {name: estimates[name] for name in metrics},

@@ -71,7 +71,7 @@ def add_curve(
     for n in (2**i for i in range(most.bit_length())) if most > 2 else ():
         if parts := [part for s in stacks if len((part := _at_n(s, n))[0])]:
             at, model, best, weight = (np.concatenate(x) for x in zip(*parts))
-            estimates.mean(("best_of_n", n), at, model, weight)
+            estimates.share(("best_of_n", n), at, model, weight)
             oracle[n] = float((weight * best).sum() / weight.sum())
 
     def curve(measured: dict[Any, Estimate]) -> dict[str, list[Any]] | None:

@@ -11,17 +11,26 @@ from typing import Any
 
 import numpy as np
 
+from rmjax.statistics import TAIL
+
 Estimate = dict[str, float | None]
 Statistic = Callable[[np.ndarray], np.ndarray]  # totals [..., m] to a statistic [...]
-RESAMPLES = 1000
+RESAMPLES = 1001  # so that the quantiles of TAIL are draws
 CHUNK = 4_000_000  # drawn numbers in memory
-TAIL = 0.025  # of the resamples, and of the exact interval, beyond either end
 
 
 def bootstrap(
-    sums: np.ndarray, prompt: np.ndarray, statistics: Statistic, strata: np.ndarray | None = None
+    sums: np.ndarray,
+    prompt: np.ndarray,
+    statistics: Statistic,
+    strata: np.ndarray | None = None,
+    shares: Sequence[tuple[int, int]] = (),
 ) -> list[Estimate]:
     """Statistics of all rows, with the 2.5 % and 97.5 % quantiles of those of resampled prompts.
+
+    Where all of a share are hits, or none is, every resample would say the same, however few there are. It is drawn
+    from the beta distribution instead whose quantile is the end of Clopper and Pearson 1934 for as many prompts: a
+    share of 1 of n has its lower end at 0.025^(1/n), and whatever is made of such shares has an interval as well.
 
     >>> hits = np.array([1.0, 0, 1, 1])
     >>> bootstrap(np.stack([hits, np.ones(4)], 1), np.arange(4), lambda t: (t[..., 0] / t[..., 1])[..., None])
@@ -33,9 +42,12 @@ def bootstrap(
         statistics: takes totals [..., m] and gives the statistics [..., q]; NaN where one is not defined.
         strata: [n], of each prompt: as many prompts are drawn of each as there are, so that no subset of a benchmark
             gets lost; None is one.
+        shares: columns of numerator and denominator of means of what lies between 0 and 1.
 
     Returns:
-        q times {"value", "low", "high"}; None for what is not finite, and for both ends with fewer than two prompts.
+        q times {"value", "low", "high"}; None for what is not finite, and for both ends where one prompt tells nothing
+        of the others. An interval reaches to its value: that of a calibration error, whose resamples are biased
+        upwards, may not.
     """
     prompts, first, inverse = np.unique(prompt, return_index=True, return_inverse=True)
     totals = np.zeros((len(prompts), sums.shape[1]))
@@ -51,15 +63,24 @@ def bootstrap(
             picks = rng.integers(0, len(members), (rows, len(members))) + len(members) * np.arange(rows)[:, None]
             counts = np.bincount(picks.ravel(), minlength=rows * len(members)).reshape(rows, -1)
             drawn[start : start + rows] += counts @ members
+    whole = totals.sum(0)
+    for hits, cases in shares:
+        if whole[cases] > 0 and whole[hits] in (0.0, whole[cases]):
+            likely = rng.permutation(np.linspace(0, 1, RESAMPLES))  # so that quantiles are those of the distribution
+            share = likely ** (1 / (totals[:, cases] > 0).sum())
+            drawn[:, hits] = whole[cases] * (share if whole[hits] else 1 - share)
+            drawn[:, cases] = whole[cases]
     with np.errstate(divide="ignore", invalid="ignore"):
-        values, resampled = np.atleast_1d(statistics(totals.sum(0))), statistics(drawn)
-    estimates: list[Estimate] = []
-    for value, draws in zip(values, resampled.reshape(RESAMPLES, -1).T):
-        known = draws[np.isfinite(draws)] if len(prompts) > 1 and np.isfinite(value) else draws[:0]
-        low, high = np.quantile(known, [TAIL, 1 - TAIL]) if len(known) else (np.nan, np.nan)
-        numbers = {"value": value, "low": low, "high": high}
-        estimates.append({name: float(x) if np.isfinite(x) else None for name, x in numbers.items()})
-    return estimates
+        values, resampled = np.atleast_1d(statistics(whole)), statistics(drawn)
+    return [_estimate(*x, len(prompts)) for x in zip(values, resampled.reshape(RESAMPLES, -1).T)]
+
+
+def _estimate(value: float, draws: np.ndarray, prompts: int) -> Estimate:
+    known = draws[np.isfinite(draws) & np.isfinite(value)]
+    if not len(known) or (prompts == 1 and not np.ptp(known)):
+        return {"value": float(value) if np.isfinite(value) else None, "low": None, "high": None}
+    low, high = np.quantile(known, [TAIL, 1 - TAIL])
+    return {"value": float(value), "low": float(min(low, value)), "high": float(max(high, value))}
 
 
 def ratio(totals: np.ndarray) -> np.ndarray:
@@ -70,7 +91,7 @@ def ratio(totals: np.ndarray) -> np.ndarray:
 class _Entry:
     statistic: Statistic  # of the totals of all columns
     ratio_at: int | None = None  # the first column of a ratio
-    denominator: int | None = None  # the column of a share's denominator
+    shares: Sequence[tuple[int, int]] = ()  # see `bootstrap`
 
 
 class Estimates:
@@ -87,29 +108,27 @@ class Estimates:
         where = self._prompt[at] * bins + (0 if bin is None else bin)
         return np.bincount(where, values, self.prompts * bins).reshape(self.prompts, bins)
 
-    def add(self, key: Hashable, statistic: Statistic, *columns: np.ndarray, share: bool = False) -> None:
-        """Adds a statistic of the totals of columns [prompts, m] side by side; see `share` for the last argument."""
+    def add(self, key: Hashable, statistic: Statistic, *columns: np.ndarray, shares: int = 0) -> None:
+        """Adds a statistic of the totals of columns [prompts, m] side by side, of which the first are hits and cases of
+        so many shares (see `bootstrap`)."""
         start = sum(x.shape[1] for x in self._columns)
         self._columns += columns
         stop = sum(x.shape[1] for x in self._columns)
         of_columns = lambda totals: statistic(totals[..., start:stop])
-        self._entries[key] = _Entry(of_columns, start if statistic is ratio else None, stop - 1 if share else None)
+        pairs = [(start + 2 * i, start + 2 * i + 1) for i in range(shares)]
+        self._entries[key] = _Entry(of_columns, start if statistic is ratio else None, pairs)
 
     def combine(self, key: Hashable, keys: Sequence[Hashable], statistic: Statistic) -> None:
         parts = [self._entries[name].statistic for name in keys]
         self._entries[key] = _Entry(lambda totals: statistic(np.stack([part(totals) for part in parts], -1)))
 
-    def mean(self, key: Hashable, at: np.ndarray, values: np.ndarray, weight: np.ndarray, share: bool = False) -> None:
+    def mean(self, key: Hashable, at: np.ndarray, values: np.ndarray, weight: np.ndarray, shares: int = 0) -> None:
         """Adds the weighted mean of values [m] of the rows `at` [m]."""
-        self.add(key, ratio, self.per_prompt(at, weight * values), self.per_prompt(at, weight), share=share)
+        self.add(key, ratio, self.per_prompt(at, weight * values), self.per_prompt(at, weight), shares=shares)
 
     def share(self, key: Hashable, at: np.ndarray, hits: np.ndarray, weight: np.ndarray) -> None:
-        """Adds a weighted share of hits [m], from 0 to 1.
-
-        Where all are hits, or none is, every resample says the same, however few there are. The open end is then of
-        Clopper and Pearson 1934 for as many prompts: a share of 1 of n has its lower end at 0.025^(1/n).
-        """
-        self.mean(key, at, hits, weight, share=True)
+        """Adds a weighted share of hits [m], or another mean of values from 0 to 1."""
+        self.mean(key, at, hits, weight, shares=1)
 
     @property
     def keys(self) -> list[Hashable]:
@@ -131,20 +150,11 @@ class Estimates:
         return np.concatenate(self._columns, 1).sum(0)
 
     def all(self) -> dict[Hashable, Estimate]:
-        """Every statistic by its key: {"value", "low", "high"}, None where it is not defined.
-
-        An interval reaches to its value: that of a calibration error, whose resamples are biased upwards, may not.
-        """
+        """Every statistic by its key: {"value", "low", "high"}, None where it is not defined (see `bootstrap`)."""
         if not self._entries:
             return {}
-        sums, entries = np.concatenate(self._columns, 1), self._entries.values()
+        entries = self._entries.values()
         statistics = lambda totals: np.stack([x.statistic(totals) for x in entries], -1)
-        estimates = dict(zip(self._entries, bootstrap(sums, np.arange(self.prompts), statistics)))
-        for entry, estimate in zip(entries, estimates.values()):
-            value, low, high = estimate.values()
-            if value is not None and low is not None and high is not None:
-                estimate |= {"low": min(low, value), "high": max(high, value)}
-            if entry.denominator is not None and value in (0.0, 1.0) and low is not None:  # see `share`
-                end = TAIL ** (1 / int((sums[:, entry.denominator] > 0).sum()))
-                estimate |= {"low": end} if value else {"high": 1 - end}
-        return estimates
+        shares = [pair for x in entries for pair in x.shares]
+        sums = np.concatenate(self._columns, 1)
+        return dict(zip(self._entries, bootstrap(sums, np.arange(self.prompts), statistics, shares=shares)))

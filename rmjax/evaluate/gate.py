@@ -1,12 +1,16 @@
 """The quality gate: whether a model is good enough to be used, why not, and what to do about it.
 
-The thresholds are `config.gate`. ESTIMATE is {"value", "low", "high"} as in an evaluation.
+A check of what has an interval passes where all of the interval is on the right side of its threshold, and fails where
+all of it is on the other side. Between the two it does not pass either: the set is too small to show it, and the reason
+says how large it would have to be. The thresholds are `config.gate`. ESTIMATE is {"value", "low", "high"} as in an
+evaluation.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rmjax import statistics
 from rmjax.report import evaluation as evaluation_report
 from rmjax.report import show
 from rmjax.report.naming import number, with_interval
@@ -29,8 +33,9 @@ def judge(gate: Values, evaluation: Values, lines: Sequence[Values]) -> dict[str
         lines: of metrics.jsonl, for the training loss.
 
     Returns:
-        {"passed": no check failed, "checks": [{"name", "passed", "value", "threshold", "reason", "advice"}]}. A check
-        of what was not measured has "passed" and "value" None. "advice" is "" where nothing failed.
+        {"passed": each check that was measured did, "checks": [{"name", "passed", "shown", "value", "threshold",
+        "reason", "advice"}]}. One that did not pass is "shown" to fail, or not shown to pass. A check of what was not
+        measured has "passed" and "value" None. "advice" is "" where there is nothing to do.
     """
     sets = evaluation.get("sets") or {}
     asked: dict[str, Callable[[], Check]] = {
@@ -55,7 +60,7 @@ def _accuracy(least: float, sets: Values) -> Check:
     if accuracy is None:
         return _not_measured("the validation set has no accuracy", least)
     reason = f"validation accuracy {with_interval(accuracy, True)}, at least {number(least, True)} is asked"
-    return _at_least(accuracy, least, accuracy["value"] >= least, reason, _raise_accuracy(sets, least))
+    return _judged(accuracy, least, 1, reason, _raise_accuracy(sets, least), sets)
 
 
 def _raise_accuracy(sets: Values, least: float) -> str:
@@ -78,16 +83,11 @@ def _raise_accuracy(sets: Values, least: float) -> str:
 
 
 def _gap(most: float, sets: Values) -> Check:
-    """Its interval: Newcombe 1998, Statistics in Medicine 17, method 10 (distances of the ends, squared and added)."""
     train, validation = (_accuracy_of(sets, name) for name in ("train_slice", "validation"))
     if train is None or validation is None:
         missing = "the validation set" if train is not None else "the slice of the training set"
         return _not_measured(f"{missing} has no accuracy (config.eval.train_groups)", most)
-    gap = {"value": train["value"] - validation["value"], "low": None, "high": None}
-    if None not in (train["low"], train["high"], validation["low"], validation["high"]):
-        down = math.hypot(train["value"] - train["low"], validation["high"] - validation["value"])
-        up = math.hypot(train["high"] - train["value"], validation["value"] - validation["low"])
-        gap |= {"low": gap["value"] - down, "high": gap["value"] + up}
+    gap = _difference(train, validation)
     ends = "" if gap["low"] is None else f" ({100 * gap['low']:.1f} to {100 * gap['high']:.1f})"
     points = f"{100 * gap['value']:.1f}{ends} points"
     reason = f"accuracy in training minus that in validation is {points}, less than {100 * most:.3g} is asked"
@@ -96,7 +96,17 @@ def _gap(most: float, sets: Values) -> Check:
         "early, a lower config.optim.learning_rate, config.optim.weight_decay, config.objective.label_smoothing where "
         "the objective has it, or more prompts"
     )
-    return _at_most(gap, most, gap["value"] < most, reason, advice)
+    return _judged(gap, most, -1, reason, advice, sets, share=False, also=" and as many of config.eval.train_groups")
+
+
+def _difference(first: Values, second: Values) -> Values:
+    """Its interval: Newcombe 1998, Statistics in Medicine 17, method 10 (distances of the ends, squared and added)."""
+    value = first["value"] - second["value"]
+    if None in (first["low"], first["high"], second["low"], second["high"]):
+        return {"value": value, "low": None, "high": None}
+    down = math.hypot(first["value"] - first["low"], second["high"] - second["value"])
+    up = math.hypot(first["high"] - first["value"], second["value"] - second["low"])
+    return {"value": value, "low": value - down, "high": value + up}
 
 
 def _convergence(most: float, lines: Sequence[Values]) -> Check:
@@ -128,16 +138,16 @@ def _beats_length(sets: Values) -> Check:
     accuracy, baseline = _accuracy_of(sets, "validation"), _known(sets, "validation", "longer_is_better")
     if accuracy is None or baseline is None:
         return _not_measured('the accuracy of "the longer response is better" is not known', None)
-    least = baseline["value"]
     reason = (
         f"validation accuracy {with_interval(accuracy, True)}, that of preferring the longer response is "
-        f"{number(least, True)}"
+        f"{with_interval(baseline, True)}"
     )
     advice = (
         'length tells more than the model: see "Length against label" of `python -m rmjax.data audit`, level the '
         "lengths with config.data.filter or other data, and read the slices by length difference in the report"
     )
-    return _at_least(accuracy, least, accuracy["value"] > least, reason, advice)
+    judged = _judged(_difference(accuracy, baseline), 0.0, 1, reason, advice, sets, share=False)
+    return {**judged, "value": accuracy["value"], "threshold": baseline["value"]}
 
 
 def _calibration(most: float, sets: Values) -> Check:
@@ -157,7 +167,7 @@ def _calibration(most: float, sets: Values) -> Check:
             f"it is too sure {by}of what it says: fewer epochs in config.duration, config.objective.label_smoothing or "
             "barrier where the objective has them, or a lower config.optim.learning_rate"
         )
-    return _at_most(ece, most, ece["value"] <= most, reason, advice)
+    return _judged(ece, most, -1, reason, advice, sets, share=False)
 
 
 def losses_by_tenths(lines: Sequence[Values]) -> tuple[float | None, float | None, float | None]:
@@ -194,28 +204,52 @@ def _accuracy_of(sets: Values, name: str) -> Values | None:
     return _known(sets, name, ACCURACY.get((sets.get(name) or {}).get("kind", ""), ""))
 
 
-def _at_least(estimate: Values, least: float, passed: bool, reason: str, advice: str) -> Check:
-    across = "below" if passed else "above"
-    return _check(passed, estimate["value"], least, reason + _by_a_hair(estimate, least, passed, across), advice)
+def _judged(
+    estimate: Values,
+    threshold: float,
+    side: int,
+    reason: str,
+    advice: str,
+    sets: Values,
+    *,
+    share: bool = True,
+    also: str = "",
+) -> Check:
+    """Judges by the interval, whose value has to be above the threshold (side 1) or below it (-1).
+
+    Where that is not shown, the reason says how many pairs or groups of the validation set would show it: intervals
+    narrow with the square root of their number, and where all of a `share` are hits, or none is, their ends are exact.
+    """
+    near, far = (estimate["low"], estimate["high"])[::side]  # the end that has to be beyond, and the other
+    met = side * (estimate["value"] - threshold) > 0
+    if near is not None and side * (near - threshold) >= 0:
+        return _check(True, estimate["value"], threshold, reason, "")
+    if far is not None and side * (far - threshold) < 0:
+        return _check(False, estimate["value"], threshold, reason, advice)
+    end, across = (near, "below" if side > 0 else "above") if met else (far, "above" if side > 0 else "below")
+    why = "one prompt has no interval" if end is None else f"the 95 % interval reaches {across} it"
+    few = f"more validation data: {_needed(estimate, threshold, end, sets['validation'], share)}{also}"
+    check = _check(
+        False, estimate["value"], threshold, f"{reason}; not shown: {why}", few if met else f"{advice}; or {few}"
+    )
+    return {**check, "shown": False}
 
 
-def _at_most(estimate: Values, most: float, passed: bool, reason: str, advice: str) -> Check:
-    across = "above" if passed else "below"
-    return _check(passed, estimate["value"], most, reason + _by_a_hair(estimate, most, passed, across), advice)
-
-
-def _by_a_hair(estimate: Values, threshold: float, passed: bool, across: str) -> str:
-    """What to add where the interval reaches to the other side of the threshold."""
-    end = estimate["low"] if across == "below" else estimate["high"]
-    if end is None or not (end < threshold if across == "below" else end > threshold):
-        return ""
-    more = "" if passed else ", more validation data would tell"
-    return f"; by a hair: the 95 % interval reaches {across} it{more}"
+def _needed(estimate: Values, threshold: float, end: float | None, measured: Values, share: bool) -> str:
+    """How many pairs, or groups, would show on which side of the threshold the value is."""
+    what, value = ("pairs" if "pairs" in measured else "groups"), estimate["value"]
+    if share and (end is None or value in (0.0, 1.0)):
+        least = statistics.least_cases(threshold if value else 1 - threshold)
+        return f"it takes {least:,} {what} of different prompts at the least"
+    if end is None or value == threshold:
+        return f"more {what} than can be said from these"
+    count = math.ceil(measured.get(what, measured["prompts"]) * ((end - value) / (value - threshold)) ** 2)
+    return f"it takes about {count:,} {what}, if they are as these {measured.get(what, measured['prompts']):,}"
 
 
 def _check(passed: bool | None, value: float | None, threshold: float | None, reason: str, advice: str) -> Check:
-    advice = "" if passed else advice
-    return {"passed": passed, "value": value, "threshold": threshold, "reason": reason, "advice": advice}
+    told = {"value": value, "threshold": threshold, "reason": reason, "advice": "" if passed else advice}
+    return {"passed": passed, "shown": passed is not None, **told}
 
 
 def _not_measured(why: str, threshold: float | None) -> Check:

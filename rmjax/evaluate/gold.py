@@ -34,6 +34,7 @@ def compare(
     gold: Sequence[np.ndarray],
     train_accuracy: float | None = None,
     test_accuracy: float | None = None,
+    resolution: float = 0.0,
 ) -> dict[str, Any]:
     """Compares a proxy with a gold model.
 
@@ -48,6 +49,7 @@ def compare(
         gold: float [K] of each group; NaN where gold has no score.
         train_accuracy: of the proxy on what it was trained on; None where it is not known.
         test_accuracy: of the proxy on held-out data.
+        resolution: up to which two scores of the proxy are equal (RewardModel.resolution).
 
     Returns:
         {"groups", "responses", "without_gold", "pairs", "gold_ties", "metrics", "proxy" and "gold": {"min", "max",
@@ -63,7 +65,7 @@ def compare(
     at = np.repeat(np.arange(len(sides)), [len(x) for x, _ in sides])
     proxy, true = (np.concatenate(x) for x in zip(*sides))
     estimates = Estimates(np.array([g.prompt for g in groups]))
-    pairs, ties = _add_pairs(estimates, sides, at, proxy, true)
+    pairs, ties = _add_pairs(estimates, sides, at, proxy, true, resolution)
     _add_ranks(estimates, sides)
     moments.add_correlation(estimates, "spearman", at, statistics.ranks(proxy), statistics.ranks(true))
     metrics: dict[Any, Any] = estimates.all()
@@ -119,7 +121,7 @@ def _stacks(sides: Sides) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def _add_pairs(
-    estimates: Estimates, sides: Sides, at: np.ndarray, proxy: np.ndarray, true: np.ndarray
+    estimates: Estimates, sides: Sides, at: np.ndarray, proxy: np.ndarray, true: np.ndarray, resolution: float
 ) -> tuple[int, int]:
     """Adds match_rate, tie_rate, both separations and cohens_d; returns how many pairs gold orders and how many not."""
     pairs = []  # flat: the group of each pair of responses, the proxy's scores of both, and gold's
@@ -127,7 +129,8 @@ def _add_pairs(
         i, j = np.triu_indices(stacked[0].shape[1], 1)
         pairs.append([np.repeat(where, len(i)), *(side[:, pick].ravel() for side in stacked for pick in (i, j))])
     group, mine, other, gold_one, gold_other = (np.concatenate(x) for x in zip(*pairs))
-    said, labelled = np.sign(mine - other), np.sign(gold_one - gold_other)
+    said = np.where(np.abs(mine - other) <= resolution, 0.0, np.sign(mine - other))
+    labelled = np.sign(gold_one - gold_other)
     ordered = labelled != 0
     ones = np.ones(int(ordered.sum()))
     estimates.share("match_rate", group[ordered], 0.5 + 0.5 * (said * labelled)[ordered], ones)

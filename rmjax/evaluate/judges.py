@@ -53,7 +53,7 @@ def add_orders(estimates: Estimates, stacks: Sequence[Stack], names: Sequence[st
 
 def _add_share(estimates: Estimates, name: str, stacks: Sequence[Stack], hits: np.ndarray, cases: np.ndarray) -> None:
     at, weight = (np.concatenate([getattr(s, field) for s in stacks]) for field in ("at", "weight"))
-    estimates.add(name, ratio, *(estimates.per_prompt(at, weight * x) for x in (hits, cases)), share=True)
+    estimates.add(name, ratio, *(estimates.per_prompt(at, weight * x) for x in (hits, cases)), shares=1)
 
 
 def add_verdicts(estimates: Estimates, p: np.ndarray, verdict: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:

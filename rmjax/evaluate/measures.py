@@ -1,6 +1,7 @@
 """Everything that is measured of a model's answers, as plain values for JSON: one function for each kind of label.
 
-Each gives a dict with "kind", "groups", "prompts", "metrics" by name, and what plots and error analysis need. Every
+Each gives a dict with "kind", "groups" and "prompts" (those of weight 0 count nowhere), "metrics" by name, and what
+plots and error analysis need. Every
 metric is {"value", "low", "high"}: a 95 % interval by the bootstrap over prompts, None where one is not defined. All
 are written as functions of sums (see estimates.py).
 """
@@ -45,6 +46,7 @@ def preferences(groups: Sequence[Scored], worst: int = WORST) -> dict[str, Any]:
     Raises:
         ValueError: no group has a weight, models that score and judges are mixed, or a score is not finite.
     """
+    groups = [g for g in groups if g.weight > 0] or groups
     parts = list(stacks(groups))
     judge, compared = parts[0].scores is None, pairs.joined([pairs.of_stack(part) for part in parts])
     estimates = Estimates(np.array([g.prompt for g in groups]))
@@ -146,6 +148,8 @@ def steps(
     shapes = [np.shape(x) for x in (p, label, response, prompt)]
     if not len(p) or len(set(shapes)) > 1:
         raise ValueError(f"p, label, response and prompt are {shapes}: expected [n] four times, of at least one step")
+    if weight is not None:
+        p, label, response, prompt, weight = (x[weight > 0] for x in (p, label, response, prompt, weight))
     estimates, at, right = Estimates(prompt), np.arange(len(p)), label >= 0.5
     weight = np.ones(len(p)) if weight is None else weight
     first = add_steps(estimates, p, right, response, weight)
@@ -189,7 +193,7 @@ def _add_auc(estimates: Estimates, at: np.ndarray, p: np.ndarray, right: np.ndar
     placed = np.where(right, placed, 1 - placed)
     area = placed[right].mean() if n else np.nan
     sums = [estimates.per_prompt(at[side], x) for side in (right, ~right) for x in (placed[side], np.ones(side.sum()))]
-    estimates.add("auc", lambda t: t[..., 0] / t[..., 1] + t[..., 2] / t[..., 3] - area, *sums)
+    estimates.add("auc", lambda t: t[..., 0] / t[..., 1] + t[..., 2] / t[..., 3] - area, *sums, shares=2)
 
 
 def tokens(

@@ -33,7 +33,7 @@ class Pairs:
     probability: np.ndarray  # float64, the model's that the preferred one is better
     chosen: np.ndarray  # float64, reward of the preferred response
     beaten: np.ndarray  # float64, reward of the other one
-    margin: np.ndarray  # float64, the label's, in the source's units; 0 where it is not known
+    margin: np.ndarray  # float64, the label's, in the source's units; NaN where it is not known
     longer: np.ndarray  # int64, tokens of the preferred response minus those of the other
 
     def __len__(self) -> int:
@@ -84,14 +84,20 @@ def slices(pairs: Pairs, groups: Sequence[Scored]) -> Slices:
 
 def _by_margin(margin: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Each of a few margins, or four parts with about equally many; pairs of unknown margin are in none."""
-    known = margin[margin > 0]
+    known = margin[~np.isnan(margin)]
     distinct = np.unique(known)
     if len(distinct) <= FEW:
         yield from ((f"{value:g}", margin == value) for value in distinct)
         return
-    edges = np.unique([0.0, *np.quantile(known, [0.25, 0.5, 0.75]), np.inf])
+    edges = np.unique([-np.inf, *np.quantile(known, [0.25, 0.5, 0.75]), np.inf])
     for low, high in itertools.pairwise(edges):
-        name = f"over {low:.3g}" if np.isinf(high) else f"up to {high:.3g}" if not low else f"{low:.3g} to {high:.3g}"
+        name = (
+            f"over {low:.3g}"
+            if np.isinf(high)
+            else f"up to {high:.3g}"
+            if np.isinf(low)
+            else f"{low:.3g} to {high:.3g}"
+        )
         yield name, (margin > low) & (margin <= high)
 
 
@@ -157,7 +163,7 @@ def worst(pairs: Pairs, groups: Sequence[Scored], most: int) -> list[dict[str, A
             "rejected": int(pairs.rejected[p]),
             "probability": float(pairs.probability[p]),
             "difference": None if np.isnan(difference[p]) else float(difference[p]),
-            "margin": float(pairs.margin[p]) if pairs.margin[p] > 0 else None,
+            "margin": None if np.isnan(pairs.margin[p]) else float(pairs.margin[p]),
         }
         for p in order
     ]

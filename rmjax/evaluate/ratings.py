@@ -48,15 +48,21 @@ def attributes(
         scores farthest from their labels, by the share of the labels' range.
 
     Raises:
-        ValueError: arrays of other shapes, or no rows.
+        ValueError: arrays of other shapes, or no rows with a weight.
     """
     n, a = len(scores), len(names)
     shapes = [np.shape(x) for x in (scores, labels, prompt, ids, tokens, rewards)]
-    if not n or shapes != [(n, a)] * 2 + [(n,)] * 4 or len(limits) not in (0, a):
+    weight = np.ones(n) if weight is None else weight
+    if not weight.any() or shapes != [(n, a)] * 2 + [(n,)] * 4 or len(limits) not in (0, a):
         raise ValueError(f"arrays {shapes} and {len(limits)} limits: expected [n, {a}] twice, [n] and {a} or no limits")
+    here = np.flatnonzero(weight > 0)
+    scores, labels, prompt, tokens, rewards, weight = (
+        x[here] for x in (scores, labels, prompt, tokens, rewards, weight)
+    )
+    ids = [ids[i] for i in here]
     estimates = Estimates(prompt)
-    add_ratings(estimates, scores, labels, np.ones(n) if weight is None else weight, names, limits)
-    moments.add_correlation(estimates, "reward_length_correlation", np.arange(n), rewards, tokens)
+    add_ratings(estimates, scores, labels, weight, names, limits)
+    moments.add_correlation(estimates, "reward_length_correlation", np.arange(len(here)), rewards, tokens)
     measured = {str(key): estimate for key, estimate in estimates.all().items()}
     return {
         "kind": "attributes",

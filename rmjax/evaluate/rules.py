@@ -108,6 +108,7 @@ def _reward_bench_total(means: Means) -> dict[str, Any]:
 REWARD_BENCH_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 # They add up to 1.01: the margin, from -1 to 1, is there to tell equal scores apart.
 TIES = {"tied accuracy": 0.3, "ref accuracy": 0.3, "preferred": 0.2, "preferred hard": 0.2, "margin": 0.01}
+NO_SHARES = ("Ties/margin",)  # measures that are not from 0 to 1
 TIES_ID = re.compile(r"(ref|tied):(\d+)")
 
 

@@ -27,7 +27,7 @@ class Scored:
     source: str  # the data set it came from, or the subset of a benchmark
     wins: np.ndarray  # float [K, K], what people said, as in Record: how much i is preferred to j
     ties: np.ndarray  # float [K, K], symmetric: 1 where i and j were judged equal
-    margin: np.ndarray  # float [K, K], by how much i beats j, in the source's units; 0 where it is not known
+    margin: np.ndarray  # float [K, K], by how much i beats j, in the source's units; NaN where it is not known
     tokens: np.ndarray  # int [K], of each response's conversation
     scores: np.ndarray | None = None  # float [K]
     orders: np.ndarray | None = None  # float [K, K, C]: verdicts' probabilities, i shown as A, j as B; NaN: not asked

@@ -26,6 +26,8 @@ from rmjax.objectives.base import Objective
 from rmjax.objectives.pairwise import average_orders
 
 GROUPS = 2048  # packed together
+# Places move a score by up to so many units, the norm of the head times the final norm: see RewardModel.resolution.
+RESOLUTION = {"float32": 2.0**-17, "bfloat16": 2.0**-4}
 ARCHITECTURES = ("SequenceClassification", "TokenClassification", "CausalLM")
 
 
@@ -101,6 +103,21 @@ class RewardModel:
         shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         params, _ = hf.load(directory, shapes, config, seed=0, require_head=True)
         return cls(chat, config, params, mesh, dtype, kind)
+
+    @functools.cached_property
+    def resolution(self) -> float:
+        """How far apart two scores must be to differ: what the score of one sequence varies by with its place in a row.
+
+        Sums of the same numbers in another order are rounded otherwise. That turns the last hidden state by an angle
+        that depends on the dtype, so scores move in units of what the head makes of a hidden state of random direction.
+        0 where there is no score.
+        """
+        norm = np.asarray(self.params["decoder"]["norm"]["scale"], np.float64)
+        kernel = np.asarray(self.params["score"]["kernel"], np.float64)
+        moved = RESOLUTION[self.dtype] * np.sqrt(((norm[:, None] * kernel) ** 2).sum(0))
+        decoded = self.decode(np.concatenate([np.zeros((1, len(moved))), np.diag(moved)]).astype(np.float32))
+        score = decoded.get("score", np.zeros(1))
+        return float(np.abs(score[1:] - score[0]).sum())
 
     def score(self, conversations: Sequence[Conversation]) -> list[float]:
         """Scalar rewards; conversations that follow each other and share their prompt share its computation.

@@ -170,8 +170,10 @@ def some_good(parts: list[T | BadRow]) -> list[T | BadRow]:
 
 
 def strength_of(record: Record, i: int, j: int) -> np.ndarray:
-    """float32 [1]: how much better the preferred one of two responses is, in the source's units."""
-    return np.array([max(record.margin[i, j], record.margin[j, i])], np.float32)
+    """float32 [1]: how much better the preferred one of two responses is, in the source's units; NaN where
+    it is not known, or neither is preferred."""
+    preferred = record.wins[i, j] != record.wins[j, i]
+    return np.array([record.margin[i, j] + record.margin[j, i] if preferred else np.nan], np.float32)
 
 
 def labelled_pairs(record: Record) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -204,7 +206,7 @@ class Judgements:
     @property
     def fields(self) -> Mapping[str, Axes]:
         """`verdict`: for each order the probabilities of A, B (and tie). `strength`: how much better the preferred
-        response is, in the source's units (Record.margin); 0 where it is not known, and for ties.
+        response is, in the source's units (Record.margin); NaN where it is not known, and for ties.
         """
         return {"verdict": ("G", "K", self.classes), "strength": ("G", 1)}
 

@@ -50,15 +50,16 @@ class BradleyTerry(Objective):
     # The reward difference is asked to exceed margin_scale * margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2.
     margin_scale: float = 0.0
     # The loss of a pair times its margin, the strength of the preference: Wang et al. 2024, arXiv:2410.01257, the
-    # Scaled Bradley-Terry loss; a mean over pairs, not over strengths. A pair without a margin counts once, as does a
-    # tie.
+    # Scaled Bradley-Terry loss; a mean over pairs, not over strengths. A pair whose margin is not known counts once, as
+    # does a tie; one whose margin is stated as 0 adds nothing to the loss.
     scaled: bool = False
     focal: float = 0.0  # gamma of the focal loss, Cai et al. 2024, arXiv:2403.17297, who have 2; 0 is off.
     # Weight of (s_i + s_j)^2 of each labelled pair, which keeps rewards near zero: Eisenstein et al. 2023,
     # arXiv:2312.09244. Of a ranking it is the mean over its pairs.
     center: float = 0.0
-    # Weight of the logarithmic barrier of both rewards of each labelled pair, which keeps them within -5 and 5: Cai et
-    # al. 2024, who have 0.02. Of a ranking it is the mean over its pairs.
+    # Weight, per response, of the logarithmic barrier that keeps rewards within -5 and 5: of a pair the mean of both
+    # rewards' counts, of a ranking the mean over its pairs. Cai et al. 2024 have 0.02 with the penalty of one reward;
+    # their code (InternLM/xtuner, xtuner/model/reward.py, `penalty_weight`) has 0.01 with the sum of both: the same.
     barrier: float = 0.0
 
     def __post_init__(self) -> None:
@@ -141,9 +142,12 @@ class BradleyTerry(Objective):
     def pair_losses(self, s_BGK: jax.Array, batch: Batch, params: Params) -> jax.Array:
         """[B, G, K, K]: -log-likelihood of what is labelled of i over j, without weights and penalties."""
         wins, ties, margin = batch["wins"], batch["ties"], batch["margin"]
-        margin_t = jnp.swapaxes(margin, -1, -2)
-        difference = s_BGK[..., :, None] - s_BGK[..., None, :] - self.margin_scale * (margin - margin_t)
-        strength = jnp.where(margin + margin_t > 0, margin + margin_t, 1.0) if self.scaled else 1.0
+        known = jnp.nan_to_num(margin)
+        difference = (
+            s_BGK[..., :, None] - s_BGK[..., None, :] - self.margin_scale * (known - jnp.swapaxes(known, -1, -2))
+        )
+        stated = margin + jnp.swapaxes(margin, -1, -2)
+        strength = jnp.where(jnp.isnan(stated) | (ties > 0), 1.0, stated) if self.scaled else 1.0
         if self.ties in LEARNED:
             (won, tied), (lost, _) = (self.outcome(d, params) for d in (difference, -difference))
             tied = 0.5 * ties * tied  # stands at [i, j] and at [j, i]
@@ -165,5 +169,5 @@ class BradleyTerry(Objective):
             total = self.center * (s_BGK[..., :, None] + s_BGK[..., None, :]) ** 2
         if self.barrier:
             steep = likelihoods.barrier(s_BGK)
-            total = total + self.barrier * (steep[..., :, None] + steep[..., None, :])
+            total = total + 0.5 * self.barrier * (steep[..., :, None] + steep[..., None, :])
         return total

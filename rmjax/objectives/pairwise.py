@@ -103,10 +103,11 @@ class Pairwise(Objective):
     def _targets(self, verdict: jax.Array, strength: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Labels q [B, G, 2, C] and weights [B, G] of the loss."""
         s_BG1 = self.strength_scale * strength
+        unknown = jnp.isnan(strength)
         if self.strength == "weight":
-            weight = weight * jnp.where(s_BG1 > 0, s_BG1, 1.0)[..., 0]
+            weight = weight * jnp.where(unknown, 1.0, s_BG1)[..., 0]
         if self.strength == "soft":
-            keep = jnp.where(s_BG1 > 0, jax.nn.sigmoid(s_BG1), 1.0)[..., None]
+            keep = jnp.where(unknown, 1.0, jax.nn.sigmoid(s_BG1))[..., None]
             beside = verdict[..., [1, 0]]
             if self.classes == 3:
                 beside = jnp.zeros_like(verdict).at[..., 2].set(1.0)

@@ -5,10 +5,11 @@ import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 import transformers
 from absl import flags
@@ -21,7 +22,7 @@ from rmjax.batches import groups as groups_lib
 from rmjax.batches.chat import Chat
 from rmjax.batches.groups import Groups
 from rmjax.batches.tasks import Attributes, Preferences, Steps, Task
-from rmjax.data import formats, reading
+from rmjax.data import formats, ledger, prompts, reading
 from rmjax.data.records import Record
 from rmjax.report import audit as audit_report
 from rmjax.report import show
@@ -82,7 +83,7 @@ def audit(args: argparse.Namespace, scratch: Path) -> DataAudit:
     problems = [*audit_report.problems(report), *_refusals(groups, asked), *(f"chat template: {x}" for x in chat.notes)]
     learnt = f"{next(iter(report['sets'].values()))['labels']['kind']} {', '.join(getattr(task, 'names', ()))}"
     tokenizer = config.model.tokenizer or config.model.init_from or "none, so lengths are in bytes of ChatML"
-    notes = [f"tokenizer: {tokenizer}", f"learnt: {learnt.strip()}"]
+    notes = [f"tokenizer: {tokenizer}", f"learnt: {learnt.strip()}", *_accuracy_shown(report, config)]
     return DataAudit(report, config.data.train, notes, problems)
 
 
@@ -158,18 +159,32 @@ def read_sets(config: ConfigDict, chat: Chat, task: Task, *, as_run: bool) -> di
 
 
 def leaks(config: ConfigDict, benchmarks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The prompts of each benchmark that are in the training data, system messages, case and spacing aside."""
-    wanted = {name: reading.prompts(name) for name in benchmarks}
-    shared: dict[str, dict[str, list[str]]] = {name: {} for name in benchmarks}
-    for record in _records(config) if benchmarks else ():
-        text = reading.prompt_text(record)
-        for name, prompts in wanted.items():
-            if text in prompts:
-                shared[name].setdefault(text, [record.row, prompts[text]])
-    return {
-        name: {"prompts": len(x), "of": len(wanted[name]), "examples": list(x.values())[: measure.EXAMPLES]}
-        for name, x in shared.items()
-    }
+    """The prompts of each benchmark that are in the training data, as data/prompts.py compares them."""
+    rows, histories = _histories(_records(config) if benchmarks else ())
+    found = {}
+    for name in benchmarks:
+        their_rows, theirs = _histories(reading.records(name))
+        own_ids, their_ids = prompts.ids_of_both(histories, theirs)
+        shared, *pairs = np.intersect1d(own_ids, their_ids, return_indices=True)
+        examples = [[rows[i], their_rows[j]] for i, j in sorted(np.transpose(pairs).tolist())[: measure.EXAMPLES]]
+        found[name] = {"prompts": len(shared), "of": len(np.unique(their_ids)), "examples": examples}
+    return found
+
+
+def _histories(records: Iterable[Record]) -> tuple[list[str], tuple[np.ndarray, np.ndarray]]:
+    read = [(record.row, prompts.histories(record)) for record in records]
+    return [row for row, _ in read], prompts.flat(of_record for _, of_record in read)
+
+
+def _accuracy_shown(report: dict[str, Any], config: ConfigDict) -> list[str]:
+    """What the validation data can show for config.gate.accuracy; [] where that asks nothing, or has no meaning."""
+    name, measured = list(report["sets"].items())[-1]
+    least, share, prompts = config.gate.accuracy, config.data.validation_fraction, measured["prompts"]
+    if not least or measured["labels"]["kind"] not in ("preferences", "verdicts", "steps"):
+        return []
+    if name == "validation":
+        return [ledger.accuracy_shown(prompts, least)]
+    return [f"config.data.validation_fraction={share:g}: {ledger.accuracy_shown(round(prompts * share), least)}"]
 
 
 def _refusals(groups: dict[str, Groups], asked: tuple[str, float]) -> list[str]:

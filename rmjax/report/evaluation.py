@@ -30,6 +30,7 @@ CHECKS = {
     "ece": "Calibration",
 }
 STATUS = {True: Good("passed"), False: Bad("failed"), None: "not measured"}
+NOT_SHOWN = Bad("not shown")
 
 
 def set_title(name: str) -> str:
@@ -46,17 +47,25 @@ def verdict(quality: Values | None, advice: bool = True) -> list[Part]:
     if not quality:
         return []
     checks = quality["checks"]
-    failed, unknown = (sum(check["passed"] is x for check in checks) for x in (False, None))
+    status = [NOT_SHOWN if x["passed"] is False and not x.get("shown", True) else STATUS[x["passed"]] for x in checks]
+    failed, unknown, unshown = (status.count(x) for x in (STATUS[False], STATUS[None], NOT_SHOWN))
     known = len(checks) - unknown
-    some = f"all {known} checks" if failed in (0, known) else f"{failed} of {known} checks"
+    counted = failed or unshown or known
+    some = f"all {known} checks" if counted == known else f"{counted} of {known} checks"
     which = f"{some if known != 1 else 'the one check'} of the quality gate"
+    which += f"; {unshown} not shown" if failed and unshown else ""
     which += f"; {unknown} not measured" if unknown else ""
-    text: str = Bad(f"Not good enough: fails {which}") if failed else Good(f"Good enough: passes {which}")
+    text: str = Good(f"Good enough: passes {which}")
+    if failed or unshown:
+        text = Bad(
+            f"Not good enough: fails {which}" if failed else f"Not shown to be good enough by so few data: {which}"
+        )
     if not known:
         text = "The quality gate checked nothing: what it asks for was not measured"
     to_do = lambda check: f"What to do: {check['advice']}." if advice and check["advice"] else ""
     rows: list[list[Cell]] = [
-        [STATUS[x["passed"]], CHECKS.get(x["name"], x["name"]), (f"{capital(x['reason'])}.", to_do(x))] for x in checks
+        [shown, CHECKS.get(x["name"], x["name"]), (f"{capital(x['reason'])}.", to_do(x))]
+        for shown, x in zip(status, checks)
     ]
     return [text, Table(rows)]
 

@@ -72,7 +72,10 @@ PAIRS = flags.DEFINE_enum(
 )
 RELABEL = flags.DEFINE_bool("relabel", False, "Make the response with the higher score the `chosen` one of its pair.")
 TIES = flags.DEFINE_float(
-    "tie_threshold", 0.0, "With --pairs or --relabel: drop pairs whose scores differ by at most this much."
+    "tie_threshold",
+    0.0,
+    "With --pairs or --relabel: drop pairs whose scores differ by at most this much, or by less "
+    "than the computation can tell (docs/scoring.md); default 0.",
 )
 LEAST = flags.DEFINE_float("min_margin", -math.inf, "Drop pairs with a smaller margin (chosen minus rejected score).")
 MOST = flags.DEFINE_float("max_margin", math.inf, "Drop pairs with a larger margin.")
@@ -181,7 +184,11 @@ def _scored(model: Any, part: list[Any], surveyed: Survey, options: Options, mod
             "and its outputs are no reward; see RewardModel.values"
         )
     counts = +making.Counts({COMPUTED: work.computed - computed, UNSHARED: work.unshared - unshared})
-    return [new for row, x in zip(some, scores) for new in making.make_rows(row, x, options, counts)], counts
+    chooses = options.takes_responses or options.makes_margins
+    resolution = getattr(model, "resolution", 0.0) if chooses else 0.0
+    return [
+        new for row, x in zip(some, scores) for new in making.make_rows(row, x, options, counts, resolution)
+    ], counts
 
 
 def _row_of(part: Sequence[tuple[str, rows.Row]], shape: rows.Shape, conversation: int) -> str:

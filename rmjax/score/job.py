@@ -33,7 +33,7 @@ from rmjax.score.rows import Row
 
 CHUNK = 1024  # rows of a part, at most; they are in memory
 CHARACTERS = 16_000_000  # of a part, about; long rows and many responses make smaller parts
-VERSION = 3  # of the parts
+VERSION = 4  # of the parts
 IDENTITY = ("config.json", "reward_contract.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
 SAMPLES, SAMPLE = 16, 65_536  # pieces of a file of weights that are compared, and the bytes of each
 

@@ -1,6 +1,7 @@
 """Makes rows from scored rows: the best of N, pairs, labels by scores, pairs within margins.
 
-A pair's margin is the score of `chosen` minus that of `rejected`. Dropped rows are counted by the reason.
+A pair's margin is the score of `chosen` minus that of `rejected`. Dropped rows are counted by the reason. A response is
+never compared with itself, and scores that differ by no more than the computation can tell are equal.
 """
 
 import collections
@@ -29,7 +30,9 @@ class Options:
     best_of_n: bool = False  # of rows with `responses`: the best one as `response`, with its score
     pairs: str = ""  # of rows with `responses`: "best_worst" or "all" pairs of which one has the higher score
     relabel: bool = False  # of pairs: the response of the higher score becomes `chosen`
-    tie_threshold: float = 0.0  # where pairs are made or relabelled: those whose scores differ by no more are dropped
+    # Where pairs are made or relabelled: those whose scores differ by no more are dropped. It is at least the
+    # resolution of the scores (RewardModel.resolution).
+    tie_threshold: float = 0.0
     min_margin: float = -math.inf  # pairs of a smaller margin are dropped
     max_margin: float = math.inf  # pairs of a larger margin are dropped
     mean: float = 0.0  # is subtracted from rewards
@@ -94,8 +97,10 @@ def _of_one(name: str) -> str:
     return "score" if name == "scores" else name
 
 
-def make_rows(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
+def make_rows(row: Row, scores: Row, options: Options, counts: Counts, resolution: float = 0.0) -> Iterator[Row]:
     """The rows made from a row and its columns of scores; counts dropped rows and swapped pairs.
+
+    Scores that differ by up to `resolution`, in the model's units, are equal.
 
     A score that is not finite (from overflowing weights, say) is null, and nothing is chosen by it.
     """
@@ -106,9 +111,9 @@ def make_rows(row: Row, scores: Row, options: Options, counts: Counts) -> Iterat
     if not (options.takes_responses or options.makes_margins):
         yield {**row, **scores}
     elif known and options.takes_responses:
-        yield from (_pairs if options.pairs else _best)(row, scores, options, counts)
+        yield from (_pairs if options.pairs else _best)(row, scores, options, counts, resolution / options.std)
     elif known:
-        yield from _judged({**row, **scores}, options, counts)
+        yield from _judged({**row, **scores}, options, counts, resolution / options.std)
 
 
 def _value(name: str, x: Any, options: Options) -> Any:
@@ -119,8 +124,8 @@ def _value(name: str, x: Any, options: Options) -> Any:
     return (x - options.mean) / options.std if name in REWARDS else x
 
 
-def _best(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
-    best = int(np.argmax(scores["scores"]))  # the first of equal ones
+def _best(row: Row, scores: Row, options: Options, counts: Counts, equal: float) -> Iterator[Row]:
+    best = int(np.argmax(np.array(scores["scores"]) >= max(scores["scores"]) - equal))  # the first of equal ones
     yield {**_rest(row), "response": row["responses"][best], **{_of_one(name): x[best] for name, x in scores.items()}}
 
 
@@ -128,30 +133,32 @@ def _rest(row: Row) -> Row:
     return {name: x for name, x in row.items() if name != "responses"}
 
 
-def _pairs(row: Row, scores: Row, options: Options, counts: Counts) -> Iterator[Row]:
-    values = scores["scores"]
-    order = sorted(range(len(values)), key=lambda i: -values[i])
+def _pairs(row: Row, scores: Row, options: Options, counts: Counts, equal: float) -> Iterator[Row]:
+    values, first = scores["scores"], {text: i for i, text in reversed([*enumerate(row["responses"])])}
+    order = sorted(sorted(first.values()), key=lambda i: -values[i])
     which = [(order[0], order[-1])] if len(order) > 1 else []
     if options.pairs == "all":
         which = [(i, j) for a, i in enumerate(order) for j in order[a + 1 :]]
     if not which:
-        counts["dropped: single response"] += 1
+        counts["dropped: single response" if len(values) < 2 else "dropped: tie"] += 1
+    elif len(values) > len(order):
+        counts["repeated responses"] += len(values) - len(order)
     as_text = isinstance(row["prompt"], str)  # else turns, so that the rows are in a format that training reads
     side = lambda text: text if as_text else [{"role": "assistant", "content": text}]
     for both in which:
         texts = {name: side(row["responses"][i]) for name, i in zip(SIDES, both)}
         side_scores = {f"{name}_{_of_one(score)}": x[i] for score, x in scores.items() for name, i in zip(SIDES, both)}
         margin = values[both[0]] - values[both[1]]
-        if _kept(margin, options, counts):
+        if _kept(margin, options, counts, equal):
             yield {**_rest(row), **texts, **side_scores, "margin": margin}
 
 
-def _judged(row: Row, options: Options, counts: Counts) -> Iterator[Row]:
-    margin = row["chosen_score"] - row["rejected_score"]
-    if options.relabel and margin < -options.tie_threshold:
+def _judged(row: Row, options: Options, counts: Counts, equal: float) -> Iterator[Row]:
+    margin = 0.0 if row["chosen"] == row["rejected"] else row["chosen_score"] - row["rejected_score"]
+    if options.relabel and margin < -max(options.tie_threshold, equal):
         counts["relabelled"] += 1
         row, margin = _turned(row), -margin
-    if _kept(margin, options, counts):
+    if _kept(margin, options, counts, equal):
         yield {**row, "margin": margin}
 
 
@@ -163,8 +170,8 @@ def _turned(row: Row) -> Row:
     return {**row, **swapped}
 
 
-def _kept(margin: float, options: Options, counts: Counts) -> bool:
-    if (options.pairs or options.relabel) and abs(margin) <= options.tie_threshold:
+def _kept(margin: float, options: Options, counts: Counts, equal: float) -> bool:
+    if (options.pairs or options.relabel) and abs(margin) <= max(options.tie_threshold, equal):
         counts["dropped: tie"] += 1
         return False
     if not options.min_margin <= margin <= options.max_margin:

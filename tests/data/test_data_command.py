@@ -1,6 +1,7 @@
 """`python -m rmjax.data`: the real commands on generated rows and on small sets in the shape of public ones."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -12,11 +13,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import transformers
+from format_rows import user
 from small_sets import SETS
 
-from rmjax.data import agreement, reading, sources
+from rmjax.data import agreement, prompts, reading, sources
 from rmjax.data.__main__ import main
-from rmjax.data.records import group
 from rmjax.runtime import progress
 from rmjax.runtime.files import SCRATCH
 
@@ -76,6 +77,7 @@ def test_help_and_inspect_as_users_run_them(tmp_path):
     assert "margin    number, 2.5 to 2.5" in said and "format: pair_text" in said
     assert "user      | 2 + 2?" in said and "response 1 of 2: better than 2 by 2.5\n    assistant | 4" in said
     assert "data: 3 rows, 3 groups (pairs 3)" in said
+    assert "validation data of 1 prompt cannot show an accuracy of at least 70 %" in said and "takes 11" in said
 
 
 def test_inspect_shows_the_scored_token_of_the_rendering(call, tmp_path, tokenizer_dir):
@@ -164,8 +166,8 @@ def test_split_keeps_prompts_on_one_side_and_every_record(call, small_sets, tmp_
     shown = call(*arguments, f"--output={tmp_path}/a", "--seed=1").out
     assert "votes / tie" in shown and "votes / preference" in shown
     parts = {name: list(reading.records(f"{tmp_path}/a/{name}.parquet")) for name in ("train", "validation", "test")}
-    prompts = [{reading.prompt_text(record) for record in part} for part in parts.values()]
-    assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+    asked = [{h for record in part for h in prompts.histories(record)} for part in parts.values()]
+    assert not asked[0] & asked[1] and not asked[0] & asked[2] and not asked[1] & asked[2]
     assert sorted(repr(r.conversations) for part in parts.values() for r in part) == sorted(
         repr(r.conversations) for r in reading.records(str(source))
     )
@@ -359,6 +361,9 @@ def test_audit_json_finds_shared_prompts_and_the_benchmarks(call, tmp_path, toke
     assert shared == {"validation": (2, 6), str(bench): (2, 3), str(clean): (0, 1)}
     assert ["t.jsonl:3", "b.jsonl:0"] in found["shared"][str(bench)]["examples"]
     assert len(found["problems"]) == 2 and found["unit"] == "tokens"
+    assert any(
+        "validation data of 6 prompts cannot show an accuracy of at least 70 %" in note for note in found["notes"]
+    )
     measured = found["sets"]["training"]
     assert measured["repeated"] == {"groups": 1, "examples": [["t.jsonl:1", "t.jsonl:20"]]}
     assert measured["plan"]["row_tokens"] == 64 and 0.5 < measured["plan"]["fill"] <= 1
@@ -421,10 +426,28 @@ def test_audit_of_verdicts(call, small_sets):
     assert np.average(curve["mean"], weights=curve["counts"]) == pytest.approx(measured["length"]["auc"], abs=1e-6)
 
 
-def test_prompt_text_leaves_out_system_case_and_spacing():
-    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": " What\n IS it? "}]
-    record = group([[*turns, {"role": "assistant", "content": "It."}]])
-    assert reading.prompt_text(record) == "user: what is it?"
+IN_SYSTEM = lambda i: {**user(f"question {i}"), "role": "system"}
+
+
+@pytest.mark.parametrize(
+    "histories",
+    [
+        lambda i: ([IN_SYSTEM(i)],) * 2,
+        lambda i: ([IN_SYSTEM(i), user("Go on.")],) * 2,
+        lambda i: ([user("q"), {**user(f"question {i}"), "role": "assistant"}, user("And?")],) * 2,
+        lambda i: ([user("Hello")] if i % 2 else [], [user(f"question {i}")]),  # in either of two histories
+    ],
+)
+def test_no_prompt_is_in_two_parts_whatever_holds_it(histories, call, tmp_path):
+    rows = []
+    for i, other in itertools.product(range(20), range(3)):
+        sides = [[*h, {"role": "assistant", "content": f"{word} {other}"}] for h, word in zip(histories(i), ("a", "b"))]
+        rows.append(dict(zip(("chosen", "rejected"), sides[:: -1 if other == 1 else 1])))
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    call("split", tmp_path / "in.jsonl", "--split=a=0.5,b=0.5", f"--output={tmp_path}/out")
+    parts = [[repr(r.conversations) for r in reading.records(f"{tmp_path}/out/{name}.parquet")] for name in "ab"]
+    asked = [{words for text in part for words in re.findall(r"question \d+", text)} for part in parts]
+    assert not asked[0] & asked[1] and len(asked[0] | asked[1]) == 20
 
 
 def test_convert_to_label_studio(call, tmp_path):

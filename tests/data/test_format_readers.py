@@ -180,7 +180,7 @@ def test_ranked_by_ranks_or_scores():
     by_rank = read("ranked")  # ranks 2, 1, 2, none
     assert by_rank.wins.tolist() == [[0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert by_rank.ties[0, 2] == by_rank.ties[2, 0] == 1 == by_rank.ties.sum() / 2
-    assert not by_rank.margin.any() and by_rank.attributes == {"score": (3, 5, 3, 9)}
+    assert not by_rank.largest_margin and by_rank.attributes == {"score": (3, 5, 3, 9)}
     by_score = read("ranked", {"ranks": None})
     assert by_score.wins.tolist() == [[0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 0]]
     assert by_score.margin[3].tolist() == [6, 4, 6, 0]

@@ -152,7 +152,9 @@ def test_keep_lets_defects_that_allow_training_through():
         ({"preference_strength": 3}, 3),
         ({"margin": 2, "preference_strength": 3}, 2),
         ({"chosen_score": 7.5, "rejected_score": 6}, 1.5),
-        ({"margin": None, "chosen_score": 2, "rejected_score": float("nan")}, 0),
+        ({"margin": None, "chosen_score": 2, "rejected_score": float("nan")}, np.nan),
+        ({"margin": 0}, 0),
+        ({"chosen_score": 2, "rejected_score": 2}, 0),
     ],
 )
 def test_margins(cells, margin):

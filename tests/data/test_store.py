@@ -11,7 +11,7 @@ import pytest
 from format_rows import NAMED, ROWS, SYSTEM, assistant, user
 
 from rmjax.data import formats, labelling, sources, store
-from rmjax.data.records import BadRow, Record, Step, group
+from rmjax.data.records import BadRow, Record, Step, group, pair
 from rmjax.runtime import files
 
 
@@ -66,7 +66,7 @@ def random_record(rng, i):
         [[*history[rng.integers(4)], last(j)] for j in range(k)],
         wins=matrix(),
         ties=matrix(),
-        margin=matrix(),
+        margin=np.where(rng.random((k, k)) < 0.2, math.nan, matrix()),
         attributes={name: [number() for _ in range(k)] for name in ("helpful", "ehrlich ß")[: rng.integers(3)]},
         steps=steps if rng.random() < 0.5 else (),
         agreement=number(),
@@ -123,6 +123,8 @@ def test_missing_values_are_null_for_people(tmp_path):
     (row,) = pq.read_table(tmp_path / "r.parquet").to_pylist()
     assert row["attributes"] == [{"name": "x", "values": [None]}] and row["steps"] == [[{"stop": 1, "label": None}]]
     assert row["agreement"] is None and row["tools"] is None
+    store.write(tmp_path / "r.parquet", [pair([assistant("a")], [assistant("b")])])
+    assert pq.read_table(tmp_path / "r.parquet")["margin"].to_pylist() == [[[0, None], [0, 0]]]
     assert row["conversations"][0][1] == {"role": "assistant", "content": "a", "extra": None}
 
 

@@ -93,7 +93,7 @@ def test_read_as_rankings_with_ties_and_partial_orders(rows):
             known = None not in (ranks[i], ranks[j])
             assert record.wins[i, j] == (known and ranks[i] < ranks[j])
             assert record.ties[i, j] == (known and ranks[i] == ranks[j])
-        assert not record.margin.any()
+        assert not record.largest_margin
 
 
 def test_best_reachable_and_baselines_are_what_the_config_states():

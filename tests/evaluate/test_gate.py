@@ -1,11 +1,17 @@
 """The quality gate: each check passing, failing, by a hair and not measured, with its reason and its advice."""
 
+import re
+
 import numpy as np
 import pytest
+import scipy.stats
+from made_up_answers import pairs
 from made_up_evaluations import attributes, estimate, evaluation, lines, preferences, steps, tokens
 
+from rmjax import statistics
 from rmjax.config import defaults
-from rmjax.evaluate import gate
+from rmjax.data import ledger
+from rmjax.evaluate import gate, measures
 
 GATE = defaults().gate.to_dict()
 
@@ -24,7 +30,7 @@ def test_a_good_run_passes_every_check_and_is_given_no_advice():
     verdict, checks = judged(evaluation())
     assert verdict["passed"] and list(checks) == ["accuracy", "gap", "convergence", "beats_length", "ece"]
     assert all(check["passed"] is True and not check["advice"] for check in checks.values())
-    assert not any("hair" in check["reason"] for check in checks.values())
+    assert all(check["shown"] for check in checks.values())
     assert gate.text(verdict)[0] == "Good enough: passes all 5 checks of the quality gate"
     assert sum(line.startswith("  passed") for line in gate.text(verdict)) == 5
 
@@ -58,31 +64,71 @@ def test_advice_knows_whether_the_training_data_is_fitted():
     assert "config.eval.train_groups" in checks["accuracy"]["advice"] and checks["gap"]["passed"] is None
 
 
-def test_passing_and_failing_by_a_hair_is_told():
-    barely = with_metrics(
-        preferences(), accuracy=estimate(0.705), ece=estimate(0.09), longer_is_better=estimate(0.69, None)
-    )
+def test_what_the_interval_does_not_show_does_not_pass_and_the_reason_says_how_many_would_show_it():
+    barely = with_metrics(preferences(), accuracy=estimate(0.705), ece=estimate(0.09), longer_is_better=estimate(0.69))
     verdict, checks = judged(validation=barely, train_slice=with_metrics(preferences(), accuracy=estimate(0.79)))
-    assert verdict["passed"]
+    assert not verdict["passed"] and gate.text(verdict)[0].startswith(
+        "Not shown to be good enough by so few data: 4 of 5"
+    )
     for name, side in (("accuracy", "below"), ("beats_length", "below"), ("gap", "above"), ("ece", "above")):
-        assert f"by a hair: the 95 % interval reaches {side} it" in checks[name]["reason"], name
+        assert f"not shown: the 95 % interval reaches {side} it" in checks[name]["reason"], name
+        assert (checks[name]["passed"], checks[name]["shown"]) == (False, False) and "it takes about" in checks[name][
+            "advice"
+        ]
+    assert f"{16 * barely['pairs']:,} pairs, if they are as these {barely['pairs']:,}" in checks["accuracy"]["advice"]
     short = with_metrics(preferences(), accuracy=estimate(0.69), ece=estimate(0.11))
     _, checks = judged(validation=short)
-    assert not checks["accuracy"]["passed"] and "reaches above it, more validation data" in checks["accuracy"]["reason"]
-    assert not checks["ece"]["passed"] and "reaches below it, more validation data" in checks["ece"]["reason"]
-    unknown = with_metrics(preferences(), accuracy=estimate(0.701, None))
-    assert "hair" not in judged(validation=unknown)[1]["accuracy"]["reason"]
+    for name, side in (("accuracy", "above"), ("ece", "below")):
+        assert (
+            not checks[name]["passed"] and f"not shown: the 95 % interval reaches {side} it" in checks[name]["reason"]
+        )
+        assert "config." in checks[name]["advice"] and "or more validation data" in checks[name]["advice"]
+    unknown = with_metrics(preferences(), accuracy=estimate(0.9, None))
+    _, checks = judged(validation=unknown)
+    assert checks["accuracy"]["passed"] is False and "one prompt has no interval" in checks["accuracy"]["reason"]
+    assert "it takes 11 pairs of different prompts at the least" in checks["accuracy"]["advice"]
+
+
+@pytest.mark.parametrize("n, passed", [(1, False), (10, False), (11, True)])
+def test_as_many_pairs_pass_as_it_is_said_to_take_and_one_passes_nothing(n, passed):
+    measured = measures.preferences(pairs(n, noise=1000))
+    assert measured["metrics"]["accuracy"]["value"] == 1
+    _, checks = judged({"sets": {"validation": measured}}, losses=[])
+    assert checks["accuracy"]["passed"] is passed and checks["accuracy"]["shown"] is passed
+    if not passed:
+        assert "it takes 11 pairs" in checks["accuracy"]["advice"]
+    if n == 1:
+        assert not any(check["passed"] for check in checks.values())
+
+
+def test_the_number_of_pairs_that_it_would_take_is_about_right():
+    few = measures.preferences(pairs(150, noise=0.6))
+    accuracy = few["metrics"]["accuracy"]["value"]
+    _, checks = judged({"sets": {"validation": few}}, asked={**GATE, "accuracy": accuracy - 0.05})
+    count = int(re.search(r"about ([\d,]+) pairs", checks["accuracy"]["advice"])[1].replace(",", ""))
+    low = scipy.stats.binomtest(round(accuracy * count), count).proportion_ci(0.95, "wilson").low
+    assert not checks["accuracy"]["passed"] and low == pytest.approx(accuracy - 0.05, abs=0.01)
+
+
+def test_what_a_set_can_show_before_a_run():
+    assert statistics.least_cases(0.7) == 11 and 0.7**11 < 0.025 < 0.7**10
+    assert statistics.least_hits(0.7, 100) == pytest.approx(
+        scipy.stats.binomtest(70, 100).proportion_ci(0.95, "wilson").high
+    )
+    assert "validation data of 10 prompts cannot show" in ledger.accuracy_shown(10, 0.7)
+    assert "that takes 11, if all are right" in ledger.accuracy_shown(10, 0.7)
+    assert "where about 78.1% are right" in ledger.accuracy_shown(100, 0.7)
 
 
 @pytest.mark.parametrize(
     "measured, name, passed",
     [
-        (with_metrics(preferences(), accuracy=estimate(0.7)), "accuracy", True),  # at least
-        (with_metrics(preferences(), ece=estimate(0.1)), "ece", True),  # at most
-        (with_metrics(preferences(), accuracy=estimate(0.56)), "beats_length", False),  # better than
+        (with_metrics(preferences(), accuracy={"value": 0.72, "low": 0.7, "high": 0.74}), "accuracy", True),
+        (with_metrics(preferences(), ece={"value": 0.08, "low": 0.06, "high": 0.1}), "ece", True),
+        (with_metrics(preferences(), accuracy=estimate(0.56)), "beats_length", False),  # the point alone
     ],
 )
-def test_a_value_that_equals_its_threshold(measured, name, passed):
+def test_an_interval_that_ends_at_its_threshold(measured, name, passed):
     assert judged(validation=measured)[1][name]["passed"] is passed
 
 

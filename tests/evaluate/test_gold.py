@@ -61,6 +61,14 @@ def test_match_rate_counts_pairs_of_a_prompt_that_gold_orders():
     }
 
 
+def test_scores_of_the_proxy_that_the_computation_cannot_tell_apart_are_ties():
+    groups = [scored([1.0, 1.0 + 1e-6], 0), scored([0.0, 1.0], 1)]
+    gold_scores = [np.array([1.0, 0.0]), np.array([0.0, 1.0])]
+    for resolution, rate, ties in ((0.0, 0.5, 0.0), (1e-5, 0.75, 0.5)):
+        metrics = gold.compare(groups, gold_scores, resolution=resolution)["metrics"]
+        assert (metrics["match_rate"]["value"], metrics["tie_rate"]["value"]) == (rate, ties)
+
+
 def test_separation_and_cohens_d_by_their_definitions():
     groups, true = both(n=50, k=3)
     found = gold.compare(groups, true)

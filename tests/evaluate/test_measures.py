@@ -8,11 +8,12 @@ import time
 
 import numpy as np
 import pytest
-from made_up_answers import group, judged, metrics_of, pairs, rankings, value
+from made_up_answers import group, judged, metrics_of, pairs, rankings, rated, value
 
 from rmjax.data import records
-from rmjax.evaluate import best_of_n, measures, scored, tables
+from rmjax.evaluate import benchmarks, best_of_n, measures, scored, tables
 from rmjax.evaluate.estimates import Estimates
+from rmjax.evaluate.rules import REWARD_BENCH
 from rmjax.objectives.bradley_terry import BradleyTerry
 from rmjax.objectives.pairwise import Pairwise
 
@@ -75,6 +76,73 @@ def test_a_share_of_one_has_the_exact_binomial_end():
     made, exact = found.all(), scipy.stats.binomtest(7, 7).proportion_ci(0.95, "exact")
     assert made["all"] == pytest.approx({"value": 1, "low": exact.low, "high": 1})
     assert made["none"] == pytest.approx({"value": 0, "low": 0, "high": 1 - exact.low})
+
+
+@pytest.mark.parametrize("true, n", [(0.97, 28), (0.9, 12), (0.5, 10), (0.03, 28)])
+def test_intervals_of_shares_cover_the_truth_near_their_ends_and_of_few(true, n):
+    """In benchmarks and elsewhere; binomial 95 % intervals that keep their promise are too wide for few (Agresti and
+    Coull 1998), so only the lower bound is asked for: 300 of 0.95 are over 0.92 in 99 % of the cases."""
+    rng, held = np.random.default_rng(5), {"of a set": 0, "of a benchmark": 0}
+    benchmark = benchmarks.BENCHMARKS["judge_bench"]
+    for _ in range(300):
+        hits = rng.random(n) < true
+        found = Estimates(np.arange(n))
+        found.share("share", np.arange(n), hits, np.ones(n))
+        rows = [group([[0, 1], [0, 0]], [x, 0.5], prompt=i, source="math") for i, x in enumerate(hits)]
+        subset = benchmarks.score(benchmark, rows)["subsets"]["math"]
+        for name, x in (("of a set", found.all()["share"]), ("of a benchmark", subset)):
+            held[name] += x["low"] <= true <= x["high"]
+    assert min(held.values()) / 300 > 0.92, held
+
+
+def test_official_numbers_of_subsets_that_are_all_right_have_a_width():
+    import scipy.stats
+
+    sizes = {"knowledge": 40, "reasoning": 30, "math": 28, "coding": 1}
+    rows = [
+        group([[0, 1], [0, 0]], [1, 0], prompt=i, source=s)
+        for i, s in enumerate(np.repeat([*sizes], [*sizes.values()]))
+    ]
+    found = benchmarks.score(benchmarks.BENCHMARKS["judge_bench"], rows)
+    for name, n in {**sizes, "overall": 99}.items():
+        low = scipy.stats.binomtest(n, n).proportion_ci(0.95, "exact").low
+        assert found["metrics"][name] == pytest.approx({"value": 1, "low": low, "high": 1}), name
+    safety = [group([[0, 1], [0, 0]], [1, 0], prompt=i, source=s) for s in REWARD_BENCH["Safety"] for i in range(20)]
+    section = benchmarks.score(benchmarks.BENCHMARKS["reward_bench"], safety)["metrics"]["Safety"]
+    assert (
+        section["high"] == 1 and 0.025 ** (1 / 20) < section["low"] < 0.025 ** (1 / 100) < 1
+    )  # weighted means vary less
+
+
+def test_areas_and_curves_at_their_ends_have_a_width():
+    right, n = np.arange(40) % 2 == 0, np.arange(40)
+    made = measures.steps(np.where(right, 0.9, 0.1), right.astype(float), n, n)
+    assert made["metrics"]["auc"]["value"] == 1 and 0.7 < made["metrics"]["auc"]["low"] < 0.9
+    gold = np.arange(4.0)
+    best = measures.preferences([group(gold[:, None] > gold, gold, prompt=i) for i in range(10)])["best_of_n"]
+    assert best["model"][-1] == pytest.approx({"value": 1, "low": 0.025**0.1, "high": 1})
+
+
+def test_one_prompt_tells_of_a_share_what_one_can_tell_and_nothing_of_others():
+    metrics = measures.preferences(pairs(1, noise=100))["metrics"]
+    assert metrics["accuracy"] == pytest.approx({"value": 1, "low": 0.025, "high": 1})
+    assert metrics["margin"]["value"] > 0 and metrics["margin"]["low"] is metrics["margin"]["high"] is None
+
+
+def test_groups_of_no_weight_count_nowhere():
+    counted = pairs(30, per_prompt=2)
+    others = [dataclasses.replace(g, prompt=1000 + i, weight=0.0) for i, g in enumerate(pairs(9, seed=1))]
+    assert measures.preferences(others[:4] + counted + others[4:]) == measures.preferences(counted)
+    scores, labels, given = rated(20)
+    weight = np.arange(20) % 4 != 0
+    few = {name: np.array(x)[weight] if len(x) == 20 else x for name, x in given.items()}
+    assert measures.attributes(scores, labels, **given, weight=weight * 1.0) == measures.attributes(
+        scores[weight], labels[weight], **{**few, "ids": few["ids"].tolist()}
+    )
+    p, right, n = scores[:, 0] / 4, labels[:, 0] > 2, np.arange(20)
+    assert measures.steps(p, right * 1.0, n, n, weight * 1.0) == measures.steps(
+        *(x[weight] for x in (p, right * 1.0, n, n))
+    )
 
 
 def test_accuracy_has_the_width_of_the_binomial_interval_and_of_scipys_bootstrap():

@@ -175,6 +175,35 @@ def test_equal_responses_get_equal_scores_wherever_they_stand(loaded):
     assert scores[0] == scores[2] == scores[5] and scores[1] == scores[4] and len(set(scores)) == 3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_resolution_bounds_what_places_in_a_row_do_to_a_score(dtype, foreign):
+    """Alone, in trees, beside others and in rows of other lengths; it is no more than a few times what is found."""
+    model = RewardModel.load(foreign["qwen2"], dtype=dtype)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(5, 300, n).astype(np.int32) for n in (9, 40, 70, 110)]
+    sequences = [
+        np.concatenate([p, rng.integers(5, 300, 6 + 3 * i)]).astype(np.int32) for p in prompts for i in range(4)
+    ]
+    which, found = np.repeat(range(4), 4), []
+    for order in (np.arange(16), rng.permutation(16), rng.permutation(16)):
+        for shared in (which[order].tolist(), None):
+            scores = np.empty(16)
+            scores[order] = model.outputs([sequences[i] for i in order], shared)[:, 0]
+            found.append(scores)
+    found = np.array([*found, [model.outputs([s])[0, 0] for s in sequences]])
+    moved = np.ptp(found, axis=0).max()
+    print(dtype, moved, model.resolution, found.std())
+    assert 0 < moved <= model.resolution < 0.2 * found[0].std()
+
+
+def test_the_resolution_is_in_units_of_the_head(foreign, loaded):
+    model = loaded["qwen2"]
+    doubled = dataclasses.replace(reward_model.Kind.of(Path(foreign["qwen2"]), hf.read_config(foreign["qwen2"])))
+    params = {**model.params, "score": {"kernel": 2 * model.params["score"]["kernel"]}}
+    other = RewardModel(model.chat, model.config, params, model.mesh, "float32", doubled)
+    assert other.resolution == pytest.approx(2 * model.resolution)
+
+
 def test_many_conversations_in_several_batches(loaded, monkeypatch):
     monkeypatch.setitem(engine.BATCH_TOKENS, "cpu", 512)
     conversations = [chat_of(f"question {i // 3}", f"answer {i}") for i in range(60)]

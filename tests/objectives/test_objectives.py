@@ -232,12 +232,22 @@ def test_scaled_multiplies_the_loss_of_a_pair_by_its_strength():
     import torch.nn.functional as F
 
     scores, wins, ties, margin = pairs_with_ties()
-    margin[0, 0] = 0  # a pair whose source does not say how strong it is counts once
+    at = np.argwhere(wins[..., 0, 1] > 0)
+    (*unknown,), (*nothing,) = at[0], at[1]
+    margin[*unknown, 0, 1], margin[*nothing, 0, 1] = np.nan, 0  # not known: counts once; stated: no weight in the loss
     won = torch.tensor(wins[..., 0, 1] > 0)
-    strength = torch.tensor(np.where(margin[..., 0, 1] > 0, margin[..., 0, 1], 1.0))
+    strength = torch.tensor(np.nan_to_num(margin[..., 0, 1], nan=1.0))
+    assert strength[*nothing] == 0 and strength[*unknown] == 1
     loss = -strength * F.logsigmoid(torch.tensor(scores[..., 0] - scores[..., 1]))
     expected = loss[won].mean().item()
     assert loss_of(BradleyTerry(scaled=True), scores, wins, ties=ties, margin=margin) == pytest.approx(expected, 1e-6)
+    half = BradleyTerry(scaled=True, ties="half")  # a tie counts once
+    flat, batch = make_batch(scores, wins, ties=ties, margin=margin)
+    even = (np.logaddexp(0, d := scores[..., 0] - scores[..., 1]) + np.logaddexp(0, -d)) / 2
+    summed = loss[won].sum().item() + even[~won.numpy()].sum()
+    assert sums_of(half, flat, batch, {})["loss"][0] == pytest.approx(summed, 1e-5)
+    asked = loss_of(BradleyTerry(margin_scale=0.5), scores, wins, ties=ties, margin=margin)
+    assert asked == loss_of(BradleyTerry(margin_scale=0.5), scores, wins, ties=ties, margin=np.nan_to_num(margin))
     swapped = [x[..., ::-1, ::-1] for x in (wins, ties, margin)]  # the strength belongs to the pair, not to a side
     flipped = loss_of(BradleyTerry(scaled=True), scores[..., ::-1], swapped[0], ties=swapped[1], margin=swapped[2])
     assert flipped == pytest.approx(expected, 1e-6)
@@ -261,7 +271,7 @@ def test_focal_and_barrier_as_published():  # Cai et al. 2024, arXiv:2403.17297
     ranking = -((1 - 2 * F.relu(p - 0.5)) ** 2) * torch.log(p)
     penalty = sum(-torch.log(x + 5) - torch.log(5 - x) + 2 * np.log(5) for x in (chosen, rejected))
     clamped = np.clip(scores, -4.9, 4.9)
-    expected = (ranking + 0.02 * penalty).mean().item()
+    expected = (ranking + 0.02 * penalty / 2).mean().item()  # of one response; XTuner has 0.01 and the sum of both
     assert loss_of(BradleyTerry(focal=2.0, barrier=0.02), clamped, wins) == pytest.approx(expected, rel=1e-5)
 
 

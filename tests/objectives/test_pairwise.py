@@ -31,7 +31,7 @@ def make_batch(z_BGKC, verdict_BGC, strength=None, weight=None):
         "end_group": np.tile(np.where(there, order // k, -1), (b, 1)),
         "end_slot": np.tile(np.where(there, order % k, -1), (b, 1)),
         "verdict": np.stack([verdict, verdict[..., swap]], 2).astype(z.dtype),
-        "strength": np.zeros((b, g, 1)) if strength is None else np.asarray(strength)[..., None],
+        "strength": np.full((b, g, 1), np.nan) if strength is None else np.asarray(strength)[..., None],
         "weight": np.ones((b, g)) if weight is None else np.asarray(weight),
     }
     return flat, batch
@@ -44,7 +44,12 @@ def measure(objective, z, verdict, **kwargs):
 def random_case(classes=3, b=3, g=5, seed=0):
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(b, g, 2, classes)).astype(np.float32) * 2
-    return z, rng.dirichlet(np.ones(classes), (b, g)), rng.integers(0, 4, (b, g)), rng.uniform(0, 2, (b, g))
+    return (
+        z,
+        rng.dirichlet(np.ones(classes), (b, g)),
+        rng.choice([np.nan, 0, 1, 2, 3], (b, g)),
+        rng.uniform(0, 2, (b, g)),
+    )
 
 
 def both_orders(verdict):
@@ -75,7 +80,7 @@ def test_loss_is_the_cross_entropy_of_torch(classes, smoothing):
 def test_strength_as_weight():
     z, verdict, strength, weight = random_case()
     plain, by_strength = Pairwise(), Pairwise(strength="weight", strength_scale=0.5)
-    factor = np.where(strength > 0, 0.5 * strength, 1.0)  # unknown strength and ties: as it is
+    factor = np.where(np.isnan(strength), 1.0, 0.5 * strength)  # unknown strength and ties: as it is
     values = measure(by_strength, z, verdict, strength=strength, weight=weight)
     expected = measure(plain, z, verdict, weight=weight * factor)
     assert values["loss"] == pytest.approx(expected["loss"], rel=1e-6)
@@ -88,10 +93,11 @@ def test_strength_as_weight():
         (3, [1, 0, 0], 1, [0.731059, 0, 0.268941]),  # sigmoid(1); HelpSteer3's "slightly better" is next to a tie
         (3, [0, 1, 0], 2, [0, 0.880797, 0.119203]),
         (3, [1, 0, 0], 3, [0.952574, 0, 0.047426]),
-        (3, [0, 0, 1], 0, [0, 0, 1]),
-        (3, [1, 0, 0], 0, [1, 0, 0]),  # not known
+        (3, [0, 0, 1], np.nan, [0, 0, 1]),
+        (3, [1, 0, 0], np.nan, [1, 0, 0]),  # not known
+        (3, [1, 0, 0], 0, [0.5, 0, 0.5]),  # stated
         (2, [0, 1], 1, [0.268941, 0.731059]),
-        (2, [0.5, 0.5], 0, [0.5, 0.5]),
+        (2, [0.5, 0.5], np.nan, [0.5, 0.5]),
     ],
 )
 def test_strength_as_soft_label(classes, verdict, strength, expected):

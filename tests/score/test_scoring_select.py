@@ -103,6 +103,50 @@ LABELLED = [
 ]
 
 
+REPEATED = [
+    {"prompt": "a", "responses": answers(2, 2, 2)},
+    {"prompt": "b", "responses": answers(2, 1, 2, 1)},
+    {"prompt": "c", "responses": answers(4)},
+]
+
+
+def test_a_response_is_never_paired_with_itself(model, tmp_path, monkeypatch):
+    """Whatever scores it gets: places in a row move them."""
+    moved = iter(range(100))
+    given = model.values
+    monkeypatch.setattr(model, "values", lambda c: {"score": given(c)["score"] + [1e-6 * next(moved) for _ in c]})
+    source, output = write(tmp_path / "in.jsonl", REPEATED), tmp_path / "out.jsonl"
+    for pairs in ("best_worst", "all"):
+        _, told = run(model, source, output, pairs=pairs)
+        assert told == {"rows": 1, "dropped: tie": 1, "repeated responses": 2, "dropped: single response": 1}
+        assert [(row["chosen"], row["rejected"]) for row in read(output)] == [tuple(answers(2, 1))]
+    sides = [{"prompt": "a", "chosen": "answer 3", "rejected": "answer 3"}]
+    _, told = run(model, write(tmp_path / "pairs.jsonl", sides), output, relabel=True)
+    assert told == {"rows": 0, "dropped: tie": 1}
+
+
+def test_scores_that_differ_by_less_than_the_computation_can_tell_are_equal(model, tmp_path, monkeypatch):
+    model.resolution = 0.5
+    close = [{"prompt": "a", "responses": answers(1, 5.2, 5.6, 5.0)}]
+    source, output = write(tmp_path / "in.jsonl", close), tmp_path / "out.jsonl"
+    _, told = run(model, source, output, pairs="all")
+    assert [(row["chosen"], row["rejected"]) for row in read(output)] == [
+        *(tuple(answers(5.6, x)) for x in (5.0, 1)),
+        *(tuple(answers(x, 1)) for x in (5.2, 5.0)),
+    ]
+    assert told == {"rows": 4, "dropped: tie": 2}
+    run(model, source, output, best_of_n=True)
+    assert read(output)[0]["response"] == "answer 5.2"  # the first of equal ones
+    pair = {"prompt": "a", "chosen": "answer 1.2", "rejected": "answer 1.6"}
+    _, told = run(model, write(tmp_path / "pairs.jsonl", [pair]), output, relabel=True)
+    assert told == {"rows": 0, "dropped: tie": 1}
+    run(model, source, output)
+    assert read(output)[0]["scores"] == [1, 5.2, 5.6, 5.0]  # as they are
+    monkeypatch.setattr(contract, "normalization", lambda terms: (0.0, 10.0))
+    _, told = run(model, source, output, normalize=True, pairs="all")
+    assert told == {"rows": 4, "dropped: tie": 2}
+
+
 def test_pairs_are_scored_filtered_and_relabelled(model, tmp_path):
     source, output = write(tmp_path / "in.jsonl", LABELLED), tmp_path / "out.jsonl"
     assert run(model, source, output) == (4, {"rows": 4})

@@ -3,6 +3,7 @@
 Who won is written in many ways, and they contradict each other, so each format has its own.
 """
 
+import math
 import re
 from typing import Any
 
@@ -28,7 +29,7 @@ def _judged_pair(row: Row, reading: Reading) -> Record:
         raise BadRow("wrong_type", f"output has {len(row['output'])} responses, expected 2")
     strength = kinds.NUMBER.optional(row["metadata"], "preference_strength")
     first, second = answered(row, row["input"], [output.get("content") for output in row["output"]])
-    margin = abs(float(strength or 0))
+    margin = math.nan if strength is None else abs(float(strength))
     return pair(first, second, preference=PREFERRED[preferred.lower()], margin=margin, **common(row, reading))
 
 

@@ -10,6 +10,7 @@ They may carry these columns beside those of all formats (`cells.py`):
                                       [1, 2] of the better one, 1 for `chosen`; 1 means the same in both
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from rmjax.data.formats import kinds
@@ -42,12 +43,12 @@ CHOSEN_TEXTS = dict.fromkeys(SIDES, kinds.TEXT)
 
 
 def _label(row: Row, by_place: bool) -> tuple[float, float]:
-    """Probability that `chosen` is better (1 if the row does not say), and the margin of the better one."""
+    """Probability that `chosen` is better (1 if the row does not say), and the margin of the better one, or NaN."""
     value = kinds.NUMBER.optional(row, "preference")
     preference = 1.0 if value is None else float(2 - value if by_place else value)
     if not 0 <= preference <= 1:
         raise BadRow("conflicting_label", f"preference {value} is outside {'[1, 2]' if by_place else '[0, 1]'}")
-    chosen, rejected = _scores(row) or (0.0, 0.0)
+    chosen, rejected = _scores(row) or (math.nan, math.nan)
     if (chosen - rejected) * (preference - 0.5) < 0:
         said = f"its scores are {chosen:g} and {rejected:g}, the preference is {preference:g}"
         raise BadRow("conflicting_label", said)

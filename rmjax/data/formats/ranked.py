@@ -32,8 +32,7 @@ ANSWERS = Kind("a list of {answer, rank}", lambda c: kinds.MESSAGES.test(c) and 
 def by_rank(conversations: Sequence[Any], ranks: Sequence[Any], row: Row, reading: Reading, **labels: Any) -> Record:
     """A group of which ranks are known, the lowest the best; ranks are no scores, so there are no margins."""
     require_as_many("ranks", ranks, conversations)
-    compared = compare([-score(rank, "a rank") for rank in ranks])
-    compared["margin"][:] = 0
+    compared = compare([-score(rank, "a rank") for rank in ranks]) | {"margin": None}
     return group(conversations, **compared, **labels, **common(row, reading))
 
 

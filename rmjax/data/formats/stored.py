@@ -11,25 +11,28 @@ from rmjax.data.formats.steps import step_label
 from rmjax.data.records import Message, Record, Step, group, require_as_many
 
 MATRICES = ("wins", "ties", "margin")
-MATRIX = Kind("K lists of K numbers", lambda c: isinstance(c, list) and all(_is_numbers(x, len(c)) for x in c))
+MATRIX = Kind("K lists of K numbers", lambda c: _is_square(c) and all(all(map(kinds.NUMBER.test, x)) for x in c))
+MARGIN = Kind("K lists of K numbers or nulls", lambda c: _is_square(c) and all(map(kinds.NUMBERS.test, c)))
 OPTIONAL = {
-    **{**kinds.COMMON, **dict.fromkeys(MATRICES, MATRIX)},
+    **{**kinds.COMMON, **dict.fromkeys(MATRICES, MATRIX), "margin": MARGIN},
     **{"attributes": kinds.LIST, "steps": kinds.LIST, "row": kinds.TEXT},
 }
 
 
-def _is_numbers(cell: Any, count: int) -> bool:
-    return isinstance(cell, list) and len(cell) == count and all(map(kinds.NUMBER.test, cell))
+def _is_square(cell: Any) -> bool:
+    return isinstance(cell, list) and all(isinstance(x, list) and len(x) == len(cell) for x in cell)
 
 
 @row_format("records", {"conversations": kinds.list_of(kinds.MESSAGES, "conversations")}, optional=OPTIONAL)
 def _stored(row: Row, reading: Reading) -> Record:
     """What `convert` writes: whole groups with everything that is known of them (`rmjax/data/store.py`)."""
     conversations = [_conversation(c) for c in row["conversations"]]
-    matrices = {name: MATRIX.optional(row, name) for name in MATRICES}
+    matrices = {name: OPTIONAL[name].optional(row, name) for name in MATRICES}
     for name, matrix in matrices.items():
         if matrix is not None:
             require_as_many(name, matrix, conversations)
+    if matrices["margin"] is not None:
+        matrices["margin"] = [[math.nan if x is None else x for x in of_one] for of_one in matrices["margin"]]
     attributes = {}
     for named in row.get("attributes") or ():
         require_as_many(named["name"], named["values"], conversations)
