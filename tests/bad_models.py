@@ -83,11 +83,22 @@ def indexed(weight_map: Any) -> Change:
     return both(lambda at: (at / WEIGHTS).rename(at / "one.safetensors"), write(INDEX, text))
 
 
+def broken_index(text: str | bytes) -> Change:
+    """An index without a single file beside it, which would be taken first."""
+    return both(remove(WEIGHTS), write(INDEX, text))
+
+
 def template(text: str) -> Change:
     """Another chat template, without the contract that would refuse it first."""
     return both(remove("reward_contract.json"), write("chat_template.jinja", text))
 
 
+def renamed(old: str, new: str) -> Change:
+    """Gives a tensor another name."""
+    return header(lambda entries: entries.update({new: entries.pop(old)}))
+
+
+ADAPTER = write("adapter_config.json", '{"base_model_name_or_path": "o/n"}')
 EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 
@@ -130,7 +141,16 @@ WEIGHT_FILES = [
     ),
     model("pickled weights are not read", lambda at: (at / WEIGHTS).rename(at / "pytorch_model.bin")),
     model("pickled weights are not read", lambda at: (at / WEIGHTS).rename(at / "model.pt"), TRAIN),
-    model("it is an adapter; merge it", both(remove(WEIGHTS), write("adapter_config.json", "{}"))),
+    model("it is a PEFT adapter of o/n, which is not read; merge it", both(remove(WEIGHTS, "config.json"), ADAPTER)),
+    model("it is a PEFT adapter of o/n", both(remove(WEIGHTS, "config.json"), ADAPTER), TRAIN),
+    model("or delete adapter_config.json if model.safetensors is the merged model", ADAPTER),
+    model("GGUF files are weights quantized", both(remove(WEIGHTS), write("q4.gguf", "GGUF"))),
+    model("GGUF files are weights quantized", both(remove("config.json"), write("q4.gguf", "GGUF")), TRAIN),
+    model(
+        "value_head.safetensors is a value head of TRL",
+        both(renamed("score.weight", "lm_head.weight"), write("value_head.safetensors", "")),
+    ),
+    model("v_head.summary.weight is a head of another kind", renamed("score.weight", "v_head.summary.weight")),
     model("has neither model.safetensors nor", remove(WEIGHTS)),
     model("lacks two.safetensors, which its", indexed({EMBED: "one.safetensors", NORM: "two.safetensors"})),
     model("'../one.safetensors'", indexed({EMBED: "../one.safetensors"})),
@@ -139,9 +159,13 @@ WEIGHT_FILES = [
     model("'pytorch_model.bin'", indexed({EMBED: "pytorch_model.bin"}), name="an index of pickled weights"),
     model("model.safetensors.index.json", indexed(["one.safetensors"]), name="an index that is a list"),
     model("model.safetensors.index.json", indexed({EMBED: 3}), name="an index of numbers"),
-    model("model.safetensors.index.json", write(INDEX, "{"), name="an index that is no JSON"),
-    model("model.safetensors.index.json", write(INDEX, "{}"), name="an index without weight_map"),
-    model("model.safetensors.index.json", write(INDEX, b"\xff\xfe"), name="an index that is no text"),
+    model("model.safetensors.index.json", broken_index("{"), name="an index that is no JSON"),
+    model("model.safetensors.index.json", broken_index("{}"), name="an index without weight_map"),
+    model(
+        "model.safetensors.index.json",
+        both(remove(WEIGHTS), write(INDEX, b"\xff\xfe")),
+        name="an index that is no text",
+    ),
     model("cannot be read", raw(lambda x: x[:-100]), TRAIN, name="truncated weights"),
 ]
 

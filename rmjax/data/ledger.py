@@ -13,8 +13,8 @@ import numpy as np
 from rmjax.data.records import LEFT_OUT, REASONS
 from rmjax.statistics import least_cases, least_hits
 
-# Choices of the config, and what its chat template does: no defects of the data.
-CHOSEN = ("tie", "tree_too_long", "filter", "sample", *LEFT_OUT)
+# Choices of the config or of those who label, and what its chat template does: no defects of the data.
+CHOSEN = ("tie", "tree_too_long", "filter", "sample", "not_answered", *LEFT_OUT)
 SHOWN_UNREAD = 12
 REMEDY = {"over_long": "data.max_length", "tree_too_long": "plan.row_tokens"}
 

@@ -54,6 +54,7 @@ REASONS = {
     "no_assistant_turn": "the conversation does not end with an assistant turn",
     "labelled_bad": "a response that was judged bad, which is not imitated",
     "no_label": "it says nothing that the objective learns from",
+    "not_answered": "a task that nobody answered: skipped, or not yet labelled",
     "template_error": "the chat template refuses the conversation, or does not show its last turn",
     "too_many_responses": "more responses than a group takes (records.MOST_RESPONSES)",
 }

@@ -37,7 +37,7 @@ class AbstractModel:
     shapes: Any
 
 
-def model_values(config: ConfigDict, vocabulary: int) -> dict[str, Any]:
+def model_values(config: ConfigDict, tokenizer: Any) -> dict[str, Any]:
     """The Hugging Face config values of the model: init_from's, or those of `model.scratch`.
 
     Raises:
@@ -46,7 +46,7 @@ def model_values(config: ConfigDict, vocabulary: int) -> dict[str, Any]:
     if config.model.init_from:
         values = hf.read_config(hf.resolve(config.model.init_from))
     else:
-        values = {"vocab_size": vocabulary, **config.model.scratch.to_dict()}
+        values = {"vocab_size": len(tokenizer), **config.model.scratch.to_dict()}
     longest, positions = config.data.max_length or config.plan.row_tokens, values.get("max_position_embeddings")
     if positions and longest > positions:
         logging.warning(
@@ -55,9 +55,21 @@ def model_values(config: ConfigDict, vocabulary: int) -> dict[str, Any]:
             longest,
             positions,
         )
-    if values.get("vocab_size", vocabulary) < vocabulary:
-        raise ValueError(f"the tokenizer has {vocabulary} ids but the model's embedding {values['vocab_size']}")
+    if why := tokens_without_row(tokenizer, values.get("vocab_size", len(tokenizer))):
+        raise ValueError(f"{why}; or name the tokenizer that the model was trained with (config.model.tokenizer)")
     return values
+
+
+def tokens_without_row(tokenizer: Any, rows: int) -> str:
+    """Which tokens have no row in an embedding of that many, and what to do; "" if all have one."""
+    if len(tokenizer) <= rows:
+        return ""
+    first = tokenizer.convert_ids_to_tokens(list(range(rows, min(len(tokenizer), rows + 3))))
+    return (
+        f"the tokenizer has {len(tokenizer)} ids but the model's embedding {rows} rows, so that "
+        f"{', '.join(map(repr, first))}{' and others' if len(tokenizer) > rows + 3 else ''} have none: call "
+        f"resize_token_embeddings({len(tokenizer)}) in transformers and save the model again"
+    )
 
 
 def abstract_model(

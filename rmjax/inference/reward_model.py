@@ -17,13 +17,14 @@ from rmjax.batches.groups import Groups
 from rmjax.batches.tasks import Example
 from rmjax.batches.trees import Tokens, Tree, build_tree, build_trees, distinct
 from rmjax.data.records import BadRow, Conversation, check_conversation
-from rmjax.inference import contract
+from rmjax.inference import contract, parameters
 from rmjax.inference.engine import LONGEST_ROW, Inference
 from rmjax.judging.verdicts import Judgements
 from rmjax.models import heads, hf
 from rmjax.models.config import ModelConfig, from_hf
 from rmjax.objectives.base import Objective
 from rmjax.objectives.pairwise import average_orders
+from rmjax.runtime import notes
 
 GROUPS = 2048  # packed together
 # Places move a score by up to so many units, the norm of the head times the final norm: see RewardModel.resolution.
@@ -94,6 +95,8 @@ class RewardModel:
         if kind.contract:
             template_kwargs = contract.template_kwargs(kind.contract, template_kwargs)
         chat = Chat(load_tokenizer(directory), template_kwargs=template_kwargs)
+        if why := parameters.tokens_without_row(chat.tokenizer, config.vocab):
+            notes.tell(f"{directory}: {why}; conversations with these tokens are refused")
         if kind.contract:
             contract.check(kind.contract, chat, values)
         mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())

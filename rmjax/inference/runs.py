@@ -102,7 +102,7 @@ def open_checkpoint(place: Place, mesh: jax.sharding.Mesh | None = None) -> Open
     mesh = mesh or _mesh(config)
     with tempfile.TemporaryDirectory() as scratch:
         chat = prepare.open_chat(config, Path(scratch))
-    values = parameters.model_values(config, len(chat.tokenizer))
+    values = parameters.model_values(config, chat.tokenizer)
     set_pad_token(chat, values["vocab_size"])
     model = parameters.abstract_model(config, objective, mesh, values)
     keep = config.checkpoint

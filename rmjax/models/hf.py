@@ -3,10 +3,11 @@
 Weights are read by memory map straight into shards (weight_files.py); the whole model is never on one host.
 """
 
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rmjax.models.families import FAMILIES
 from rmjax.models.families.base import LM_HEAD, SCORE, SCORE_BIAS, Row
 from rmjax.models.hf_export import config_json, convert, expected_rows, save
 from rmjax.models.weight_files import DTYPES, INDEX, WEIGHTS, Tensor
+from rmjax.runtime import notes
 from rmjax.sharding import path_name
 
 __all__ = ["INDEX", "WEIGHTS", "check", "config_json", "expected_rows", "load", "read_config", "resolve", "save"]
@@ -44,7 +46,11 @@ def is_hub_id(text: str | Path) -> bool:
 def resolve(path_or_id: str | Path, *, weights: bool = True) -> Path:
     """A local directory as it is, or a downloaded snapshot of a Hub repository; a ValueError if it is neither."""
     if Path(path_or_id).is_dir():
-        return Path(path_or_id)
+        return _whole_model(Path(path_or_id), path_or_id)
+    if Path(path_or_id).is_file():
+        raise ValueError(
+            f"{path_or_id} is a file, expected a Hugging Face directory: {weight_files.advice([str(path_or_id)])}"
+        )
     if not is_hub_id(path_or_id):
         raise ValueError(f"{path_or_id}: no such directory, and not a Hub id of the form owner/name either")
     try:
@@ -53,9 +59,32 @@ def resolve(path_or_id: str | Path, *, weights: bool = True) -> Path:
             allow_patterns=["*.json", "*.jinja", "*.txt", "*.model", *["*.safetensors"] * weights],
             ignore_patterns=["*/*", "consolidated*"],  # second copies of the weights in other formats
         )
-    except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
+    except (
+        Exception
+    ) as error:  # among them those of the HTTP library, which is another one in each version of the hub's
         raise ValueError(f"{path_or_id}: no such directory here, and the Hub did not give it: {error}") from error
-    return Path(snapshot)
+    return _whole_model(Path(snapshot), path_or_id)
+
+
+def _whole_model(directory: Path, path_or_id: str | Path) -> Path:
+    """The directory; a ValueError if it is an adapter, or, without a config.json, anything but a model's."""
+    names = sorted(file.name for file in directory.iterdir()) if directory.is_dir() else []
+    if directory != Path(path_or_id) and "config.json" not in names:
+        with contextlib.suppress(Exception):  # files of other kinds are not downloaded
+            names = huggingface_hub.list_repo_files(str(path_or_id))
+    if "adapter_config.json" in names:
+        beside = f"; or delete adapter_config.json if {WEIGHTS} is the merged model" if WEIGHTS in names else ""
+        raise ValueError(f"{path_or_id}: {weight_files.advice(names, _base_of(directory))}{beside}")
+    if "config.json" not in names and (advice := weight_files.advice(names)) != weight_files.advice([]):
+        raise ValueError(f"{path_or_id} has no config.json but {', '.join(names[:8])}: {advice}")
+    return directory
+
+
+def _base_of(directory: Path) -> str:
+    """The base model of an adapter, as its adapter_config.json names it."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return str(json.loads((directory / "adapter_config.json").read_bytes())["base_model_name_or_path"])
+    return "a base model"
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -131,13 +160,21 @@ def _open(
 def _score_head(directory: str | Path, tensors: Mapping[str, Tensor], wanted: int, require: bool) -> str:
     """Whether the checkpoint's score head is "kept", or a "new" one is needed for `wanted` labels."""
     labels = tensors[SCORE].shape[0] if SCORE in tensors else 0
+    head = f"{SCORE} of {labels} labels{f' and {SCORE_BIAS}' if SCORE_BIAS in tensors else ''}"
     if labels != wanted and require:
-        found = f"{SCORE} of {labels} labels" if labels else f"no {SCORE}"
+        others = [f"; {file.name} is {weight_files.VALUE_HEAD}" for file in Path(directory).glob("value_head.*")]
+        strange = [name for name in tensors if name not in HEADS and not _of_decoder([name])]
+        others += [f"; {', '.join(strange[:4])} is a head of another kind, which is not read"] * bool(strange)
         raise ValueError(
-            f"{directory} has no score head: {found} in its weights, expected {wanted} label(s). "
-            "Give a reward model, or train one first"
+            f"{directory} has no score head: {head if labels else f'no {SCORE}'} in its weights, expected {wanted} "
+            f"label(s){''.join(others)}. Give a reward model, or train one first"
         )
     if labels != wanted:
+        if labels:
+            notes.tell(
+                f"{directory} has a head of another kind, {head}, which is not used: {wanted} label(s) are expected, "
+                "and a new head is drawn; to go on with that head, give an objective of as many labels"
+            )
         return "new"
     if SCORE_BIAS in tensors:  # transformers' token classifiers have one
         bias = tensors[SCORE_BIAS].array().astype(np.float32)
@@ -147,6 +184,10 @@ def _score_head(directory: str | Path, tensors: Mapping[str, Tensor], wanted: in
                 f"its scores would change. To train a new head, remove {SCORE} and {SCORE_BIAS} from its weights"
             )
     return "kept"
+
+
+def _of_decoder(names: Iterable[str]) -> bool:
+    return any(name.startswith("model.") for name in names)
 
 
 def _check(directory: str | Path, tensors: Mapping[str, Tensor], rows: Mapping[Row, Any], config: ModelConfig) -> None:
@@ -172,7 +213,15 @@ def _check(directory: str | Path, tensors: Mapping[str, Tensor], rows: Mapping[R
             lines += [f"  {len(names)} {problem}:", *(f"    {name}" for name in sorted(names)[:8])]
             lines += [f"    and {len(names) - 8} more"] * (len(names) > 8)
     owners = [name for name, family in FAMILIES.items() if family.owns(tensors)]
-    if config.family not in owners:
+    strange = [name for name in tensors if name not in expected]
+    if any("lora_" in name or ".base_layer." in name for name in strange):
+        lines.append("They hold a PEFT adapter: merge it with PeftModel.merge_and_unload, and save_pretrained that.")
+    elif [problem for problem, names in problems.items() if names] == ["unknown"] and not _of_decoder(strange):
+        lines.append(
+            "All others fit, so this is a head of another kind, which is not read: if it is one row without a bias, "
+            f"call it {SCORE}; or remove it, to train a new one."
+        )
+    elif config.family not in owners:
         alike = " or ".join(owners) or "none of the supported families"
         lines.append(f"The names look like {alike}: check model_type in config.json.")
     else:

@@ -6,7 +6,7 @@ A safetensors file is the length of its header in 8 bytes, the header in JSON, a
 
 import json
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from rmjax.runtime import notes
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(jnp.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(jnp.float16)}
+
+VALUE_HEAD = (
+    "a value head of TRL or LLaMA-Factory, which is not used: to use it, write its weight as score.weight beside the "
+    "model's; its bias shifts all rewards alike"
+)
 
 READERS = 8  # threads: one alone waits for every page of the map in turn
 PIECE = 16 * 2**20  # bytes that a thread copies at a time
@@ -58,21 +65,53 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _files(directory: Path) -> list[Path]:
+    """The files that transformers would read: a single one, if it is there, else those that an index names."""
     index = directory / INDEX
-    if index.is_file():
+    if (directory / WEIGHTS).is_file():
+        files = [directory / WEIGHTS]
+    elif index.is_file():
         files = [directory / name for name in _named(index)]
         if missing := [file.name for file in files if not file.is_file()]:
             raise ValueError(f"{directory} lacks {', '.join(missing)}, which its {INDEX} names")
-        return files
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    found = sorted(file.name for file in directory.iterdir())
-    advice = "expected safetensors"
-    if any(name.endswith((".bin", ".pt", ".pth")) for name in found):
-        advice = "pickled weights are not read; load it in transformers and save_pretrained it as safetensors"
-    elif "adapter_config.json" in found:
-        advice = "it is an adapter; merge it into its base model and save that"
-    raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX} but {', '.join(found)}: {advice}")
+    else:
+        found = sorted(file.name for file in directory.iterdir())
+        raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX} but {', '.join(found)}: {advice(found)}")
+    if others := unread(directory, files):
+        notes.tell(f"{directory}: {' and '.join(file.name for file in files[:2])} is read, not: {', '.join(others)}")
+    return files
+
+
+def unread(directory: Path, files: Sequence[Path]) -> list[str]:
+    """Weights beside those that are read, by name, with a word on what they are."""
+    others = sorted({*directory.glob("*.safetensors"), *directory.glob("value_head.*")}.difference(files))
+    names = [f"{file.name} ({VALUE_HEAD})" if file.stem == "value_head" else file.name for file in others]
+    if (directory / INDEX).is_file() and files[0].name == WEIGHTS and not _names_single(directory / INDEX):
+        names.insert(0, f"{INDEX} (it names other files; transformers, too, takes the single one)")
+    return names
+
+
+def _names_single(index: Path) -> bool:
+    try:
+        return _named(index) == [WEIGHTS]
+    except ValueError:
+        return False
+
+
+def advice(names: Collection[str], adapter: str = "a base model") -> str:
+    """What a model directory without safetensors of a whole model is, by its files' names, and what to do."""
+    if "adapter_config.json" in names:
+        return (
+            f"it is a PEFT adapter of {adapter}, which is not read; merge it into its base model with "
+            "PeftModel.merge_and_unload, and save_pretrained that"
+        )
+    if any(name.endswith(".gguf") for name in names):
+        return (
+            "GGUF files are weights quantized for llama.cpp, which are not read; take the Hugging Face directory that "
+            "they were made from"
+        )
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        return "pickled weights are not read; load it in transformers and save_pretrained it as safetensors"
+    return "expected safetensors"
 
 
 def _named(index: Path) -> list[str]:

@@ -44,7 +44,7 @@ from rmjax.train import finish, optim, resume
 from rmjax.train.resume import Host
 from rmjax.train.step import Program, build_program, compile_program
 from rmjax.train.watch import Watch, reward_drift, work_of_steps
-from rmjax.train.writers import Writers
+from rmjax.train.writers import Writers, check_wandb
 
 NEW_FILES = ("config.json", "audit.json", "metrics.jsonl", "timings.jsonl", "tensorboard")  # of a run that begins
 MOST_ROLLBACKS = 3  # to one checkpoint; if no new one could be saved by then, the rows are not to blame
@@ -127,11 +127,13 @@ def _run(
     if dry_run and config.debug:
         raise ValueError("config.debug compiles nothing, so there is nothing for --dry_run to show; leave one out")
     prepare.check_sources(config, benchmarks.sources_of(config.eval.benchmarks))
+    if config.log.wandb and not dry_run and processes.is_first():
+        check_wandb(config.log.wandb)
 
     # ---- Tokenizer and model: names and shapes only
     with tempfile.TemporaryDirectory() as scratch:
         chat = prepare.open_chat(config, Path(scratch))
-    values = parameters.model_values(config, len(chat.tokenizer))
+    values = parameters.model_values(config, chat.tokenizer)
     pad, changed = set_pad_token(chat, values["vocab_size"])
     if changed:
         print(f"pad token: {chat.tokenizer.pad_token!r} ({pad}), because the tokenizer's could be mistaken for text")

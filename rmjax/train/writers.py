@@ -4,11 +4,14 @@ Metrics go everywhere but to timings.jsonl, timings everywhere but to metrics.js
 that of an uninterrupted one byte for byte.
 """
 
+import http.client
 import json
 import math
 import os
 import struct
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +26,9 @@ if TYPE_CHECKING:  # tensorboardX imports torch where that is installed, for sec
 
 EVENT_FILES = "events.out.tfevents.*"
 OUR_EVENTS = ".rmjax"  # ends the names of those that are written here
+ONLINE = (None, "online", "shared")  # modes of W&B in which it sends what is logged
+REACH_SECONDS = 10.0  # that W&B may take to answer at all
+FINISH_SECONDS = 600  # that W&B may take to upload what is left at the end; what it does not, `wandb sync` does
 
 
 class Writer(Protocol):
@@ -71,6 +77,14 @@ def cut_jsonl(path: str | os.PathLike, step: int) -> None:
         logging.warning("%s ended in %d bytes that are no whole line; they are cut off", path, len(rest))
     kept = [line for line in whole.splitlines(keepends=True) if json.loads(line)["step"] <= step]
     files.write_whole(path, b"".join(kept))
+
+
+def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, float]]]:
+    """The steps and values of a file of JsonlWriter; NaN where a value was not finite."""
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            values = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
+            yield values.pop("step"), values
 
 
 class TensorBoardWriter:
@@ -146,27 +160,95 @@ def read_events(data: bytes) -> Iterator[tuple[bytes, "Event"]]:
         start = end
 
 
-class WandbWriter:
-    """A run on Weights & Biases; a resumed one goes on in the same run, known by `directory`/wandb_id."""
+def _wandb(project: str) -> Any:
+    """The package; where it cannot upload what is left at the end, it gives up instead of waiting for days."""
+    try:
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            f"log.wandb={project!r} needs wandb: pip install 'rmjax[wandb]', or leave log.wandb empty"
+        ) from error
+    return wandb
 
-    def __init__(self, directory: str | os.PathLike, project: str, config: Mapping[str, Any]):
-        """Starts or resumes the run.
+
+def _out_of_reach(wandb: Any) -> str:
+    """Why W&B, which is to be used online, cannot be reached; "" if it can, or is not to be."""
+    settings = wandb.setup().settings
+    if settings.mode not in ONLINE:
+        return ""
+    try:
+        with urllib.request.urlopen(settings.base_url, timeout=REACH_SECONDS):
+            return ""
+    except urllib.error.HTTPError as error:  # an answer all the same
+        return str(error) if error.code >= 500 else ""
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return str(error)
+
+
+def check_wandb(project: str) -> None:
+    """Checks the login of W&B, if it is to be used online; whether the key is right, only where W&B can be reached.
+
+    Raises:
+        ValueError: nobody is logged in, or W&B refuses the key.
+    """
+    wandb = _wandb(project)
+    advice = "log in with `wandb login`, set WANDB_API_KEY, or log to files alone with WANDB_MODE=offline"
+    if wandb.setup().settings.mode not in ONLINE:
+        return
+    try:
+        known = wandb.login(verify=not _out_of_reach(wandb))
+    except wandb.Error as error:
+        raise ValueError(f"config.log.wandb={project!r}: {error}; {advice}") from error
+    if not known and wandb.setup().settings.mode in ONLINE:
+        raise ValueError(f"config.log.wandb={project!r}: nobody is logged in to W&B; {advice}")
+
+
+class WandbWriter:
+    """A run on Weights & Biases; a resumed one goes on in the same run, known by `directory`/wandb_id.
+
+    Where W&B cannot be reached the run is kept in `directory`/wandb, for `wandb sync`.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        project: str,
+        config: Mapping[str, Any],
+        earlier: Sequence[tuple[int, Mapping[str, float]]] = (),
+    ):
+        """Starts or resumes the run, and logs again what it lacks of `earlier`: steps, never decreasing, and values.
+
+        A killed process takes with it what it had not sent yet, and a run that is kept in files has nothing of those
+        before it.
 
         Raises:
             ImportError: wandb is not installed.
         """
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError(
-                f"log.wandb={project!r} needs wandb: pip install 'rmjax[wandb]', or leave log.wandb empty"
-            ) from error
+        wandb = _wandb(project)
         name = Path(directory) / "wandb_id"
         if not name.exists():
             files.write_whole(name, uuid.uuid4().hex)
-        self._run = wandb.init(
-            project=project, id=name.read_text(), resume="allow", dir=str(directory), config=dict(config)
-        )
+        options = {
+            **{"project": project, "id": name.read_text(), "resume": "allow"},
+            **{"dir": str(directory), "config": dict(config)},
+        }
+        why = _out_of_reach(wandb)
+        try:
+            self._run = wandb.init(**options, mode="offline" if why else None)
+        except wandb.Error as error:
+            why = str(error)
+            self._run = wandb.init(**options, mode="offline")
+        if why:
+            logging.warning(
+                "W&B cannot be reached (%s), so the run goes on offline; afterwards: wandb sync %s",
+                why,
+                Path(directory) / "wandb" / "latest-run",
+            )
+        first = self._run.step  # the first that W&B does not have
+        for step, values in earlier:
+            if step >= first:
+                self.write(step, values)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Logs `values`. The service ignores steps it has already; a resumed run repeats the same numbers."""
@@ -209,7 +291,8 @@ class Writers:
         if config.log.tensorboard:
             both.append(TensorBoardWriter(events, purge_step=keep + 1))
         if config.log.wandb:
-            both.append(WandbWriter(workdir, config.log.wandb, config.to_dict()))
+            earlier = sorted((line for path in paths for line in read_jsonl(path)), key=lambda line: line[0])
+            both.append(WandbWriter(workdir, config.log.wandb, config.to_dict(), earlier))
         return cls([metrics, *both], [timings, *both])
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rmjax.data import agreement, formats, labelling, sources
+from rmjax.data.ledger import Audit
 from rmjax.data.records import BadRow, group, pair
 
 user = lambda text: {"role": "user", "content": text}
@@ -147,9 +148,39 @@ def test_skipped_empty_and_repeated_annotations():
     record = read(row)
     assert record.wins.tolist() == [[0, 0], [1, 0]] and record.agreement == 1
     prediction = {"result": [left], "model_version": "m"}
-    for annotations in ([], [annotation(2, left, cancelled=True)], [annotation(1, result("textarea", ["nice"]))]):
+    comment = annotation(1, result("textarea", ["nice"]))
+    assert reason(export(task(), comment)) == ("no_label", "none of 1 annotations has a verdict or a score")
+    audit = Audit(rows=3)
+    for annotations in ([], [annotation(2, left, cancelled=True)], [annotation(1), annotation(2)]):
         found = {**export(task(), *annotations), "predictions": [prediction]}
-        assert reason(found) == ("no_label", f"none of {len(annotations)} annotations has a verdict or a score")
+        assert reason(found) == ("not_answered", f"{len(annotations)} annotations, all skipped or empty")
+        audit.add("not_answered", "a.json:0", "")
+    audit.check("error", 0.0)  # none is a bad row
+
+
+def test_of_two_annotations_by_one_person_the_one_updated_last_counts():
+    """Label Studio writes microseconds where there are some, and the export is in the order of creation."""
+    left, right = (result("choices", [side]) for side in ("left", "right"))
+    day = "2026-01-01T"
+    times = (f"{day}10:00:00Z", f"{day}10:00:00.5Z", f"{day}12:00:00.000001+02:00", f"{day}10:00:01Z")
+    for first, second in ((1, 0), (1, 2), (3, 1), (3, 0)):
+        kept = annotation(7, left) | {"created_at": times[0], "updated_at": times[first]}
+        other = annotation(7, right) | {"created_at": times[1], "updated_at": times[second]}
+        for annotations in ((kept, other), (other, kept)):
+            assert read(export(task(), *annotations)).wins.tolist() == [[0, 1], [0, 0]]
+
+
+def test_flat_exports_are_refused(tmp_path):
+    """As Label Studio 1.2x writes JSON_MIN and CSV; without the refusal this one would be read as `scored_text`."""
+    row = {"id": 1, "prompt": "q", "response": "x", "quality": 4, "annotator": 1, "annotation_id": 2}
+    row |= {"created_at": "2026-01-01T10:00:00Z", "updated_at": "2026-01-01T10:00:00Z", "lead_time": 4.2}
+    with pytest.raises(ValueError, match=r"a JSON_MIN or CSV export of Label Studio, .*; export as JSON"):
+        formats.detect([row])
+    path = tmp_path / "project-1.csv"
+    path.write_text(",".join(row) + "\n")
+    for spec in (path, f"{tmp_path}/*", tmp_path):
+        with pytest.raises((ValueError, FileNotFoundError), match="from Label Studio, export as JSON"):
+            list(sources.open_source(str(spec)))
 
 
 def test_ratings_are_means_over_people_on_their_scale():

@@ -603,9 +603,10 @@ def hub(tmp_path):
         **{"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"},
     }
 
-    def read(*specs):
+    def read(*specs, **changed):
         command = [sys.executable, "-c", READ_ALL, json.dumps(specs)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=env | changed, capture_output=True, text=True, check=True)
+        read.told = done.stderr
         return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
     yield read
@@ -654,6 +655,19 @@ def test_hub_errors_say_what_to_do(hub):
         "hf://datasets/o/n/data holds several splits (train, test); choose one with a glob",
     )
     assert "several kinds (.jsonl, .parquet)" in kinds[1]
+
+
+@pytest.mark.parametrize("how", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_what_the_hub_gave_before_is_read_where_it_cannot_be_reached(hub, how):
+    at = "hf://datasets/o/n"
+    before = [f"{at}/plain.jsonl", f"{at}@v2/*.jsonl", f"{at}/splits/train"]
+    online = hub(*before)
+    assert "cannot be reached" not in hub.told
+    *offline, absent, elsewhere = hub(*before, f"{at}/data/helpful/test.jsonl.gz", "hf://datasets/o/m/a.jsonl", **how)
+    assert offline == online
+    assert f"so {at}/splits/train is what its cache on this machine has: 2 files of revision {'0' * 40}" in hub.told
+    for kind, text in (absent, elsewhere):
+        assert kind == "FileNotFoundError" and "the hub cannot be reached (" in text and "`hf download`" in text
 
 
 # Buckets

@@ -18,6 +18,7 @@ from tiny_models import PAD, make_hf_model, random_groups, tree_rows
 from rmjax.models import heads, hf, hf_export, weight_files
 from rmjax.models.config import from_hf
 from rmjax.models.families import FAMILIES
+from rmjax.runtime import notes
 from rmjax.sharding import make_mesh, param_shardings
 
 PAIRS = random_groups(seed=2, groups=2)
@@ -177,12 +178,64 @@ def test_language_model_gets_a_new_head(tied, tmp_path):
         open_checkpoint(tmp_path, require_head=True)
 
 
-def test_head_of_another_number_of_labels_is_replaced(tmp_path):
+@pytest.fixture
+def told(monkeypatch):
+    """The lines that were logged."""
+    lines: list[str] = []
+    monkeypatch.setattr(notes, "tell", lines.append)
+    return lines
+
+
+def test_head_of_another_number_of_labels_is_replaced(tmp_path, told):
     make_hf_model("llama", tmp_path)
-    edit(tmp_path, lambda tensors: tensors.update({"score.weight": np.ones((5, 48), np.float32)}))
+    head = {"score.weight": np.ones((5, 48), np.float32), "score.bias": np.ones(5, np.float32)}
+    edit(tmp_path, lambda tensors: tensors.update(head))
     assert open_checkpoint(tmp_path)[3] == "new"
+    assert "a head of another kind, score.weight of 5 labels and score.bias, which is not used: 1 label" in told[0]
     with pytest.raises(ValueError, match="5 labels"):
         open_checkpoint(tmp_path, require_head=True)
+
+
+def test_an_index_beside_a_whole_file_is_stale(tmp_path, told):
+    """As in a folder into which a model was saved twice, once in shards."""
+    reference = make_hf_model("llama", tmp_path)
+    names = load_file(tmp_path / hf.WEIGHTS)
+    save_file({name: np.zeros_like(x) for name, x in names.items()}, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (tmp_path / hf.INDEX).write_text(json.dumps(index))
+    head = open_checkpoint(tmp_path, require_head=True)[2]["score"]["kernel"]
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(str(tmp_path))
+    np.testing.assert_array_equal(np.asarray(head).T, again.score.weight.detach().numpy())
+    np.testing.assert_array_equal(np.asarray(head).T, reference.score.weight.detach().numpy())
+    assert told == [
+        f"{tmp_path}: model.safetensors is read, not: model.safetensors.index.json (it names other files; "
+        "transformers, too, takes the single one), model-00001-of-00001.safetensors"
+    ]
+    (tmp_path / hf.INDEX).write_text("{")
+    assert open_checkpoint(tmp_path)[3] == "kept"
+
+
+def test_weights_that_are_not_read_are_named(tmp_path, told):
+    make_hf_model("llama", tmp_path, head=False)
+    value_head = {"v_head.summary.weight": np.ones((1, 48), np.float32), "v_head.summary.bias": np.ones(1, np.float32)}
+    save_file(value_head, tmp_path / "value_head.safetensors")
+    assert open_checkpoint(tmp_path)[3] == "new"
+    assert "model.safetensors is read, not: value_head.safetensors (a value head of TRL or LLaMA-Factory" in told[0]
+    edit(tmp_path, lambda tensors: tensors.update(value_head))
+    with pytest.raises(
+        ValueError, match=r"2 unknown:(.|\n)*a head of another kind, which is not read: if it is one row"
+    ):
+        open_checkpoint(tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"model.layers.0.lora_A.weight": np.ones((1, 48), np.float32)}))
+    with pytest.raises(ValueError, match="They hold a PEFT adapter: merge it"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_file_is_no_model_directory(tmp_path):
+    for name, advice in (("m.gguf", "quantized for llama"), ("m.bin", "pickled"), ("m.safetensors", "safetensors")):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match=f"is a file, expected a Hugging Face directory: .*{advice}"):
+            hf.resolve(tmp_path / name)
 
 
 def test_bare_decoder_and_rotary_buffers(tmp_path):
@@ -299,7 +352,7 @@ def test_directories_without_weights(tmp_path):
     with pytest.raises(ValueError, match="pickled weights are not read"):
         load()
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "adapter_config.json")
-    with pytest.raises(ValueError, match="it is an adapter"):
+    with pytest.raises(ValueError, match="it is a PEFT adapter of a base model, which is not read; merge it"):
         load()
     with pytest.raises(ValueError, match=r"has no config\.json"):
         hf.read_config(tmp_path / "nothing")

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ import quick
 import small_runs
 from small_runs import ROOT, column, metrics, same_run
 
+from rmjax import config as config_lib
 from rmjax import objectives, sharding
 from rmjax.batches import prepare
 from rmjax.inference import parameters
@@ -376,6 +378,18 @@ def test_the_best_evaluation_is_kept_and_exported_whatever_is_saved_between(tmp_
     best = max(lines, key=lambda line: (line["validation/accuracy"], -line["step"]))
     contract = json.loads((tmp_path / "export" / "reward_contract.json").read_text())
     assert contract["metrics"]["step"] == best["step"]
+
+
+def test_the_login_of_wandb_is_checked_before_the_data_is_read(tmp_path, cache_dir, monkeypatch):
+    def refuse(project):
+        raise ValueError(f"nobody is logged in for {project}")
+
+    installed = types.SimpleNamespace(util=types.SimpleNamespace(find_spec=lambda name: name))
+    monkeypatch.setattr(config_lib, "importlib", installed)
+    monkeypatch.setattr(training, "check_wandb", refuse)
+    monkeypatch.setattr(prepare, "read_groups", lambda *_: pytest.fail("the data was read"))
+    with pytest.raises(ValueError, match="nobody is logged in for rewards"):
+        training.run(small(cache_dir, log__wandb="rewards"), tmp_path)
 
 
 @pytest.mark.parametrize(

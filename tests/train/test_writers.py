@@ -1,6 +1,7 @@
 """Writers: what a resumed run leaves behind equals what an uninterrupted one does."""
 
 import json
+import math
 import os
 import struct
 import subprocess
@@ -17,6 +18,7 @@ from rmjax.train.writers import (
     TensorBoardWriter,
     WandbWriter,
     Writers,
+    check_wandb,
     cut_events,
     cut_jsonl,
     read_events,
@@ -153,12 +155,28 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 class FakeWandb(types.ModuleType):
     """Records calls as the package's own `init`, `Run.log` and `Run.finish` take them."""
 
-    def __init__(self):
+    Error = type("Error", (Exception,), {})
+
+    def __init__(self, mode="online", base_url="data:,"):
         super().__init__("wandb")
         self.inits, self.logged, self.finished = [], [], 0
+        self.step = 0  # the first that the service does not have
+        self.settings = types.SimpleNamespace(mode=mode, base_url=base_url)
+        self.logins, self.known = [], True
+
+    def setup(self):
+        return self
+
+    def login(self, verify):
+        self.logins.append(verify)
+        if self.known is None:
+            raise self.Error("No API key configured.")
+        return self.known
 
     def init(self, **options):
         self.inits.append(options)
+        if self.known == "lost" and options["mode"] != "offline":
+            raise self.Error("timed out")
         return self
 
     def log(self, values, step):
@@ -172,6 +190,7 @@ def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for start in (0, 10):
+        wandb.step = start
         writers = Writers.open(tmp_path, config(wandb="rewards"), start)
         writers.write(start + 1, {"a": 1})
         writers.timing(start + 1, {"timing/steps_per_second": 1.0})
@@ -183,6 +202,45 @@ def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
     assert wandb.logged == logged and wandb.finished == 2
     WandbWriter(tmp_path / "..", "rewards", {})
     assert wandb.inits[2]["id"] != first["id"]
+
+
+@pytest.mark.parametrize("stops", [0, 12, 21])
+def test_what_a_kill_kept_from_wandb_is_logged_again(tmp_path, monkeypatch, stops):
+    """The service has the steps before `stops`; the checkpoint is of step 20."""
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    writers = Writers.open(tmp_path, config(tensorboard=False, wandb="rewards"), 0)
+    for step in range(25):
+        writers.write(step, {"a": math.nan if step == 14 else step})
+        writers.timing(step, {"timing/x": 2 * step})
+    before, wandb.logged, wandb.step = wandb.logged, [], stops  # killed
+    Writers.open(tmp_path, config(tensorboard=False, wandb="rewards"), 20).close()
+    assert str(wandb.logged) == str([(step, values) for step, values in before if stops <= step <= 20])
+
+
+@pytest.mark.parametrize("known, url", [(True, "http://127.0.0.1:9"), ("lost", "data:,")])
+def test_where_wandb_cannot_be_reached_the_run_goes_on_offline(tmp_path, monkeypatch, caplog, known, url):
+    wandb = FakeWandb(base_url=url)
+    wandb.known = known
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    check_wandb("rewards")
+    assert wandb.logins == [known == "lost"]  # whether a key is right cannot be asked
+    writer = WandbWriter(tmp_path, "rewards", {})
+    assert wandb.inits[-1]["mode"] == "offline" and "the run goes on offline; afterwards: wandb sync" in caplog.text
+    writer.write(1, {"a": 1.0})
+    assert wandb.logged == [(1, {"a": 1.0})]
+
+
+@pytest.mark.parametrize("known, said", [(None, "No API key configured"), (False, "nobody is logged in")])
+def test_nobody_logged_in_to_wandb_is_bad_input(monkeypatch, known, said):
+    wandb = FakeWandb()
+    wandb.known = known
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(ValueError, match=rf"config\.log\.wandb='rewards': {said}.*; log in with `wandb login`"):
+        check_wandb("rewards")
+    wandb.settings.mode = "offline"
+    check_wandb("rewards")
+    assert len(wandb.logins) == 1
 
 
 def test_without_wandb_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -199,6 +199,7 @@ def _held(cell: Any, records: Sequence[Record]) -> bool:
 
 
 def _only_fit(rows: Sequence[Row]) -> Format:
+    label_studio.refuse_flat_export(_cells(rows))
     fitting = [form for form in FORMATS.values() if _fits(form, rows)]
     if len(fitting) != 1:
         raise ValueError(_unclear(fitting, rows, _cells(rows)))

@@ -11,17 +11,19 @@ terms of other projects `answer`, `completion`, `output`, `reply` or `text`. Wha
     choices             a word of VERDICTS; questions with other answers are not read
     rating, number      a score of the response that it belongs to, under the control's name
 
-One person has one vote, the last one given; skipped annotations, drafts and predictions are none. A score is the mean
-over those who gave one. Where nobody voted, scores compare the responses as in `scored.py`.
+One person has one vote, the one updated last; skipped annotations, drafts and predictions are none. A score is the mean
+over those who gave one. Where nobody voted, scores compare the responses as in `scored.py`. A task that nobody answered
+is counted as `not_answered`, which is no defect of the data.
 
 `rmjax.data.labelling` writes such tasks; what it notes in `data.rmjax` brings the record back as it was: its
 `row`, the `order` in which its responses are shown, and the `lowest` score, which one star stands for.
 """
 
 import dataclasses
+import datetime
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rmjax.data.formats.cells import Reading, Row, messages, prompt_turns, row_format
@@ -38,6 +40,7 @@ VERDICTS = {
 }
 AMBIGUOUS = ("1", "2", "both", "neither")
 PROMPTS = ("prompt", "question", "instruction", "messages", "conversation", "dialogue")
+FLAT = ("annotation_id", "annotator", "lead_time")  # columns of the exports that hold a row for each annotation
 Answers = dict[tuple[str, int], float]  # of one person: scores by attribute and response (from 0), and the vote
 VOTE = ("preference", -1)  # its key in Answers
 RESPONSE = re.compile(r"(?:response|answer|completion|output|reply|text)[ _-]?(\d*)")
@@ -56,10 +59,21 @@ def _is_annotations(cell: Any) -> bool:
 ANNOTATIONS = Kind("a list of annotations, each with a list `result`", _is_annotations)
 
 
+def refuse_flat_export(columns: Collection[str]) -> None:
+    """Raises ValueError for columns of Label Studio's JSON_MIN: which control gave what answer is not in them."""
+    if all(column in columns for column in FLAT):
+        raise ValueError(
+            f"the columns {', '.join(FLAT)} are those of a JSON_MIN or CSV export of Label Studio, which does not say "
+            "which control gave an answer to which response; export as JSON"
+        )
+
+
 @row_format("label_studio", {"data": OBJECT, "annotations": ANNOTATIONS})
 def _task(row: Row, reading: Reading) -> Record:
     """An export of Label Studio (JSON): `pairwise`, `choices`, `rating` and `number` of one or several people."""
     data = row["data"]
+    if not any(annotation.get("result") and not annotation.get("was_cancelled") for annotation in row["annotations"]):
+        raise BadRow("not_answered", f"{len(row['annotations'])} annotations, all skipped or empty")
     shown, order = _responses(data)
     prompt = prompt_turns(data, _prompt(data))
     conversations = [[*prompt, *messages(data[shown[order.index(i)]])] for i in range(len(shown))]
@@ -125,7 +139,7 @@ def _answers(row: Row) -> dict[str, Answers]:
     _, order = _responses(row["data"])
     lowest = _notes(row["data"]).get("lowest", 1)
     by_person: dict[str, Answers] = {}
-    for i, annotation in enumerate(sorted(row["annotations"], key=lambda a: str(a.get("created_at", "")))):
+    for i, annotation in enumerate(sorted(row["annotations"], key=_updated)):
         results = annotation.get("result")
         if annotation.get("was_cancelled") or not results:
             continue
@@ -136,6 +150,15 @@ def _answers(row: Row) -> dict[str, Answers]:
         if answers:  # a comment alone takes nothing back
             by_person[f"annotation {i}" if person is None else str(person)] = answers
     return by_person
+
+
+def _updated(annotation: Mapping[str, Any]) -> datetime.datetime:
+    """When somebody last changed an annotation; the earliest of all times where it does not say."""
+    try:
+        when = datetime.datetime.fromisoformat(str(annotation.get("updated_at") or annotation.get("created_at")))
+    except ValueError:
+        when = datetime.datetime.min
+    return when if when.tzinfo else when.replace(tzinfo=datetime.UTC)
 
 
 def _vote(results: Sequence[Mapping[str, Any]], order: Sequence[int]) -> int | None:

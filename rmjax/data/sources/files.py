@@ -28,6 +28,13 @@ def kind(path: Path) -> str:
     return suffix if suffix in READERS else ""
 
 
+def advice(name: str) -> str:
+    """How to get the rows of a file that is not read."""
+    if name.removesuffix(".gz").endswith((".csv", ".tsv")):
+        return "; from Label Studio, export as JSON; any other table, write as Parquet (pandas: read_csv, to_parquet)"
+    return ""
+
+
 def as_object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
         raise ValueError(f"{where} is a {type(value).__name__}, expected an object")

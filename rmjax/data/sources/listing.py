@@ -10,35 +10,36 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 import huggingface_hub
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
-from rmjax.data.sources import files
-from rmjax.runtime import compile_cache, passwords
+from rmjax.data.sources import files, folders
+from rmjax.runtime import compile_cache, notes, passwords
 from rmjax.runtime.files import sync
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # what fsspec reads buckets with
 KINDS = ", ".join(files.READERS)
-# What `datasets.save_to_disk` writes beside the data.
-NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-# Words in a path that say which split a file belongs to.
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("test", "testing"),
-}
+# What the hub says itself; the first is one of the second, too.
+ANSWERS = (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError)
 LOCAL = SimpleNamespace(
     exists=os.path.exists,
     isdir=os.path.isdir,
     isfile=os.path.isfile,
     find=lambda path: [str(file) for file in sorted(Path(path).rglob("*")) if file.is_file()],
     glob=functools.partial(glob.glob, recursive=True),
+    cat_file=lambda path: Path(path).read_bytes(),
 )
 
 
@@ -84,9 +85,17 @@ def local_files(item: str) -> list[Path]:
     """The files of a source that is a path on this machine; errors as of `remote_files`."""
     path = _at_home(passwords.reveal(item))  # a directory may be called like a URL
     if paths := [Path(name) for name in _data_files(LOCAL, path, item) if os.path.isfile(name)]:
+        real: dict[Path, Path] = {}
+        for place in paths:
+            if (first := real.setdefault(place.resolve(), place)) != place:
+                raise ValueError(f"{item} holds one file as {first.name} and as {place.name}; {folders.ONE}")
         return paths
     if os.path.isdir(path):
-        raise FileNotFoundError(f"{item} is a directory without any file that can be read: {KINDS}, also with .gz")
+        others = sorted(os.listdir(path))
+        found = f"; found {', '.join(others[:4])}{''.join(map(files.advice, others[:1]))}" if others else ""
+        raise FileNotFoundError(
+            f"{item} is a directory without any file that can be read: {KINDS}, also with .gz{found}"
+        )
     raise FileNotFoundError(f"{item}: no such file, and nothing matches it; looked from {Path.cwd()}")
 
 
@@ -94,17 +103,23 @@ def local_files(item: str) -> list[Path]:
 def remote_files(item: str) -> list[Path]:
     """The files of a source on the hub or in a bucket, copied to this machine once.
 
+    Where the hub does not answer, those of its files that its cache on this machine has.
+
     Raises:
         FileNotFoundError: nothing is there, or the hub does not give it.
         ValueError: a directory of files that do not belong together, or a bucket that cannot be read.
     """
     try:
         fs, path = fsspec.core.url_to_fs(passwords.reveal(item))
+        if isinstance(fs, huggingface_hub.HfFileSystem):
+            fs.resolve_path(path)  # without it a hub that does not answer seems to be one that lacks the file
         paths = [_local_copy(fs, name) for name in _data_files(fs, path.rstrip("/"), item)]
     except Exception as error:  # each store has errors of its own: credentials, permissions, the network
         if isinstance(error, ValueError) and not isinstance(error, OSError):
             raise
-        raise _explained(item, error) from error
+        paths = _cached_files(item, error)
+        if not paths:
+            raise _explained(item, error) from error
     if not paths:
         raise FileNotFoundError(f"{item}: no {KINDS} file there")
     return paths
@@ -118,29 +133,11 @@ def _data_files(fs: Any, path: str, item: str) -> list[str]:
     if glob.has_magic(pattern):
         matches = sorted(set(fs.glob(os.path.join(glob.escape(literal), pattern))))
         names = [name for name in matches if fs.isfile(name)]
-        return [name for name in names if _is_data(Path(name))] or names
+        return folders.data_files(fs, item, literal, names, whole=False)
     literal = literal or "." * (not pattern)  # the directory "." has no parts
     if pattern or not fs.isdir(literal):
         return [path]
-    return [os.path.join(literal, name) for name in _belonging_together(item, literal, fs.find(literal))]
-
-
-def _is_data(path: Path) -> bool:
-    return bool(files.kind(path)) and path.name not in NOT_DATA
-
-
-def _belonging_together(item: str, directory: str, names: Sequence[str]) -> list[Path]:
-    """The files that are read when a directory is named, relative to it; hidden ones are not."""
-    paths = [Path(name).relative_to(directory) for name in names]
-    data = [path for path in paths if _is_data(path) and not any(part.startswith(".") for part in path.parts)]
-    kinds = sorted({files.kind(path) for path in data})
-    if len(kinds) > 1:
-        raise ValueError(f"{item} holds files of several kinds ({', '.join(kinds)}); choose with a glob")
-    words = {word for path in data for word in re.split(r"[^a-z]+", str(path).lower())}
-    splits = [split for split, synonyms in SPLITS.items() if words.intersection(synonyms)]
-    if len(splits) > 1:
-        raise ValueError(f"{item} holds several splits ({', '.join(splits)}); choose one with a glob")
-    return data
+    return folders.data_files(fs, item, literal, fs.find(literal), whole=True)
 
 
 def _local_copy(fs: Any, name: str) -> Path:
@@ -162,6 +159,33 @@ def _local_copy(fs: Any, name: str) -> Path:
     return copy
 
 
+def _cached_files(item: str, error: Exception) -> list[Path]:
+    """The files of a source on the hub that were downloaded before, if the error is that the hub does not answer."""
+    place = re.fullmatch(r"hf://(?:(datasets|spaces)/)?([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?/?(.*)", item)
+    if not place or _answer(error):
+        return []
+    kind, repository, revision, path = place.groups()
+    options: dict[str, Any] = {"repo_type": kind and kind.removesuffix("s"), "revision": revision and unquote(revision)}
+    try:  # no pattern: it would refuse a folder of which not all files were ever asked for
+        snapshot = huggingface_hub.snapshot_download(repository, allow_patterns=[], local_files_only=True, **options)
+    except Exception:
+        return []
+    paths = [Path(name) for name in _data_files(LOCAL, os.path.join(snapshot, path), item) if os.path.isfile(name)]
+    if paths:
+        notes.tell(
+            f"the hub cannot be reached ({type(error).__name__}), so {item} is what its cache on this machine has: "
+            f"{len(paths)} files of revision {Path(snapshot).name}"
+        )
+    return paths
+
+
+def _answer(error: BaseException | None) -> BaseException | None:
+    """The hub's own answer among the causes of an error; None where it gave none."""
+    while error is not None and not isinstance(error, ANSWERS):
+        error = error.__cause__
+    return error
+
+
 def _explained(item: str, error: Exception) -> Exception:
     """A store's error in words that say what to do."""
     scheme = item.partition("://")[0]
@@ -176,10 +200,7 @@ def _explained(item: str, error: Exception) -> Exception:
 
 def _hub_advice(item: str, error: BaseException) -> str:
     """What the hub's error means, and what to do."""
-    kinds = (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError)  # the first is one of the second, too
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, kinds):
-        cause = cause.__cause__
+    cause = _answer(error)
     repository = re.match(r"hf://(datasets/)?[^/@]+/[^/@]+", item)
     page = "https://huggingface.co/" + (repository[0] if repository else item).removeprefix("hf://")
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
@@ -189,4 +210,9 @@ def _hub_advice(item: str, error: BaseException) -> str:
         return f"no such repository, or a private one; look at {page}, and if it is yours, {log_in}"
     if isinstance(cause, RevisionNotFoundError):
         return f"no such revision; the branches and tags are at {page}/tree/main"
+    if cause is None:
+        return (
+            f"the hub cannot be reached ({type(error).__name__}: {error}), and its cache on this machine has no such "
+            "file; download it where there is a network (`hf download`), or name a copy on this machine"
+        )
     return f"the hub did not give it ({type(error).__name__}: {error}); its files are at {page}/tree/main"

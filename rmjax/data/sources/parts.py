@@ -33,7 +33,10 @@ class Part:
 
 def file_parts(paths: Sequence[Path]) -> list[Part]:
     if unknown := [path for path in paths if not files.kind(path)]:
-        raise ValueError(f"{unknown[0]}: unknown kind of file; known: {', '.join(files.READERS)}, each also with .gz")
+        raise ValueError(
+            f"{unknown[0]}: unknown kind of file; known: {', '.join(files.READERS)}, each also with .gz"
+            f"{files.advice(unknown[0].name)}"
+        )
     of = lambda function, path: functools.partial(function, path)
     return [
         Part(name, of(files.read, path), of(files.count, path), of(files.digest, path), of(files.state, path))
