@@ -266,5 +266,9 @@ BENCHMARKS = {  # in the layouts in which they are published
         "category_path": "BoN_set/Harmlessness/S1",
     },
 }
+UNLABELLED = {  # as they are scored
+    "unlabelled_pair": {"prompt": "q", "response_a": "a", "response_b": "b"},
+    "unlabelled_steps": {"prompt": "What is 2 + 2 + 1?", "completions": ["2 + 2 = 4.", "4 + 1 = 5."]},
+}
 # These have to be named: their columns are those of other formats, or none that anybody else has.
-NAMED = {"prometheus_judge": ROWS["prometheus"], **BENCHMARKS}
+NAMED = {"prometheus_judge": ROWS["prometheus"], **BENCHMARKS, **UNLABELLED}

@@ -6,7 +6,9 @@ transformers and vLLM pool. The tree is built from token ids, never from strings
 a newline merges with the header before it, so a prefix of the text need not be a prefix of the tokens.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -160,6 +162,13 @@ class Chat:
             if own := self._own_tokens.search(message.get("content") or ""):
                 found.append(BadRow("special_tokens_in_text", f"{own[0]!r} in the {message['role']}'s text"))
         return found
+
+    @functools.cached_property
+    def shows_tools(self) -> bool:
+        """Whether the template renders tool descriptions."""
+        with contextlib.suppress(BadRow):
+            return self.render(PROBE, [PROBE_TOOL]) != self.render(PROBE)
+        return False
 
     def encode(self, texts: Sequence[str]) -> Sequences:
         """Token ids of renderings; special tokens only where the text has them, so never a second BOS."""

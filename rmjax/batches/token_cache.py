@@ -223,8 +223,8 @@ def _tokenize(chat: Chat, job: _Job, *, task: Task, keep: bool, augmentations: S
             lose(where, group)
             group = chat.groups([example], keep=True)[0] if kept else group
         if isinstance(group, Labelled):
-            for bad in group.left_out:
-                lose(where, bad)
+            for loss in group.left_out:
+                lose(where, loss)
             groups.append({**_columns(record, example, group, shares), HISTORIES: asked, "uses": use})
             used.add(where)
             if use != EVALUATION:

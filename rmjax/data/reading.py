@@ -52,12 +52,14 @@ def records(
                 yield record
 
 
-def open_rows(item: str, format: str, columns: str = "") -> tuple[formats.Layout, Rows]:
-    """How one source is read, which its first rows decide, and all its rows; errors as of `records`."""
+def open_rows(
+    item: str, format: str, columns: str = "", unlabelled: Sequence[str] | None = None
+) -> tuple[formats.Layout, Rows]:
+    """How one source is read, by its first rows (`formats.detect`), and all its rows; errors as of `records`."""
     rows = sources.open_source(item)
     first = list(itertools.islice(rows, formats.LOOK))
     try:
-        layout = formats.detect([row for _, row in first], format, columns)
+        layout = formats.detect([row for _, row in first], format, columns, unlabelled)
     except ValueError as error:
         raise ValueError(f"{item}: {error}") from None
     return layout, itertools.chain(first, rows)

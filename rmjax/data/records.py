@@ -131,13 +131,13 @@ class Record:
 def check_conversation(conversation: Any, *, keep: bool = False) -> tuple[Message, ...]:
     """Validates one conversation: a list of {role, content}, ending with an assistant turn that has text.
 
-    A content that is a list of parts becomes the text of its parts. With `keep` the last turn may be empty. Raises
-    BadRow: `wrong_type`, `no_assistant_turn` or `empty_response`.
+    A content that is a list of parts becomes the text of its parts. With `keep` the last turn may be empty, and null
+    becomes "". Raises BadRow: `wrong_type`, `no_assistant_turn` or `empty_response`.
     """
     if not isinstance(conversation, list | tuple):
         raise BadRow("wrong_type", f"a conversation must be a list of messages, got {type(conversation).__name__}")
     checked: list[Message] = []
-    for message in conversation:
+    for i, message in enumerate(conversation, 1):
         if not isinstance(message, Mapping) or "role" not in message:
             raise BadRow("wrong_type", f"a message must be a {{role, content}} object, got {str(message)[:80]!r}")
         if message["role"] not in ROLES:
@@ -146,7 +146,8 @@ def check_conversation(conversation: Any, *, keep: bool = False) -> tuple[Messag
         if isinstance(content, list | tuple | Mapping):
             content = _joined_text(content, message["role"])
             message = {**message, "content": content}
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        may_be_null = message.get("tool_calls") or (i == len(conversation) and message["role"] == "assistant")
+        if not isinstance(content, str) and not (content is None and may_be_null):
             raise BadRow("wrong_type", f"the {message['role']}'s content is {type(content).__name__}, expected text")
         if content and not content.isascii() and HALF_PAIR.search(content):
             raise BadRow("wrong_type", f"the {message['role']}'s content is no Unicode: half of a surrogate pair")
@@ -156,10 +157,16 @@ def check_conversation(conversation: Any, *, keep: bool = False) -> tuple[Messag
     if not checked or checked[-1]["role"] != "assistant":
         last = checked[-1]["role"] if checked else "nothing"
         raise BadRow("no_assistant_turn", f"the conversation ends with {last}, expected an assistant turn")
-    last_turn = checked[-1]
-    if not keep and not (last_turn.get("content") or "").strip() and not last_turn.get("tool_calls"):
+    if has_response(checked):
+        return tuple(checked)
+    if not keep:
         raise BadRow("empty_response", "the last assistant turn has no text")
-    return tuple(checked)
+    return (*checked[:-1], {**checked[-1], "content": checked[-1].get("content") or ""})
+
+
+def has_response(conversation: Conversation) -> bool:
+    """Whether the last turn has text, or calls a tool."""
+    return bool((conversation[-1].get("content") or "").strip() or conversation[-1].get("tool_calls"))
 
 
 def _joined_text(parts: Any, role: str) -> str:
@@ -208,6 +215,8 @@ def group(
         BadRow: the group cannot be used.
     """
     check_count(k := len(conversations))
+    if not k:
+        raise BadRow("empty_response", "there is no response")
     matrix = lambda x: np.zeros((k, k), np.float32) if x is None else np.array(x, np.float32)
     wins, ties = matrix(wins), matrix(ties)
     margin = np.where(wins > 0, np.float32(np.nan), np.float32(0)) if margin is None else matrix(margin)
@@ -246,6 +255,7 @@ def _check_all(conversations: Sequence[Any], keep: bool) -> tuple[list[tuple[Mes
     """The conversations, () for one that cannot be used, and what is wrong with which."""
     checked: list[tuple[Message, ...]] = []
     bad: dict[int, BadRow] = {}
+    alike: dict[Any, list[int]] = {}  # by the last turn's text: comparing all with all takes seconds for thousands
     for i, conversation in enumerate(conversations):
         try:
             checked.append(check_conversation(conversation))
@@ -254,9 +264,13 @@ def _check_all(conversations: Sequence[Any], keep: bool) -> tuple[list[tuple[Mes
                 raise
             bad[i] = error
             checked.append(check_conversation(conversation, keep=True) if keep else ())
-        if i not in bad and checked[i] in checked[:i]:
-            same = f"responses {checked.index(checked[i]) + 1} and {i + 1} of {len(conversations)} are the same"
-            bad[i] = BadRow("identical_responses", same)
+        if i not in bad:
+            before = alike.setdefault(checked[i][-1].get("content"), [])
+            if first := next((j + 1 for j in before if checked[j] == checked[i]), None):
+                same = f"responses {first} and {i + 1} of {len(conversations)} are the same"
+                bad[i] = BadRow("identical_responses", same)
+            else:
+                before.append(i)
     return checked, bad
 
 

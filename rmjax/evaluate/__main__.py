@@ -127,7 +127,7 @@ def load(path: str, args: argparse.Namespace) -> "tuple[RewardModel, int | None]
 
 def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for of one model, as evaluation.json has it; with --gold also "gold"."""
-    from rmjax.data import sources
+    from rmjax.data import ledger, sources
     from rmjax.evaluate import evaluating
 
     model, step = load(path, args)
@@ -139,6 +139,8 @@ def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
         tasks = evaluating.measurable_tasks(item, format, learnt)
         for kind, task in tasks.items():
             groups = evaluating.read(item, model.chat, task, format=format)
+            if groups.audit.reasons:
+                print(*ledger.rows_lines(groups.audit), sep="\n", file=sys.stderr)
             groups = groups.sample(rows, 0) if rows else groups
             label = f"{name} ({kind})" if len(tasks) > 1 else name
             sets[label] = evaluating.measured(model, groups, task, progress=progress(label, len(groups)))
@@ -173,16 +175,18 @@ def progress(name: str, total: int) -> Callable[[int], None]:
 
 def against_gold(model: "RewardModel", source: str, sets: dict[str, Any]) -> dict[str, Any]:
     """The model as a proxy of the gold model whose scores are in `source`; see evaluate/gold.py."""
-    from rmjax.data import prompts, reading
+    from rmjax.data import ledger, prompts, reading
     from rmjax.evaluate import gold
     from rmjax.evaluate.scored import Scored
 
     said: list[tuple[Any, ...]] = []
     histories: list[list[tuple[int, int]]] = []
     scores: list[np.ndarray] = []
-    rows = (record for record in reading.records(source) if "score" in record.attributes)
+    audit = ledger.Audit()
+    rows = (record for record in reading.records(source, audit=audit) if "score" in record.attributes)
     while chunk := list(itertools.islice(rows, CHUNK)):
-        values = model.score([c for record in chunk for c in record.conversations])
+        tools = [record.tools for record in chunk for _ in record.conversations]
+        values = model.score([c for record in chunk for c in record.conversations], tools=tools)
         for record in chunk:
             own, values = values[: len(record.conversations)], values[len(record.conversations) :]
             labels = (record.source, record.wins, record.ties, record.margin)
@@ -190,6 +194,8 @@ def against_gold(model: "RewardModel", source: str, sets: dict[str, Any]) -> dic
             said.append((record.row, *labels, lengths, np.array(own, np.float64)))
             histories.append(prompts.histories(record))
             scores.append(np.array(record.attributes["score"], np.float64))
+    if audit.reasons:
+        print(*ledger.rows_lines(audit), sep="\n", file=sys.stderr)
     if not said:
         raise ValueError(f"--gold={source}: no row has scores; expected `prompt`, `responses` and `scores`")
     prompt_ids = prompts.ids(*prompts.flat(histories)).tolist()

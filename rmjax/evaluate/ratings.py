@@ -59,7 +59,7 @@ def attributes(
     scores, labels, prompt, tokens, rewards, weight = (
         x[here] for x in (scores, labels, prompt, tokens, rewards, weight)
     )
-    ids = [ids[i] for i in here]
+    ids = [ids[i] for i in here.tolist()]
     estimates = Estimates(prompt)
     add_ratings(estimates, scores, labels, weight, names, limits)
     moments.add_correlation(estimates, "reward_length_correlation", np.arange(len(here)), rewards, tokens)

@@ -122,11 +122,14 @@ class RewardModel:
         score = decoded.get("score", np.zeros(1))
         return float(np.abs(score[1:] - score[0]).sum())
 
-    def score(self, conversations: Sequence[Conversation]) -> list[float]:
+    def score(
+        self, conversations: Sequence[Conversation], *, tools: Sequence[Sequence[Any] | None] | None = None
+    ) -> list[float]:
         """Scalar rewards; conversations that follow each other and share their prompt share its computation.
 
         Args:
             conversations: each a list of {"role", "content"} that ends with an assistant turn.
+            tools: for each conversation its tool descriptions for the chat template, or None.
 
         Returns:
             One float per conversation, in order.
@@ -135,16 +138,18 @@ class RewardModel:
             BadConversation: one that cannot be scored.
             ValueError: a model whose outputs are no reward of a conversation: a judge, a model of steps or of text.
         """
-        values = self.values(conversations)
+        values = self.values(conversations, tools=tools)
         if "score" not in values:
             raise ValueError(f"this model gives {', '.join(values)}, not one reward; call `values`")
         return values["score"].tolist()
 
-    def values(self, conversations: Sequence[Conversation]) -> dict[str, np.ndarray]:
+    def values(
+        self, conversations: Sequence[Conversation], *, tools: Sequence[Sequence[Any] | None] | None = None
+    ) -> dict[str, np.ndarray]:
         """Everything the model says of each conversation: `score`, and attributes by name on their scales.
 
         Args:
-            conversations: as for `score`.
+            conversations, tools: as for `score`.
 
         Returns:
             float arrays [n] by name.
@@ -156,16 +161,17 @@ class RewardModel:
         if self.objective is not None and isinstance(self.objective.task, Judgements):
             raise ValueError("this model compares two responses; call `judge`")
         texts, prompts = [], []
-        for index, conversation in enumerate(conversations):
+        tools = [None] * len(conversations) if tools is None else tools
+        for index, (conversation, described) in enumerate(zip(conversations, tools, strict=True)):
             try:
                 checked = check_conversation(conversation)
-                texts.append(self.chat.render(checked))
+                texts.append(self.chat.render(checked, described))
                 texts[-1].encode()
             except BadRow as bad:
                 raise BadConversation(index, bad.detail) from None
             except UnicodeEncodeError as error:  # half of a surrogate pair; tokenizers would stop at it
                 raise BadConversation(index, f"the text is no Unicode: {error.reason}") from None
-            prompts.append(checked[:-1])
+            prompts.append((checked[:-1], described))
         return self.decode(self.outputs(self.chat.encode(texts), prompts))
 
     def steps(
@@ -185,17 +191,42 @@ class RewardModel:
             BadConversation: one that cannot be scored.
             ValueError: a model of another kind.
         """
+        whole, stops = [], []
+        for prompt, pieces in zip(conversations, steps, strict=True):
+            texts = [separator * bool(i) + piece for i, piece in enumerate(pieces)]
+            stops.append(np.cumsum([len(text) for text in texts]).tolist())
+            whole.append((*prompt, {"role": "assistant", "content": "".join(texts)}))
+        return self.steps_at(whole, stops)
+
+    def steps_at(
+        self,
+        conversations: Sequence[Conversation],
+        stops: Sequence[Sequence[int]],
+        *,
+        tools: Sequence[Sequence[Any] | None] | None = None,
+    ) -> list[list[float]]:
+        """Like `steps`, of whole conversations.
+
+        Args:
+            conversations, tools: as for `score`.
+            stops: for each, the characters of its last turn up to and including the last one of each step.
+
+        Returns:
+            For each conversation one float per step.
+
+        Raises:
+            BadConversation, ValueError: as `steps`.
+        """
         self._expect("TokenClassification")
         if self.objective is None and len(self.labels) != 1:
             raise ValueError(
                 f"which of the outputs {', '.join(self.labels)} is a step's score is not known; see `replay`"
             )
-        examples = []
-        for prompt, pieces in zip(conversations, steps, strict=True):
-            texts = [separator * bool(i) + piece for i, piece in enumerate(pieces)]
-            stops = tuple(np.cumsum([len(text) for text in texts]).tolist())
-            whole = (*prompt, {"role": "assistant", "content": "".join(texts)})
-            examples.append(Example((whole,), scored=(stops,)))
+        tools = [None] * len(conversations) if tools is None else tools
+        examples = [
+            Example((tuple(conversation),), scored=(tuple(ends),), tools=described)
+            for conversation, ends, described in zip(conversations, stops, tools, strict=True)
+        ]
         outputs = self.inference.trees([made.tree for made in self._groups(examples)])
         return [self.decode(values)["score"].tolist() for values in outputs]
 

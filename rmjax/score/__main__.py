@@ -5,15 +5,21 @@
     python -m rmjax.score --model=... --input=responses.jsonl --output=pairs.jsonl --pairs=best_worst
     python -m rmjax.score --model=... --input=pairs.parquet --output=clean.parquet --relabel --min_margin=0.5
 
-What the model was trained for decides which columns a row needs; the first row decides which of the forms below all
-rows have. `prompt` is a text or a list of {role, content}.
+Rows are read as training reads them: every format of docs/data.md, with its turns, `system` and `tools`, and the files
+that `rmjax.data convert` writes. The first rows decide the format, or --format names it. Labels are not needed, and not
+read. What the model was trained for decides which columns are added:
 
     rewards, attributes   `messages`, or `prompt` and `response`      adds `score` and each attribute
                           `prompt` and `responses` (a list)           adds `scores`, a list, and one of each attribute
                           `chosen` and `rejected`, `prompt`           adds `chosen_score` and `rejected_score`
-    comparisons           `prompt`, `response_a`, `response_b`        adds `A`, `B` and `tie`: probabilities
-    steps                 `prompt`, `completions` (a list of texts)   adds `scores`, one for each step
+                          any other format                            adds `score` if it has one response, else `scores`
+    comparisons           `prompt`, `response_a`, `response_b`,       adds `A`, `B` and `tie`: probabilities; A is the
+                          or any format of two responses              first response, or the chosen one
+    steps                 `prompt`, `completions` (a list of texts),  adds `scores`, one for each step; a list of such
+                          or any format with steps                    lists where a row has several responses
 
+A response that is empty or null has no score: null, counted on the last line, and nothing is chosen by it. Rows with
+tools that the chat template does not show are counted there, too.
 The responses of a prompt share its computation. The output has the rows in the order of the input, with their other
 columns; its ending (.jsonl or .parquet) chooses the format. JSONL holds dates, decimals and bytes as text. A score that
 is not finite becomes null. Options make other rows from the scores:
@@ -44,7 +50,7 @@ from typing import Any
 
 from absl import app, flags
 
-from rmjax.data import sources
+from rmjax.data import ledger
 from rmjax.runtime import command_line, compile_cache, passwords
 from rmjax.score import job as jobs
 from rmjax.score import making, rows, survey
@@ -53,6 +59,12 @@ from rmjax.score.survey import Survey
 
 MODEL = flags.DEFINE_string("model", "", "Reward model: a Hugging Face directory or hub id.")
 INPUT = flags.DEFINE_string("input", "", "Rows to score: JSONL, JSON, Parquet or Arrow file, glob, or hf:// source.")
+FORMAT = flags.DEFINE_string(
+    "format", "auto", "Format of the rows, a name of the table in docs/data.md; auto sees it in their columns."
+)
+COLUMNS = flags.DEFINE_string(
+    "columns", "", "What columns are, as prompt=trajectory,ignore=notes (docs/data.md); their usual names need none."
+)
 OUTPUT = flags.DEFINE_string("output", "", "File to write; its ending, .jsonl or .parquet, chooses the format.")
 DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -90,6 +102,8 @@ def run(
     template_kwargs: Mapping[str, Any] | None = None,
     options: Options | None = None,
     normalize: bool = False,
+    format: str = "auto",
+    columns: str = "",
 ) -> tuple[int, dict[str, int]]:
     """Scores every row of `source` into `output`, or goes on with it.
 
@@ -103,18 +117,27 @@ def run(
     """
     from rmjax.inference import contract, reward_model
     from rmjax.models import heads, hf
+    from rmjax.runtime import processes
 
     options = options or Options()
     if normalize:
         mean, std = contract.normalization(contract.find(model_path))
         options = dataclasses.replace(options, mean=mean, std=std)
-    surveyed = survey.survey_input(model_path, source, output, options)
+    input = rows.Input(source, format, columns)
+    surveyed = survey.survey_input(model_path, input, output, options)
+    if processes.is_first():
+        if surveyed.unread:
+            print(f"not read: {', '.join(ledger.unread_texts(surveyed.unread))}", flush=True)
+        for reason, told in surveyed.unscored.items():
+            print(f"no score: {reason} {told}", flush=True)
     directory = hf.resolve(model_path)
     what = {
         "model": jobs.model_identity(directory),
         "input": surveyed.digest,
         "dtype": heads.compute_dtype(dtype),
         "template_kwargs": dict(template_kwargs or {}),
+        "format": input.format,
+        "columns": input.columns,
         "options": {name: str(value) for name, value in dataclasses.asdict(options).items()},
     }
     # Opened before the model is loaded, so that a bad place is found at once.
@@ -122,14 +145,18 @@ def run(
         if missing := job.missing():
             model = reward_model.load_checked(model_path, dtype=dtype, template_kwargs=template_kwargs)
             score = lambda part: _scored(model, part, surveyed, options, model_path)
-            _score_missing(job, missing, surveyed, source, score)
+            _score_missing(job, missing, surveyed, input, score)
         counts = dict(job.join(surveyed.rows))
     counts.pop("read", None)
     return surveyed.rows, counts
 
 
 def _score_missing(
-    job: jobs.Job, missing: Sequence[int], surveyed: Survey, source: str, score: Callable[[list[Any]], jobs.Scored]
+    job: jobs.Job,
+    missing: Sequence[int],
+    surveyed: Survey,
+    input: rows.Input,
+    score: Callable[[list[rows.Asked]], jobs.Scored],
 ) -> None:
     """Scores the missing parts of this process, with progress; RuntimeError where the input's rows have changed."""
     from rmjax.runtime import processes
@@ -139,10 +166,10 @@ def _score_missing(
     if processes.is_first() and (before := job.read_before(wanted)):
         print(f"{before:,} of {surveyed.rows:,} rows are scored already, by an earlier start", flush=True)
     progress = Progress(len(missing), "part", unit="rows", stream=sys.stderr) if processes.is_first() else None
-    for number, part in _read_again(job, surveyed, source):
+    for number, part in _read_again(job, surveyed, input):
         if number in wanted:
             if survey.digest_rows(part) != surveyed.parts[number]:
-                raise _changed(job, source, f"from {part[0][0]} on it has other rows than before")
+                raise _changed(job, input.source, f"from {part[0].where} on it has other rows than before")
             job.write(number, len(part), score(part))
             done += 1
             if progress is not None:  # the other processes are taken to be as fast as this one
@@ -150,15 +177,15 @@ def _score_missing(
     if progress is not None:
         progress.close()
     if number + 1 != len(surveyed.parts):
-        raise _changed(job, source, "it has not as many rows as before")
+        raise _changed(job, input.source, "it has not as many rows as before")
 
 
-def _read_again(job: jobs.Job, surveyed: Survey, source: str) -> Iterator[tuple[int, list[tuple[str, rows.Row]]]]:
+def _read_again(job: jobs.Job, surveyed: Survey, input: rows.Input) -> Iterator[tuple[int, list[rows.Asked]]]:
     """The parts of the input. Rows that cannot be read now could be read by the survey."""
     try:
-        yield from enumerate(survey.cut_source(sources.open_source(source), surveyed.shape))
+        yield from enumerate(survey.cut_source(rows.open_source(input, surveyed.kind)))
     except ValueError as error:
-        raise _changed(job, source, str(error)) from error
+        raise _changed(job, input.source, str(error)) from error
 
 
 def _changed(job: jobs.Job, source: str, how: str) -> RuntimeError:
@@ -168,35 +195,24 @@ def _changed(job: jobs.Job, source: str, how: str) -> RuntimeError:
     )
 
 
-def _scored(model: Any, part: list[Any], surveyed: Survey, options: Options, model_path: str) -> jobs.Scored:
+def _scored(model: Any, part: Sequence[rows.Asked], surveyed: Survey, options: Options, model_path: str) -> jobs.Scored:
     """The rows that a part becomes; ValueError for a row that the template refuses, and a model without rewards."""
-    from rmjax.inference.reward_model import BadConversation
-
-    some, work = [row for _, row in part], model.inference.work
+    work = model.inference.work
     computed, unshared = work.computed, work.unshared
-    try:
-        scores = surveyed.shape.score(model, some, [surveyed.shape.read(row) or [] for row in some])
-    except BadConversation as bad:
-        raise ValueError(f"{_row_of(part, surveyed.shape, bad.index)}: {bad.detail}") from None
-    if scores[0].keys() != surveyed.added.keys():
+    scores = surveyed.kind.score(model, part)
+    if other := next((x for x in scores if x.keys() != surveyed.added.keys()), None):
         raise ValueError(
-            f"{model_path} gives {', '.join(scores[0])}, expected {', '.join(surveyed.added)}: it is no model of ours, "
+            f"{model_path} gives {', '.join(other)}, expected {', '.join(surveyed.added)}: it is no model of ours, "
             "and its outputs are no reward; see RewardModel.values"
         )
     counts = +making.Counts({COMPUTED: work.computed - computed, UNSHARED: work.unshared - unshared})
+    if (tools := sum(bool(asked.tools) for asked in part)) and not surveyed.kind.sees_tools(model):
+        counts["with tools that the model is not shown"] += tools
+    counts.update(f"without a score: {bad.reason}" for asked in part for bad in asked.unscored)
     chooses = options.takes_responses or options.makes_margins
     resolution = getattr(model, "resolution", 0.0) if chooses else 0.0
-    return [
-        new for row, x in zip(some, scores) for new in making.make_rows(row, x, options, counts, resolution)
-    ], counts
-
-
-def _row_of(part: Sequence[tuple[str, rows.Row]], shape: rows.Shape, conversation: int) -> str:
-    for where, row in part:
-        conversation -= len(shape.read(row) or ()) if shape.name in ("responses", "pair") else 1
-        if conversation < 0:
-            return where
-    return part[-1][0]
+    make = lambda asked, x: making.make_rows(asked.row, x, options, counts, resolution)
+    return [new for asked, x in zip(part, scores) for new in make(asked, x)], counts
 
 
 def main(_: Sequence[str]) -> None:
@@ -216,7 +232,8 @@ def main(_: Sequence[str]) -> None:
         source, output = passwords.hide(INPUT.value), Path(OUTPUT.value).expanduser()
         stop = signals.Stop("with what is scored")  # parts stand a kill, so a signal ends the process at once
         with stop.listening(), _memory_explained():
-            done, counts = run(MODEL.value, source, output, DTYPE.value, arguments, options, NORMALIZE.value)
+            read_as = {"format": FORMAT.value, "columns": COLUMNS.value}
+            done, counts = run(MODEL.value, source, output, DTYPE.value, arguments, options, NORMALIZE.value, **read_as)
             if processes.is_first():
                 print(_summary(done, counts, OUTPUT.value), flush=True)
             processes.finish()

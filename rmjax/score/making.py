@@ -63,8 +63,13 @@ class Options:
             raise ValueError(f"--min_margin={self.min_margin} is above --max_margin={self.max_margin}")
 
     def check_row(self, where: str, row: Row) -> None:
-        """Raises ValueError, with the row's name, where all pairs of its responses are too many for the memory."""
-        count = len(row["responses"]) if self.pairs == "all" else 0
+        """Raises ValueError, with the row's name, where responses are no texts, or all their pairs are too many."""
+        if not self.takes_responses:
+            return
+        responses = row["responses"] or []
+        if not all(isinstance(response, str | None) for response in responses):
+            raise ValueError(f"{where} has `responses` that are no texts, which --best_of_n and --pairs choose from")
+        count = len(responses) if self.pairs == "all" else 0
         if count > MOST_PAIRED:
             raise ValueError(
                 f"{where} has {count:,} responses, of which --pairs=all makes {count * (count - 1) // 2:,} pairs; "
@@ -100,26 +105,44 @@ def _of_one(name: str) -> str:
 def make_rows(row: Row, scores: Row, options: Options, counts: Counts, resolution: float = 0.0) -> Iterator[Row]:
     """The rows made from a row and its columns of scores; counts dropped rows and swapped pairs.
 
-    Scores that differ by up to `resolution`, in the model's units, are equal.
-
-    A score that is not finite (from overflowing weights, say) is null, and nothing is chosen by it.
+    Scores that differ by up to `resolution`, in the model's units, are equal. A score that is not finite (from
+    overflowing weights, say) is null, and nothing is chosen by it. An empty response has none (None): the others of its
+    row are chosen from, and a pair with one is left out.
     """
+    known = all(map(math.isfinite, _numbers(scores)))
     scores = {name: _value(name, x, options) for name, x in scores.items()}
-    known = not any(x is None or (isinstance(x, list) and None in x) for x in scores.values())
     if not known:
         counts["without a finite score"] += 1
     if not (options.takes_responses or options.makes_margins):
         yield {**row, **scores}
     elif known and options.takes_responses:
-        yield from (_pairs if options.pairs else _best)(row, scores, options, counts, resolution / options.std)
-    elif known:
+        row, scores = _answered(row, scores)
+        if row["responses"]:
+            yield from (_pairs if options.pairs else _best)(row, scores, options, counts, resolution / options.std)
+    elif known and None not in scores.values():
         yield from _judged({**row, **scores}, options, counts, resolution / options.std)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The scores that are there: None is that of an empty response."""
+    if isinstance(value, dict | list):
+        for x in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(x)
+    elif value is not None:
+        yield value
+
+
+def _answered(row: Row, scores: Row) -> tuple[Row, Row]:
+    """A row without its empty responses, and their scores."""
+    kept = [i for i, x in enumerate(scores["scores"] or ()) if x is not None]
+    kept_scores = {name: [x[i] for i in kept] for name, x in scores.items() if kept}
+    return {**row, "responses": [row["responses"][i] for i in kept]}, kept_scores
 
 
 def _value(name: str, x: Any, options: Options) -> Any:
     if isinstance(x, list):
         return [_value(name, value, options) for value in x]
-    if not math.isfinite(x):
+    if x is None or not math.isfinite(x):
         return None
     return (x - options.mean) / options.std if name in REWARDS else x
 

@@ -1,84 +1,102 @@
-"""The shapes of rows that a model can score, chosen by its contract and their columns; see `SHAPES`."""
+"""The rows that are scored: the conversations that training's readers find in them, and the columns that they get."""
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from rmjax.data.records import BadRow, check_conversation
+from rmjax.data import reading
+from rmjax.data.formats import FORMATS, Layout
+from rmjax.data.records import BadRow, Conversation, has_response
+from rmjax.data.sources import source_name, split_spec
 from rmjax.inference import contract
 
 Row = dict[str, Any]
-# Responses of a row are scored together, each rendered with its prompt, so that a row's memory grows with them: of
-# 16,384 with 2,000 characters each and a prompt of as many it is about a gigabyte (an estimate).
-MOST_RESPONSES = 16_384
+NUMBER, NUMBERS = pa.float64(), pa.list_(pa.float64())
+# Why a row gets no score, where the file is as it should be: the job goes on, and counts it.
+MARKED = ("empty_response", "no_label", "conflicting_label")
+# Formats whose rows have one response, and those whose rows have a chosen and a rejected one; others have several.
+ONE = (
+    *("messages", "messages_completion", "scored_text", "boolean", "boolean_text", "nemo_text", "unieval"),
+    *("prometheus", "stepwise", "stepwise_text", "shepherd_text", "unlabelled_steps"),
+)
+SIDES = ("reward_bench", *(name for name in FORMATS if name.startswith("pair_")))
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """How rows of one shape are read and scored."""
+class Asked:
+    """A row, and what a model is asked about it."""
 
-    name: str
-    needs: str  # the columns that a row needs, in words
-    read: Callable[[Row], list[Any] | None]  # the prompt with each response; None where the columns are not there
-    score: Callable[[Any, list[Row], list[list[Any]]], list[Row]]  # (model, rows, what `read` gave) to new columns
-    added: Callable[[Sequence[str]], dict[str, pa.DataType]]  # their types, from the names of the model's outputs
+    where: str  # "file.jsonl:17"
+    row: Row
+    format: str
+    conversations: Sequence[Conversation] = ()  # K whole ones: its responses, in order; () of a row without a score
+    stops: Sequence[Sequence[int]] = ()  # of each the characters of its last turn up to the end of each step
+    tools: Sequence[Any] | None = None
+    unscored: Sequence[BadRow] = ()  # what gets no score, or was left out
 
+    @property
+    def usable(self) -> list[int]:
+        """The responses that can be scored; the others are empty."""
+        return [k for k, conversation in enumerate(self.conversations) if has_response(conversation)]
 
-def turns_of(prompt: Any) -> list[Any] | None:
-    """The messages of a prompt, a text or a list of messages; None of anything else."""
-    if not isinstance(prompt, str | list):
-        return None
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    @property
+    def characters(self) -> int:
+        """About how long its conversations are, all together."""
+        return sum(len(message.get("content") or "") for turns in self.conversations for message in turns)
 
-
-def _answered(row: Row, *texts: Any) -> list[Any] | None:
-    turns = turns_of(row.get("prompt"))
-    if turns is None or not texts or not all(isinstance(text, str) for text in texts):
-        return None
-    return [[*turns, {"role": "assistant", "content": text}] for text in texts]
-
-
-def _conversation(row: Row) -> list[Any] | None:
-    return [row["messages"]] if isinstance(row.get("messages"), list) else _answered(row, row.get("response"))
-
-
-def _responses(row: Row) -> list[Any] | None:
-    texts = row.get("responses")
-    return _answered(row, *texts) if isinstance(texts, list) else None
+    def check(self, taken: Collection[str]) -> None:
+        """Raises ValueError, with the row's name, where it has a column of those that the output will have."""
+        if both := [name for name in taken if name in self.row]:
+            raise ValueError(
+                f"{self.where} has a column `{both[0]}` already; rename it, the output has its scores there"
+            )
 
 
-def _pair(row: Row) -> list[Any] | None:
-    """Texts after a prompt, or whole conversations, or the turns that follow the prompt; as training reads them."""
-    sides: list[Any] = [row.get("chosen"), row.get("rejected")]
-    if all(isinstance(side, list) for side in sides):
-        turns = turns_of(row["prompt"]) if row.get("prompt") is not None else []
-        return None if turns is None else [_joined(turns, side) for side in sides]
-    return _answered(row, *sides)
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """Where the rows are, and how they are read."""
+
+    source: str
+    format: str = "auto"
+    columns: str = ""  # what columns are, see config.data.columns
 
 
-def _joined(prompt: list[Any], side: list[Any]) -> list[Any]:
-    """Whole conversations have the prompt already, or begin with a turn that cannot follow it."""
-    role = lambda message: message.get("role") if isinstance(message, dict) else None
-    asks_again = bool(prompt and side) and role(prompt[-1]) == "user" and role(side[0]) in ("system", "user")
-    return side if side[: len(prompt)] == prompt or asks_again else [*prompt, *side]
+def open_source(input: Input, kind: "Kind", unread: dict[str, str] | None = None) -> Iterator[Asked]:
+    """Reads the rows of a source for a kind of model. ValueError for one that cannot be read, with its name.
+
+    What nobody reads is added to `unread`: its column or key, and an example.
+    """
+    unread = {} if unread is None else unread
+    for item in split_spec(input.source):
+        try:
+            layout, named_rows = reading.open_rows(item, input.format, input.columns, kind.formats)
+        except ValueError as error:
+            needs = f"; to be scored without a label, a row needs {kind.needs}" if "data format" in str(error) else ""
+            raise ValueError(f"{error}{needs}") from None
+        for name, example in layout.unread:
+            unread.setdefault(name, example)
+        for where, row in named_rows:
+            yield _read(layout, source_name(item), where, row, kind, unread)
 
 
-def _separated(row: Row) -> list[str] | None:
-    """The steps of a row as training reads them: each but the first begins with the separator."""
-    texts = row.get("completions")
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        return None
-    separator = "\n" if row.get("separator") is None else str(row["separator"])
-    return [separator * bool(i) + text for i, text in enumerate(texts)]
-
-
-def _steps(row: Row) -> list[Any] | None:
-    texts = _separated(row)
-    return None if texts is None else _answered(row, "".join(texts))
+def _read(layout: Layout, source: str, where: str, row: Row, kind: "Kind", unread: dict[str, str]) -> Asked:
+    defects: list[BadRow] = []
+    try:
+        records = layout.read(row, source=source, where=where, keep=True, defects=defects, unread=unread)
+    except BadRow as bad:
+        if bad.reason not in MARKED:
+            raise ValueError(f"{where}: {bad.detail}") from None
+        return Asked(where, row, layout.name, unscored=[bad])
+    conversations = [list(conversation) for record in records for conversation in record.conversations]
+    steps = [of_one for record in records for of_one in record.steps]
+    if problem := kind.problem(len(conversations), len(steps)):
+        raise ValueError(f"{where}: {problem}")
+    stops = [[step.stop for step in of_one] for of_one in steps]
+    told = [bad for bad in defects if bad.reason != "identical_responses"]  # these get equal scores
+    return Asked(where, row, layout.name, conversations, stops, records[0].tools, told)
 
 
 # The columns that a row gets of what the model says of its responses, by the name that the model has for it.
@@ -88,107 +106,162 @@ _of_all: Columns = lambda name, values: {"scores" if name == "score" else name: 
 _of_sides: Columns = lambda name, values: {f"{side}_{name}": x for side, x in zip(("chosen", "rejected"), values)}
 
 
-def _scored(name: str, needs: str, read: Callable[[Row], list[Any] | None], columns: Columns) -> Shape:
-    """A shape of rows whose responses are scored; those of a row share their prompt."""
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The columns that rows get, which must be the same for all rows of a job."""
 
-    def score(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
-        values = model.values(list(itertools.chain(*conversations)))
-        cuts = np.cumsum([len(responses) for responses in conversations])[:-1]
-        new_rows: list[Row] = [{} for _ in rows]
-        for name, x in values.items():
-            for new_row, of_row in zip(new_rows, np.split(x, cuts)):
-                new_row.update(columns(name, list(map(float, of_row))))
+    name: str
+    columns: Columns
+    type: pa.DataType = NUMBER  # of one value
+
+    def added(self, names: Sequence[str]) -> dict[str, pa.DataType]:
+        """Their types, from the names of the model's outputs."""
+        columns = [self.columns(name, [self.type, self.type]) for name in names]
+        return {name: pa.list_(x[0]) if isinstance(x, list) else x for some in columns for name, x in some.items()}
+
+
+RESPONSES, PAIR, ONE_RESPONSE = Shape("responses", _of_all), Shape("pair", _of_sides), Shape("conversation", _of_one)
+SEVERAL = Shape("several", _of_all)  # as RESPONSES, but not in a column of that name
+VERDICTS = Shape("verdicts", _of_one)
+STEPS = Shape("steps", lambda name, values: {"scores": values[0]}, NUMBERS)
+STEPS_OF_SEVERAL = Shape("steps of several", lambda name, values: {"scores": values}, NUMBERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is asked of rows for a kind of model, and how."""
+
+    formats: Sequence[str]  # that rows without labels have, by their columns alone, the first that fits
+    needs: str  # the same in words
+    names: Sequence[str]  # of what the model says
+    shape: Callable[[str], Shape]  # by the format of rows
+    sees_tools: Callable[[Any], bool]  # whether a model is shown the tools of a row
+    problem: Callable[[int, int], str]  # what is wrong with so many responses, and responses with steps; else ""
+    ask: Callable[[Any, Sequence[Asked], "Kind"], list[dict[str, list[Any]]]]  # values [K] of each row, by name
+
+    def score(self, model: Any, asked: Sequence[Asked]) -> list[Row]:
+        """The new columns of rows; null where there is no response.
+
+        Raises:
+            ValueError: a conversation that cannot be scored, with its row; or a model with other outputs.
+        """
+        new_rows: list[Row] = []
+        for one, values in zip(asked, self.ask(model, asked, self)):
+            shape = self.shape(one.format)
+            if not one.conversations:
+                new_rows.append(dict.fromkeys(shape.added(self.names)))
+                continue
+            new_rows.append({c: x for name, of_all in values.items() for c, x in shape.columns(name, of_all).items()})
         return new_rows
 
-    def added(names: Sequence[str]) -> dict[str, pa.DataType]:
-        kinds = [columns(name, [NUMBER, NUMBER]) for name in names]
-        return {name: NUMBERS if isinstance(x, list) else x for some in kinds for name, x in some.items()}
 
-    return Shape(name, needs, read, score, added)
+def _values(model: Any, asked: Sequence[Asked], kind: Kind) -> list[dict[str, list[Any]]]:
+    def call(at: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        tools = [asked[i].tools for i, _ in at]
+        more = {"tools": tools} if any(tools) else {}
+        return model.values([asked[i].conversations[k] for i, k in at], **more)
 
-
-def _verdicts(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
-    return model.judge([a for a, _ in conversations], [b for _, b in conversations])
-
-
-def _step_scores(model: Any, rows: list[Row], conversations: list[list[Any]]) -> list[Row]:
-    prompts, texts = [whole[:-1] for (whole,) in conversations], [_separated(row) for row in rows]
-    return [{"scores": values} for values in model.steps(prompts, texts, separator="")]
+    return _in_place(asked, kind, [(i, k) for i, one in enumerate(asked) for k in one.usable], call)
 
 
-NUMBER, NUMBERS = pa.float64(), pa.list_(pa.float64())
-RESPONSES = _scored("responses", "`prompt` and `responses` (a list of texts)", _responses, _of_all)
-PAIR = _scored("pair", "`chosen` and `rejected`: texts with a `prompt`, or lists of {role, content}", _pair, _of_sides)
-CONVERSATION = _scored(
-    "conversation", "`messages` (a list of {role, content}), or `prompt` and `response`", _conversation, _of_one
+def _step_scores(model: Any, asked: Sequence[Asked], kind: Kind) -> list[dict[str, list[Any]]]:
+    def call(at: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        conversations = [asked[i].conversations[k] for i, k in at]
+        stops, tools = [asked[i].stops[k] for i, k in at], [asked[i].tools for i, _ in at]
+        return {"score": model.steps_at(conversations, stops, tools=tools)}
+
+    return _in_place(asked, kind, [(i, k) for i, one in enumerate(asked) for k in one.usable], call)
+
+
+def _verdicts(model: Any, asked: Sequence[Asked], kind: Kind) -> list[dict[str, list[Any]]]:
+    def call(at: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        first, second = zip(*(asked[i].conversations for i, _ in at))
+        said = model.judge(first, second)
+        return {name: [one[name] for one in said] for name in said[0]}
+
+    return _in_place(asked, kind, [(i, 0) for i, one in enumerate(asked) if len(one.usable) == 2], call)
+
+
+def _in_place(
+    asked: Sequence[Asked], kind: Kind, at: Sequence[tuple[int, int]], call: Callable[[Any], dict[str, Any]]
+) -> list[dict[str, list[Any]]]:
+    """Puts what a model says of some responses, (row, response), where they stand; None stands for the others."""
+    from rmjax.inference.reward_model import BadConversation
+
+    try:
+        said = call(at) if at else dict.fromkeys(kind.names, ())
+    except BadConversation as bad:
+        raise ValueError(f"{asked[at[bad.index][0]].where}: {bad.detail}") from None
+    values: list[dict[str, list[Any]]] = [{n: [None] * len(one.conversations) for n in said} for one in asked]
+    for name, x in said.items():
+        for (i, k), value in zip(at, x, strict=True):
+            values[i][name][k] = list(map(float, value)) if isinstance(value, list) else float(value)
+    return values
+
+
+def _scoring_shape(format: str) -> Shape:
+    if format in ONE:
+        return ONE_RESPONSE
+    return PAIR if format in SIDES else RESPONSES if format == "ranked" else SEVERAL
+
+
+def _two(responses: int, steps: int) -> str:
+    return "" if responses == 2 else f"it has {responses} responses; a judge of pairs compares two"
+
+
+def _all_with_steps(responses: int, steps: int) -> str:
+    return "" if responses == steps else "it has no steps; the model scores steps"
+
+
+SCORING = Kind(
+    ("ranked", "messages", "messages_completion", "scored_text", "unlabelled_pair", "unlabelled_steps"),
+    "`messages`, or `prompt` and `response`, `responses`, or `chosen` and `rejected`",
+    ["score"],
+    _scoring_shape,
+    lambda model: model.chat.shows_tools,
+    lambda responses, steps: "",
+    _values,
 )
-VERDICTS = Shape(
-    "verdicts",
-    "`prompt`, `response_a` and `response_b`",
-    lambda row: _answered(row, row.get("response_a"), row.get("response_b")),
+JUDGING = Kind(
+    ("unlabelled_pair",),
+    "`prompt`, `response_a` and `response_b`, or `chosen` and `rejected`",
+    ["A", "B"],
+    lambda format: VERDICTS,
+    lambda model: False,  # see judging/verdicts.py
+    _two,
     _verdicts,
-    lambda names: dict.fromkeys(names, NUMBER),
 )
-STEPS = Shape(
-    "steps", "`prompt` and `completions` (a list of texts)", _steps, _step_scores, lambda names: {"scores": NUMBERS}
+STEPWISE = Kind(
+    ("unlabelled_steps",),
+    "`prompt` and `completions` (a list of texts)",
+    ["score"],
+    lambda format: STEPS if format in ONE else STEPS_OF_SEVERAL,
+    lambda model: model.chat.shows_tools,
+    _all_with_steps,
+    _step_scores,
 )
-SHAPES = (RESPONSES, PAIR, CONVERSATION)  # of a model that scores; the first row decides
 
 
-def shape_of(model: str, first: Row) -> tuple[Shape, dict[str, pa.DataType]]:
-    """The shape and new columns of rows, by the model's contract and the first row; ValueError if it has no scores."""
+def kind_of(model: str) -> Kind:
+    """What rows are asked for, by the model's contract; ValueError if it has no scores."""
     from rmjax import objectives  # JAX takes seconds, which a mistake on the command line need not wait for
 
     terms = contract.find(model)
-    names: Sequence[str] = ["score"]
-    kinds: tuple[Shape, ...] = SHAPES
-    if terms is not None:
-        objective = objectives.make(terms["objective"])
-        if objective.architecture == "CausalLM":
-            raise ValueError(
-                f"{model} is a judge that writes its verdicts: generate with transformers or a server, and read them "
-                "with rmjax.judging.verdicts.parse_verdict; or ask it for verdicts with rmjax.evaluate"
-            )
-        if objective.architecture == "TokenClassification":
-            kinds = (STEPS,)
-        elif terms["objective"]["name"] == "pairwise":
-            kinds = (VERDICTS,)
-        if objective.labels:
-            own = {name: np.array(value, np.float32) for name, value in terms["objective_params"].items()}
-            names = list(objective.decode(np.zeros((1, len(objective.labels)), np.float32), own))
-    shape = next((kind for kind in kinds if kind.read(first) is not None), kinds[-1])
-    return shape, shape.added(names)
-
-
-def count_characters(row: Row, shape: Shape) -> int:
-    """About how long the conversations of a row are, all together."""
-    messages = itertools.chain(*(shape.read(row) or ()))
-    contents = [message.get("content") for message in messages if isinstance(message, dict)]
-    return sum(len(content) for content in contents if isinstance(content, str))
-
-
-def check_row(where: str, row: Row, shape: Shape, added: Collection[str]) -> None:
-    """Raises ValueError, with the row's name, where it cannot be scored or has a column that is `added`."""
-    try:
-        for conversation in _conversations(row, shape, added):
-            check_conversation(conversation)
-    except BadRow as bad:
-        raise ValueError(f"{where}: {bad.detail}") from None
-    except ValueError as error:
-        raise ValueError(f"{where} {error}") from None
-
-
-def _conversations(row: Row, shape: Shape, added: Collection[str]) -> list[Any]:
-    if taken := [name for name in added if name in row]:
-        raise ValueError(f"has a column `{taken[0]}` already; rename it, the output has its scores there")
-    for name in ("system", "tools"):
-        if row.get(name):
-            raise ValueError(f"has a column `{name}`, which is not read; write it into `messages`, or drop the column")
-    if shape is RESPONSES and isinstance(row.get("responses"), list) and len(row["responses"]) > MOST_RESPONSES:
+    if terms is None:
+        return SCORING
+    objective = objectives.make(terms["objective"])
+    if objective.architecture == "CausalLM":
         raise ValueError(
-            f"has {len(row['responses']):,} responses, more than {MOST_RESPONSES:,}, which are scored together; write "
-            "several rows of the same prompt"
+            f"{model} is a judge that writes its verdicts: generate with transformers or a server, and read them "
+            "with rmjax.judging.verdicts.parse_verdict; or ask it for verdicts with rmjax.evaluate"
         )
-    if (conversations := shape.read(row)) is None:
-        raise ValueError(f"has columns {', '.join(sorted(row)) or 'none'}; expected {shape.needs}")
-    return conversations
+    kind = SCORING
+    if objective.architecture == "TokenClassification":
+        kind = STEPWISE
+    elif terms["objective"]["name"] == "pairwise":
+        kind = JUDGING
+    if not objective.labels or kind is STEPWISE:
+        return kind
+    own = {name: np.array(value, np.float32) for name, value in terms["objective_params"].items()}
+    names = list(objective.decode(np.zeros((1, len(objective.labels)), np.float32), own))
+    return dataclasses.replace(kind, names=names)

@@ -1,21 +1,22 @@
 """Looks at every row before any is scored: whether it can be, and what the output will have."""
 
+import collections
 import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from rmjax.data.sources import local_files, open_source, plain, split_spec
+from rmjax.data.sources import local_files, plain, split_spec
 from rmjax.runtime import files
 from rmjax.runtime.command_line import check_writable
 from rmjax.score import job, making, parts, rows
 from rmjax.score.making import Options
-from rmjax.score.rows import Row, Shape
+from rmjax.score.rows import Asked, Kind, Row
 
 
 def _plain(value: Any) -> Any:
@@ -38,31 +39,33 @@ class Survey:
     # Digest of the rows of each part that `job.cut_rows` cuts them into, so that those that are scored are those that
     # were looked at, whatever becomes of the file meanwhile.
     parts: tuple[str, ...]
-    shape: Shape  # of every row
+    kind: Kind  # of the model
     added: dict[str, pa.DataType]  # the columns of scores that a row gets
     # Of the output, for Parquet. That of the first rows would not do: later ones may have other columns,
     # or values where these had none.
     schema: pa.Schema | None
+    unscored: dict[str, str]  # what gets no score, in words, by its reason
+    unread: dict[str, str]  # the columns and keys that nobody reads, each with an example
 
     @property
     def digest(self) -> str:
         return hashlib.sha256("".join(self.parts).encode()).hexdigest()
 
 
-def cut_source(source: Iterable[tuple[str, Row]], shape: Shape) -> Iterator[list[tuple[str, Row]]]:
-    return job.cut_rows(source, lambda item: rows.count_characters(item[1], shape))
+def cut_source(source: Iterable[Asked]) -> Iterator[list[Asked]]:
+    return job.cut_rows(source, lambda asked: asked.characters)
 
 
-def digest_rows(part: Sequence[tuple[str, Row]]) -> str:
+def digest_rows(part: Sequence[Asked]) -> str:
     """7 us for a row of 1,600 characters (AMD EPYC, 2026-11-29). ValueError for a row too deep to write."""
     total = hashlib.sha256()
     for start in range(0, len(part), SOME):
         some = part[start : start + SOME]
         try:
-            total.update(_json([row for _, row in some]))
+            total.update(_json([asked.row for asked in some]))
         except RecursionError:
-            deep = next((where for where, row in some if not _is_encodable(row)), some[-1][0])
-            raise ValueError(f"{deep}: a value has lists or objects within each other by the hundred") from None
+            deep = next((asked for asked in some if not _is_encodable(asked.row)), some[-1])
+            raise ValueError(f"{deep.where}: a value has lists or objects within each other by the hundred") from None
     return total.hexdigest()
 
 
@@ -79,35 +82,38 @@ def _json(value: Any) -> bytes:
     return ENCODER.encode(value).encode()
 
 
-def survey_input(model: str, source: str, output: Path, options: Options) -> Survey:
+def survey_input(model: str, input: rows.Input, output: Path, options: Options) -> Survey:
     """Reads every row, and keeps none; ValueError for an unusable row or output, and unsuitable options."""
-    check_output(source, output)
-    source_rows = open_source(source)
-    first = next(source_rows, None)
-    if first is None:
-        raise ValueError(f"{source} has no rows")
-    shape, added = rows.shape_of(model, first[1])
-    if shape.read(first[1]) is not None:  # else the row itself is refused
-        options.check(shape.name)
+    check_output(input.source, output)
+    kind = rows.kind_of(model)
+    unread: dict[str, str] = {}
+    asked = rows.open_source(input, kind, unread)
+    first = next(asked)
+    shape = kind.shape(first.format)
+    options.check(shape.name)
+    added = shape.added(kind.names)
     columns = making.made_columns(added, options)
     schema = pa.schema([]) if output.suffix == ".parquet" else None
     digests, count = [], 0
-    for chunk in cut_source(_checked(itertools.chain([first], source_rows), shape, columns, options), shape):
+    unscored: dict[str, list[str]] = collections.defaultdict(list)
+    for chunk in cut_source(itertools.chain([first], asked)):
+        for one in chunk:
+            if kind.shape(one.format) is not shape:
+                raise ValueError(
+                    f"{one.where} is {one.format}, and the first row {first.format}, which gets other columns; score "
+                    "them apart"
+                )
+            one.check(columns)
+            options.check_row(one.where, one.row)
+            for bad in one.unscored:
+                unscored[bad.reason].append(f"{one.where}: {bad.detail}")
         if schema is not None:
-            schema = merged(schema, [row for _, row in chunk])
+            schema = merged(schema, [one.row for one in chunk])
         digests.append(digest_rows(chunk))
         count += len(chunk)
     made_schema = None if schema is None else _made_schema(schema, added, options)
-    return Survey(count, tuple(digests), shape, added, made_schema)
-
-
-def _checked(
-    source: Iterable[tuple[str, Row]], shape: Shape, columns: Collection[str], options: Options
-) -> Iterator[tuple[str, Row]]:
-    for where, row in source:
-        rows.check_row(where, row, shape, columns)
-        options.check_row(where, row)
-        yield where, row
+    told = {reason: f"{len(x):,} (the first is {x[0]})" for reason, x in unscored.items()}
+    return Survey(count, tuple(digests), kind, added, made_schema, told, unread)
 
 
 def check_output(source: str, output: Path) -> None:

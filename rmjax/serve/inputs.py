@@ -11,8 +11,10 @@ from typing import Any
 from tokenizers import pre_tokenizers
 
 from rmjax.batches.chat import Chat
+from rmjax.data.formats import kinds
 from rmjax.data.records import BadRow, check_conversation
 from rmjax.serve.batching import cut_pieces
+from rmjax.serve.turns import read_prompts, read_tools, read_turns
 
 Body = Mapping[str, Any]
 # Fields of vLLM's requests that would change what is scored or how it is answered, and what they must be if given.
@@ -62,12 +64,19 @@ class Reader:
         self._most_characters = max_length * widest if max_length and widest else 0
 
     def inputs(self, body: Body) -> Asked:
-        """`input`, which is rendered text, a list of texts, token ids or lists of them; or `messages`."""
+        """`input`, which is rendered text, a list of texts, token ids or lists of them; or `messages`, and with them
+        `system` and `tools`, as training reads a row of them."""
         self._check_fields(body)
         if ("input" in body) == ("messages" in body):
             raise Refused(400, "expected one of `input` (rendered text, texts, or token ids) and `messages`")
         if "messages" in body:
-            return self._checked(self._encode([body["messages"]], self._render), [object()])
+            if body.get("documents"):
+                raise Refused(400, "`documents` are not read beside `messages`; write them into a message")
+            with _refusing():
+                turns = read_turns(body, "messages", body["messages"], kinds.MESSAGES)
+            return self._checked(self._encode([turns], self._renderer(body)), [object()])
+        if unread := [name for name in ("system", "tools", "documents") if body.get(name)]:
+            raise Refused(400, f"`{unread[0]}` goes with `messages`, not with `input`, which is a whole rendering")
         return self.renderings("input", body["input"])
 
     def renderings(self, name: str, given: Any) -> Asked:
@@ -87,20 +96,25 @@ class Reader:
         return self._checked(given, _alike(given))
 
     def pairs(self, body: Body) -> Asked:
-        """A prompt with each of several responses; or as many prompts as responses. SIDES has their names."""
+        """A prompt (text or messages) with each of several responses; or as many prompts as responses, which SIDES
+        names. `system` and `tools` are those of all."""
         self._check_fields(body)
         names = next((both for both in SIDES if all(name in body for name in both)), SIDES[0])
-        prompts, responses = (_texts(name, body.get(name)) for name in names)
+        with _refusing():
+            prompts = read_prompts(names[0], body.get(names[0]))
+        responses = _texts(names[1], body.get(names[1]))
         if len(prompts) not in (1, len(responses)):
             problem = f"{len(prompts)} texts in {names[0]} for {len(responses)} in {names[1]}"
             raise Refused(400, f"{problem}; expected one, or as many")
         self._check_count(len(responses))
         prompts = prompts * len(responses) if len(prompts) == 1 else prompts
+        with _refusing():
+            asked = {id(prompt): read_turns(body, names[0], prompt) for prompt in prompts}
         turns = [
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            [*asked[id(prompt)], {"role": "assistant", "content": response}]
             for prompt, response in zip(prompts, responses)
         ]  # of references: a prompt is repeated only in the renderings
-        return self._checked(self._encode(turns, self._render), prompts)
+        return self._checked(self._encode(turns, self._renderer(body)), prompts)
 
     def _check_fields(self, body: Body) -> None:
         if body.get("model") not in (None, self._name):
@@ -143,11 +157,18 @@ class Reader:
                 raise Refused(413, f"the request renders to more than {MOST_RENDERED:,} characters; send fewer texts")
             yield text
 
-    def _render(self, conversation: Any) -> str:
-        try:
-            return self._chat.render(check_conversation(conversation))
-        except BadRow as bad:
-            raise Refused(400, bad.detail) from None
+    def _renderer(self, body: Body) -> Callable[[Any], str]:
+        """Renders conversations with the tools of a request; Refused where the template does not show them."""
+        with _refusing():
+            tools = read_tools(body)
+        if tools and not self._chat.shows_tools:
+            raise Refused(400, "the model's chat template does not show `tools`; leave them out")
+
+        def render(conversation: Any) -> str:
+            with _refusing():
+                return self._chat.render(check_conversation(conversation), tools)
+
+        return render
 
 
 def _alike(sequences: Sequence[Sequence[int]]) -> list[Any]:
@@ -171,6 +192,14 @@ def _texts(name: str, given: Any) -> list[str]:
     if not isinstance(given, list) or not given or not all(isinstance(text, str) for text in given):
         raise Refused(400, f"`{name}` is {shown(given)}, expected a text or a list of texts")
     return given
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except BadRow as bad:
+        raise Refused(400, bad.detail) from None
 
 
 def shown(value: Any) -> str:

@@ -84,7 +84,7 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, float]]
     with open(path, encoding="utf-8") as lines:
         for line in lines:
             values = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
-            yield values.pop("step"), values
+            yield int(values.pop("step")), values
 
 
 class TensorBoardWriter:

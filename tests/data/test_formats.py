@@ -102,6 +102,55 @@ def test_messages_as_python_prints_them_are_no_texts(printed):
     assert formats.detect([{**ROWS["pair_text"], "chosen": "{'a': 1}"}]).name == "pair_text"
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "answer": "a"},
+        {"id": "1", "prompt": "q", "chosen": ["a"], "rejected": "b"},
+        {"source": "s", "question": "q", "response_A": "a", "response_B": "b"},
+        {"pair_uid": "1", "chosen": "a", "reject": "b"},
+        {"prompt": "q", "completions": ["a"]},
+        {},
+    ],
+)
+def test_the_closest_format_is_no_benchmark_of_other_columns(row):
+    with pytest.raises(ValueError, match="Closest is") as error:
+        formats.detect([row])
+    assert not any(f"Closest is {name}," in str(error.value) for name in NAMED if name != "unlabelled_steps")
+
+
+def test_the_closest_format_may_be_a_benchmark_that_has_to_be_named():
+    with pytest.raises(ValueError, match="Closest is rmb_best_of_n, which has to be named"):
+        formats.detect([NAMED["rmb_best_of_n"]])
+
+
+def test_null_is_not_a_missing_column():
+    good = ROWS["pair_text"]
+    with pytest.raises(ValueError, match="column 'prompt' is null throughout; pair_text needs it"):
+        formats.detect([{**good, "prompt": None}], "pair_text")
+    with pytest.raises(BadRow, match="prompt is NoneType None, expected text"):
+        read({**good, "prompt": None}, rows=[good])
+    with pytest.raises(BadRow, match=r"it has no column 'prompt'.*it has 'chosen', 'rejected'"):
+        read(ROWS["pair_plain"], rows=[good])
+
+
+@pytest.mark.parametrize("name", ["pair_text", "pair_transcript", "pair_messages", "scored_text", "boolean_text"])
+def test_a_null_response_is_an_empty_one(name):
+    for column in {"chosen", "rejected", "response", "completion"} & set(ROWS[name]):
+        assert reason({**ROWS[name], column: None}, rows=[ROWS[name]]) == "empty_response"
+    turns = [user("q"), {"role": "assistant", "content": None}]
+    assert reason({**ROWS["boolean"], "messages": turns}) == "empty_response"
+
+
+def test_a_null_response_of_several_is_left_out_alone():
+    defects = []
+    row = {"prompt": "q", "responses": ["a", None, "c"], "ranks": [1, 2, 3]}
+    record = read(row, defects=defects)
+    assert [c[-1]["content"] for c in record.conversations] == ["a", "c"]
+    assert [bad.reason for bad in defects] == ["empty_response"]
+    assert [c[-1]["content"] for c in read(row, keep=True).conversations] == ["a", "", "c"]
+
+
 def test_json_written_as_text_is_said():
     as_text = lambda name: {c: cell if isinstance(cell, bool) else json.dumps(cell) for c, cell in ROWS[name].items()}
     with pytest.raises(

@@ -11,12 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny_models
-import transformers
 from absl.testing import flagsaver
 
 from rmjax.inference import contract
-from rmjax.inference.reward_model import RewardModel
 from rmjax.runtime import command_line
 from rmjax.score import __main__ as score
 from rmjax.score import job
@@ -31,28 +28,6 @@ def row(i, **columns):
 
 
 ROWS = [row(i, note=None if i < 4 else f"é{i}") for i in range(10)]
-
-
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory, tokenizer_dir):
-    """A tiny model, not made by rmjax."""
-    directory = tmp_path_factory.mktemp("model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir))
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "num_hidden_layers": 1}
-    tiny_models.make_hf_model("llama", directory, **sizes)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def loaded(model_dir):
-    return RewardModel.load(model_dir)
-
-
-@pytest.fixture
-def fast(monkeypatch, loaded):
-    """The command finds the model loaded already."""
-    monkeypatch.setattr("rmjax.inference.reward_model.load_checked", lambda *_args, **_kwargs: loaded)
 
 
 @pytest.fixture
@@ -189,16 +164,12 @@ def test_one_chunk_is_in_memory(model_dir, loaded, fast, tmp_path, monkeypatch):
 
 
 BAD = {
-    "no_columns": ({"text": "x"}, r"in\.jsonl:7 has columns text; expected `messages`"),
-    "comparison": (
-        {"prompt": "", "response_a": "", "response_b": ""},
-        r"in\.jsonl:7 has columns prompt.*; expected `m",
-    ),
+    "no_columns": ({"text": "x"}, r"in\.jsonl:7: it has no column 'messages' \(a list of messages\); it has 'text'"),
+    "null": ({"messages": None}, r"in\.jsonl:7: messages is NoneType None, expected a list of messages"),
     "no_answer": ({"messages": ROWS[0]["messages"][:1]}, r"in\.jsonl:7: .*ends with user"),
-    "no_text": ({"prompt": "x", "response": " "}, r"in\.jsonl:7: the last assistant turn has no text"),
     "scored": (row(7, score=1.0), r"in\.jsonl:7 has a column `score` already"),
-    "tools": (row(7, tools=[{"type": "function"}]), r"in\.jsonl:7 has a column `tools`, which is not read"),
-    "system": (row(7, system="Be brief."), r"in\.jsonl:7 has a column `system`, which is not read"),
+    "tools": (row(7, tools={"type": "function"}), "column 'tools' is wrong throughout: a list, or JSON of one was exp"),
+    "role": ({"messages": [{"role": "king", "content": "x"}]}, r"in\.jsonl:7: a message's role is str 'king'"),
 }
 
 

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from scoring_fork import ASKED, Model
 
-from rmjax.data import sources
+from rmjax.data import records, sources
 from rmjax.data.sources import files
 from rmjax.runtime import files as durable
 from rmjax.score import __main__ as score
-from rmjax.score import job, making, parts, rows
+from rmjax.score import job, making, parts
 from rmjax.score.making import Options
 
 ROOT = Path(__file__).parents[2]
@@ -480,11 +480,15 @@ def test_everything_is_synced_before_it_has_its_name(model, tmp_path, monkeypatc
 
 
 def test_rows_of_too_many_responses_or_levels_are_named(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MOST_RESPONSES", 9)
+    monkeypatch.setattr(records, "MOST_RESPONSES", 9)
     for count, fine in ((9, True), (10, False)):
         row = {"prompt": "q", "responses": [f"answer {n}" for n in range(count)]}
         source = write(tmp_path / "many.jsonl", [row])
-        with CALM if fine else pytest.raises(ValueError, match=r"many\.jsonl:0 has 10 responses, more than 9"):
+        with (
+            CALM
+            if fine
+            else pytest.raises(ValueError, match=r"many\.jsonl:0: it has 10 responses, a group has at most 9")
+        ):
             run(model, source, tmp_path / "out.jsonl")
     monkeypatch.setattr(making, "MOST_PAIRED", 8)
     write(source, [{"prompt": "q", "responses": [f"answer {n}" for n in range(9)]}])

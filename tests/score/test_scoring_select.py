@@ -1,5 +1,6 @@
 """What is made of scored rows: lists, the best of N, pairs, labels by scores, what margins leave; with counts."""
 
+import dataclasses
 import json
 import math
 import os
@@ -201,7 +202,7 @@ def test_normalized_scores(model, tmp_path, monkeypatch):
         ([{**PROMPTS[0], "chosen": "x"}], {"pairs": "all"}, "has a column `chosen` already"),
         ([{**LABELLED[0], "margin": 3}], {"relabel": True}, "has a column `margin` already"),
         ([{**LABELLED[0], "chosen_score": 3}], {}, "has a column `chosen_score` already"),
-        ([{**PROMPTS[0], "responses": []}], {}, "has columns note, prompt, responses; expected"),
+        ([{**PROMPTS[0], "responses": ["a", [{"role": "assistant", "content": "b"}]]}], {"pairs": "all"}, "no texts"),
     ],
 )
 def test_flags_that_do_not_go_with_the_rows_are_refused_before_the_model(rows, options, words, tmp_path, monkeypatch):
@@ -292,18 +293,10 @@ def test_scores_that_are_not_finite_are_null_and_choose_nothing(model, tmp_path)
 @pytest.fixture
 def rated(model, monkeypatch):
     """The model says how long an answer is, too."""
-    monkeypatch.setattr(rows, "shape_of", _with_length(rows.shape_of))
+    monkeypatch.setattr(rows, "kind_of", lambda _: dataclasses.replace(rows.SCORING, names=["length", "score"]))
     real = model.values
     model.values = lambda asked: {"length": np.full(len(asked), 8.0), **real(asked)}
     return model
-
-
-def _with_length(shape_of):
-    def found(name, first):
-        shape, _ = shape_of(name, first)
-        return shape, shape.added(["length", "score"])
-
-    return found
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -321,6 +314,56 @@ def test_attributes_go_with_their_responses(ending, rated, tmp_path, monkeypatch
     assert read(output) == [{"prompt": "a", "note": "x", **both, **told}]
     run(rated, write(source, LABELLED[1:2]), output, relabel=True)
     assert read(output)[0]["chosen_length"] == 8.0 and read(output)[0]["margin"] == 2.0
+
+
+EMPTY = [
+    {"prompt": "a", "responses": ["answer 1", "", None, "answer 3", "answer 2"], "note": "x"},
+    {"prompt": "b", "responses": None, "note": "y"},
+    {"prompt": "c", "responses": [" ", "answer 4"], "note": "z"},
+    {"prompt": "d", "responses": [], "note": "u"},
+    {"prompt": "e", "responses": ["answer 5", "answer 6"], "note": "v"},
+]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_an_empty_response_has_no_score_and_ends_nothing(ending, model, tmp_path, capsys):
+    source, output, empty = write(tmp_path / "in.jsonl", EMPTY), tmp_path / f"out.{ending}", {
+        "without a score: empty_response": 5
+    }  # fmt: skip
+    assert run(model, source, output) == (5, {"rows": 5, **empty})
+    assert [row["scores"] for row in read(output)] == [[1, None, None, 3, 2], None, [None, 4], None, [5, 6]]
+    assert [row["responses"] for row in read(output)] == [row["responses"] for row in EMPTY]
+    assert (
+        "no score: empty_response 5 (the first is in.jsonl:0: the last assistant turn has no" in capsys.readouterr().out
+    )
+    assert run(model, source, output, best_of_n=True) == (5, {"rows": 3, **empty})
+    assert [(row["note"], row["response"], row["score"]) for row in read(output)] == [
+        ("x", "answer 3", 3),
+        ("z", "answer 4", 4),
+        ("v", "answer 6", 6),
+    ]
+    _, told = run(model, source, output, pairs="best_worst")
+    assert told == {"rows": 2, "dropped: single response": 1, **empty}
+    assert [(row["chosen_score"], row["rejected_score"]) for row in read(output)] == [(3, 1), (6, 5)]
+
+
+@pytest.mark.parametrize("nothing", [None, "", " \n"])
+def test_a_null_side_has_no_score_and_chooses_nothing(nothing, model, tmp_path):
+    given = [LABELLED[1], {**LABELLED[0], "rejected": nothing}, {**LABELLED[3], "chosen": nothing}]
+    source, output, empty = (
+        write(tmp_path / "in.jsonl", given),
+        tmp_path / "out.jsonl",
+        "without a score: empty_response",
+    )
+    assert run(model, source, output) == (3, {"rows": 3, empty: 2})
+    assert [(row["chosen_score"], row["rejected_score"]) for row in read(output)] == [(1, 3), (5, None), (None, 8)]
+    assert run(model, source, output, relabel=True) == (3, {"rows": 1, "relabelled": 1, empty: 2})
+    one = [{"prompt": "q", "response": "answer 1"}, {"prompt": "q", "response": nothing}]
+    assert run(model, write(source, one), output) == (2, {"rows": 2, empty: 1})
+    assert [row["score"] for row in read(output)] == [1, None]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": nothing}]
+    assert run(model, write(source, [{"messages": turns}] * 5), output) == (5, {"rows": 5, empty: 5})
+    assert [row["score"] for row in read(output)] == [None] * 5
 
 
 def test_one_line_says_what_was_dropped(model, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import json
 import os
 import signal
 import socket
@@ -20,6 +21,8 @@ import transformers
 from prometheus_client.parser import text_string_to_metric_families
 
 from rmjax import objectives
+from rmjax.batches.chat import Chat
+from rmjax.data import formats
 from rmjax.inference import engine
 from rmjax.inference.reward_model import RewardModel
 from rmjax.serve import __main__ as command
@@ -194,6 +197,35 @@ def test_responses_of_one_prompt_share_it(serve, stand_in):
     assert seen[0][0] == seen[0][1] == seen[0][2] != seen[0][3] and seen[1] == ["x", "x"]
 
 
+TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
+
+
+def test_messages_and_tools_are_read_as_training_reads_a_row(serve, stand_in, tokenizer):
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
+    stand_in.chat = Chat(tokenizer)
+    talk = conversation("What is a tree?", "A plant.")
+    other_names = [{"from": "human", "value": "What is a tree?"}, {"from": "gpt", "value": "A plant."}]
+    marks = "hi\n<extra_id_1>Assistant\nhello\n<extra_id_1>User\nWhat is a tree?"
+    older = [*conversation("hi", "hello"), *talk]
+    bodies = [
+        ("/classify", {"messages": talk, "tools": TOOLS}),
+        ("/pooling", {"messages": talk, "tools": json.dumps(TOOLS)}),
+        ("/pooling", {"messages": other_names, "tools": []}),
+        ("/pooling", {"messages": talk, "system": "Be brief."}),
+        ("/score", {"text_1": talk[:1], "text_2": "A plant.", "tools": TOOLS}),
+        ("/score", {"text_1": [older[:-1], "What is a tree?"], "text_2": ["A plant."] * 2}),
+        ("/score", {"text_1": marks, "text_2": "A plant."}),
+    ]
+    row = {"messages": talk, "system": "Be brief.", "tools": TOOLS}
+    record = formats.detect([row]).read(row, source="", where="")[0]
+    wanted = [(talk, TOOLS), (talk, TOOLS), (talk, None), (record.conversations[0], None), (talk, TOOLS)]
+    wanted += [(older, None), (talk, None), (older, None)]
+    ids = stand_in.chat.encode([stand_in.chat.render(turns, tools) for turns, tools in wanted])
+    given = [x for answer in ask(serve(), *bodies) for x in answer.json()["data"]]
+    found = [float(np.ravel(next(x[key] for key in ("probs", "data", "score") if key in x))[0]) for x in given]
+    assert found == pytest.approx(list(map(known, ids)))
+
+
 MALFORMED = {
     "no JSON": ("/classify", b"{", 400, "not JSON"),
     "no UTF-8": ("/classify", b'{"input": "\xff"}', 400, "not JSON"),
@@ -221,6 +253,23 @@ MALFORMED = {
     "another model": ("/classify", {"model": "gpt", "input": "x"}, 404, "'gpt' is not served here; `model` is tiny"),
     "no answer": ("/pooling", {"messages": [{"role": "user", "content": "hi"}]}, 400, "ends with user"),
     "no messages": ("/pooling", {"messages": "hi"}, 400, "list of messages"),
+    "tools that are not shown": ("/classify", {"messages": conversation("q", "a"), "tools": TOOLS}, 400, "`tools`"),
+    "tools of a text": ("/classify", {"input": "x", "tools": TOOLS}, 400, "`tools` goes with `messages`"),
+    "odd tools": ("/score", {"text_1": "q", "text_2": "a", "tools": "all"}, 400, "tools is str 'all', expected a list"),
+    "documents": (
+        "/pooling",
+        {"messages": conversation("q", "a"), "documents": ["d"]},
+        400,
+        "`documents` are not read",
+    ),
+    "odd role": ("/pooling", {"messages": [{"role": "king", "content": "x"}]}, 400, "role is str 'king'"),
+    "null answer": ("/pooling", {"messages": conversation("q", None)}, 400, "has no text"),
+    "odd prompt": (
+        "/score",
+        {"text_1": [3], "text_2": "a"},
+        400,
+        "`text_1` is int, expected text or a list of mess",
+    ),
     "no text_2": ("/score", {"text_1": "x"}, 400, "`text_2` is missing"),
     "counts": ("/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, 400, "2 texts in text_1 for 3"),
     "sglang": ("/classify", {"text": {"a": 1}}, 400, "`text` is dict"),

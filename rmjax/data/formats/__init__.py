@@ -29,6 +29,7 @@ from rmjax.data.formats import (
     scored,
     steps,
     stored,
+    unlabelled,
 )
 from rmjax.data.formats import (
     columns as columns_of,
@@ -44,7 +45,7 @@ parse_columns = columns_of.parse
 
 LOOK = 1000  # rows that decide the format
 
-MODULES = (pairs, scored, judged, label_studio, ranked, steps, conversations, public, benchmarks, stored)
+MODULES = (pairs, scored, judged, label_studio, ranked, steps, conversations, public, benchmarks, stored, unlabelled)
 FORMATS: dict[str, Format] = {
     form.name: form for module in MODULES for form in vars(module).values() if isinstance(form, Format)
 }
@@ -52,6 +53,10 @@ MISSHAPEN = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError
 # Columns of numbers that say where a row comes from, not how good it is.
 COUNTERS = ("id", "idx", "index", "row", "turn", "turns", "seed", "length")
 BETWEEN_OBJECTS = re.compile(r"\}\s*\n\s*\{")  # of numpy's arrays, which pandas prints without commas
+# Columns that a format may have and that no score depends on: labels, where a row comes from, its weight in a loss.
+UNSCORED = frozenset((*pairs.PAIR_LABELS, "ranks", "scores", "source", "weight"))
+# Columns of a response, or of responses; a null there is an empty one.
+RESPONSE = re.compile(r"chosen|rejected|completion|system_output|(response|prediction)[ _]?\w?")
 Cells = Mapping[str, Sequence[Any]]  # of the first rows by column, without nulls
 
 
@@ -67,6 +72,7 @@ class Layout:
     repeating: tuple[str, ...] = ()  # of these, the columns whose texts all stand in the conversations
     seen: tuple[str, ...] | None = None  # the columns that say something there; None looks at no others later
     strict: bool = True  # what is not read and looks like more than a note is refused
+    labels: bool = True  # else the columns UNSCORED are not read, unless the format must have them
 
     def read(
         self,
@@ -85,7 +91,8 @@ class Layout:
         in none of the first rows is added to `unread`, with an example.
         """
         row = self._arranged(row)
-        records = self._records(row, Reading(source, where, keep, self.by_place, self.attributes, defects))
+        reading = Reading(source, where, keep, self.by_place, self.attributes, defects)
+        records = self._records(self._answered(row), reading)
         if late := [name for name in row if name not in self._seen and not is_empty(row[name])]:
             self._look_at_late(late, row, records, {} if unread is None else unread)
         if lost := [name for name in self.repeating if not _held(columns_of.cell_at(row, name), records)]:
@@ -93,18 +100,36 @@ class Layout:
         return records
 
     def _arranged(self, row: Row) -> Row:
-        return columns_of.arranged(columns_of.renamed(row, self.names), FORMATS[self.name].declared)
+        form = FORMATS[self.name]
+        row = columns_of.arranged(columns_of.renamed(row, self.names), form.declared)
+        if self.labels:
+            return row
+        return {column: cell for column, cell in row.items() if column in form.columns or column not in UNSCORED}
+
+    def _answered(self, row: Row) -> Row:
+        """A row with "" for a response that is null."""
+        columns = FORMATS[self.name].columns
+        empty = [c for c in columns if c in row and is_null(row[c]) and RESPONSE.fullmatch(c)]
+        return {**row, **dict.fromkeys(empty, "")} if empty else row
 
     def _records(self, row: Row, reading: Reading) -> Sequence[Record]:
         form = FORMATS[self.name]
+        empty = [column for column in form.columns if row.get(column) == "" and RESPONSE.fullmatch(column)]
         for column, kind in form.columns.items():
-            if not kind.test(row.get(column)):
-                raise kind.wrong(column, row.get(column))
+            if column not in row:
+                detail = f"it has no column {column!r} ({kind.words}); it has {', '.join(map(repr, row)) or 'none'}"
+                raise BadRow("wrong_type", detail)
+            if not kind.test(row[column]) and column not in empty:
+                raise kind.wrong(column, row[column])
         try:
             records = form.read(row, reading)
         except MISSHAPEN as error:  # deep in a cell, where no kind looks
             detail = f"a cell is not built as in {form.name}: {type(error).__name__} {error}"
             raise BadRow("wrong_type", detail) from error
+        except BadRow as bad:
+            if empty and bad.reason == "wrong_type":  # no text to see a transcript in
+                raise BadRow("empty_response", f"{empty[0]} is empty") from bad
+            raise
         if isinstance(records, Record):
             return [records]
         return [dataclasses.replace(record, row=f"{record.row}.{i}") for i, record in enumerate(records)]
@@ -118,15 +143,22 @@ class Layout:
         cells, _ = _unread_cells(self, [row]) if self.seen is not None else ({}, [])
         for name in filter(cells.__contains__, late):
             unread.setdefault(name, columns_of.example(row[name]))
-            meaning = _meaning(FORMATS[self.name], name, cells[name], cells) if self.strict else ""
+            meaning = _meaning(self, name, cells[name], cells) if self.strict else ""
             if meaning and not (meaning == columns_of.CONTEXT and _held(row[name], records)):
                 raise BadRow("not_read", f"{name} is not read and looks like {meaning}; {NAMING}")
 
 
-def detect(rows: Sequence[Row], name: str = "auto", columns: str = "") -> Layout:
+def detect(
+    rows: Sequence[Row], name: str = "auto", columns: str = "", unlabelled: Sequence[str] | None = None
+) -> Layout:
     """Finds the format of a source from its first rows, or checks the one that is named.
 
-    `columns` says what columns are: "prompt=trajectory,ignore=notes", see config.data.columns.
+    Args:
+        rows: the first ones.
+        name: of a format, or "auto".
+        columns: what columns are, "prompt=trajectory,ignore=notes"; see config.data.columns.
+        unlabelled: for rows that are to be scored: formats that are tried first, in this order, and recognised by their
+            columns alone. Labels are not read then, and may be missing where a format has them in further columns.
 
     Raises:
         ValueError: no format fits or several do, a column is wrong throughout, or one that looks like context, a label
@@ -136,17 +168,19 @@ def detect(rows: Sequence[Row], name: str = "auto", columns: str = "") -> Layout
         raise ValueError(f"unknown data format {name!r}; known: {', '.join(FORMATS)}{did_you_mean(name, FORMATS)}")
     if not rows:
         raise ValueError("there are no rows to see a format in")
+    labels = unlabelled is None
     names = columns_of.parse(columns)
     columns_of.check_names(rows, names)
     rows = [columns_of.renamed(row, names) for row in rows]
-    form = _only_fit(rows) if name == "auto" else FORMATS[name]
-    arranged = [columns_of.arranged(row, form.declared) for row in rows]
+    form = FORMATS[name] if name != "auto" else _first_fit(rows, unlabelled or ()) or _only_fit(rows)
+    layout = Layout(form.name, names=names, labels=labels)
+    arranged = [layout._arranged(row) for row in rows]
     cells = _cells(arranged)
     _check_columns(form, cells)
     by_place = "preference" in form.optional and _by_place(cells.get("preference", []))
-    strict = form.agrees is not named_only and name != "pair_plain"
-    layout = Layout(form.name, by_place, _attributes(form, cells) if form.scores else (), names, strict=strict)
-    return _looked_at(layout, arranged)
+    strict = (not labels or form.agrees is not named_only) and name != "pair_plain"
+    attributes = _attributes(form, cells) if form.scores and labels else ()
+    return _looked_at(dataclasses.replace(layout, by_place=by_place, attributes=attributes, strict=strict), arranged)
 
 
 def _cells(rows: Sequence[Row]) -> Cells:
@@ -157,7 +191,7 @@ def _cells(rows: Sequence[Row]) -> Cells:
 def _looked_at(layout: Layout, rows: Sequence[Row]) -> Layout:
     """The layout with what of the first rows (arranged) nobody reads; ValueError for what a strict one refuses."""
     cells, readable = _unread_cells(layout, rows)
-    meanings = {path: _meaning(FORMATS[layout.name], path, cells[path], cells) for path in cells}
+    meanings = {path: _meaning(layout, path, cells[path], cells) for path in cells}
     held = lambda path: all(_held(columns_of.cell_at(row, path), records) for row, records in readable)
     repeating = tuple(p for p, meaning in meanings.items() if meaning == columns_of.CONTEXT and held(p))
     unread = {path: columns_of.example(found[0]) for path, found in cells.items()}
@@ -182,7 +216,7 @@ def _unread_cells(
     readable = []
     for row in rows:
         with contextlib.suppress(BadRow, RecursionError):
-            readable.append((row, layout._records(columns_of.noted(row, asked), reading)))
+            readable.append((row, layout._records(columns_of.noted(layout._answered(row), asked), reading)))
     found: dict[str, list[Any]] = {}
     for row, _ in readable:
         for path, cell in columns_of.unread(row, asked):
@@ -190,12 +224,22 @@ def _unread_cells(
     return found, readable
 
 
-def _meaning(form: Format, path: str, cells: Sequence[Any], others: Collection[str]) -> str:
-    return "" if path.partition(".")[0] in form.left_out else columns_of.meaning(path, cells, others)
+def _meaning(layout: Layout, path: str, cells: Sequence[Any], others: Collection[str]) -> str:
+    if path.partition(".")[0] in FORMATS[layout.name].left_out:
+        return ""
+    meaning = columns_of.meaning(path, cells, others)
+    return "" if meaning == columns_of.LABEL and not layout.labels else meaning
 
 
 def _held(cell: Any, records: Sequence[Record]) -> bool:
     return is_empty(cell) or holds([record.conversations for record in records], cell)
+
+
+def _first_fit(rows: Sequence[Row], names: Sequence[str]) -> Format | None:
+    """The first format that some row has the columns of; None for pairs, which may have the columns of others, too."""
+    if any({"chosen", "rejected"} <= row.keys() for row in rows):
+        return None
+    return next((FORMATS[name] for name in names if _usable(FORMATS[name], rows)), None)
 
 
 def _only_fit(rows: Sequence[Row]) -> Format:
@@ -215,6 +259,8 @@ def _only_fit(rows: Sequence[Row]) -> Format:
 def _check_columns(form: Format, cells: Cells) -> None:
     for column, kind in (*form.columns.items(), *form.optional.items()):
         values = cells.get(column, [])
+        if not values and column in cells and column in form.columns:
+            raise ValueError(f"column {column!r} is null throughout; {form.name} needs it ({kind.words})")
         if not values and column in form.columns:
             near = did_you_mean(column, [c for c in cells if c not in form.columns])
             raise ValueError(f"{form.name} needs a column {column!r} ({kind.words}); found {_columns(cells)}{near}")
@@ -252,9 +298,13 @@ def _by_place(preferences: Sequence[Any]) -> bool:
 
 def _fits(form: Format, rows: Sequence[Row]) -> bool:
     """Whether some row has every cell of the right kind, and all such rows agree."""
-    rows = [columns_of.arranged(row, form.declared) for row in rows]
-    usable = [row for row in rows if all(kind.test(row.get(c)) for c, kind in form.columns.items())]
+    usable = _usable(form, rows)
     return bool(usable) and all(map(form.agrees, usable))
+
+
+def _usable(form: Format, rows: Sequence[Row]) -> list[Row]:
+    rows = [columns_of.arranged(row, form.declared) for row in rows]
+    return [row for row in rows if all(kind.test(row.get(c)) for c, kind in form.columns.items())]
 
 
 def _unclear(fitting: Sequence[Format], rows: Sequence[Row], cells: Cells) -> str:
@@ -286,7 +336,8 @@ def _closest(cells: Cells) -> str:
         complete = shared == len(form.columns)  # then its rows differ, so another format is more likely
         return (0.8 if complete else 1.0) * shared / (len(form.columns) + len(cells))
 
-    form = max(FORMATS.values(), key=likeness)
+    complete = lambda form: all(right(c, kind) for c, kind in form.columns.items())
+    form = max((form for form in FORMATS.values() if form.agrees is not named_only or complete(form)), key=likeness)
     lacks = []
     for column, kind in form.columns.items():
         if column not in cells:
@@ -295,7 +346,9 @@ def _closest(cells: Cells) -> str:
             )
         elif not right(column, kind):
             lacks.append(f"{column!r} as {kind.words}, not as {show(next(iter(cells[column]), None))}")
-    needs = f"which needs {' and '.join(lacks)}" if lacks else f"but its rows differ: {form.means}"
+    named = form.agrees is named_only
+    otherwise = "which has to be named" if named else f"but its rows differ: {form.means}"
+    needs = f"which needs {' and '.join(lacks)}" if lacks else otherwise
     return f"Closest is {form.name}, {needs}"
 
 

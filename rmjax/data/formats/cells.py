@@ -130,6 +130,7 @@ def prompt_turns(row: Row, cell: Any) -> list[Message]:
         pass
     elif (
         isinstance(cell, str)
+        and context is not None
         and not (marked or transcribed)
         and (kinds.TEXT.test(context) or kinds.TEXTS.test(context))
     ):
@@ -262,17 +263,17 @@ def with_system(row: Row, turns: list[Message]) -> list[Message]:
 
 
 def answer(text: Any) -> Message:
-    return {"role": "assistant", "content": text}
+    return {"role": "assistant", "content": "" if kinds.is_null(text) else text}
 
 
 def messages(cell: Any, last_role: str = "assistant") -> list[Message]:
-    """Reads a cell of messages, in either naming; text alone is one turn of `last_role`.
+    """Reads a cell of messages, in either naming; text alone is one turn of `last_role`, null one without text.
 
     >>> messages([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}])
     [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'yo'}]
     """
-    if isinstance(cell, str):
-        return [{"role": last_role, "content": cell}]
+    if isinstance(cell, str) or kinds.is_null(cell):
+        return [{"role": last_role, "content": cell if isinstance(cell, str) else ""}]
     return [_message(m) for m in ([cell] if isinstance(cell, Mapping) else cell)]
 
 

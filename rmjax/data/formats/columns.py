@@ -18,7 +18,7 @@ from rmjax.suggestions import did_you_mean
 Names = tuple[tuple[str, str], ...]  # (what a column is, its own name), in the order of config.data.columns
 
 IGNORE = "ignore"
-CONTEXT = "context"
+CONTEXT, LABEL = "context", "a label"
 SYSTEMS = ("system_prompt", "system_message", "system_instruction")
 DIALOGUES = ("messages", "trajectory", "conversation", "dialogue", "dialog")
 QUESTIONS = ("question", "query", "instruction", "problem", "user_prompt", "user_message", "user")
@@ -249,7 +249,7 @@ def meaning(path: str, cells: Sequence[Any], others: Collection[str]) -> str:
     if "." in path:
         return ""
     if name[-1] in LABELS or (all(map(is_number, cells)) and _has_other_side(name, others)):
-        return "a label"
+        return LABEL
     prose = sum(any(map(_is_prose, texts_in(cell))) for cell in cells)
     return CONTEXT if name[-1] not in NOTES and 10 * prose > len(cells) else ""
 

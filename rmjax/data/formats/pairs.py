@@ -12,6 +12,7 @@ They may carry these columns beside those of all formats (`cells.py`):
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rmjax.data.formats import kinds
 from rmjax.data.formats.cells import (
@@ -124,7 +125,7 @@ def _transcript_turns(row: Row) -> Turns:
 
 
 def _whole_transcript(row: Row, text: str) -> list[Message]:
-    prompt = row.get("prompt")
+    prompt: Any = row.get("prompt")
     if is_transcript(prompt) or asks(prompt):
         return continued(prompt, text)
     return joined([] if is_empty(prompt) else prompt_turns(row, prompt), transcript(text))
