@@ -162,9 +162,12 @@ class Inference:
 
 
 def _few_shapes(shape: loader.Shape, devices: int) -> loader.Shape:
-    """The shape with rows rounded up as well, and room for one sequence in eight tokens: few others are compiled."""
+    """The shape with rows rounded up as well, and room for one sequence in two tokens: few others are compiled.
+
+    In a tree that is what a response of one token takes, beside the end of its turn.
+    """
     rows = devices * (1 << (shape.rows // devices - 1).bit_length())
-    least = shape.tokens // 8
+    least = shape.tokens // 2
     return dataclasses.replace(shape, rows=rows, groups=max(shape.groups, least), ends=max(shape.ends, least))
 
 

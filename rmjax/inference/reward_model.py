@@ -13,6 +13,7 @@ import numpy as np
 
 from rmjax import objectives, sharding
 from rmjax.batches.chat import Chat, Labelled, load_tokenizer
+from rmjax.batches.frame import Frame, NotWhole
 from rmjax.batches.groups import Groups
 from rmjax.batches.tasks import Example
 from rmjax.batches.trees import Tokens, Tree, build_tree, build_trees, distinct
@@ -269,7 +270,7 @@ class RewardModel:
         return {"score": outputs[:, 0]} if len(named) == 1 else named
 
     def outputs(self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None) -> np.ndarray:
-        """Raw outputs of token sequences at their last token.
+        """Raw outputs of token sequences at their last token, whatever they are; `score_tokens` checks them.
 
         Args:
             sequences: token ids of whole renderings.
@@ -295,9 +296,44 @@ class RewardModel:
             self.inference.work.add(0, sum(len(sequences[m]) for m in run) - sum(map(len, different)))
         return np.concatenate(self.inference.trees(trees))[index]
 
-    def score_tokens(self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None) -> list[float]:
-        """The first output of each token sequence; see `outputs`."""
-        return self.outputs(sequences, prompts)[:, 0].tolist()
+    def score_tokens(
+        self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None, *, complete: bool = False
+    ) -> list[float]:
+        """The first output of each token sequence; see `outputs`.
+
+        Args:
+            complete: adds what a sequence lacks of a BOS, an end of turn and what follows it; otherwise it is refused.
+
+        Raises:
+            BadConversation: a sequence that does not begin and end as the template's renderings do.
+            ValueError: a token that the embedding has no row for.
+        """
+        return self.outputs([self._whole(*each, complete) for each in enumerate(sequences)], prompts)[:, 0].tolist()
+
+    def score_texts(self, texts: Sequence[str], *, complete: bool = False) -> list[float]:
+        """The same for texts, which are tokenized without adding special tokens."""
+        if complete:
+            texts = [self._framed(index, self.frame.completed_text, text) for index, text in enumerate(texts)]
+        return self.score_tokens(self.chat.encode(texts))
+
+    @functools.cached_property
+    def frame(self) -> Frame:
+        """How renderings begin and end."""
+        return Frame(self.chat)
+
+    def _whole(self, index: int, ids: Tokens, complete: bool) -> Tokens:
+        if not len(ids) or max(ids) >= self.config.vocab:
+            return ids  # `outputs` says what is wrong
+        whole = self._framed(index, self.frame.completed_ids, ids) if complete else ids
+        self._framed(index, self.frame.check, whole)
+        return whole
+
+    @staticmethod
+    def _framed(index: int, use: Callable[[Any], Any], given: Any) -> Any:
+        try:
+            return use(given)
+        except NotWhole as problem:
+            raise BadConversation(index, str(problem)) from None
 
     def replay(self, golden: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
         """Outputs [scored tokens, A] of a contract's golden rows.

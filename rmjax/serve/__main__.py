@@ -8,8 +8,8 @@ Needs `pip install 'rmjax[serve]'`. The server replays the golden rows of the sc
 /health answers 503 until the common shapes are compiled. Requests that arrive together are computed together;
 rmjax/serve/app.py says what a request may contain. On SIGTERM the server answers the requests it has accepted and ends
 with exit code 0, on Ctrl-C with 130; later requests get 503, and so do those that cannot be computed within
---drain_seconds. The server has no password and no TLS: put a proxy that has them in front of any address beyond this
-machine.
+--drain_seconds. With --api_key, requests must have it. The server has no TLS: put a proxy that has it in front of any
+address beyond this machine.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import contextlib
 import errno
 import importlib.util
 import logging
+import math
 import os
 import signal
 import socket
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from rmjax.runtime import command_line, exits
 from rmjax.runtime.command_line import Parser
+from rmjax.serve import REFUSE, TRUNCATE
 
 if TYPE_CHECKING:
     from rmjax.serve.service import Service
@@ -49,6 +51,16 @@ NUMBERS: dict[str, tuple[int | float, float, float, str | None, str]] = {
 }
 HOST_HELP = "address to listen on; default 127.0.0.1 (this machine only), 0.0.0.0 is every address"
 DTYPE_HELP = "number type of the computation; auto is float32 on CPUs, else bfloat16"
+COMPLETE_HELP = "add what renderings lack of a BOS, an end of turn or what follows it; otherwise they are refused"
+OVER_LONG_HELP = (
+    "what is done with conversations of more than --max_length tokens: refuse (the default), truncate_prompt (oldest "
+    "exchanges first, then the start of the last question), or a number, which is their reward"
+)
+POLICY_HELP = "tokenizer of the policy that trainers send rendered prompts of; default: its template is the model's"
+REWARD_HELP = (
+    "the one value that every answer is (score, an attribute, a verdict); default: all outputs, where asked for"
+)
+KEY_HELP = "key that requests must have; default: the environment's RMJAX_API_KEY, which other users here cannot see"
 KWARGS_HELP = "arguments of the chat template, for a model without contract"
 NORMALIZE_HELP = "subtract the contract's mean from rewards and divide by its deviation"
 
@@ -64,6 +76,11 @@ def parser() -> Parser:
     for name, (default, _, _, unit, text) in NUMBERS.items():
         add(f"--{name}", type=type(default), default=default, metavar=unit, help=text)
     add("--normalize", action="store_true", help=NORMALIZE_HELP)
+    add("--complete", action="store_true", help=COMPLETE_HELP)
+    add("--over_long", default=REFUSE, metavar="POLICY", help=OVER_LONG_HELP)
+    add("--policy_tokenizer", default="", metavar="PATH", help=POLICY_HELP)
+    add("--reward", default="", metavar="NAME", help=REWARD_HELP)
+    add("--api_key", default="", metavar="KEY", help=KEY_HELP)
     return command
 
 
@@ -78,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError(f"--{name}={getattr(args, name)} must be from {least} to {most}")
         if not all(map(importlib.util.find_spec, ("starlette", "uvicorn", "prometheus_client"))):
             raise ValueError("serving needs packages that are not here: pip install 'rmjax[serve]'")
+        args.over_long = _over_long(args.over_long)
         serve(args)
 
 
@@ -97,7 +115,8 @@ def serve(args: argparse.Namespace) -> None:
         def stop_early() -> None:
             server.should_exit = True
 
-        application = app.build(service, gate=gate, seconds=args.request_seconds, on_failure=stop_early)
+        key = args.api_key or os.environ.get("RMJAX_API_KEY", "")
+        application = app.build(service, gate=gate, seconds=args.request_seconds, key=key, on_failure=stop_early)
         protocol = connections.protocol(args.request_seconds, args.connections)
         options: dict[str, Any] = {"log_level": "warning", "access_log": False, "http": protocol, "ws": "none"}
         config = uvicorn.Config(application, **options, timeout_graceful_shutdown=connections.UVICORN_SECONDS)
@@ -172,6 +191,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _service(args: argparse.Namespace) -> "Service":
+    from rmjax.batches.chat import Chat, load_tokenizer
     from rmjax.inference import contract
     from rmjax.inference.reward_model import load_checked
     from rmjax.models import hf
@@ -188,6 +208,7 @@ def _service(args: argparse.Namespace) -> "Service":
         raise ValueError(f"--normalize is for one reward; {args.model} has the outputs {', '.join(model.labels)}")
     max_length = args.max_length or (model.contract or {}).get("max_length")
     max_length = max_length or hf.read_config(hf.resolve(args.model)).get("max_position_embeddings")
+    policy = Chat(load_tokenizer(args.policy_tokenizer)) if args.policy_tokenizer else None
     return Service(
         model,
         args.name or args.model,
@@ -196,7 +217,22 @@ def _service(args: argparse.Namespace) -> "Service":
         batch_tokens=args.batch_tokens,
         max_wait=args.max_wait_ms / 1000,
         normalize=normalize,
+        complete=args.complete,
+        over_long=args.over_long,
+        policy=policy,
+        reward=args.reward,
     )
+
+
+def _over_long(given: str) -> str | float:
+    if given in (REFUSE, TRUNCATE):
+        return given
+    try:
+        if math.isfinite(number := float(given)):
+            return number
+    except ValueError:
+        pass
+    raise ValueError(f"--over_long={given} is none of {REFUSE}, {TRUNCATE} and a number")
 
 
 if __name__ == "__main__":

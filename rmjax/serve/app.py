@@ -1,23 +1,29 @@
-"""The HTTP application: the shapes of vLLM's pooling servers, and raw rewards in them.
+"""The HTTP application: the shapes of vLLM's and SGLang's servers and of trainers, and raw rewards in them.
 
     POST /classify   {"input": TEXT, [TEXT, ...], [ID, ...] or [[ID, ...], ...]} or {"messages": [...]}: all outputs
     POST /pooling    the same, as "data"
     POST /score      {"text_1": PROMPT, "text_2": RESPONSE or [RESPONSE, ...]}: the reward of each response
+    POST /rerank     {"query": PROMPT, "documents": [RESPONSE, ...]}: the responses, the best first
+    POST /v1/embeddings  {"input": ...}: the one reward as an "embedding", as verl asks SGLang
+    POST /get_reward or /   {"query": [...], "prompts": [...]} (OpenRLHF) or {"prompt": ..., "response": ...} (slime)
     GET /health, /metrics (Prometheus), /v1/models
 
 `input` is a whole rendering of the chat template, its BOS included, tokenized without adding special tokens (vLLM adds
-them unless told not to); `messages` and `text_1` go through the model's own template. /classify also takes SGLang's
+them unless told not to). One that does not begin or end as renderings do is refused, or completed ("complete": true).
+`messages` and prompts with their responses go through the model's own template. /classify also takes SGLang's
 {"text": TEXT or [TEXT, ...]} (or "input_ids") and answers as SGLang does: [{"embedding": [REWARD], "meta_info": ...}].
 
 Sources of the shapes: vLLM's documentation of pooling models, and its request and response classes in
-vllm/entrypoints/pooling; SGLang's native API, "Classify". vLLM reads the two texts of /score as a query and a document
-for a cross-encoder; a reward model reads a prompt and a response.
+vllm/entrypoints/pooling; SGLang's native API, "Classify"; openrlhf/utils/agent.py and openrlhf/cli/serve_rm.py;
+verl/experimental/reward_loop/reward_loop.py; slime/rollout/rm_hub/__init__.py. vLLM reads the two texts of /score as a
+query and a document for a cross-encoder; a reward model reads a prompt and a response.
 """
 
 import asyncio
 import contextlib
 import dataclasses
 import functools
+import hmac
 import logging
 import time
 import uuid
@@ -30,16 +36,18 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rmjax.serve.bodies import Bodies
 from rmjax.serve.connections import Gate
-from rmjax.serve.inputs import STOPPING, Asked, Body, Refused, responses, shown
-from rmjax.serve.service import NO_ACTIVATION, Service
+from rmjax.serve.inputs import STOPPING, Asked, Body, Refused, responses
+from rmjax.serve.service import Service
 
 T = TypeVar("T")
 
 CLOSE_SECONDS = 2.0  # for the threads to end once everybody is answered
-KINDS = {404: "NotFoundError", 500: "InternalServerError", 503: "ServiceUnavailableError"}  # vLLM's names of errors
+# vLLM's names of errors.
+KINDS = {401: "AuthenticationError", 404: "NotFoundError", 500: "InternalServerError", 503: "ServiceUnavailableError"}
 COMPILING = "the model is being compiled; /health says 200 when it is ready"
 
 log = logging.getLogger("rmjax.serve")
@@ -63,18 +71,26 @@ class Desk:
         finally:
             self.bodies.release(data)
 
-    async def values(self, request: Request, asked: Asked, activation: bool | None) -> np.ndarray:
-        """float32 [n, A]: the answers to these sequences."""
-        outputs = await self.service.outputs(asked, request.is_disconnected)
-        return self.service.activated(outputs, activation)
+    async def values(self, request: Request, asked: Asked, activation: bool | None = None, *, one: bool) -> np.ndarray:
+        """float32 [n, A], or [n, 1] if `one` reward is wanted: the answers to these sequences."""
+        return await self.service.answers(asked, request.is_disconnected, activation, one=one)
 
 
 def _plain(service: Service, body: Body) -> tuple[Asked, bool | None]:
-    """What `input` or `messages` asks for, and `use_activation`."""
-    activation = body.get("use_activation")
-    if not isinstance(activation, bool | None):
-        raise Refused(400, f"`use_activation` is {shown(activation)}, expected true or false")
-    return service.reader.inputs(body), activation
+    """What `input` or `messages` asks for, and `use_activation`.
+
+    With its old name `activation` it is verl's request: the rendering without its BOS, of whose answer verl takes the
+    last number.
+    """
+    activation, of_verl = service.activation(body), body.get("activation") is not None
+    if of_verl and len(service.labels) > 1 and not activation:
+        names = ", ".join(service.labels)
+        raise Refused(
+            400,
+            f"the model gives {names}, and a trainer that sends `activation` takes the last; say `use_activation`, "
+            "or start the server with --reward=NAME",
+        )
+    return service.reader.inputs(body, complete=True if of_verl else None), activation
 
 
 def _answer(service: Service, kind: str, data: list[Any], asked: Asked) -> dict[str, Any]:
@@ -95,15 +111,16 @@ async def classify(desk: Desk, request: Request) -> Any:
         if ("text" in body or "input_ids" in body) and not ("input" in body or "messages" in body):
             name = "text" if "text" in body else "input_ids"
             several = isinstance(body[name], list) and bool(body[name]) and isinstance(body[name][0], str | list)
-            return service.reader.renderings(name, body[name]), False, functools.partial(_as_sglang, several)
+            service.activation(body)
+            return service.reader.renderings(name, body), False, functools.partial(_as_sglang, several)
         return *_plain(service, body), functools.partial(_as_vllm, service)
 
     asked, activation, answer = await desk.read(request, read)
-    return answer(asked, await desk.values(request, asked, activation))
+    return answer(asked, await desk.values(request, asked, activation, one=False))
 
 
 def _as_vllm(service: Service, asked: Asked, outputs: np.ndarray) -> Any:
-    labels = service.model.labels
+    labels = service.labels
     data = [
         {"index": i, "label": labels[int(row.argmax())], "probs": row.tolist(), "num_classes": len(row)}
         for i, row in enumerate(outputs)
@@ -114,36 +131,61 @@ def _as_vllm(service: Service, asked: Asked, outputs: np.ndarray) -> Any:
 def _as_sglang(several: bool, asked: Asked, outputs: np.ndarray) -> Any:
     """One object for a single text, a list for a list."""
     answers = [
-        {"embedding": row.tolist(), "meta_info": {"id": uuid.uuid4().hex, "prompt_tokens": len(sequence)}}
-        for row, sequence in zip(outputs, asked.sequences)
+        {"embedding": row.tolist(), "meta_info": {"id": uuid.uuid4().hex, "prompt_tokens": length}}
+        for row, length in zip(outputs, asked.lengths)
     ]
     return answers if several else answers[0]
 
 
 async def pooling(desk: Desk, request: Request) -> Any:
     asked, activation = await desk.read(request, functools.partial(_plain, desk.service))
-    outputs = await desk.values(request, asked, activation)
+    outputs = await desk.values(request, asked, activation, one=False)
     data = [{"index": i, "object": "pooling", "data": row.tolist()} for i, row in enumerate(outputs)]
     return _answer(desk.service, "pool", data, asked)
 
 
+async def _rewards(
+    desk: Desk, request: Request, read: Callable[[Body], T], repeats: Callable[[Body], int] = lambda _: 1
+) -> tuple[T, list[float]]:
+    """What was asked, an Asked or a tuple that begins with one, and the one reward of each sequence."""
+    given: Any = await desk.read(request, lambda body: (desk.service.activation(body), read(body))[1], repeats)
+    asked = given[0] if isinstance(given, tuple) else given
+    return given, (await desk.values(request, asked, one=True))[:, 0].tolist()
+
+
 async def score(desk: Desk, request: Request) -> Any:
-    service = desk.service
+    asked, rewards = await _rewards(desk, request, desk.service.reader.pairs, responses)
+    data = [{"index": i, "object": "score", "score": reward} for i, reward in enumerate(rewards)]
+    return _answer(desk.service, "score", data, asked)
 
-    def read(body: Body) -> Asked:
-        if body.get("use_activation"):
-            raise Refused(400, NO_ACTIVATION)
-        return service.reader.pairs(body)
 
-    asked = await desk.read(request, read, responses)
-    rewards = service.rewards(await service.outputs(asked, request.is_disconnected))
-    data = [{"index": i, "object": "score", "score": float(x)} for i, x in enumerate(rewards)]
-    return _answer(service, "score", data, asked)
+async def rerank(desk: Desk, request: Request) -> Any:
+    (asked, documents, top), rewards = await _rewards(desk, request, desk.service.reader.ranked, responses)
+    best = sorted(range(len(rewards)), key=lambda i: -rewards[i])[:top]
+    results = [{"index": i, "document": {"text": documents[i]}, "relevance_score": rewards[i]} for i in best]
+    answer = _answer(desk.service, "rerank", [], asked)
+    return {**{name: answer[name] for name in ("id", "model", "usage")}, "results": results}
+
+
+async def embeddings(desk: Desk, request: Request) -> Any:
+    asked, rewards = await _rewards(desk, request, functools.partial(desk.service.reader.inputs, complete=True))
+    data = [{"index": i, "object": "embedding", "embedding": [reward]} for i, reward in enumerate(rewards)]
+    return _answer(desk.service, "embd", data, asked)
+
+
+async def rollouts(desk: Desk, request: Request) -> Any:
+    """OpenRLHF takes `rewards` and `scores`; slime the whole answer, which is a number."""
+
+    def read(body: Body) -> tuple[Asked, bool]:
+        return desk.service.reader.rollouts(body), "response" in body
+
+    (_, of_slime), rewards = await _rewards(desk, request, read)
+    return rewards[0] if of_slime else {"rewards": rewards, "scores": rewards, "extra_logs": {}}
 
 
 def _error(code: int, detail: str, *, close: bool = False) -> JSONResponse:
     body = {"error": {"message": detail, "type": KINDS.get(code, "BadRequestError"), "param": None, "code": code}}
-    headers = {"Retry-After": "1"} if code == 503 else {}
+    headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(code, {})
     return JSONResponse(body, code, headers=headers | ({"Connection": "close"} if close else {}))
 
 
@@ -179,6 +221,29 @@ def _route(desk: Desk, path: str, answer: Callable[[Desk, Request], Awaitable[An
     return Route(path, endpoint, methods=["POST"])
 
 
+POSTS = {
+    **{"/classify": classify, "/pooling": pooling, "/score": score, "/v1/score": score, "/v1/embeddings": embeddings},
+    **{"/rerank": rerank, "/v1/rerank": rerank, "/v2/rerank": rerank, "/get_reward": rollouts, "/": rollouts},
+}
+
+
+def _with_key(app: ASGIApp, key: str) -> ASGIApp:
+    """Answers 401 to requests without the key, before anything of theirs is read."""
+    wanted = f"Bearer {key}".encode()
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        given = Request(scope).headers.get("authorization", "").encode()
+        if hmac.compare_digest(given, wanted):
+            await app(scope, receive, send)
+        else:
+            refusal = _error(
+                401, "the server's API key is missing or wrong; send Authorization: Bearer KEY", close=True
+            )
+            await refusal(scope, receive, send)
+
+    return guarded
+
+
 def _excess(request: Request) -> bool:
     return bool(request.scope.get("state", {}).get("excess"))
 
@@ -188,9 +253,12 @@ def build(
     *,
     gate: Gate | None = None,
     seconds: float = 60.0,
+    key: str = "",
     on_failure: Callable[[], None] = lambda: None,
 ) -> Starlette:
     """The application. `gate` counts the requests inside; their bodies must arrive within `seconds`.
+
+    With a `key`, only requests that have it ("Authorization: Bearer KEY") are answered; /health always is.
 
     `on_failure` is called, in the event loop, if the model cannot be compiled; `service.failure` says why.
     """
@@ -216,9 +284,11 @@ def build(
 
     async def unknown(request: Request, error: Exception) -> Response:
         code = getattr(error, "status_code", 404)
-        return _error(code, f"{request.method} {request.url.path}: there is POST /classify, /pooling and /score")
+        return _error(code, f"{request.method} {request.url.path}: there is POST {', '.join(POSTS)}")
 
-    gets = [Route("/health", health), Route("/metrics", metrics), Route("/v1/models", models)]
-    posts = {"/classify": classify, "/pooling": pooling, "/score": score, "/v1/score": score}
-    routes = [*gets, *(_route(desk, path, answer) for path, answer in posts.items())]
+    gets = [Route("/metrics", metrics), Route("/v1/models", models)]
+    routes = [*gets, *(_route(desk, path, answer) for path, answer in POSTS.items())]
+    for route in routes if key else ():
+        route.app = _with_key(route.app, key)
+    routes.append(Route("/health", health))
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: unknown, 405: unknown})

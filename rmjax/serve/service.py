@@ -8,24 +8,26 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import prometheus_client
 
+from rmjax.batches.chat import Chat
 from rmjax.inference import engine
 from rmjax.inference.reward_model import RewardModel
+from rmjax.serve import REFUSE
 from rmjax.serve.batching import Batcher, QueueFull
 from rmjax.serve.bodies import parse
-from rmjax.serve.inputs import STOPPING, UNFINISHED, Asked, Body, Reader, Refused
+from rmjax.serve.inputs import STOPPING, UNFINISHED, Asked, Body, Reader, Refused, shown
 
-WARM = 4_096  # tokens: rows up to here are compiled before the server is ready
 ASK_SECONDS = 0.5  # between two looks whether a client is still there
 LARGE = 65_536  # bytes of requests that have threads of their own, so that small ones do not wait for them
 SMALL_THREADS = 4
-NO_ACTIVATION = "`use_activation` is true, it must be false or left out: a reward is no probability"
+# vLLM's names of one thing, the newest first.
+ACTIVATION = ("use_activation", "activation", "softmax")
 
 T = TypeVar("T")
 
@@ -49,21 +51,47 @@ class Service:
         batch_tokens: int,
         max_wait: float,
         normalize: tuple[float, float] | None = None,
+        complete: bool = False,
+        over_long: str | float = REFUSE,
+        policy: Chat | None = None,
+        reward: str = "",
     ):
         """Starts the batcher of a model for sequence classification, called `name` by clients.
 
         A sequence has at most `max_length` tokens (0 is no limit) and a batch `batch_tokens`; `queue` sequences may
-        wait, for others `max_wait` seconds. `normalize` is the mean and the standard deviation of rewards.
+        wait, for others `max_wait` seconds. `normalize` is the mean and the standard deviation of rewards. `reward`
+        names the one value that all answers are; without it /classify and /pooling give all outputs. `complete`,
+        `over_long` and `policy` are as in Reader.
+
+        Raises:
+            ValueError: the model has no value of that name, or several outputs and `over_long` is one number.
         """
         self.model, self.name, self.max_length = model, name, max_length
         self.ready = False
         self.failure: Exception | None = None
-        self.reader = Reader(model.chat, name, vocabulary=model.config.vocab, max_length=max_length, most=queue)
         self._normalize, self._batch_tokens, self._stopping = normalize, batch_tokens, False
+        self._reward, self._over_long = reward, over_long
+        if reward and reward not in (values := self._values(1)):
+            raise ValueError(f"--reward={reward} is none of what this model gives: {', '.join(values)}")
+        if not isinstance(over_long, str) and not reward and len(model.labels) > 1:
+            names = ", ".join(self._values(1))
+            raise ValueError(
+                f"--over_long={over_long:g} is one number, this model gives {names}; choose one by --reward"
+            )
         self.registry = prometheus_client.CollectorRegistry()
         make: dict[str, Any] = {"registry": self.registry}
         self.requests = prometheus_client.Counter("rmjax_requests", "Requests.", ["route", "status"], **make)
         self.seconds = prometheus_client.Histogram("rmjax_request_seconds", "Seconds of a request.", ["route"], **make)
+        self._lengths = prometheus_client.Counter(
+            "rmjax_over_long", "Sequences longer than allowed, by what was done with them.", ["done"], **make
+        )
+        self._completed = prometheus_client.Counter(
+            "rmjax_completed", "Renderings to which a BOS or an end was added.", ["given"], **make
+        )
+        sizes: dict[str, Any] = {"vocabulary": model.config.vocab, "max_length": max_length, "most": queue}
+        self.reader = Reader(
+            model.chat, name, **sizes, complete=complete, over_long=over_long, policy=policy, count=self._count_sequence
+        )
         self._sizes = prometheus_client.Histogram(
             "rmjax_batch_requests", "Requests of a batch.", buckets=[2**i for i in range(11)], **make
         )
@@ -86,10 +114,17 @@ class Service:
         self._tokens.inc(tokens)
         self._busy.inc(seconds)
 
+    def _count_sequence(self, what: str, how: str) -> None:
+        (self._lengths if what == "over_long" else self._completed).labels(how).inc()
+
     def warm_up(self) -> None:
-        """Compiles the common shapes, then is ready; keeps an error in `failure`. Ends early when the server stops."""
+        """Compiles the shapes of all batches whose sequences have at most LONGEST_ROW tokens, then is ready.
+
+        Keeps an error in `failure`. Ends early when the server stops.
+        """
         mesh, begun = self.model.mesh.shape, time.monotonic()
-        longest = min(self.max_length or WARM, WARM)
+        # Responses of one prompt become a tree that may be longer than any sequence.
+        longest = min(max(self.max_length or engine.LONGEST_ROW, self._batch_tokens), engine.LONGEST_ROW)
         shapes = list(warm_shapes(longest, self._batch_tokens, devices=mesh["data"] * mesh["fsdp"]))
         try:
             for rows, tokens in shapes:
@@ -101,6 +136,8 @@ class Service:
         else:
             self.ready = True
             log.info("ready: %d shapes compiled in %.0f seconds", len(shapes), time.monotonic() - begun)
+            if not self.max_length or self.max_length > shapes[-1][1]:
+                log.info("longer sequences than %d tokens are compiled when the first one comes", shapes[-1][1])
 
     def start(self, on_failure: Callable[[], None]) -> None:
         """Warms up beside the running event loop, which calls `on_failure` if that fails."""
@@ -157,33 +194,73 @@ class Service:
         result: Any = await _unless_gone(first, gone)
         return await _unless_gone(result, gone) if isinstance(result, concurrent.futures.Future) else result
 
-    async def outputs(self, asked: Asked, gone: Callable[[], Awaitable[bool]]) -> np.ndarray:
-        """float32 [n, A] of the head. Refused: the queue is full, the server stops, or the client has gone."""
-        try:
-            answer = self.batcher.submit(asked.sequences, asked.prompts)
-        except QueueFull as full:
-            raise Refused(503, f"{full}; try again later") from None
-        return await _unless_gone(answer, gone)
+    async def answers(
+        self, asked: Asked, gone: Callable[[], Awaitable[bool]], activation: bool | None = None, *, one: bool = False
+    ) -> np.ndarray:
+        """float32 [n, A]: what all outputs mean, or [n, 1] if `one` reward is wanted, or the server gives but one.
 
-    def activated(self, outputs: np.ndarray, activation: bool | None) -> np.ndarray:
-        """Rewards, perhaps normalized; of a judge the probabilities of its verdicts, unless `activation` is False."""
+        Refused: the model has no single reward, the queue is full, the server stops, or the client has gone.
+        """
+        outputs = np.full((len(asked.sequences), max(1, len(self.model.labels))), np.nan, np.float32)
+        if asked.scored:
+            sequences = [ids for ids in asked.sequences if ids is not None]
+            try:
+                future = self.batcher.submit(sequences, [asked.prompts[i] for i in asked.scored])
+            except QueueFull as full:
+                raise Refused(503, f"{full}; try again later") from None
+            answer: np.ndarray = await _unless_gone(future, gone)
+            outputs[asked.scored] = answer
+        values = self.rewards(outputs)[:, None] if one or self._reward else self._activated(outputs, activation)
+        values = np.array(values, np.float32)
+        values[[i for i, ids in enumerate(asked.sequences) if ids is None]] = (
+            np.nan if isinstance(self._over_long, str) else self._over_long
+        )
+        return values
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the values of an answer are called."""
+        return (self._reward,) if self._reward else tuple(self.model.labels)
+
+    @property
+    def judges(self) -> bool:
         objective = self.model.objective
-        judges = objective is not None and objective.problem_type == "single_label_classification"
-        if activation and not judges:
-            raise Refused(400, NO_ACTIVATION)
+        return objective is not None and objective.problem_type == "single_label_classification"
+
+    def activation(self, body: Body) -> bool | None:
+        """What a body says of vLLM's `use_activation`, under any of its names. Refused where it cannot be done."""
+        given = {name: body[name] for name in ACTIVATION if body.get(name) is not None}
+        for name, value in given.items():
+            if not isinstance(value, bool):
+                raise Refused(400, f"`{name}` is {shown(value)}, expected true or false")
+            if value and not self.judges:
+                raise Refused(400, f"`{name}` is true, it must be false or left out: a reward is no probability")
+        if len(set(given.values())) > 1:
+            raise Refused(400, f"{' and '.join(f'`{name}`' for name in given)} contradict each other")
+        return next(iter(given.values()), None)
+
+    def _activated(self, outputs: np.ndarray, activation: bool | None) -> np.ndarray:
+        """Rewards, perhaps normalized; of a judge the probabilities of its verdicts, unless `activation` is False."""
         if self._normalize is not None:
             outputs = (outputs - self._normalize[0]) / self._normalize[1]
-        if judges and activation is not False:
+        if self.judges and activation is not False:
             return np.stack(list(self.model.decode(outputs).values()), -1)
         return outputs
 
     def rewards(self, outputs: np.ndarray) -> np.ndarray:
-        """float32 [n]: the answer of /score; Refused where the model has no single reward."""
+        """float32 [n]: the one reward of each; Refused where the model has none, and the server was told none."""
         values = self.model.decode(outputs)
-        if "score" not in values:
-            raise Refused(400, f"the model gives {', '.join(values)}, not one reward; ask /classify")
+        name = self._reward or "score"
+        if name not in values:
+            given = ", ".join(values)
+            raise Refused(
+                400, f"the model gives {given}, not one reward; ask /classify, or start it with --reward=NAME"
+            )
         mean, std = self._normalize or (0.0, 1.0)
-        return (values["score"] - mean) / std
+        return (values[name] - mean) / std
+
+    def _values(self, count: int) -> Mapping[str, np.ndarray]:
+        return self.model.decode(np.zeros((count, max(1, len(self.model.labels))), np.float32))
 
 
 async def _unless_gone(answer: "concurrent.futures.Future[T]", gone: Callable[[], Awaitable[bool]]) -> T:
@@ -205,7 +282,7 @@ async def _unless_gone(answer: "concurrent.futures.Future[T]", gone: Callable[[]
 def warm_shapes(longest: int, tokens: int, devices: int) -> Iterator[tuple[int, int]]:
     """Numbers of full rows, and their tokens, that together need every shape of a batch: powers of two, see engine.py.
 
-    `longest` is the longest sequence and `tokens` the batch, in tokens; rows are split over `devices`.
+    `longest` is the longest tree and `tokens` the batch, in tokens; rows are split over `devices`.
     """
     most = min(tokens, devices * engine.BATCH_TOKENS.get(jax.default_backend(), engine.DEFAULT_BATCH_TOKENS))
     for row in itertools.takewhile(lambda n: n <= engine.row_tokens(longest), _doubled(engine.LEAST_ROW)):

@@ -258,6 +258,20 @@ def test_a_token_without_an_embedding_is_refused(loaded):
         loaded["qwen2"].score_tokens([[1, 2], [1, vocab]])
 
 
+def test_texts_and_ids_that_are_not_whole_are_refused_or_completed(loaded):
+    model, conversation = loaded["qwen2"], chat_of("Which?", "a tree")
+    text = model.chat.tokenizer.apply_chat_template(conversation, tokenize=False)
+    (wanted,) = model.score([conversation])
+    assert model.score_texts([text]) == model.score_tokens(model.chat.encode([text])) == [wanted]
+    for part in (text.removesuffix("\n"), text.removesuffix("<|im_end|>\n")):
+        for score, given in ((model.score_texts, part), (model.score_tokens, model.chat.encode([part])[0])):
+            with pytest.raises(reward_model.BadConversation, match=r"conversation 1: it ends with .* lacks"):
+                score([text if isinstance(given, str) else model.chat.encode([text])[0], given])
+            assert score([given], complete=True) == [wanted]
+    with pytest.raises(reward_model.BadConversation, match="conversation 0: it begins with 'a tree'"):
+        model.score_texts(["a tree"], complete=True)
+
+
 def test_a_directory_without_a_score_head_is_refused(tmp_path, tokenizer_dir):
     make_model(tmp_path, "llama", tokenizer_dir, head=False)
     with pytest.raises(ValueError, match=r"has no score head: no score\.weight"):

@@ -31,6 +31,7 @@ from rmjax.serve.batching import Batcher, QueueFull
 from rmjax.serve.service import Service
 
 ROOT = Path(__file__).parents[2]
+WHOLE = "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\ny<|im_end|>\n"
 OPTIONS = {"max_length": 300, "queue": 64, "batch_tokens": 4096, "max_wait": 0.0}
 
 
@@ -156,7 +157,7 @@ def test_a_judge_gives_probabilities_or_its_raw_outputs(serve, stand_in):
     kept = {**vars(stand_in), "labels": judge.labels, "objective": judge}
     kept |= {"outputs": lambda sequences, prompts: raw, "decode": lambda outputs: judge.decode(outputs, {})}
     asked = [
-        ("/classify", {"input": "x", **more}) for more in ({}, {"use_activation": True}, {"use_activation": False})
+        ("/classify", {"input": WHOLE, **more}) for more in ({}, {"use_activation": True}, {"use_activation": False})
     ]
     one = serve(SimpleNamespace(**kept))
     (default, yes, no), (refused,) = (
@@ -238,7 +239,7 @@ MALFORMED = {
     "mixed": ("/classify", {"input": ["x", 3]}, 400, "expected text, texts, token ids"),
     "booleans": ("/classify", {"input": [True, False]}, 400, "expected text, texts, token ids"),
     "empty list": ("/classify", {"input": []}, 400, "expected text, texts, token ids"),
-    "empty text": ("/classify", {"input": ["x", ""]}, 400, "input 1 has no tokens"),
+    "empty text": ("/classify", {"input": [WHOLE, ""]}, 400, "input 1 has no tokens"),
     "no ids": ("/classify", {"input": [[]]}, 400, "input 0 has no tokens"),
     "unknown id": ("/classify", {"input": [5, 100_000]}, 400, "has the token id 100000, the vocabulary has"),
     "negative id": ("/classify", {"input": [-1]}, 400, "has the token id -1"),
@@ -297,7 +298,7 @@ def test_an_error_of_the_model_is_told_without_a_traceback(serve, stand_in, capl
     stand_in.outputs = lambda *_: 1 / 0
     one = serve()
     for _ in range(2):  # the thread lives on
-        (answer,) = ask(one, ("/classify", {"input": "x"}))
+        (answer,) = ask(one, ("/classify", {"input": WHOLE}))
         assert answer.status_code == 500 and "division" not in answer.text
         assert "its log says more" in answer.json()["error"]["message"] and "ZeroDivisionError" in caplog.text
 
@@ -310,7 +311,8 @@ def test_it_is_not_ready_before_it_is_compiled(serve, stand_in):
     health, refused = ask(one, ("/health",), ("/classify", {"input": "x"}))
     assert health.status_code == refused.status_code == 503 and refused.headers["retry-after"] == "1"
     one.warm_up()
-    assert seen == [(1, 256), (2, 256), (4, 256), (1, 512), (2, 512)]
+    # Sequences of at most 300 tokens, but trees of up to 1,024.
+    assert seen == [(1, 256), (2, 256), (4, 256), (1, 512), (2, 512), (1, 1024)]
     health, models = ask(one, ("/health",), ("/v1/models",))
     assert (
         health.status_code == 200
@@ -332,6 +334,15 @@ def test_nothing_is_compiled_once_it_is_ready(serve, model):
     compiled = engine._forward._cache_size()
     for count, length in ((1, 30), (5, 40), (9, 50), (32, 8), (2, 200), (16, 30)):
         model.outputs([[5] * length] * count)
+    for prompt, count in (
+        (200, 8),
+        (10, 90),
+        (100, 130),
+    ):  # trees: one longer than any sequence, some of many responses
+        most = max(1, 512 // (prompt + 3))
+        answers = [[5] * prompt + [6 + i, 7, 8] for i in range(count)]
+        for start in range(0, count, most):  # as a batch's pieces are
+            model.outputs(answers[start : start + most], ["the prompt"] * len(answers[start : start + most]))
     assert engine._forward._cache_size() == compiled
 
 
@@ -427,14 +438,14 @@ def test_a_full_queue_is_503_over_http(serve, stand_in):
     held = stand_in.outputs = Held()
     one = serve(queue=2)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        first = pool.submit(ask, one, ("/pooling", {"input": [5]}))
+        first = pool.submit(ask, one, ("/pooling", {"input": WHOLE}))
         assert held.begun.wait(10)
-        second = pool.submit(ask, one, ("/pooling", {"input": [[6], [7]]}))
+        second = pool.submit(ask, one, ("/pooling", {"input": [WHOLE, WHOLE]}))
         until(lambda: one.batcher.waiting == 2)
-        (refused,) = ask(one, ("/pooling", {"input": [8]}))
+        (refused,) = ask(one, ("/pooling", {"input": WHOLE}))
         held.go.set()
     assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
-    assert first.result()[0].status_code == second.result()[0].status_code == 200 and 8 not in held.seen
+    assert first.result()[0].status_code == second.result()[0].status_code == 200 and len(held.seen) == 3
 
 
 def test_a_request_whose_client_has_gone_is_never_computed(serve, stand_in, monkeypatch):
@@ -443,7 +454,8 @@ def test_a_request_whose_client_has_gone_is_never_computed(serve, stand_in, monk
     one = serve()
     busy = one.batcher.submit([[5]], [None])
     assert held.begun.wait(10)
-    messages = [{"type": "http.request", "body": b'{"input": [6]}'}, {"type": "http.disconnect"}]
+    body = json.dumps({"input": WHOLE}).encode()
+    messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
     sent, waited = [], []
 
     async def receive():

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import transformers
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, normalizers
 
 from rmjax.batches.chat import Chat
 from rmjax.serve import bodies
@@ -63,41 +63,48 @@ def test_a_token_has_no_more_characters_than_is_said(tokenizer):
         assert len(text) <= most * len(ids)
 
 
+def rendered(answer):
+    return f"<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+
+
 def _with(tokenizer, change):
     made = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     change(made)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda t: setattr(t, "normalizer", normalizers.Strip()),
-        lambda t: setattr(t, "normalizer", normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])),
-        lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.WhitespaceSplit()),
-        lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Split("x", "removed")),
-        lambda t: setattr(t, "model", models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")),
-        lambda t: t.add_tokens([AddedToken("<|wide|>", lstrip=True)]),
-    ],
-)
-def test_a_tokenizer_that_can_leave_something_out_has_no_limit(change, tokenizer):
-    assert characters_per_token(_with(tokenizer, change)) == 0
-    assert characters_per_token(_with(tokenizer, lambda t: None)) > 0
-
-
-def test_nfc_may_shorten_a_text(tokenizer):
+def test_a_normalizer_may_shorten_a_text(tokenizer):
     plain = characters_per_token(tokenizer)
-    composed = _with(tokenizer, lambda t: setattr(t, "normalizer", normalizers.NFC()))
-    assert characters_per_token(composed) == 4 * plain
+    for change in (
+        lambda t: setattr(t, "normalizer", normalizers.NFC()),
+        lambda t: setattr(t, "normalizer", normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])),
+    ):
+        assert characters_per_token(_with(tokenizer, change)) == 4 * plain
 
 
-def test_what_cannot_fit_is_refused_before_it_is_tokenized(tokenizer, monkeypatch):
-    chat = Chat(tokenizer)
+class Slow:
+    """A tokenizer that only Python knows: it is used by one thread at a time."""
+
+    is_fast, bos_token_id, bos_token = False, None, None
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args, **kwargs):
+        return self._tokenizer(*args, **kwargs)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_what_cannot_fit_is_refused_before_it_is_tokenized(slow, tokenizer, monkeypatch):
+    chat = Chat(Slow(tokenizer) if slow else tokenizer)
     reader = Reader(chat, "tiny", vocabulary=1_000, max_length=50, most=1_000)
-    assert reader.inputs({"input": "tree " * 10}).tokens
+    assert reader.inputs({"input": rendered("tree " * 10)}).tokens
     seen, plain = [], chat.encode
     monkeypatch.setattr(chat, "encode", lambda texts: seen.append(sum(map(len, texts))) or plain(texts))
-    long = "x" * (50 * characters_per_token(tokenizer) + 1)
+    long = "x" * (50 * characters_per_token(chat.tokenizer) + 1)
     for read, body in (
         (reader.inputs, {"input": ["tree", long]}),
         (reader.inputs, {"messages": [{"role": "user", "content": long}, {"role": "assistant", "content": "x"}]}),
@@ -110,7 +117,7 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(tokenizer, monkeypatc
 
 def test_large_requests_are_tokenized_in_pieces(tokenizer, monkeypatch):
     chat = Chat(tokenizer)
-    reader, texts = Reader(chat, "tiny", vocabulary=1_000, max_length=0, most=1_000), ["a tree " * 2_000] * 20
+    reader, texts = Reader(chat, "tiny", vocabulary=1_000, max_length=0, most=1_000), [rendered("a tree " * 2_000)] * 20
     wanted, sizes, plain = chat.encode(texts), [], chat.encode
     monkeypatch.setattr(chat, "encode", lambda piece: sizes.append(sum(map(len, piece))) or plain(piece))
     assert reader.inputs({"input": texts}).sequences == wanted and max(sizes) <= 65_536 and len(sizes) >= 4
