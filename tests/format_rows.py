@@ -132,6 +132,7 @@ ROWS = {
         "response_2": "b",
         "preference_strength": -2,
         "preference_statement": "the first",
+        "all_preferences_unprocessed": [{"statement": "the first is better by far", "strength": -2}],
         "three_most_similar_preferences": [{"strength": -2}, {"strength": -1}, {"strength": 1}, {"strength": -100}],
     },
     "strength_chat": {

@@ -151,12 +151,15 @@ def test_an_index_names_files_beside_it_only(tmp_path):
 
 
 def test_what_stands_in_data_names_no_file(tmp_path):
-    """`state.json` of a saved data set lists its files; the folder is read, not the list."""
+    """`state.json` of a saved data set lists its files; only those in its folder can be meant."""
     (tmp_path / "secret.jsonl").write_text('{"prompt": "secret", "chosen": "a", "rejected": "b"}\n')
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "data.jsonl").write_text('{"prompt": "../secret.jsonl", "chosen": "a", "rejected": "b"}\n')
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../secret.jsonl"}]}))
+    with pytest.raises(ValueError, match=r"set lacks \.\./secret\.jsonl, which its state\.json names"):
+        list(sources.open_source(str(folder)))
+    (folder / "state.json").unlink()
     rows = [row for _, row in sources.open_source(str(folder))]
     assert [row["prompt"] for row in rows] == ["../secret.jsonl"]
 

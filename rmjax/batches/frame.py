@@ -110,6 +110,34 @@ class Frame:
             self._check_open_end(text)
         return text + self.ending[len(have) :]
 
+    def read(self, text: str) -> list[Message] | None:
+        """The messages of a rendering that lacks its BOS or its end, or has other special tokens there.
+
+        None where it is no rendering, or nothing follows the header of its response.
+        """
+        bos, generation = self._chat.tokenizer.bos_token or "", _marks(self._chat)["generation"]
+        asked, header, said = text.rpartition(generation) if generation else ("", "", "")
+        if not header or not said.strip():
+            return None
+        whole = f"{asked}{header}"
+        read = read_prompt(self._chat, f"{bos}{self.without_bos(whole)}" if self._has_bos else whole)
+        return None if read is None else self.answered(*read, self.without_ends(said))
+
+    def answered(self, turns: Sequence[Message], begun: str, response: str) -> list[Message]:
+        """A conversation of what `read_prompt` gives and the response, as text after the rendered prompt."""
+        marks = _marks(self._chat)
+        # Mistral's prompts end with "[/INST]", and an answer's text begins after the space that follows it.
+        header, generation = marks["to_assistant"], marks["generation"]
+        space = header[len(generation) :] if generation and header.startswith(generation) else ""
+        return [*turns, _assistant(begun + response.removeprefix(space))]
+
+    def without_bos(self, text: str) -> str:
+        """A text without the BOS, or several of them, that it begins with."""
+        bos = self._chat.tokenizer.bos_token
+        while bos and text.startswith(bos):
+            text = text.removeprefix(bos)
+        return text
+
     def without_ends(self, text: str) -> str:
         """A response without the special tokens at its end, and the spaces between and after them."""
         return re.sub(rf"(?:(?:{self._special.pattern})\s*)+\Z", "", text)
@@ -217,16 +245,19 @@ def read_conversation(chat: Chat, text: str) -> list[Message] | None:
 
 
 def _turns(marks: dict[str, str], text: str) -> Iterable[list[Message]]:
-    """What a text may be as messages up to a user's: with a system message, and without."""
-    for start, system_end in ((marks["start_system"], marks["system_end"]), (marks["start"], "")):
-        if not text.startswith(start) or (system_end and system_end not in text):
+    """What a text may be as messages up to a user's: without a system message, and with.
+
+    Where both begin alike (Mistral's templates put the system message before the first question), it is read as a part
+    of the question.
+    """
+    with_system = [(marks["start_system"], marks["system_end"])] if marks["system_end"] else []
+    for start, system_end in ((marks["start"], ""), *with_system):
+        if not text.startswith(start) or system_end not in text:
             continue
         first, turns = text[len(start) :], list[Message]()
         if system_end:
             system, _, first = first.partition(system_end)
             turns.append({"role": "system", "content": system})
-        elif start == marks["start_system"]:
-            continue
         *before, asked = first.split(marks["to_user"]) if marks["to_user"] else [first]
         pairs = [exchange.partition(marks["to_assistant"]) for exchange in before]
         if all(found for _, found, _ in pairs):

@@ -35,6 +35,11 @@ TEXTS = (  # flags that take a text: name, what it is, help
     ("benchmark", "NAME[,NAME]", "benchmarks to run, by name; NAME=SOURCE reads a local copy"),
     ("data", "SOURCE[,SOURCE]", "held-out data to measure on, in any format"),
     ("format", "NAME", "format of --data; default: detected from the columns"),
+    (
+        "columns",
+        "WHAT=COLUMN[,...]",
+        "what columns are, as prompt=trajectory,ignore=notes; see docs/data.md",
+    ),
     ("gold", "SOURCE", "responses with the scores of a gold model to compare with"),
     ("train_data", "SOURCE", "data that the model was trained on; shows whether it is fitted"),
     ("output", "FILE", "JSON file to write all results to"),
@@ -95,7 +100,7 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("data", "gold", "train_data"):
         setattr(args, name, passwords.hide(getattr(args, name)))
         for item in _split(getattr(args, name)):
-            reading.open_rows(item, args.format if name == "data" else "auto")
+            reading.open_rows(item, args.format if name == "data" else "auto", args.columns)
     return args
 
 
@@ -136,10 +141,10 @@ def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
     data += [(sources.source_name(item), item, args.format, None) for item in _split(args.data)]
     sets: dict[str, Any] = {}
     for name, item, format, rows in data:
-        tasks = evaluating.measurable_tasks(item, format, learnt)
+        tasks = evaluating.measurable_tasks(item, format, learnt, args.columns)
         for kind, task in tasks.items():
-            groups = evaluating.read(item, model.chat, task, format=format)
-            if groups.audit.reasons:
+            groups = evaluating.read(item, model.chat, task, format=format, columns=args.columns)
+            if groups.audit.reasons or groups.audit.unread:
                 print(*ledger.rows_lines(groups.audit), sep="\n", file=sys.stderr)
             groups = groups.sample(rows, 0) if rows else groups
             label = f"{name} ({kind})" if len(tasks) > 1 else name
@@ -149,7 +154,7 @@ def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
         groups = evaluating.read_benchmark(test, source, model.chat, learnt)
         tests[test.name] = evaluating.run_benchmark(model, test, groups, progress=progress(test.name, len(groups)))
     report = {"version": 1, "model": path, "step": step, "sets": sets, "benchmarks": tests}
-    return report | ({"gold": against_gold(model, args.gold, sets)} if args.gold else {})
+    return report | ({"gold": against_gold(model, args.gold, args.columns, sets)} if args.gold else {})
 
 
 def _split(spec: str) -> list[str]:
@@ -173,7 +178,7 @@ def progress(name: str, total: int) -> Callable[[int], None]:
     return show
 
 
-def against_gold(model: "RewardModel", source: str, sets: dict[str, Any]) -> dict[str, Any]:
+def against_gold(model: "RewardModel", source: str, columns: str, sets: dict[str, Any]) -> dict[str, Any]:
     """The model as a proxy of the gold model whose scores are in `source`; see evaluate/gold.py."""
     from rmjax.data import ledger, prompts, reading
     from rmjax.evaluate import gold
@@ -183,7 +188,7 @@ def against_gold(model: "RewardModel", source: str, sets: dict[str, Any]) -> dic
     histories: list[list[tuple[int, int]]] = []
     scores: list[np.ndarray] = []
     audit = ledger.Audit()
-    rows = (record for record in reading.records(source, audit=audit) if "score" in record.attributes)
+    rows = (record for record in reading.records(source, columns=columns, audit=audit) if "score" in record.attributes)
     while chunk := list(itertools.islice(rows, CHUNK)):
         tools = [record.tools for record in chunk for _ in record.conversations]
         values = model.score([c for record in chunk for c in record.conversations], tools=tools)
@@ -194,7 +199,7 @@ def against_gold(model: "RewardModel", source: str, sets: dict[str, Any]) -> dic
             said.append((record.row, *labels, lengths, np.array(own, np.float64)))
             histories.append(prompts.histories(record))
             scores.append(np.array(record.attributes["score"], np.float64))
-    if audit.reasons:
+    if audit.reasons or audit.unread:
         print(*ledger.rows_lines(audit), sep="\n", file=sys.stderr)
     if not said:
         raise ValueError(f"--gold={source}: no row has scores; expected `prompt`, `responses` and `scores`")

@@ -72,12 +72,12 @@ def run_benchmark(
     return benchmarks.score(benchmark, asking.ask(model, groups, progress))
 
 
-def measurable_tasks(source: str, format: str, learnt: Task | None) -> dict[str, Task]:
+def measurable_tasks(source: str, format: str, learnt: Task | None, columns: str = "") -> dict[str, Task]:
     """What can be measured on data, by what its first records say: "preferences", and "learnt" where it is other.
 
     `learnt` is the task of the model's objective, None of a foreign model; ValueError if nothing can be measured.
     """
-    first = list(itertools.islice(reading.records(source, format=format), formats.LOOK))
+    first = list(itertools.islice(reading.records(source, format=format, columns=columns), formats.LOOK))
     tasks: dict[str, Task] = {}
     if isinstance(learnt, Writing | Steps | Attributes) and any(_usable(learnt, record) for record in first):
         tasks["learnt"] = learnt

@@ -21,14 +21,15 @@ read. What the model was trained for decides which columns are added:
 A response that is empty or null has no score: null, counted on the last line, and nothing is chosen by it. Rows with
 tools that the chat template does not show are counted there, too.
 The responses of a prompt share its computation. The output has the rows in the order of the input, with their other
-columns; its ending (.jsonl or .parquet) chooses the format. JSONL holds dates, decimals and bytes as text. A score that
-is not finite becomes null. Options make other rows from the scores:
+columns; its ending (.jsonl or .parquet) chooses the format. Rows that the options below make have their columns under
+the names of this page (`prompt`, `system`), whatever they were called. JSONL holds dates, decimals and bytes as
+text. A score that is not finite becomes null. Options make other rows from the scores:
 
     --best_of_n           `responses` become `response`, the best one, with its `score` and attributes
     --pairs=best_worst    `responses` become a pair, `chosen` and `rejected`, with both scores and `margin`;
     --pairs=all           or every pair that is no tie, as a file to train on (lists of turns if `prompt` is a list)
     --relabel             `chosen` and `rejected` (and columns named after them) change places where the rejected
-                          response has the higher score
+                          response has the higher score; `preference` and `preference_strength` become null
     --min_margin, --max_margin, --tie_threshold    drop pairs by chosen_score - rejected_score, which becomes `margin`
     --normalize           rewards minus their mean, divided by their deviation, both from the export's contract
 
@@ -211,7 +212,7 @@ def _scored(model: Any, part: Sequence[rows.Asked], surveyed: Survey, options: O
     counts.update(f"without a score: {bad.reason}" for asked in part for bad in asked.unscored)
     chooses = options.takes_responses or options.makes_margins
     resolution = getattr(model, "resolution", 0.0) if chooses else 0.0
-    make = lambda asked, x: making.make_rows(asked.row, x, options, counts, resolution)
+    make = lambda asked, x: making.make_rows(options.kept(asked), x, options, counts, resolution)
     return [new for asked, x in zip(part, scores) for new in make(asked, x)], counts
 
 

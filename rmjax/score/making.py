@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rmjax.score.rows import NUMBER, Row
+from rmjax.score.rows import NUMBER, Asked, Row
 
 Counts = collections.Counter[str]
 TEXT = pa.string()
 TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SIDES = ("chosen", "rejected")
+STALE = ("preference", "preference_strength")  # columns that say which side is better: null after --relabel
 MOST_PAIRED = 512  # responses of which all pairs are made: 130,816, and four times as many of twice the responses
 REWARDS = ("score", "scores", "chosen_score", "rejected_score")  # what is normalized; attributes have scales
 
@@ -61,6 +62,10 @@ class Options:
             raise ValueError(f"--tie_threshold={self.tie_threshold} must be a number that is not negative")
         if not self.min_margin <= self.max_margin:
             raise ValueError(f"--min_margin={self.min_margin} is above --max_margin={self.max_margin}")
+
+    def kept(self, asked: Asked) -> Row:
+        """The columns of a row that the output has, too; under the documented names where rows are made of them."""
+        return asked.named if self.takes_responses or self.makes_margins else asked.row
 
     def check_row(self, where: str, row: Row) -> None:
         """Raises ValueError, with the row's name, where responses are no texts, or all their pairs are too many."""
@@ -182,15 +187,15 @@ def _judged(row: Row, options: Options, counts: Counts, equal: float) -> Iterato
         counts["relabelled"] += 1
         row, margin = _turned(row), -margin
     if _kept(margin, options, counts, equal):
-        yield {**row, "margin": margin}
+        stale = [name for name in STALE if name in row] if options.relabel else []
+        yield {**row, **dict.fromkeys(stale), "margin": margin}
 
 
 def _turned(row: Row) -> Row:
-    """Swaps chosen and rejected in all columns that exist for both."""
-    endings = [name[len("chosen") :] for name in row if name.startswith("chosen")]
-    both = [end for end in endings if f"rejected{end}" in row]
-    swapped = {f"{to}{end}": row[f"{of}{end}"] for end in both for to, of in (SIDES, SIDES[::-1])}
-    return {**row, **swapped}
+    """Swaps chosen and rejected in all columns that exist for both: `chosen_score`, `score_chosen`, `chosen-model`."""
+    others = {name: name.replace("chosen", "rejected").replace("Chosen", "Rejected") for name in row}
+    both = [(name, other) for name, other in others.items() if other != name and other in row]
+    return {**row, **{to: row[of] for pair in both for to, of in (pair, pair[::-1])}}
 
 
 def _kept(margin: float, options: Options, counts: Counts, equal: float) -> bool:

@@ -1,7 +1,7 @@
 """The rows that are scored: the conversations that training's readers find in them, and the columns that they get."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ class Asked:
 
     where: str  # "file.jsonl:17"
     row: Row
+    named: Row  # with its columns under the names that are documented
     format: str
     conversations: Sequence[Conversation] = ()  # K whole ones: its responses, in order; () of a row without a score
     stops: Sequence[Sequence[int]] = ()  # of each the characters of its last turn up to the end of each step
@@ -46,13 +47,6 @@ class Asked:
     def characters(self) -> int:
         """About how long its conversations are, all together."""
         return sum(len(message.get("content") or "") for turns in self.conversations for message in turns)
-
-    def check(self, taken: Collection[str]) -> None:
-        """Raises ValueError, with the row's name, where it has a column of those that the output will have."""
-        if both := [name for name in taken if name in self.row]:
-            raise ValueError(
-                f"{self.where} has a column `{both[0]}` already; rename it, the output has its scores there"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +83,14 @@ def _read(layout: Layout, source: str, where: str, row: Row, kind: "Kind", unrea
     except BadRow as bad:
         if bad.reason not in MARKED:
             raise ValueError(f"{where}: {bad.detail}") from None
-        return Asked(where, row, layout.name, unscored=[bad])
+        return Asked(where, row, dict(layout.named(row)), layout.name, unscored=[bad])
     conversations = [list(conversation) for record in records for conversation in record.conversations]
     steps = [of_one for record in records for of_one in record.steps]
     if problem := kind.problem(len(conversations), len(steps)):
         raise ValueError(f"{where}: {problem}")
     stops = [[step.stop for step in of_one] for of_one in steps]
     told = [bad for bad in defects if bad.reason != "identical_responses"]  # these get equal scores
-    return Asked(where, row, layout.name, conversations, stops, records[0].tools, told)
+    return Asked(where, row, dict(layout.named(row)), layout.name, conversations, stops, records[0].tools, told)
 
 
 # The columns that a row gets of what the model says of its responses, by the name that the model has for it.
@@ -214,7 +208,7 @@ def _all_with_steps(responses: int, steps: int) -> str:
 
 
 SCORING = Kind(
-    ("ranked", "messages", "messages_completion", "scored_text", "unlabelled_pair", "unlabelled_steps"),
+    ("ranked", "messages", "messages_completion", "scored_text", "unlabelled_pair"),
     "`messages`, or `prompt` and `response`, `responses`, or `chosen` and `rejected`",
     ["score"],
     _scoring_shape,

@@ -103,12 +103,15 @@ def survey_input(model: str, input: rows.Input, output: Path, options: Options) 
                     f"{one.where} is {one.format}, and the first row {first.format}, which gets other columns; score "
                     "them apart"
                 )
-            one.check(columns)
-            options.check_row(one.where, one.row)
+            if both := [name for name in columns if name in options.kept(one)]:
+                raise ValueError(
+                    f"{one.where} has a column `{both[0]}` already; rename it, the output has its scores there"
+                )
+            options.check_row(one.where, options.kept(one))
             for bad in one.unscored:
                 unscored[bad.reason].append(f"{one.where}: {bad.detail}")
         if schema is not None:
-            schema = merged(schema, [one.row for one in chunk])
+            schema = merged(schema, [options.kept(one) for one in chunk])
         digests.append(digest_rows(chunk))
         count += len(chunk)
     made_schema = None if schema is None else _made_schema(schema, added, options)

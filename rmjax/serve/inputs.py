@@ -183,16 +183,15 @@ class Reader:
             prompts = _texts("prompts", body["prompts"])
             if len(prompts) != len(queries):
                 raise Refused(400, f"{len(prompts)} texts in prompts for {len(queries)} in query; expected as many")
-            responses = [_after(index, *both) for index, both in enumerate(zip(prompts, queries))]
+            bare = self._policy_frame.without_bos
+            responses = [_after(i, bare(p), bare(query)) for i, (p, query) in enumerate(zip(prompts, queries))]
         self._check_count(len(prompts))
         with _refusing():
             read = [self._read_prompt(index, prompt, body) for index, prompt in enumerate(prompts)]
         texts = [self._policy_frame.without_ends(self._frame.without_ends(response)) for response in responses]
         if all(turns is not None for turns, _ in read):
-            whole = [
-                [*(turns or ()), {"role": "assistant", "content": begun + text}]
-                for (turns, begun), text in zip(read, texts)
-            ]
+            answered = self._policy_frame.answered
+            whole = [answered(turns or (), begun, text) for (turns, begun), text in zip(read, texts)]
             return self._conversations(whole, [repr(prompt) for prompt in prompts], body, keep=True)
         # Prompts of the model's own template that have more than messages say (tools), and so cannot be read.
         try:
@@ -206,8 +205,10 @@ class Reader:
         """The messages of a prompt, and how the response begins; no messages if it is only known to be the model's."""
         if not isinstance(prompt, str):
             return read_turns(body, "prompt", prompt), ""
-        if (read := read_prompt(self._policy, prompt)) is not None:
-            return read
+        bos = self._policy.tokenizer.bos_token or ""
+        for text in dict.fromkeys((prompt, bos + prompt)):
+            if (read := read_prompt(self._policy, text)) is not None:
+                return read
         if not (self._policy_frame.has_special(prompt) or any(mark in prompt for mark in TEMPLATE_MARKS)):
             return read_turns(body, "prompt", prompt), ""
         if self._policy is self._chat:
@@ -242,12 +243,19 @@ class Reader:
             if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
                 raise Refused(400, f"input {index} is no Unicode: half of a surrogate pair")
         try:
-            texts = [self._frame.completed_text(text) if complete and text else text for text in given]
+            texts = [self._completed(text) if complete and text else text for text in given]
         except NotWhole as problem:
             raise Refused(400, str(problem)) from None
         for _ in range(sum(text != before for text, before in zip(texts, given))):
             self._count("completed", "text")
         return self._whole(self._encode(texts), False, texts)
+
+    def _completed(self, text: str) -> str:
+        """A text as its messages are rendered, where they can be read; else with what it lacks."""
+        with contextlib.suppress(BadRow):
+            if (turns := self._frame.read(text)) is not None:
+                return self._chat.render(turns)
+        return self._frame.completed_text(text)
 
     def _whole(self, encoded: Sequence[list[int] | None], complete: bool, given: Sequence[Any]) -> Asked:
         """Renderings that begin and end as the template's do."""

@@ -18,6 +18,11 @@ INST = (
     "{% elif m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ raise_exception('no') }}"
     "{% endif %}{% endfor %}"
 )
+INST_SYSTEM = (  # the system message begins the first question
+    "{{ bos_token }}{% set before = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}"
+    "{% else %}{{ '[INST] ' + (before if loop.first else '') + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
+)
 PLAIN = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -28,9 +33,11 @@ TEMPLATES = {
     "thinking": small_tokenizers.THINKING,
     "bos": BOS_FIRST,
     "inst": INST,
+    "inst with a system": INST_SYSTEM,
     "plain": PLAIN,
     "bare": BARE,
 }
+THOUGHTLESS = {"role": "assistant", "content": "<think>\n\n</think>\n\nA plant."}
 QUESTION, ANSWER = {"role": "user", "content": "What is a tree?"}, {"role": "assistant", "content": "A plant."}
 
 
@@ -127,13 +134,29 @@ def test_what_cannot_be_completed_is_refused(name, change, words, chats):
 def test_rendered_prompts_are_read_as_messages(name, chats):
     chat = chats[name]
     prompts = [[QUESTION], [QUESTION, ANSWER, {"role": "user", "content": "And\n\nwhy?"}]]
-    prompts += [[{"role": "system", "content": "Be brief."}, QUESTION]] if name != "inst" else []
+    prompts += [[{"role": "system", "content": "Be brief."}, QUESTION]] if not name.startswith("inst") else []
     for messages in prompts:
         text = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert read_prompt(chat, text) == (messages, "")
         whole = [*messages, ANSWER]
         assert read_conversation(chat, chat.tokenizer.apply_chat_template(whole, tokenize=False)) == whole
     assert read_prompt(chat, "What is a tree?") is None and read_conversation(chat, "A plant.") is None
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "bare"])
+@pytest.mark.parametrize("end", ["", "<|im_end|>", "<|endoftext|>", "<|im_end|>\n<|endoftext|>"])
+def test_a_rollout_is_read_as_messages(name, end, chats):
+    chat = chats[name]
+    text = chat.render([QUESTION, ANSWER])
+    rollout = text[: text.index("A plant.")].removeprefix("<s>") + "A plant." + end
+    assert Frame(chat).read(rollout) == [QUESTION, *([ANSWER] if name != "thinking" else [THOUGHTLESS])]
+    assert chat.render(Frame(chat).read(rollout)) == text
+
+
+def test_a_system_message_that_nothing_marks_is_read_as_part_of_the_question(chats):
+    chat, system = chats["inst with a system"], {"role": "system", "content": "Be brief."}
+    text = chat.tokenizer.apply_chat_template([system, QUESTION], tokenize=False, add_generation_prompt=True)
+    assert read_prompt(chat, text) == ([{"role": "user", "content": "Be brief.\n\nWhat is a tree?"}], "")
 
 
 def test_how_a_thought_begins_is_given_back(tmp_path):

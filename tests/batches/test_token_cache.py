@@ -60,7 +60,7 @@ def test_groups_are_the_trees_and_labels_of_the_records(build, tokenizer):
     read = Layout("pair_text").read
     records = [read(r, source="rows", where=f"rows.jsonl:{i}")[0] for i, r in enumerate(GOOD)]
     assert len(groups) == len(records)
-    for i, (record, (tree, _)) in enumerate(zip(records, chat.groups([Example(r.conversations) for r in records]))):
+    for i, (record, (tree, *_)) in enumerate(zip(records, chat.groups([Example(r.conversations) for r in records]))):
         group = groups.group(i)
         for name in ("tokens", "positions", "visible_until", "end", "end_slot"):
             np.testing.assert_array_equal(getattr(group.tree, name), getattr(tree, name))
@@ -329,7 +329,7 @@ def test_rows_that_changed_since_are_tokenized_again(build, interrupted, tmp_pat
     partial, whole, jobs = interrupted
     path, content = tmp_path / "rows.jsonl", (tmp_path / "rows.jsonl").read_text()
     path.write_text(content.replace("question", "riddle", 15))  # the second job of three
-    again = token_cache._jobs(str(path), "auto")
+    again = token_cache._jobs(str(path), "auto", "")
     stale = [token_cache._tokenize(Chat(tokenizer), job, task=Preferences("skip"), keep=False) for job in again]
     with pytest.raises(KeyboardInterrupt), open(partial, "r+b") as file:
         file.truncate()

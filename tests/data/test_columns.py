@@ -53,7 +53,9 @@ def test_a_system_message_is_found_under_the_names_of_public_sets(name):
     assert prompt({name: "be kind", **WHOLE}) == [SYSTEM, user("q")]
 
 
-@pytest.mark.parametrize("history", [[["a", "b"]], EARLIER, "\n\nHuman: a\n\nAssistant: b"])
+@pytest.mark.parametrize(
+    "history", [[["a", "b"]], [["user", "a"], ["assistant", "b"]], EARLIER, "\n\nHuman: a\n\nAssistant: b"]
+)
 def test_a_history_stands_before_the_prompt(history):
     assert prompt({"history": history, "prompt": "q", **TEXTS}) == [*EARLIER, user("q")]
     assert prompt({"chat_history": history, "question": "q", "system": "be kind", **TEXTS}) == [
@@ -84,11 +86,17 @@ def test_what_a_prompt_is_about_follows_it(name):
         {"history": ["a", "b", "c"], "prompt": "q"},
         {"context": "the text", "prompt": [user("q")]},  # of which turn?
         {"prompt": "q", **WHOLE, "chosen": [user("other"), assistant("yes")]},
+        {"history": [{"asked": "a", "answered": "b"}], "prompt": "q"},
         {"prompt": [SYSTEM, user("q")], "chosen": [{**SYSTEM, "content": "be rude"}, *WHOLE["chosen"]]},
     ],
 )
 def test_what_cannot_be_put_together_is_a_bad_row(cells):
     assert prompt({**(TEXTS if "chosen" not in cells else {"rejected": WHOLE["rejected"]}), **cells}) == "not_read"
+
+
+@pytest.mark.parametrize("answers", [TEXTS, LAST, WHOLE])
+def test_a_prompt_that_is_a_whole_conversation_is_not_answered_twice(answers):
+    assert prompt({"messages": WHOLE["chosen"], **answers}) == [user("q")]
 
 
 def test_every_format_takes_a_history_and_a_context():
@@ -153,6 +161,8 @@ PAIR = {"prompt": "q", **TEXTS}
         ({"chosen_logp": -3.5, "rejected_logp": -4}, "chosen_logp .a label, -3.5., rejected_logp .a label"),
         ({"strength_1": 2, "strength_2": 1}, "strength_1 .a label"),
         ({"score": 3}, "score .a label"),
+        ({"chosen_score": 3, "rejected_score": None}, "chosen_score .a label"),
+        ({"grade_better": 3, "grade_worse": 1}, "grade_better .a label, 3., grade_worse .a label"),
         ({"winner": "left"}, "winner .a label"),
         ({"images": [{"path": "a.png"}]}, "images .media"),
         ({"image_path": "a.png"}, "image_path .media"),
@@ -163,19 +173,30 @@ PAIR = {"prompt": "q", **TEXTS}
 def test_what_looks_like_more_than_a_note_is_refused(cells, looks_like):
     with pytest.raises(ValueError, match=rf"not read as pair_text: {looks_like}.*config\.data\.columns") as error:
         formats.detect([{**PAIR, **cells}])
-    assert "ignore=COLUMN" in str(error.value)
-    layout = formats.detect([{**PAIR, **cells}], columns=",".join(f"ignore={name}" for name in cells))
+    ignored = ",".join(f"ignore={name}" for name, cell in cells.items() if cell is not None)
+    assert f'"{ignored}"' in str(error.value)
+    layout = formats.detect([{**PAIR, **cells}], columns=ignored)
     assert layout.unread == ()
 
 
 def test_notes_are_named_with_an_example():
     notes = {"id": "a7", "model": "small model of last year", "lang": "en", "chosen_tokens": 3, "rejected_tokens": 4}
+    notes |= {"chosen_reward_model": "m", "rejected_reward_model": "n", "at": "2024-01-01 10:00:00 +0000 UTC"}
+    notes |= {"language": "English as it is spoken here"}
     notes |= {"meta": {"by": "me", "at": "noon"}, "nothing": None, "empty": []}
     layout = formats.detect([PAIR, {**PAIR, **notes}])
     assert dict(layout.unread) == {
         **{"id": "'a7'", "model": "'small model of last year'", "lang": "'en'", "chosen_tokens": "3"},
-        **{"rejected_tokens": "4", "meta": "{'by': 'me', 'at': 'noon'}"},
+        **{"chosen_reward_model": "'m'", "rejected_reward_model": "'n'", "at": "'2024-01-01 10:00:00 +0000 UTC'"},
+        **{"rejected_tokens": "4", "language": "'English as it is spoken here'", "meta": "{'by': 'me', 'at': 'noon'}"},
     }
+
+
+def test_a_system_message_that_gives_way_is_named():
+    rude = {"prompt": [{**SYSTEM, "content": "be rude"}, user("q")], **LAST}
+    assert prompt({"system_prompt": "be kind", **rude})[0]["content"] == "be rude"
+    assert dict(formats.detect([{"system_prompt": "be kind", **rude}]).unread) == {"system": "'be kind'"}
+    assert formats.detect([{"system_prompt": "be kind", **WHOLE}]).unread == ()
 
 
 def test_keys_inside_of_cells_are_named_too():
@@ -259,6 +280,12 @@ def test_what_is_not_read_is_told_once(tmp_path, capsys):
         ({"prompt": "be kind\n\nHuman: q\n\nAssistant:", **TEXTS}, [SYSTEM, user("q")]),
         ({"prompt": "Human: a\n\nAssistant: b\n\nHuman: q", **TEXTS}, [*EARLIER, user("q")]),
         ({side: f"be kind\n\nHuman: q\n\nAssistant: {text}" for side, text in TEXTS.items()}, [SYSTEM, user("q")]),
+        (
+            {"prompt": "be kind\n\nHuman: q"} | {side: f"\n\nAssistant: {text}" for side, text in TEXTS.items()},
+            [SYSTEM, user("q")],
+        ),
+        ({"prompt": "Human: q\nAssistant:", "chosen": " yes", "rejected": " no"}, [user("q")]),
+        ({"prompt": "Human: a\r\nAssistant: b\r\nHuman: q\r\nAssistant:", **TEXTS}, [*EARLIER, user("q")]),
         ({side: f"\r\n\r\nHuman: q\r\n\r\nAssistant: {text}" for side, text in TEXTS.items()}, [user("q")]),
         (
             {"prompt": "\n\nHuman: q\n\nAssistant:"}

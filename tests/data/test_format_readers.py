@@ -59,6 +59,13 @@ def test_scored_text_has_every_column_of_numbers_as_an_attribute():
         layout.read({**row, "helpfulness": "high"}, source="here", where="f:0")
 
 
+def test_an_answer_that_the_messages_end_with_is_read_once():
+    talk = [user("q"), assistant("a")]
+    row = {"messages": talk, "response": "a", "score": 1}
+    (record,) = formats.detect([row]).read(row, source="here", where="f:0")
+    assert list(record.conversations[0]) == talk
+
+
 def test_a_wrong_score_among_the_first_rows_is_a_bad_row_not_another_format():
     good = {"prompt": "q", "response": "a", "score": 1}
     assert formats.detect([good, good, {**good, "score": "x"}]).attributes == ("score",)

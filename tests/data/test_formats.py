@@ -97,6 +97,8 @@ def test_messages_as_python_prints_them_are_no_texts(printed):
         with pytest.raises(ValueError, match=r"'chosen' and 'rejected' hold conversations as text \(the first is str"):
             formats.detect([row])
     assert formats.detect([{"prompt": "q", **as_text}], "pair_text").name == "pair_text"
+    with pytest.raises(ValueError, match="'context' hold conversations as text"):
+        formats.detect([{**ROWS["pair_text"], "context": as_text["chosen"]}])
     with pytest.raises(ValueError, match=r"'chosen' is wrong throughout.*holds a list or object as text"):
         formats.detect([as_text], "pair_messages")
     assert formats.detect([{**ROWS["pair_text"], "chosen": "{'a': 1}"}]).name == "pair_text"

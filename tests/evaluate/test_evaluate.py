@@ -10,6 +10,7 @@ from small_runs import Started, small
 
 from rmjax.data.reading import records
 from rmjax.evaluate import __main__ as evaluate
+from rmjax.evaluate import evaluating
 from rmjax.inference.reward_model import RewardModel
 from rmjax.score import __main__ as score
 from rmjax.score.making import Options
@@ -148,6 +149,16 @@ def test_bad_input_is_told(argv, words, capsys):
     with pytest.raises(SystemExit) as error:
         evaluate.main(argv)
     assert error.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_columns_are_named_as_in_training(tmp_path):
+    pair = {"leading": [{"role": "user", "content": "q"}], "chosen": "x", "rejected": "y"}
+    data = f"--data={write(tmp_path / 'pairs.jsonl', [pair])}"
+    parsed = lambda *more: evaluate.parser().parse_args(["--model=m", data, *more])
+    with pytest.raises(ValueError, match="--columns"):
+        evaluate.checked(parsed())
+    args = evaluate.checked(parsed("--columns=prompt=leading"))
+    assert list(evaluating.measurable_tasks(args.data, args.format, None, args.columns)) == ["preferences"]
 
 
 def test_an_output_is_whole_and_never_behind_a_link(tmp_path, monkeypatch):

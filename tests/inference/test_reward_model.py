@@ -242,7 +242,7 @@ def test_is_offered_by_the_package_and_takes_nothing(loaded):
         ([], "conversation 1: .*ends with nothing"),
         ("Hello?", "conversation 1: a conversation must be a list of messages, got str"),
         ([{"role": "robot", "content": "x"}], "conversation 1: role 'robot' is none of"),
-        (chat_of("a", None), "conversation 1: the assistant's content is NoneType"),
+        (chat_of("a", None), "conversation 1: the last assistant turn has no text"),
         (chat_of("a", " "), "conversation 1: the last assistant turn has no text"),
         (chat_of("a", "\ud83d"), "conversation 1: .*is no Unicode"),
     ],
@@ -255,7 +255,7 @@ def test_a_bad_conversation_is_named(conversation, message, loaded):
 def test_a_token_without_an_embedding_is_refused(loaded):
     vocab = loaded["qwen2"].config.vocab
     with pytest.raises(ValueError, match=f"token {vocab} has no row in the model's embedding of {vocab}"):
-        loaded["qwen2"].score_tokens([[1, 2], [1, vocab]])
+        loaded["qwen2"].outputs([[1, 2], [1, vocab]])
 
 
 def test_texts_and_ids_that_are_not_whole_are_refused_or_completed(loaded):
@@ -268,7 +268,7 @@ def test_texts_and_ids_that_are_not_whole_are_refused_or_completed(loaded):
             with pytest.raises(reward_model.BadConversation, match=r"conversation 1: it ends with .* lacks"):
                 score([text if isinstance(given, str) else model.chat.encode([text])[0], given])
             assert score([given], complete=True) == [wanted]
-    with pytest.raises(reward_model.BadConversation, match="conversation 0: it begins with 'a tree'"):
+    with pytest.raises(reward_model.BadConversation, match="conversation 0: it begins with 'a tree"):
         model.score_texts(["a tree"], complete=True)
 
 

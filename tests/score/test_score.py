@@ -290,7 +290,7 @@ def test_the_command_line_is_checked(arguments, message, capsys):
 
 
 def test_memory_that_is_not_enough_is_one_paragraph(monkeypatch, capsys):
-    def run(*_):
+    def run(*_, **__):
         raise MemoryError("Unable to allocate 9.00 TiB")
 
     monkeypatch.setattr(score, "run", run)

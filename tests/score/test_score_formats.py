@@ -3,12 +3,11 @@
 import json
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from format_rows import NAMED, ROWS, assistant, user
 
 from rmjax.batches.chat import Chat
-from rmjax.data import formats, store
+from rmjax.data import formats, sources, store
 from rmjax.score import __main__ as score
 from rmjax.score import rows
 
@@ -48,6 +47,7 @@ def test_a_format_is_scored_as_training_reads_it(name, model_dir, loaded, fast, 
     tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
     monkeypatch.setattr(loaded, "chat", Chat(tokenizer))
     more = {"tools": TOOLS, "system": "Be brief."} if name not in ("label_studio", "records") else {}
+    more.pop("system" if name == "unieval" else "", None)  # whose prompt is another column, and all of it
     given = {c: cell for c, cell in ALL[name].items() if c != "scores" or name == "unieval"} | more
     labelled = ALL[name] | more
     format = name if name in NAMED else "auto"
@@ -67,10 +67,10 @@ def test_records_that_convert_writes_are_scored(ending, model_dir, loaded, fast,
         source, output = tmp_path / f"{name}.parquet", tmp_path / f"{name}-out.{ending}"
         store.write(source, records)
         score.run(str(model_dir), str(source), output)
-        made = pq.read_table(output).to_pylist() if ending == "parquet" else read(output)
+        made, given = ([row for _, row in sources.open_source(str(path))] for path in (output, source))
         expected = loaded.score([c for record in records for c in record.conversations])
         np.testing.assert_allclose(made[0]["scores"], expected, atol=1e-5)
-        assert made[0]["conversations"] == pq.read_table(source).to_pylist()[0]["conversations"]
+        assert [row["conversations"] for row in made] == [row["conversations"] for row in given]
 
 
 def test_tools_that_the_template_does_not_show_are_counted(model_dir, loaded, fast, tmp_path):
@@ -89,6 +89,7 @@ WITHOUT_LABEL = {
     "names of others": ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "messages"),
     "system": ({"system": "be kind", "messages": [user("q"), assistant("a")]}, "messages"),
     "steps": ({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}, "stepwise"),
+    "messages and an answer": ({"messages": [user("q")], "response": "a"}, "scored_text"),
     "two": ({"prompt": "q", "response_a": "x", "response_b": "y"}, "unlabelled_pair"),
     "completion": ({"prompt": "q", "completion": [assistant("a")]}, "messages_completion"),
     "a label of no use": ({"prompt": "q", "chosen": "x", "rejected": "y", "margin": -1, "weight": "high"}, "pair_text"),
@@ -125,6 +126,18 @@ def test_files_of_several_formats_are_scored_if_their_columns_are_the_same(model
         ValueError, match=r"one\.jsonl:0 is messages, and the first row pair_text, which gets other columns"
     ):
         score.run(str(model_dir), f"{pairs}, {one}", tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "q", "completions": ["a", "b"]}, "Closest is stepwise, which needs 'labels'"),  # steps, or several
+        ({"prompt": "q", "response": None}, "column 'response' is null throughout"),
+    ],
+)
+def test_rows_that_could_be_something_else_are_refused(row, words, model_dir, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        score.run(str(model_dir), str(write(tmp_path / "in.jsonl", [row])), tmp_path / "out.jsonl")
 
 
 def test_a_format_that_is_named_is_checked(model_dir, fast, tmp_path):

@@ -244,6 +244,27 @@ def test_what_is_turned_are_all_columns_of_the_two_sides(model, tmp_path):
     assert read(tmp_path / "out.jsonl") == [{**row, "chosen_by": "ann", **turned, **scores}]
 
 
+def test_columns_of_other_names_become_rows_that_training_reads(model, tmp_path):
+    output, row = tmp_path / "out.jsonl", {"question": "q", "samples": ["answer 1", "answer 2"]}
+    score.run(
+        str(model.directory),
+        str(write(tmp_path / "in.jsonl", [row])),
+        output,
+        options=Options(pairs="all"),
+        columns="responses=samples",
+    )
+    (made,) = read(output)
+    assert (made["prompt"], made["chosen"], made["rejected"]) == ("q", "answer 2", "answer 1")
+
+
+def test_labels_of_another_order_do_not_stay(model, tmp_path):
+    row = {"prompt": "q", "chosen": "answer 1", "rejected": "answer 2", "preference": 2}
+    rated = {**row, "rated_chosen": 1, "rated_rejected": 5}
+    run(model, write(tmp_path / "in.jsonl", [rated]), tmp_path / "out.jsonl", relabel=True)
+    (made,) = read(tmp_path / "out.jsonl")
+    assert made["preference"] is None and (made["rated_chosen"], made["rated_rejected"]) == (5, 1)
+
+
 @pytest.mark.parametrize("options", [{"relabel": True}, {"min_margin": 0.0}])
 def test_pairs_by_scores_are_in_a_format_that_training_reads(options, model, tmp_path):
     rows = [LABELLED[0], LABELLED[1], LABELLED[3], {"prompt": "e", "chosen": "answer 1", "rejected": "an answer 1"}]

@@ -94,6 +94,16 @@ def test_openrlhf(serve, stand_in, reward):  # noqa: F811
     assert lost.status_code == 400 and "query 0 does not begin with its prompt" in lost.text
 
 
+def test_a_bos_of_the_query_alone_is_none_of_the_response(serve, begins_with_bos):  # noqa: F811
+    tokenizer = begins_with_bos.chat.tokenizer
+    prompt = rendered(tokenizer, TALK[:1], add_generation_prompt=True)
+    wanted = known(tokenizer(rendered(tokenizer, TALK), add_special_tokens=False)["input_ids"])
+    for asked in (QUESTION, prompt, prompt.removeprefix("<s>")):
+        for query in (asked, "<s>" + asked):
+            body = {"query": [f"{query}{ANSWER}<|im_end|>"], "prompts": [asked]}
+            assert one(serve(begins_with_bos), "/get_reward", body).json()["rewards"] == pytest.approx([wanted])
+
+
 def test_openrlhf_with_a_policy_of_another_template(serve, reward, tmp_path):  # noqa: F811
     template = "{{ bos_token }}{% for m in messages %}{{ '[' + m.role + '] ' + m.content + eos_token }}{% endfor %}"
     template += "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -128,6 +138,9 @@ def test_verl(serve, begins_with_bos, reward):  # noqa: F811
     assert vllm["data"][-1]["probs"][-1] == pytest.approx(wanted)
     assert sglang["data"][-1]["embedding"][-1] == pytest.approx(wanted)
     assert sglang["object"] == "list" and sglang["data"][0]["object"] == "embedding"
+    padded = text.removesuffix("<|im_end|>\n") + "<|endoftext|>"
+    padded = one(serve(begins_with_bos), "/v1/embeddings", {"model": "tiny", "input": padded}).json()
+    assert padded["data"][0]["embedding"] == pytest.approx([wanted])
     refused = one(serve(begins_with_bos), "/classify", {"input": text})
     assert refused.status_code == 400 and "lacks the BOS '<s>'" in refused.text
 
@@ -252,10 +265,10 @@ TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"
 def test_tools_are_rendered_or_refused(serve, stand_in):  # noqa: F811
     body = {"messages": TALK, "tools": [TOOL]}
     refused = one(serve(), "/classify", body)
-    assert refused.status_code == 400 and "`tools` do not reach the model" in refused.text
+    assert refused.status_code == 400 and "does not show `tools`" in refused.text
     whole = one(serve(), "/classify", {"input": rendered(stand_in.chat.tokenizer, TALK), "tools": [TOOL]})
     assert whole.status_code == 400 and "`tools`" in whole.text
-    assert "expected a list of objects" in one(serve(), "/classify", {**body, "tools": {"a": 1}}).text
+    assert "expected a list, or JSON of one" in one(serve(), "/classify", {**body, "tools": {"a": 1}}).text
     assert one(serve(), "/classify", {**body, "tools": []}).status_code == 200
     tokenizer = transformers.AutoTokenizer.from_pretrained(stand_in.chat.tokenizer.name_or_path)
     shown = "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"

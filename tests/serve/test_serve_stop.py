@@ -193,7 +193,8 @@ def test_a_real_model_is_stopped_in_the_middle(tmp_path, tokenizer_dir):
     try:
         port = int(process.stdout.readline().rpartition(":")[2])
         until(lambda: _reachable(port), 120)
-        body = {"input": [[5] * 250] * 100}
+        turns = [{"role": "user", "content": "a " * 100}, {"role": "assistant", "content": "b " * 10}]
+        body = {"input": [tokenizer.apply_chat_template(turns, tokenize=False)] * 100}
         found = outcomes(port, 80, lambda: time.sleep(3) or process.send_signal(signal.SIGTERM), body)
         _, errors = process.communicate(timeout=30)
     finally:

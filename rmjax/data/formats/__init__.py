@@ -99,6 +99,11 @@ class Layout:
             raise BadRow("not_read", f"{lost[0]} says more than the conversations; {NAMING}")
         return records
 
+    def named(self, row: Row) -> Row:
+        """A row with its columns under the names that are documented; ratings of both sides keep theirs."""
+        declared = FORMATS[self.name].declared - {"chosen_score"}
+        return columns_of.arranged(columns_of.renamed(row, self.names), declared)
+
     def _arranged(self, row: Row) -> Row:
         form = FORMATS[self.name]
         row = columns_of.arranged(columns_of.renamed(row, self.names), form.declared)
@@ -195,11 +200,13 @@ def _looked_at(layout: Layout, rows: Sequence[Row]) -> Layout:
     held = lambda path: all(_held(columns_of.cell_at(row, path), records) for row, records in readable)
     repeating = tuple(p for p, meaning in meanings.items() if meaning == columns_of.CONTEXT and held(p))
     unread = {path: columns_of.example(found[0]) for path, found in cells.items()}
-    refused = [f"{p} ({meaning}, {unread[p]})" for p, meaning in meanings.items() if meaning and p not in repeating]
+    refused = {p: meaning for p, meaning in meanings.items() if meaning and p not in repeating}
     if refused and layout.strict:
+        found = ", ".join(f"{path} ({meaning}, {unread[path]})" for path, meaning in refused.items())
+        ignored = ",".join(f"{columns_of.IGNORE}={path}" for path in refused)
         raise ValueError(
-            f"not read as {layout.name}: {', '.join(refused)}; name what a column is, as in "
-            f'config.data.columns="prompt=COLUMN" (or --columns), or leave it out with "{columns_of.IGNORE}=COLUMN"; '
+            f"not read as {layout.name}: {found}; name what a column is, as in config.data.columns="
+            f'"prompt=COLUMN" (or --columns), or leave out what is not meant to be read: "{ignored}"; '
             f"{layout.name} reads {', '.join(sorted({*FORMATS[layout.name].declared, 'history', 'context'}))}"
         )
     seen = tuple(dict.fromkeys(column for row in rows for column, cell in row.items() if not is_empty(cell)))
@@ -221,11 +228,16 @@ def _unread_cells(
     for row, _ in readable:
         for path, cell in columns_of.unread(row, asked):
             found.setdefault(path, []).append(cell)
+    if systems := [row["system"] for row, records in readable if not _held(row.get("system"), records)]:
+        found["system"] = systems  # a conversation's own stays
+    ratings = [name for name in pairs.SCORES if name in asked and not all(is_null(row.get(name)) for row in rows)]
+    if len(ratings) == 1:  # of one side alone, which makes no margin
+        found[ratings[0]] = [row[ratings[0]] for row in rows if not is_null(row.get(ratings[0]))]
     return found, readable
 
 
 def _meaning(layout: Layout, path: str, cells: Sequence[Any], others: Collection[str]) -> str:
-    if path.partition(".")[0] in FORMATS[layout.name].left_out:
+    if path.partition(".")[0] in ("system", *FORMATS[layout.name].left_out):
         return ""
     meaning = columns_of.meaning(path, cells, others)
     return "" if meaning == columns_of.LABEL and not layout.labels else meaning
@@ -239,7 +251,16 @@ def _first_fit(rows: Sequence[Row], names: Sequence[str]) -> Format | None:
     """The first format that some row has the columns of; None for pairs, which may have the columns of others, too."""
     if any({"chosen", "rejected"} <= row.keys() for row in rows):
         return None
-    return next((FORMATS[name] for name in names if _usable(FORMATS[name], rows)), None)
+    rows_with_text = [_with_text(row) for row in rows]  # a column of which all responses are empty is there, too
+    tries = ((FORMATS[name], some) for some in (rows, rows_with_text) for name in names)
+    whole = lambda form, row: form.name != "messages" or not conversations.asks_apart(row)
+    return next((form for form, some in tries if any(whole(form, row) for row in _usable(form, some))), None)
+
+
+def _with_text(row: Row) -> Row:
+    """A row with "" for each response that is null."""
+    empty = [column for column, cell in row.items() if is_null(cell) and RESPONSE.fullmatch(column)]
+    return {**row, **dict.fromkeys(empty, "")} if empty else row
 
 
 def _only_fit(rows: Sequence[Row]) -> Format:
@@ -248,7 +269,8 @@ def _only_fit(rows: Sequence[Row]) -> Format:
     if len(fitting) != 1:
         raise ValueError(_unclear(fitting, rows, _cells(rows)))
     cells = _cells([columns_of.arranged(row, fitting[0].declared) for row in rows])
-    if hidden := [c for c in fitting[0].columns if all(map(_is_conversation_text, cells[c]))]:
+    texts = [c for c in dict.fromkeys((*fitting[0].columns, "prompt", "context")) if cells.get(c)]
+    if hidden := [c for c in texts if all(map(_is_conversation_text, cells[c]))]:
         raise ValueError(
             f"{' and '.join(map(repr, hidden))} hold conversations as text (the first is "
             f"{show(cells[hidden[0]][0])}); write lists of messages, or name the format if they are meant as text"

@@ -7,6 +7,7 @@ Any format may carry these columns; a missing or null cell means that the row sa
     history, context    turns before the prompt; what the prompt is about, which follows it after a blank line
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -15,7 +16,7 @@ from typing import Any
 
 from rmjax.data.formats import kinds
 from rmjax.data.formats.kinds import Kind
-from rmjax.data.formats.transcripts import asks, is_transcript, transcript
+from rmjax.data.formats.transcripts import asks, has_turns, in_blocks, is_transcript, transcript
 from rmjax.data.records import BadRow, Message, Record
 
 Row = Mapping[str, Any]
@@ -124,7 +125,7 @@ def prompt_turns(row: Row, cell: Any) -> list[Message]:
     context = row.get("context")
     if is_empty(context) or context is cell:
         pass
-    elif kinds.MESSAGES.test(context):
+    elif is_dialogue(context):
         turns = _after("context", context, turns)
     elif holds(turns, context):
         pass
@@ -145,17 +146,20 @@ def prompt_turns(row: Row, cell: Any) -> list[Message]:
 
 
 def _after(column: str, cell: Any, turns: list[Message]) -> list[Message]:
-    """The turns after those of an earlier conversation: messages, a transcript, or [[asked, answered], ...].
+    """The turns after those of an earlier conversation.
+
+    The cell holds messages, a transcript, [[asked, answered], ...] or [[role, said], ...].
 
     Turns that hold that conversation already are left alone.
     """
     if is_transcript(cell):
         earlier = transcript(cell)
-    elif kinds.MESSAGES.test(cell):
+    elif is_dialogue(cell):
         earlier = messages(cell)
     elif isinstance(cell, list) and all(kinds.TEXTS.test(pair) and len(pair) == 2 for pair in cell):
-        sides = [({"role": "user", "content": asked}, answer(said)) for asked, said in cell]
-        earlier = [message for pair in sides for message in pair]
+        named = all(first.lower() in ROLE_NAMES for first, _ in cell)
+        said = cell if named else [turn for pair in cell for turn in zip(("user", "assistant"), pair)]
+        earlier = messages([{"role": role, "content": text} for role, text in said])
     else:
         raise not_read(column, cell, "neither messages nor a list of [asked, answered]")
     if holds(turns, earlier):
@@ -169,6 +173,13 @@ def _after(column: str, cell: Any, turns: list[Message]) -> list[Message]:
 
 def not_read(column: str, cell: Any, expected: str) -> BadRow:
     return BadRow("not_read", f"{column} is {kinds.show(cell)}, {expected}; {NAMING}")
+
+
+def without(row: Row, column: str) -> Row:
+    """A row without a column, of the same kind: what is read of it is still noted."""
+    rest: Any = copy.copy(row)
+    rest.pop(column, None)
+    return rest
 
 
 def texts_in(cell: Any) -> list[str]:
@@ -186,6 +197,12 @@ def holds(turns: Any, cell: Any) -> bool:
     return all(text in held or (len(text) >= LONG and any(text in x for x in held)) for text in texts_in(cell))
 
 
+def is_dialogue(cell: Any) -> bool:
+    """Whether a cell is a message or a list of messages."""
+    messages = cell if isinstance(cell, list) else [cell]
+    return bool(messages) and all(isinstance(m, Mapping) and {"role", "from"} & set(m) for m in messages)
+
+
 def is_empty(cell: Any) -> bool:
     """Null, or nothing but white space, or a list or object without anything."""
     return kinds.is_null(cell) or (isinstance(cell, str) and not cell.strip()) or cell in ([], {})
@@ -197,10 +214,13 @@ def answered(row: Row, prompt: Any, answers: Sequence[Any]) -> list[list[Message
     A prompt may be a transcript that the answers go on from.
     """
     texts = all(map(kinds.TEXT.test, answers))
-    if texts and (asks(prompt) or (is_transcript(prompt) and all(map(is_transcript, answers)))):
+    if texts and (asks(prompt) or (has_turns(prompt) and all(map(is_transcript, answers)))):
         return [with_system(row, continued(prompt, text)) for text in answers]
     turns = prompt_turns(row, prompt)
-    return [joined(turns, messages(x) if kinds.TURN.test(x) else [answer(x)]) for x in answers]
+    given = [messages(x) if kinds.TURN.test(x) else [answer(x)] for x in answers]
+    if turns and any(turns[-1] == last for *_, last in given):  # the prompt is a whole conversation
+        turns = turns[:-1]
+    return [joined(turns, each) for each in given]
 
 
 def continued(prompt: str, text: str) -> list[Message]:
@@ -211,7 +231,7 @@ def continued(prompt: str, text: str) -> list[Message]:
     """
     turns = transcript(prompt)
     if turns[-1]["role"] == "assistant" and not is_transcript(text):
-        return transcript(prompt + text)  # the words may end those of the prompt, and begin other turns
+        return transcript(in_blocks(prompt) + text)  # the words may end those of the prompt, and begin other turns
     if turns[-1] == answer(""):
         turns.pop()
     return joined(turns, transcript(text) if is_transcript(text) else [answer(text)])

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from rmjax.data.formats.cells import Row, is_empty, texts_in
+from rmjax.data.formats.cells import Row, is_dialogue, is_empty, texts_in
 from rmjax.data.formats.kinds import is_null, is_number, show
 from rmjax.suggestions import did_you_mean
 
@@ -31,7 +31,7 @@ ALIASES = {  # the first that a row has; one that stands for the prompt where no
     "context": ABOUT,
 }
 RATINGS = ("score", "rating", "reward", "grade")  # of both sides, in the order in which one is taken
-SIDES = {"chosen", "rejected", "reject", "accepted", "a", "b", "0", "1", "2"}
+SIDES = {"chosen", "rejected", "reject", "accepted", "a", "b", "0", "1", "2", "better", "worse", "winner", "loser"}
 # The last word of a name says what a column holds.
 CONTEXTS = {word for names in ALIASES.values() for name in names for word in [name.split("_")[-1]]} - {"user", "turns"}
 CONTEXTS |= {"prompt", "system", "history", "context", "prompts", "questions", "histories", "contexts", "conversations"}
@@ -43,6 +43,7 @@ COUNTS = {"id", "ids", "idx", "index", "length", "len", "tokens", "words", "char
 NOTES = {"model", "source", "dataset", "date", "url", "name", "type", "category", "domain", "license", "path", "split"}
 NOTES |= {"note", "comment", "rationale", "explanation", "reason", "reasoning", "feedback", "critique", "statement"}
 NOTES |= {"notes", "comments", "elaboration", "annotator", "labeler", "tag", "tags", "task", "title", "error"}
+NOTES |= {"app", "language", "lang", "keyword", "keywords", "subset", "author", "authors"}
 PROSE = 4  # words; or twice as many letters as four have, of scripts that have no spaces
 
 
@@ -155,7 +156,7 @@ def _ratings(there: Sequence[str]) -> dict[str, str]:
     """The columns that rate both sides, as `chosen_score` and `rejected_score`."""
     by_words = {tuple(words(name)): name for name in sorted(there, key=len, reverse=True)}
     for rating in RATINGS:
-        for name in (name for name in reversed(by_words) if rating in name and "chosen" in name):
+        for name in (n for n in reversed(by_words) if {rating, "chosen"} <= set(n) and n[-1] not in COUNTS | NOTES):
             other = tuple("rejected" if word == "chosen" else word for word in name)
             if other in by_words:
                 return {"chosen_score": by_words[name], "rejected_score": by_words[other]}
@@ -244,7 +245,7 @@ def meaning(path: str, cells: Sequence[Any], others: Collection[str]) -> str:
         return "media or tools"
     if name[-1] in COUNTS:
         return ""
-    if any(map(_is_dialogue, cells)) or (name[-1] in CONTEXTS and any(map(texts_in, cells))):
+    if any(map(is_dialogue, cells)) or (name[-1] in CONTEXTS and any(map(texts_in, cells))):
         return CONTEXT
     if "." in path:
         return ""
@@ -262,13 +263,9 @@ def _has_other_side(name: Sequence[str], others: Collection[str]) -> bool:
     return any(len(pairs) == 1 and set(pairs[0]) <= SIDES for pairs in differing)
 
 
-def _is_dialogue(cell: Any) -> bool:
-    messages = cell if isinstance(cell, list) else [cell]
-    return bool(messages) and all(isinstance(m, Mapping) and {"role", "from"} & set(m) for m in messages)
-
-
 def _is_prose(text: str) -> bool:
-    return len(text.split()) >= PROSE or (len(text) >= 4 * PROSE and not text.isascii())
+    spoken = [word for word in text.split() if any(map(str.isalpha, word))]  # a date and a time are none
+    return len(spoken) >= PROSE or (len(text) >= 4 * PROSE and not text.isascii())
 
 
 def example(cell: Any) -> str:

@@ -17,6 +17,11 @@ def answers_apart(row: Row) -> bool:
     return any(name in row for name in ANSWERS)
 
 
+def asks_apart(row: Row) -> bool:
+    """The same, and they do end with a question."""
+    return answers_apart(row) and messages(row["messages"])[-1]["role"] == "user"
+
+
 def whole_turns(row: Row) -> list[Message]:
     return with_system(row, messages(row["messages"]))
 

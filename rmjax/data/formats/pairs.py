@@ -30,7 +30,7 @@ from rmjax.data.formats.cells import (
     with_system,
 )
 from rmjax.data.formats.kinds import Kind
-from rmjax.data.formats.transcripts import asks, has_dialogue, is_transcript, transcript
+from rmjax.data.formats.transcripts import asks, has_dialogue, has_turns, is_transcript, transcript
 from rmjax.data.records import BadRow, Message, Record, pair
 
 Turns = Sequence[list[Message]]
@@ -126,7 +126,7 @@ def _transcript_turns(row: Row) -> Turns:
 
 def _whole_transcript(row: Row, text: str) -> list[Message]:
     prompt: Any = row.get("prompt")
-    if is_transcript(prompt) or asks(prompt):
+    if is_transcript(prompt) or asks(prompt) or (has_turns(prompt) and is_transcript(text)):
         return continued(prompt, text)
     return joined([] if is_empty(prompt) else prompt_turns(row, prompt), transcript(text))
 

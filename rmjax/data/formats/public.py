@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rmjax.data.formats import kinds
-from rmjax.data.formats.cells import Reading, Row, answered, common, named_only, row_format, score
+from rmjax.data.formats.cells import Reading, Row, answered, common, named_only, row_format, score, without
 from rmjax.data.formats.kinds import NUMBER, OBJECT, PROMPT, TEXT, Kind, show
 from rmjax.data.formats.scored import scored
 from rmjax.data.formats.steps import joined_steps
@@ -54,7 +54,7 @@ def _sign(number: float) -> int:
 @row_format(
     "strength_pair",
     {"prompt": PROMPT, "response_1": TEXT, "response_2": TEXT, "preference_strength": STRENGTH},
-    left_out=("preference_statement", "preference_elaboration"),
+    left_out=("preference_statement", "preference_elaboration", "all_preferences_unprocessed"),
 )
 def _strength_pair(row: Row, reading: Reading) -> Record:
     """-3 is the first response much better, 3 the second, 0 a tie; the size is the margin."""
@@ -119,7 +119,7 @@ def _unieval(row: Row, reading: Reading) -> Record:
     asked = "\n\n".join(part.strip() for part in parts if isinstance(part, str) and part.strip())
     conversation = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["system_output"]}]
     # Here `source` is a text to answer, not the name of a data set.
-    return scored([conversation], [row["scores"]], {k: v for k, v in row.items() if k != "source"}, reading)
+    return scored([conversation], [row["scores"]], without(row, "source"), reading)
 
 
 @row_format("prometheus", JUDGED)

@@ -17,6 +17,7 @@ from rmjax.data.formats.cells import (
     row_format,
     score,
     with_system,
+    without,
 )
 from rmjax.data.formats.kinds import Kind, is_null
 from rmjax.data.formats.scored import scored
@@ -72,7 +73,7 @@ def _ranked_answers(row: Row, reading: Reading) -> Record:
         turns.pop()
     conversations = answered(row, turns, [each.get("answer") for each in row["answers"]])
     if not kinds.TEXT.test(row.get("source")):  # Nectar's is a list
-        row = {name: cell for name, cell in row.items() if name != "source"}
+        row = without(row, "source")
     return by_rank(conversations, [each["rank"] for each in row["answers"]], row, reading)
 
 
