@@ -34,6 +34,11 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"objective/.*", P()),
 )
 
+# Of a model that writes: each weight is read at every step, so none is split over rows.
+WRITING_RULES = tuple(
+    (pattern, P(*("tensor" if axis == "tensor" else None for axis in spec))) for pattern, spec in RULES
+)
+
 
 def first_match(rules: Sequence[tuple[str, Any]], path: str, what: str) -> Any:
     """Returns the value of the first rule whose regex matches all of `path`.

@@ -50,7 +50,7 @@ class Model:
 def use_numbers():
     """The command finds the model of numbers in any directory, and makes small parts."""
     from rmjax.inference import reward_model
-    from rmjax.score import job
+    from rmjax.jobs import job
 
     job.CHUNK = ROWS
     reward_model.load_checked = lambda path, **_: Model(Path(path) / ASKED)
@@ -59,7 +59,7 @@ def use_numbers():
 def spoil(at, when, call, signal):
     """Has a function send a signal to its process."""
     from rmjax.inference import reward_model
-    from rmjax.score import job
+    from rmjax.jobs import job
 
     owners = {"values": Model, "load_checked": reward_model, "write_rows": job, "join_parts": job, "unlink": Path}
     owner = owners.get(at, job.Job)

@@ -139,6 +139,7 @@ class Chat:
         self.notes = self._find_notes(probe)
         tail = probe.rpartition(ANSWERED[-1])[2]
         self.closing = {*self.encode([tail])[0], self.encode([probe])[0][-1]}
+        self._tail = self.encode([tail])[0] if tail else []
         special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special = frozenset(special)
         own = [name for name in special.values() if name in probe or name in str(tokenizer.chat_template)]
@@ -147,6 +148,11 @@ class Chat:
     def render(self, conversation: Conversation, tools: Sequence[Any] | None = None) -> str:
         """Renders a whole conversation as the model reads it; BadRow as of `Template.render`."""
         return self._template.render(conversation, tools)
+
+    def render_prompt(self, conversation: Conversation, tools: Sequence[Any] | None = None) -> str:
+        """Renders turns that the assistant is to answer, up to where its text begins; a template that fails raises a
+        BadRow."""
+        return self._template.render_prompt(conversation, tools)
 
     def left_out(self, conversation: Conversation, tools: Sequence[Any] | None = None) -> list[BadRow]:
         """What a rendering does not show of its conversation, or shows otherwise than it was meant: names in
@@ -162,6 +168,12 @@ class Chat:
             if own := self._own_tokens.search(message.get("content") or ""):
                 found.append(BadRow("special_tokens_in_text", f"{own[0]!r} in the {message['role']}'s text"))
         return found
+
+    @property
+    def stops(self) -> set[int]:
+        """The ids that end a response: the tokenizer's EOS, and the special token that the template puts after it."""
+        ends = [*self._tail[:1], self.tokenizer.eos_token_id]
+        return {i for i in ends if i is not None and (i in self.special or i == self.tokenizer.eos_token_id)}
 
     @functools.cached_property
     def shows_tools(self) -> bool:

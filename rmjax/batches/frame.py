@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rmjax.batches import rendering
 from rmjax.batches.chat import ANSWERED, ASKED, EMPTY_THINKING, PROBE, PROBE_TOOL, Chat
 from rmjax.data.records import BadRow, Conversation, Message
 
@@ -198,7 +197,7 @@ class Frame:
 def _marks(chat: Chat) -> dict[str, str]:
     """What stands between turns, in text."""
     whole, system = chat.render(PROBE), _rendered(chat, [{"role": "system", "content": SYSTEM}, *PROBE])
-    asked = _as_prompt(chat, PROBE[:3])
+    asked = chat.render_prompt(PROBE[:3])
     return {
         "start": whole.partition(ASKED[0])[0],
         "to_assistant": _between(whole, ASKED[0], ANSWERED[0]),
@@ -223,7 +222,7 @@ def read_prompt(chat: Chat, text: str) -> tuple[list[Message], str] | None:
         return None
     for turns in _turns(marks, text[: len(text) - len(generation)]):
         try:
-            if _as_prompt(chat, turns) == text:
+            if chat.render_prompt(turns) == text:
                 return turns, generation.removeprefix(header) if generation.startswith(header) else ""
         except BadRow:
             continue
@@ -263,11 +262,6 @@ def _turns(marks: dict[str, str], text: str) -> Iterable[list[Message]]:
         if all(found for _, found, _ in pairs):
             turns += [m for user, _, assistant in pairs for m in (_user(user), _assistant(assistant))]
             yield [*turns, _user(asked)]
-
-
-def _as_prompt(chat: Chat, conversation: Conversation) -> str:
-    apply, given = chat.tokenizer.apply_chat_template, chat.template_kwargs
-    return rendering.render(lambda: apply(list(conversation), tokenize=False, add_generation_prompt=True, **given))
 
 
 def _rendered(chat: Chat, conversation: Conversation, tools: Sequence[Any] | None = None) -> str:

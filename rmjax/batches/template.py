@@ -66,6 +66,10 @@ class Template:
             raise BadRow("template_error", f"it does not show {' and '.join(part.words for part in lost)}")
         return text
 
+    def render_prompt(self, conversation: Conversation, tools: Sequence[Any] | None = None) -> str:
+        """The rendering of turns that a response is to follow, up to where its text begins."""
+        return self.apply(self._fitted(conversation), tools, **{**self._arguments, "add_generation_prompt": True})
+
     def not_shown(self, conversation: Conversation, tools: Sequence[Any] | None = None) -> tuple[Part, ...]:
         """What the rendering of a conversation lacks of it."""
         return self._not_shown(*_marked(self._fitted(conversation), tools))

@@ -105,17 +105,25 @@ def open_checkpoint(place: Place, mesh: jax.sharding.Mesh | None = None) -> Open
     values = parameters.model_values(config, chat.tokenizer)
     set_pad_token(chat, values["vocab_size"])
     model = parameters.abstract_model(config, objective, mesh, values)
-    keep = config.checkpoint
-    directory = checkpoint_directory(config, place.workdir)
-    checkpointer = Checkpointer(
-        directory, keep_latest=keep.keep_latest, keep_best=keep.keep_best, metric=keep.metric, mode=keep.mode
-    )
-    step = _step(checkpointer, place.step, directory)
+    checkpointer, step = _find_step(config, place)
     try:
         state, _ = checkpointer.restore_step(step, {"params": model.shapes})
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     return Opened(place.workdir, config, step, chat, model, state["params"])
+
+
+def identity(place: Place) -> dict[str, Any]:
+    """The run and the step of a checkpoint, as they are in JSON."""
+    return {"run": run_id(place.workdir), "step": _find_step(read_config(place.workdir), place)[1]}
+
+
+def _find_step(config: ConfigDict, place: Place) -> tuple[Checkpointer, int]:
+    keep, directory = config.checkpoint, checkpoint_directory(config, place.workdir)
+    checkpointer = Checkpointer(
+        directory, keep_latest=keep.keep_latest, keep_best=keep.keep_best, metric=keep.metric, mode=keep.mode
+    )
+    return checkpointer, _step(checkpointer, place.step, directory)
 
 
 def _step(checkpointer: Checkpointer, wanted: str, directory: epath.Path) -> int:

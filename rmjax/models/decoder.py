@@ -127,9 +127,12 @@ class Layer(nnx.Module):
         self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], seen: Visible, at: jax.Array | None = None
     ) -> jax.Array:
         """[B, T, D] to [B, T, D]; or to [B, E, D], only the tokens `at` (int32 [B, E] in [0, T)), the same numbers."""
-        q_BENH, k_BTMH, v_BTMH = self.project(self.attention_norm(x_BTD), angles, at)
-        attended_BED = self.o(self.attend(q_BENH, k_BTMH, v_BTMH, seen, at))
-        x_BED = constrain(_tokens(x_BTD, at) + attended_BED, BATCH, None, None)
+        q_BENH, k_BTMH, v_BTMH = self.project(x_BTD, angles, at)
+        return self.finish(_tokens(x_BTD, at), self.attend(q_BENH, k_BTMH, v_BTMH, seen, at))
+
+    def finish(self, x_BED: jax.Array, attended_BEA: jax.Array) -> jax.Array:
+        """The residual stream after the layer, from that before it and what was attended, [B, E, N * H]."""
+        x_BED = constrain(x_BED + self.o(attended_BEA), BATCH, None, None)
         x_BED = checkpoint_name(x_BED, "mid")
         y_BED = self.mlp_norm(x_BED)
         gate_BEF = checkpoint_name(self.gate(y_BED), "gate")
@@ -137,9 +140,10 @@ class Layer(nnx.Module):
         return constrain(x_BED + self.down(jax.nn.silu(gate_BEF) * up_BEF), BATCH, None, None)
 
     def project(
-        self, y_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], at: jax.Array | None
+        self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], at: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries of the tokens `at`, or all, and every token's rotated keys and its values."""
+        y_BTD = self.attention_norm(x_BTD)
         heads = lambda x: x.reshape(*x.shape[:2], -1, self.head_dim)
         # Named before norm and rotation: saving them spares the products, and what follows is cheap to redo.
         q_BENH = heads(checkpoint_name(self.q(_tokens(y_BTD, at)), "q"))

@@ -44,16 +44,17 @@ directory as OUTPUT is refused, and so is a directory OUTPUT.parts that this com
 import contextlib
 import dataclasses
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
 from rmjax.data import ledger
+from rmjax.jobs import inputs
+from rmjax.jobs import job as jobs
+from rmjax.jobs.inputs import Input
 from rmjax.runtime import command_line, compile_cache, passwords
-from rmjax.score import job as jobs
 from rmjax.score import making, rows, survey
 from rmjax.score.making import Options
 from rmjax.score.survey import Survey
@@ -124,7 +125,7 @@ def run(
     if normalize:
         mean, std = contract.normalization(contract.find(model_path))
         options = dataclasses.replace(options, mean=mean, std=std)
-    input = rows.Input(source, format, columns)
+    input = Input(source, format, columns)
     surveyed = survey.survey_input(model_path, input, output, options)
     if processes.is_first():
         if surveyed.unread:
@@ -134,7 +135,7 @@ def run(
     directory = hf.resolve(model_path)
     what = {
         "model": jobs.model_identity(directory),
-        "input": surveyed.digest,
+        "input": surveyed.read.digest,
         "dtype": heads.compute_dtype(dtype),
         "template_kwargs": dict(template_kwargs or {}),
         "format": input.format,
@@ -142,61 +143,18 @@ def run(
         "options": {name: str(value) for name, value in dataclasses.asdict(options).items()},
     }
     # Opened before the model is loaded, so that a bad place is found at once.
-    with jobs.open_job(output, surveyed.schema, what, len(surveyed.parts)) as job:
+    with jobs.open_job("rmjax.score", output, surveyed.schema, what, len(surveyed.read.parts)) as job:
         if missing := job.missing():
             model = reward_model.load_checked(model_path, dtype=dtype, template_kwargs=template_kwargs)
             score = lambda part: _scored(model, part, surveyed, options, model_path)
-            _score_missing(job, missing, surveyed, input, score)
-        counts = dict(job.join(surveyed.rows))
+            read_again = lambda: rows.open_source(input, surveyed.kind)
+            inputs.make_missing(job, missing, surveyed.read, source, read_again, score)
+        counts = dict(job.join(surveyed.read.rows))
     counts.pop("read", None)
-    return surveyed.rows, counts
+    return surveyed.read.rows, counts
 
 
-def _score_missing(
-    job: jobs.Job,
-    missing: Sequence[int],
-    surveyed: Survey,
-    input: rows.Input,
-    score: Callable[[list[rows.Asked]], jobs.Scored],
-) -> None:
-    """Scores the missing parts of this process, with progress; RuntimeError where the input's rows have changed."""
-    from rmjax.runtime import processes
-    from rmjax.runtime.progress import Progress
-
-    wanted, done, number = set(missing), 0, -1
-    if processes.is_first() and (before := job.read_before(wanted)):
-        print(f"{before:,} of {surveyed.rows:,} rows are scored already, by an earlier start", flush=True)
-    progress = Progress(len(missing), "part", unit="rows", stream=sys.stderr) if processes.is_first() else None
-    for number, part in _read_again(job, surveyed, input):
-        if number in wanted:
-            if survey.digest_rows(part) != surveyed.parts[number]:
-                raise _changed(job, input.source, f"from {part[0].where} on it has other rows than before")
-            job.write(number, len(part), score(part))
-            done += 1
-            if progress is not None:  # the other processes are taken to be as fast as this one
-                progress.step(done, count=len(part) * job.turns)
-    if progress is not None:
-        progress.close()
-    if number + 1 != len(surveyed.parts):
-        raise _changed(job, input.source, "it has not as many rows as before")
-
-
-def _read_again(job: jobs.Job, surveyed: Survey, input: rows.Input) -> Iterator[tuple[int, list[rows.Asked]]]:
-    """The parts of the input. Rows that cannot be read now could be read by the survey."""
-    try:
-        yield from enumerate(survey.cut_source(rows.open_source(input, surveyed.kind)))
-    except ValueError as error:
-        raise _changed(job, input.source, str(error)) from error
-
-
-def _changed(job: jobs.Job, source: str, how: str) -> RuntimeError:
-    return RuntimeError(
-        f"{source} was changed while it was scored: {how}. No output is written. Put it back and start the same "
-        f"command again, which goes on, or delete {job.directory} and score it as it is now"
-    )
-
-
-def _scored(model: Any, part: Sequence[rows.Asked], surveyed: Survey, options: Options, model_path: str) -> jobs.Scored:
+def _scored(model: Any, part: Sequence[rows.Asked], surveyed: Survey, options: Options, model_path: str) -> jobs.Made:
     """The rows that a part becomes; ValueError for a row that the template refuses, and a model without rewards."""
     work = model.inference.work
     computed, unshared = work.computed, work.unshared

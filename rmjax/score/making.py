@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rmjax.score.rows import NUMBER, Asked, Row
+from rmjax.jobs.parts import Row
+from rmjax.score.rows import NUMBER, Asked
 
 Counts = collections.Counter[str]
 TEXT = pa.string()

@@ -12,8 +12,9 @@ from rmjax.data.formats import FORMATS, Layout
 from rmjax.data.records import BadRow, Conversation, has_response
 from rmjax.data.sources import source_name, split_spec
 from rmjax.inference import contract
+from rmjax.jobs.inputs import Input
+from rmjax.jobs.parts import Row
 
-Row = dict[str, Any]
 NUMBER, NUMBERS = pa.float64(), pa.list_(pa.float64())
 # Why a row gets no score, where the file is as it should be: the job goes on, and counts it.
 MARKED = ("empty_response", "no_label", "conflicting_label")
@@ -47,15 +48,6 @@ class Asked:
     def characters(self) -> int:
         """About how long its conversations are, all together."""
         return sum(len(message.get("content") or "") for turns in self.conversations for message in turns)
-
-
-@dataclasses.dataclass(frozen=True)
-class Input:
-    """Where the rows are, and how they are read."""
-
-    source: str
-    format: str = "auto"
-    columns: str = ""  # what columns are, see config.data.columns
 
 
 def open_source(input: Input, kind: "Kind", unread: dict[str, str] | None = None) -> Iterator[Asked]:

@@ -14,9 +14,9 @@ import pytest
 from absl.testing import flagsaver
 
 from rmjax.inference import contract
+from rmjax.jobs import job
 from rmjax.runtime import command_line
 from rmjax.score import __main__ as score
-from rmjax.score import job
 
 ROOT = Path(__file__).parents[2]
 

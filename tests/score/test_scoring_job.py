@@ -19,9 +19,10 @@ from scoring_fork import ASKED, Model
 
 from rmjax.data import records, sources
 from rmjax.data.sources import files
+from rmjax.jobs import job, parts
 from rmjax.runtime import files as durable
 from rmjax.score import __main__ as score
-from rmjax.score import job, making, parts
+from rmjax.score import making
 from rmjax.score.making import Options
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +116,7 @@ def test_a_killed_job_ends_as_one_that_was_left_alone(where, ending, fork, model
     asked.write_text("")
     done = fork(tmp_path, *command)
     assert done["code"] == 0 and "18 scores in" in done["out"], done
-    assert (f"{kept} of 18 rows are scored already" in done["out"]) == (0 < kept < 18)
+    assert (f"{kept} of 18 rows are done already" in done["out"]) == (0 < kept < 18)
     assert asked.read_text().splitlines() == [row["response"] for row in ROWS[kept:]]
     assert output.read_bytes() == whole
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "model", output.name, f"whole.{ending}"]
@@ -337,7 +338,7 @@ def test_an_input_that_changed_while_it_was_scored_is_found(how, model, tmp_path
         return real(spec)
 
     monkeypatch.setattr(sources, "open_source", opened)
-    with pytest.raises(RuntimeError, match=f"in.jsonl was changed while it was scored: .*{words}.*Put it back"):
+    with pytest.raises(RuntimeError, match=f"in.jsonl was changed meanwhile: .*{words}.*Put it back"):
         run(model, source, output)
     assert len(calls) == 2 and not output.exists()
     monkeypatch.setattr(sources, "open_source", real)
@@ -405,7 +406,7 @@ def test_a_power_cut_costs_no_row(ending, left, model, tmp_path, capsys):
         assert run(model, source, output) == (18, {"rows": 18})
         assert output.read_bytes() == whole and not directory.exists()
         said = capsys.readouterr().out
-        assert (name in said and "scored again" in said) == (name != "job.json"), said
+        assert (name in said and "made again" in said) == (name != "job.json"), said
         assert len(model.asked) == 6 + 4 * (name != "job.json")
     output.write_bytes(LEFT[left](whole))
     assert run(model, source, output) == (18, {"rows": 18}) and output.read_bytes() == whole

@@ -13,8 +13,9 @@ from scoring_fork import Model
 
 from rmjax.data.reading import records
 from rmjax.inference import contract
+from rmjax.jobs import job
 from rmjax.score import __main__ as score
-from rmjax.score import job, making, rows
+from rmjax.score import making, rows
 from rmjax.score.making import Options
 
 

@@ -1,10 +1,21 @@
-"""Rows without a label, as they are scored; in training their format has to be named.
+"""Rows without a label, as they are scored, and without a response, as they are sampled for; in training their format
+has to be named.
 
 Other rows that are scored have a format of labelled rows, whose labels are not read (`formats.detect`).
 """
 
 from rmjax.data.formats import kinds
-from rmjax.data.formats.cells import Reading, Row, answered, common, named_only, row_format
+from rmjax.data.formats.cells import (
+    Reading,
+    Row,
+    answer,
+    answered,
+    common,
+    messages,
+    named_only,
+    row_format,
+    with_system,
+)
 from rmjax.data.formats.steps import OPTIONAL, joined_steps
 from rmjax.data.records import Record, group
 
@@ -22,3 +33,16 @@ def _unlabelled_steps(row: Row, reading: Reading) -> Record:
     texts = row["completions"]
     text, steps = joined_steps(texts, [None] * len(texts), "\n" if separator is None else separator)
     return group(answered(row, row["prompt"], [text]), steps=[steps], **common(row, reading))
+
+
+@row_format("prompt_only", {"prompt": kinds.PROMPT}, named_only)
+def _prompt_only(row: Row, reading: Reading) -> Record:
+    """A prompt that is not answered yet."""
+    return group(answered(row, row["prompt"], [""]), **common(row, reading))
+
+
+@row_format("messages_only", {"messages": kinds.MESSAGES}, named_only)
+def _messages_only(row: Row, reading: Reading) -> Record:
+    """Messages that are not answered yet, or whose last one is the answer."""
+    turns = with_system(row, messages(row["messages"]))
+    return group([turns if turns[-1]["role"] == "assistant" else [*turns, answer("")]], **common(row, reading))

@@ -5,15 +5,15 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rmjax.score.notes import AGAIN, Note
-from rmjax.score.rows import Row
+from rmjax.jobs.notes import AGAIN, Note
 
 ROW_GROUP = 65_536, 16 * 2**20  # rows and bytes of a row group of Parquet: whichever is reached first
+Row = dict[str, Any]
 T = TypeVar("T")
 BLOCK = 2**20  # bytes that are copied at once
 

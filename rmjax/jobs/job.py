@@ -1,4 +1,4 @@
-"""A scoring job: rows in parts, each part a file of its own until all are joined, so that a kill loses one part.
+"""A job over the rows of a file, in parts: each is a file of its own until all are joined, so a kill loses one part.
 
     OUTPUT.parts/job.json          what the job is, written first and removed last; a directory without it is not ours
     OUTPUT.parts/00000012.json     what a part has to be (notes.py), written before the part has its name
@@ -25,11 +25,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from rmjax.jobs import notes
+from rmjax.jobs.notes import AGAIN, Note, Seal
+from rmjax.jobs.parts import Row, cut_by, join_parts, write_rows
 from rmjax.runtime import agreement, command_line, exits, files, processes, signals
-from rmjax.score import notes
-from rmjax.score.notes import AGAIN, Note, Seal
-from rmjax.score.parts import cut_by, join_parts, write_rows
-from rmjax.score.rows import Row
 
 CHUNK = 1024  # rows of a part, at most; they are in memory
 CHARACTERS = 16_000_000  # of a part, about; long rows and many responses make smaller parts
@@ -37,7 +36,7 @@ VERSION = 4  # of the parts
 IDENTITY = ("config.json", "reward_contract.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
 SAMPLES, SAMPLE = 16, 65_536  # pieces of a file of weights that are compared, and the bytes of each
 
-Scored = tuple[list[Row], collections.Counter[str]]  # the rows that a part becomes, and counts of what did not
+Made = tuple[list[Row], collections.Counter[str]]  # the rows that a part becomes, and counts of what did not
 
 
 def cut_rows(rows: Iterable[Any], characters: Callable[[Any], int]) -> Iterator[list[Any]]:
@@ -65,8 +64,8 @@ def _digest(path: Path, samples: int = 0) -> str:
 
 
 @contextlib.contextmanager
-def open_job(output: Path, schema: pa.Schema | None, what: dict[str, Any], parts: int) -> Iterator["Job"]:
-    """A job that goes on, or begins, of so many `parts`; `what` is everything that decides the rows, as JSON.
+def open_job(made_by: str, output: Path, schema: pa.Schema | None, what: dict[str, Any], parts: int) -> Iterator["Job"]:
+    """A job of a command that goes on, or begins, of so many `parts`; `what` is all that decides the rows, as JSON.
 
     Its work is kept however the block ends, except when bad input is found in a job that began here: whatever mends the
     input makes another job.
@@ -76,14 +75,14 @@ def open_job(output: Path, schema: pa.Schema | None, what: dict[str, Any], parts
             processes that were started together have different jobs.
     """
     what = {"version": VERSION, "rows": CHUNK, "characters": CHARACTERS, **json.loads(json.dumps(what))}
-    job = Job(output, schema, Seal(parts, what))
+    job = Job(output, schema, Seal(made_by, parts, what))
     folders = files.missing_directories(job.directory)
-    agreement.require_same("scoring job", job.seal.id, "model, input or flags")
+    agreement.require_same("job", job.seal.id, "model, input or flags")
     if processes.is_first():
-        notes.read_seal(job.directory)  # first, as a lock is a file in what may be somebody else's directory
+        notes.read_seal(job.directory, made_by)  # first, as a lock is a file in what may be somebody else's directory
     with signals.alone(job.directory, "--output"):
         new = list(map(str, folders)) if processes.is_first() and job.begin() else None
-        new = agreement.agree("scoring begins", new)  # of a job that goes on None
+        new = agreement.agree("job begins", new)  # of a job that goes on None
         try:
             yield job
         except Exception as error:
@@ -116,11 +115,11 @@ class Job:
         self.output, self.seal, self.parts = output, seal, seal.parts
         self.schema = schema  # of Parquet; None of JSONL
         self.directory = output.absolute().with_name(f"{output.name}.parts")
-        self.turns = len(agreement.gather("scoring", None))  # processes that share the parts
+        self.turns = len(agreement.gather("job", None))  # processes that share the parts
 
     def begin(self) -> bool:
         """Goes on with what is there, or begins (True); ValueError for parts of another job, or files of no job."""
-        before = notes.read_seal(self.directory)
+        before = notes.read_seal(self.directory, self.seal.made_by)
         if before is not None and before != self.seal and self.has_parts():
             difference = notes.difference(before.what, self.seal.what)
             problem = f"{self.directory} holds what an earlier job has done, but {difference}"
@@ -153,7 +152,7 @@ class Job:
         try:
             note = self._noted(number)
         except notes.Damaged as damaged:
-            print(f"{damaged}; its rows are scored again", flush=True)
+            print(f"{damaged}; its rows are made again", flush=True)
             return False
         if note is None:
             if part.exists():
@@ -162,7 +161,7 @@ class Job:
         if not part.exists():
             return False
         if not (fits := note.fits(part)):
-            print(f"{part} is not what was written there; its rows are scored again", flush=True)
+            print(f"{part} is not what was written there; its rows are made again", flush=True)
         return fits
 
     def _noted(self, number: int) -> Note | None:
@@ -171,9 +170,9 @@ class Job:
             raise ValueError(f"{self.note(number)} is of another job, or of another part of this one; {notes.ADVICE}")
         return note
 
-    def write(self, number: int, read: int, scored: Scored) -> None:
+    def write(self, number: int, read: int, made: Made) -> None:
         """Writes the rows made of a part, which had `read` rows."""
-        rows, counts = scored
+        rows, counts = made
         with files.whole(self.part(number)) as scratch:
             write_rows(scratch, rows, self.schema)
             size, digest = scratch.stat().st_size, files.sha256(scratch)
@@ -193,8 +192,8 @@ class Job:
         RuntimeError where the parts do not have `total` rows, or one differs from its note; ValueError where the
         output's name is taken by now, or a note is foreign.
         """
-        agreement.barrier("scored")
-        with command_line.under_way():  # whatever is wrong now, what is scored is kept
+        agreement.barrier("made")
+        with command_line.under_way():  # whatever is wrong now, what is made is kept
             counts = self._join(total) if processes.is_first() else collections.Counter()
         agreement.barrier("joined")
         return counts
@@ -204,7 +203,7 @@ class Job:
         for note in part_notes:
             counts.update({"read": note.read, "rows": note.rows, **note.counts})
         if counts["read"] != total:
-            problem = f"{self.directory} has the scores of {counts['read']} rows, but there are {total}"
+            problem = f"{self.directory} has what became of {counts['read']} rows, but there are {total}"
             raise RuntimeError(f"{problem}; delete the directory and start again")
         files.check_target(self.output, "--output")  # it may be another thing than when the job began
         with files.whole(self.output) as scratch:

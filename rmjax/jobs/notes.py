@@ -16,7 +16,6 @@ from typing import Any
 
 from rmjax.runtime import files
 
-MADE_BY = "rmjax.score"
 SEAL, LOCK = "job.json", "lock"
 # The names of scratch files, see files.py.
 SCRATCH = re.compile(r"\.(\d{8}\.(json|jsonl|parquet)|job\.json)" + re.escape(files.SCRATCH))
@@ -32,6 +31,7 @@ class Damaged(ValueError):
 class Seal:
     """The job that a directory of parts belongs to."""
 
+    made_by: str  # the command, "rmjax.score"
     parts: int  # that the input is cut into
     what: dict[str, Any]  # everything that decides the rows, as JSON
 
@@ -40,11 +40,12 @@ class Seal:
         return hashlib.sha256(json.dumps(self.what, sort_keys=True).encode()).hexdigest()[:32]
 
     def write(self, directory: Path) -> None:
-        files.write_json(directory / SEAL, {"made_by": MADE_BY, "parts": self.parts, "what": self.what})
+        files.write_json(directory / SEAL, dataclasses.asdict(self))
 
 
-def read_seal(directory: Path) -> Seal | None:
-    """The job of a directory of parts, None where there are no files; ValueError where they are damaged or foreign."""
+def read_seal(directory: Path, made_by: str) -> Seal | None:
+    """The job of a directory of parts, None where there are no files; ValueError where they are damaged, or not of this
+    command."""
     path = directory / SEAL
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file, and the parts of the output need a directory of that name; {ADVICE}")
@@ -60,10 +61,10 @@ def read_seal(directory: Path) -> Seal | None:
         values = _object(path)
     except Damaged as damaged:
         raise ValueError(f"{damaged}, so nobody can tell whose parts are in {directory}; {ADVICE}") from None
-    made_by, parts, what = map(values.get, ("made_by", "parts", "what"))
-    if made_by != MADE_BY or type(parts) is not int or not isinstance(what, dict):
-        raise ValueError(f"{path} was not written by this version of {MADE_BY}; {directory}: {ADVICE}")
-    return Seal(parts, what)
+    writer, parts, what = map(values.get, ("made_by", "parts", "what"))
+    if writer != made_by or type(parts) is not int or not isinstance(what, dict):
+        raise ValueError(f"{path} was not written by this version of {made_by}; {directory}: {ADVICE}")
+    return Seal(made_by, parts, what)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def read_note(path: Path) -> Note | None:
         return None
     kinds = {field.name: field.type for field in dataclasses.fields(Note)}
     if values.keys() != kinds.keys() or not all(type(values[name]) is kind for name, kind in kinds.items()):
-        raise ValueError(f"{path} was not written by {MADE_BY}; {ADVICE}")
+        raise ValueError(f"{path} is no note of a part; {ADVICE}")
     return Note(**values)
 
 

@@ -1,0 +1,348 @@
+"""Samples from a language model: prompts in, K responses of each out; token ids, never text.
+
+A group of K slots belongs to one prompt, whose keys are read once for all of them. Two programs do everything: one
+reads the prompts of free groups, the other writes up to CHUNK tokens in every slot. Between chunks the host takes what
+is finished and gives free groups the next prompts, the longest first. Nothing depends on timing, and what is drawn for
+a token depends on the seed, its prompt's `row`, the response and the token's place alone: never on the slot, or on what
+stands beside it.
+
+Shape letters: P groups, K slots of a group, S = P * K slots, T tokens of a prompt, C tokens that a slot has room for,
+V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rmjax import sharding
+from rmjax.kernels.tree_attention import choose
+from rmjax.models.config import ModelConfig
+from rmjax.models.decoding import KeysValues, Writer, layers_apart
+
+CHUNK = 32  # tokens that are written between two looks of the host
+LEAST = 64  # tokens that a slot, or a prompt, has room for at least; rooms are powers of two, so few are compiled
+PREFILL_TOKENS = {"cpu": 4_096}  # of the prompts that are read at once
+DEFAULT_PREFILL_TOKENS = 32_768
+STOP, LENGTH = "stop", "length"  # how a response ends
+
+
+class Prompt(NamedTuple):
+    """What responses are drawn for."""
+
+    tokens: Sequence[int]
+    row: int  # a number of its own, for its random numbers
+
+
+class Response(NamedTuple):
+    """What was drawn."""
+
+    tokens: np.ndarray  # int32 [n], with the one that stopped it
+    log_probs: np.ndarray  # float32 [n], in nats, by the model itself: before temperature, top_k and top_p
+    finish: str  # STOP or LENGTH
+
+
+class Engine(Protocol):
+    """Whoever draws responses: this sampler, a file of them, a server."""
+
+    def responses(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, list[Response]]]:
+        """The index of each prompt and its K responses, as they are done."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How responses are drawn.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    responses: int = 1  # K, of each prompt
+    max_tokens: int = 1024  # of a response
+    temperature: float = 1.0  # logits are divided by it; 0 takes the likeliest token
+    top_k: int = 0  # only so many of the likeliest tokens; 0 is all
+    top_p: float = 1.0  # only the likeliest tokens that together reach this probability
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"responses": 1, "max_tokens": 1, "top_k": 0, "seed": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least {low}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}, expected a number from 0 (the likeliest token) on")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}, expected a probability above 0, up to 1")
+
+
+class Sampler:
+    """A language model that draws responses; see the module.
+
+    Attributes:
+        steps: that were computed so far, each a token of all slots.
+        written: tokens of responses so far.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        mesh: jax.sharding.Mesh,
+        dtype: str,
+        drawing: Drawing,
+        *,
+        stops: Sequence[int],
+        groups: int,
+        chunk: int = CHUNK,
+    ):
+        """Puts a copy of the parameters on the mesh, in the dtype of the computation.
+
+        Args:
+            config: shapes of the model.
+            params: of a LanguageModel.
+            mesh: of this process's own devices.
+            dtype: of the computation, float32 or bfloat16.
+            drawing: how responses are drawn.
+            stops: token ids that end a response.
+            groups: P, prompts that are under way at a time.
+            chunk: tokens that are written between two looks.
+        """
+        self.config, self.mesh, self.dtype, self.drawing = config, mesh, dtype, drawing
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.groups, self.chunk = -(-groups // rows) * rows, min(chunk, drawing.max_tokens)
+        form, _ = choose("auto", mesh.devices.flat[0].platform, config.head_dim, dtype)
+        self._writer = Writer(config, dtype, form)
+        self._stops = jnp.array(sorted(set(stops)) or [-1], jnp.int32)
+        self._rows = sharding.named(mesh, sharding.BATCH)
+        self.steps = self.written = 0
+        self.load(params)
+
+    def load(self, params: Any) -> None:
+        """Takes these parameters from now on."""
+        apart = functools.partial(_apart, layers=self.config.layers, dtype=self.dtype)
+        shapes = jax.eval_shape(apart, params)
+        shardings = sharding.param_shardings(self.mesh, shapes, sharding.WRITING_RULES)
+        self.params = jax.jit(apart, out_shardings=shardings)(params)
+
+    def responses(
+        self, prompts: Sequence[Prompt], ended: Callable[[np.ndarray], int | None] = lambda tokens: None
+    ) -> Iterator[tuple[int, list[Response]]]:
+        """The index of each prompt and its K responses, as they are done.
+
+        Args:
+            prompts: each of at least one token.
+            ended: says of the tokens of a response that goes on, after each chunk, how many are left of it if it ends
+                there; None lets it go on.
+        """
+        if not prompts:
+            return
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].tokens), i))
+        state = _State(self, room(longest - 1))
+        with jax.set_mesh(self.mesh):
+            while waiting or state.busy:
+                if waiting and state.free:
+                    waiting = state.begin(prompts, waiting)
+                yield from state.write(ended)
+
+
+class _State:
+    """The groups under way, on the devices and on the host."""
+
+    def __init__(self, sampler: Sampler, prompt_room: int):
+        self.s, p, k = sampler, sampler.groups, sampler.drawing.responses
+        self.prompt_room, self.own_room = prompt_room, room(sampler.chunk)
+        self.owner: list[int | None] = [None] * p  # the prompt of each group
+        self.prompt_keys, self.row = np.zeros(p, np.int32), np.zeros(p, np.uint32)
+        self.last, self.own_keys = np.zeros(p * k, np.int32), np.zeros(p * k, np.int32)
+        self.live = np.zeros(p * k, bool)
+        self.pieces: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(p * k)]
+        self.finish = [LENGTH] * (p * k)
+        self.prompt = self._empty(p, prompt_room)
+        self.own = self._empty(p * k, self.own_room)
+
+    def _empty(self, rows: int, length: int) -> list[KeysValues]:
+        c = self.s.config
+        shape = (rows, length, c.kv_heads, c.head_dim)
+        make = jax.jit(lambda: jnp.zeros(shape, self.s.dtype), out_shardings=self.s._rows)
+        return [(make(), make()) for _ in range(c.layers)]
+
+    @property
+    def busy(self) -> bool:
+        return any(owner is not None for owner in self.owner)
+
+    @property
+    def free(self) -> list[int]:
+        return [g for g, owner in enumerate(self.owner) if owner is None]
+
+    def begin(self, prompts: Sequence[Prompt], waiting: Sequence[int]) -> list[int]:
+        """Gives free groups the first of the waiting prompts; the others are left."""
+        k, free = self.s.drawing.responses, self.free
+        budget = PREFILL_TOKENS.get(self.s.mesh.devices.flat[0].platform, DEFAULT_PREFILL_TOKENS)
+        at_once = min(self.s.groups, max(1, budget // self.prompt_room))
+        begun = list(zip(free, waiting))
+        for start in range(0, len(begun), at_once):
+            some = begun[start : start + at_once]
+            tokens, lengths = np.zeros((at_once, self.prompt_room), np.int32), np.zeros(at_once, np.int32)
+            where = np.full(at_once, self.s.groups, np.int32)  # outside: dropped
+            for i, (g, index) in enumerate(some):
+                *before, last = prompts[index].tokens
+                tokens[i, : len(before)], lengths[i], where[i] = before, len(before), g
+                self.owner[g], self.prompt_keys[g], self.row[g] = index, len(before), prompts[index].row
+                mine = slice(g * k, (g + 1) * k)
+                self.last[mine], self.own_keys[mine], self.live[mine] = last, 0, True
+                for slot in range(g * k, (g + 1) * k):
+                    self.pieces[slot], self.finish[slot] = [], LENGTH
+            self.prompt = _read(self.s._writer, self.s.params, self.prompt, tokens, lengths, where)
+        return list(waiting[len(begun) :])
+
+    def write(self, ended: Callable[[np.ndarray], int | None]) -> Iterator[tuple[int, list[Response]]]:
+        """Writes a chunk; yields what is done by then."""
+        drawing, chunk = self.s.drawing, self.s.chunk
+        self._make_room(int(self.own_keys[self.live].max(initial=0)) + chunk)
+        before = self.own_keys.copy()
+        self.own, *outputs = _write(
+            self.s._writer,
+            self.s.params,
+            self.prompt,
+            self.own,
+            (self.prompt_keys, self.row, self.last, self.own_keys, self.live, self.s._stops),
+            np.uint32(drawing.seed),
+            drawing=dataclasses.replace(drawing, seed=0),
+            chunk=chunk,
+        )
+        tokens, log_probs, stopped, steps = jax.device_get(outputs)
+        self.s.steps += int(steps)
+        for slot in np.flatnonzero(self.live):
+            new = min(int(steps), drawing.max_tokens - int(before[slot]))
+            new = min(new, int(stopped[slot]) + 1)
+            self.pieces[slot].append((tokens[:new, slot].copy(), log_probs[:new, slot].copy()))
+            self.own_keys[slot], self.last[slot] = before[slot] + new, tokens[new - 1, slot]
+            if stopped[slot] < new:
+                self.finish[slot], self.live[slot] = STOP, False
+            elif (left := ended(np.concatenate([t for t, _ in self.pieces[slot]]))) is not None:
+                self.finish[slot], self.live[slot], self.own_keys[slot] = STOP, False, left
+            elif self.own_keys[slot] >= drawing.max_tokens:
+                self.live[slot] = False
+        k = drawing.responses
+        for g, owner in enumerate(self.owner):
+            if owner is not None and not self.live[g * k : (g + 1) * k].any():
+                self.owner[g] = None
+                done = [self._response(slot) for slot in range(g * k, (g + 1) * k)]
+                self.s.written += sum(len(one.tokens) for one in done)
+                yield owner, done
+
+    def _response(self, slot: int) -> Response:
+        tokens, log_probs = map(np.concatenate, zip(*self.pieces[slot]))
+        n = int(self.own_keys[slot])
+        return Response(tokens[:n], log_probs[:n], self.finish[slot])
+
+    def _make_room(self, tokens: int) -> None:
+        if (wanted := room(tokens)) != self.own_room:
+            self.own = _resized(self.own, wanted)
+            self.own_room = wanted
+
+
+def room(tokens: int) -> int:
+    """The room for so many tokens."""
+    return max(LEAST, 1 << max(0, tokens - 1).bit_length())
+
+
+def _apart(params: Any, layers: int, dtype: str) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), layers_apart(params, layers))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _resized(own: list[KeysValues], length: int) -> list[KeysValues]:
+    def one(x: jax.Array) -> jax.Array:
+        more = max(0, length - x.shape[1])
+        return jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0)))[:, :length]
+
+    return jax.tree.map(one, own)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _read(
+    writer: Writer, params: Any, prompt: list[KeysValues], tokens: jax.Array, lengths: jax.Array, where: jax.Array
+) -> list[KeysValues]:
+    """The prompts' keys and values with those of groups `where` replaced; a group that there is not is dropped."""
+    with _precise(writer):
+        found = writer.read_prompts(params, tokens, lengths)
+    return jax.tree.map(lambda old, new: old.at[where].set(new, mode="drop"), prompt, found)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3, static_argnames=("drawing", "chunk"))
+def _write(
+    writer: Writer,
+    params: Any,
+    prompt: list[KeysValues],
+    own: list[KeysValues],
+    state: tuple[jax.Array, ...],
+    seed: jax.Array,
+    *,
+    drawing: Drawing,
+    chunk: int,
+) -> tuple[list[KeysValues], jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Up to `chunk` tokens of each slot that is live, fewer where none is left.
+
+    Returns:
+        The slots' keys and values; int32 tokens and float32 log-probabilities [chunk, S]; int32 [S], the step at which
+        a slot drew a stop, `chunk` if it did not; and the number of steps.
+    """
+    prompt_keys, row, last, own_keys, live, stops = state
+    slots, k = len(last), drawing.responses
+    fold = jax.vmap(jax.random.fold_in)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.repeat(row, k))
+    keys = fold(keys, jnp.tile(jnp.arange(k, dtype=jnp.uint32), slots // k))
+
+    def under_way(carry: Any) -> jax.Array:
+        return (carry[0] < chunk) & carry[4].any()
+
+    def one(carry: Any) -> Any:
+        step, own, last, own_keys, live, tokens, log_probs, stopped = carry
+        with _precise(writer):
+            logits, own = writer.step(params, last, prompt, prompt_keys, own, own_keys)
+        new = draw(logits, fold(keys, own_keys.astype(jnp.uint32)), drawing)
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), new[:, None], axis=1)[:, 0]
+        stops_here = live & (new[:, None] == stops).any(1)
+        own_keys = jnp.where(live, own_keys + 1, own_keys)
+        last = jnp.where(live, new, last)
+        live &= ~stops_here & (own_keys < drawing.max_tokens)
+        return (
+            *(step + 1, own, last, own_keys, live, tokens.at[step].set(new), log_probs.at[step].set(log_prob)),
+            jnp.where(stops_here, step, stopped),
+        )
+
+    empty = jnp.zeros((chunk, slots), jnp.int32), jnp.zeros((chunk, slots), jnp.float32)
+    carry = (jnp.int32(0), own, last, own_keys, live, *empty, jnp.full(slots, chunk, jnp.int32))
+    steps, own, *_, tokens, log_probs, stopped = jax.lax.while_loop(under_way, one, carry)
+    return own, tokens, log_probs, stopped, steps
+
+
+def draw(logits: jax.Array, keys: jax.Array, drawing: Drawing) -> jax.Array:
+    """int32 [S]: a token for each row of float32 logits [S, V], drawn with its own key.
+
+    As in transformers, top_k and then top_p cut off what temperature has made of the distribution.
+    """
+    if drawing.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / drawing.temperature
+    if drawing.top_k and drawing.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, drawing.top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if drawing.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        above = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
+        least = jnp.min(jnp.where(above < drawing.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _precise(writer: Writer) -> Any:
+    """Accelerators round float32 products to TF32 or bfloat16 unless told otherwise."""
+    return jax.default_matmul_precision("highest" if writer.dtype == "float32" else None)

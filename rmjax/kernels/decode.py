@@ -1,0 +1,59 @@
+"""Attention of one new token a slot: over the keys of its prompt, which K slots share, and over those of its own.
+
+The softmax over both parts is one, merged from the maximum and the sum of each, so a prompt's keys are read once for
+all of its slots (Hydragen, https://arxiv.org/abs/2402.05099).
+
+Shape letters: P prompts, K slots of a prompt, S = P * K slots, N query heads, M key/value heads, R = N / M, H head
+width, T keys of a prompt, C keys of a slot.
+"""
+
+import jax
+import jax.numpy as jnp
+
+HIDDEN = -1e30  # a logit that no weight comes from
+
+
+def decode_attention(
+    q: jax.Array,
+    prompt: tuple[jax.Array, jax.Array],
+    prompt_keys: jax.Array,
+    own: tuple[jax.Array, jax.Array],
+    own_keys: jax.Array,
+    *,
+    window: int | None = None,
+) -> jax.Array:
+    """What the newest token of each slot takes from the values that it sees.
+
+    Args:
+        q: [S, N, H] rotated queries; slot s belongs to prompt s // K.
+        prompt: rotated keys and values [P, T, M, H], of q's type.
+        prompt_keys: int32 [P], how many of them are there; a slot sees all, or those in the window.
+        own: rotated keys and values [S, C, M, H] of what each slot wrote after its prompt.
+        own_keys: int32 [S], how many of them are there, the newest token's among them, so at least 1.
+        window: keys that a token sees, itself included; None is all.
+
+    Returns:
+        [S, N, H] of q's type; products accumulate in float32, and the softmax is float32.
+    """
+    (prompt_k, prompt_v), (own_k, own_v) = prompt, own
+    (p, t, m, h), (s, c) = prompt_k.shape, own_k.shape[:2]
+    k, r = s // p, q.shape[1] // m
+    q_PKMRH = q.reshape(p, k, m, r, h)
+    own_k, own_v = (x.reshape(p, k, c, m, h) for x in (own_k, own_v))
+    own_PK, prompt_P = own_keys.reshape(p, k), prompt_keys
+    # How far back from the newest token each key stands.
+    back_PKT = (prompt_P[:, None] + own_PK)[..., None] - 1 - jnp.arange(t)
+    back_PKC = own_PK[..., None] - 1 - jnp.arange(c)
+    sees_PKT = (jnp.arange(t) < prompt_P[:, None])[:, None] & (back_PKT < (window or jnp.inf))
+    sees_PKC = (back_PKC >= 0) & (back_PKC < (window or jnp.inf))
+
+    einsum = lambda spec, x, y: jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+    logits = lambda spec, keys: einsum(spec, q_PKMRH, keys) * h**-0.5
+    of_prompt = jnp.where(sees_PKT[:, :, None, None], logits("pkmrh,ptmh->pkmrt", prompt_k), HIDDEN)
+    of_own = jnp.where(sees_PKC[:, :, None, None], logits("pkmrh,pkcmh->pkmrc", own_k), HIDDEN)
+    most = jnp.maximum(of_prompt.max(-1, initial=HIDDEN), of_own.max(-1))[..., None]
+    prompt_weight, own_weight = jnp.exp(of_prompt - most), jnp.exp(of_own - most)
+    total = (prompt_weight.sum(-1) + own_weight.sum(-1))[..., None]
+    out = einsum("pkmrt,ptmh->pkmrh", prompt_weight.astype(q.dtype), prompt_v)
+    out += einsum("pkmrc,pkcmh->pkmrh", own_weight.astype(q.dtype), own_v)
+    return (out / total).astype(q.dtype).reshape(s, r * m, h)

@@ -1,0 +1,126 @@
+"""A language model that writes: prompts become keys and values, and each slot one more token.
+
+Layers are apart here, not stacked: a step reads every weight once, and a slice of a stack would be copied first.
+
+Shape letters: P prompts, K slots of a prompt, S = P * K slots, T tokens of a prompt, C tokens of a slot, D width, M
+key/value heads, H head width, L layers, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rmjax.kernels.decode import decode_attention
+from rmjax.kernels.tree_attention import block_of
+from rmjax.kernels.visible import NO_WINDOW, visible
+from rmjax.models.config import ModelConfig
+from rmjax.models.decoder import Embed, Layer, RMSNorm
+from rmjax.models.heads import Params
+from rmjax.models.rope import rope_angles
+
+KeysValues = tuple[jax.Array, jax.Array]
+
+
+def layers_apart(params: Params, layers: int) -> Params:
+    """The parameters of a language model with a list of its L layers, `decoder/each`, in place of the stack."""
+    decoder = dict(params["decoder"])
+    stack, last = decoder.pop("layers", None), decoder.pop("last")
+    each = [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(layers - 1)]
+    return {**params, "decoder": {**decoder, "each": [*each, last]}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """What a language model computes to write, as functions of its parameters (`layers_apart`).
+
+    Attributes:
+        dtype: of the computation.
+        attention: the form of `tree_attention`, for prompts.
+    """
+
+    config: ModelConfig
+    dtype: str
+    attention: str = "xla"
+
+    @functools.cached_property
+    def _graphs(self) -> tuple[Any, Any, Any]:
+        """Of the embedding, a layer and the last norm."""
+        c, dtype = self.config, self.dtype
+        makes = (
+            lambda: Embed(c, rngs=nnx.Rngs(0), dtype=dtype),
+            lambda: Layer(c, rngs=nnx.Rngs(0), dtype=dtype, attention=self.attention),
+            lambda: RMSNorm((c.width,), c.norm_eps, dtype=dtype),
+        )
+        embed, layer, norm = (nnx.split(nnx.eval_shape(make))[0] for make in makes)
+        return embed, layer, norm
+
+    def read_prompts(self, params: Params, tokens: jax.Array, lengths: jax.Array) -> list[KeysValues]:
+        """Keys and values [P, T, M, H] of each layer; what stands after the lengths [P] of tokens [P, T] is no token's.
+
+        No logits are computed: the last token of a prompt is for `step`.
+        """
+        embed, graph, _ = self._graphs
+        index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        inside = index < lengths[:, None]
+        positions = jnp.where(inside, index, 0)
+        first, until = jnp.where(inside, 0, index), jnp.where(inside, lengths[:, None], index + 1)
+        block = block_of(self.attention, tokens.shape[1], self.config.head_dim)
+        seen = {
+            window: visible(first, until, positions, NO_WINDOW if window is None else window, block=block)
+            for window in set(self.config.windows)
+        }
+        angles = rope_angles(self.config.rope, self.config.head_dim, positions)
+        x_PTD = nnx.merge(embed, params["decoder"]["embed"])(tokens).astype(self.dtype)
+        found = []
+        for each, window in zip(params["decoder"]["each"], self.config.windows):
+            layer = nnx.merge(graph, each)
+            q, k, v = layer.project(x_PTD, angles)
+            found.append((k, v))
+            if len(found) < self.config.layers:  # of the last layer nobody reads more
+                x_PTD = layer.finish(x_PTD, layer.attend(q, k, v, seen[window], None))
+        return found
+
+    def step(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        prompt: Sequence[KeysValues],
+        prompt_keys: jax.Array,
+        own: Sequence[KeysValues],
+        own_keys: jax.Array,
+    ) -> tuple[jax.Array, list[KeysValues]]:
+        """Reads one token of each slot.
+
+        Args:
+            params: see `layers_apart`.
+            tokens: int32 [S].
+            prompt: keys and values [P, T, M, H] of each layer.
+            prompt_keys: int32 [P], how many of them are there.
+            own: keys and values [S, C, M, H] of each layer.
+            own_keys: int32 [S] in [0, C), how many of them are there.
+
+        Returns:
+            float32 [S, V], logits of the next token; and `own` with those of this one.
+        """
+        embed, graph, norm = self._graphs
+        slots = len(tokens)
+        positions = jnp.repeat(prompt_keys, slots // len(prompt_keys)) + own_keys
+        angles = rope_angles(self.config.rope, self.config.head_dim, positions[:, None])
+        x_S1D = nnx.merge(embed, params["decoder"]["embed"])(tokens[:, None]).astype(self.dtype)
+        grown = []
+        for each, window, of_prompt, (keys, values) in zip(params["decoder"]["each"], self.config.windows, prompt, own):
+            layer = nnx.merge(graph, each)
+            q, k, v = layer.project(x_S1D, angles)
+            put = lambda cache, new: cache.at[jnp.arange(slots), own_keys].set(new[:, 0])
+            grown.append((put(keys, k), put(values, v)))
+            attended = decode_attention(q[:, 0], of_prompt, prompt_keys, grown[-1], own_keys + 1, window=window)
+            x_S1D = layer.finish(x_S1D, attended.reshape(slots, 1, -1))
+        hidden_SD = nnx.merge(norm, params["decoder"]["norm"])(x_S1D[:, 0])
+        table_VD = params.get("lm_head", params["decoder"]["embed"])["embedding"]
+        logits = jnp.einsum("sd,vd->sv", hidden_SD, table_VD.astype(self.dtype), preferred_element_type=jnp.float32)
+        return logits, grown

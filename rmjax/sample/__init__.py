@@ -1,0 +1,1 @@
+"""`python -m rmjax.sample`: responses of a language model to the prompts of a file."""

@@ -1,0 +1,157 @@
+"""The sampler against the tree forward, and against transformers' own generation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import FAMILIES, PAD, make_hf_model, tree_rows
+
+from rmjax import sharding
+from rmjax.inference import sampler
+from rmjax.inference.sampler import Drawing, Prompt, Sampler
+from rmjax.models import heads, hf
+from rmjax.models.config import from_hf
+
+CASES = {
+    "qwen2": {},
+    "qwen3": {"attention_bias": True},
+    "llama": {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
+    "mistral": {},  # with a window of 5 keys, shorter than the prompts
+}
+DRAWING = Drawing(responses=3, max_tokens=20)
+STOPS = (7, PAD)
+
+
+def prompts(count=5, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Prompt(rng.integers(1, 97, rng.integers(2, 30)).tolist(), row) for row in range(count)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(torch module, config, parameters) by family."""
+    made = {}
+
+    def of(family):
+        if family not in made:
+            directory = tmp_path_factory.mktemp(family)
+            torch_model = make_hf_model(family, directory, head=False, **CASES[family])
+            config = from_hf(hf.read_config(directory))
+            _, shapes = heads.abstract(config, 0, architecture="CausalLM")
+            mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+            shapes = sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
+            params, _ = hf.load(directory, shapes, config, seed=0)
+            made[family] = torch_model, config, params, mesh
+        return made[family]
+
+    return of
+
+
+def make(model, drawing=DRAWING, *, groups=2, stops=STOPS, chunk=8):
+    _, config, params, mesh = model
+    return Sampler(config, params, mesh, "float32", drawing, stops=stops, groups=groups, chunk=chunk)
+
+
+def drawn(model, asked, drawing=DRAWING, **options):
+    """The responses to each prompt, in their order."""
+    found = dict(make(model, drawing, **options).responses(asked))
+    assert sorted(found) == list(range(len(asked)))
+    return [found[i] for i in range(len(asked))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probabilities_are_those_of_the_tree_forward(models, family):
+    _, config, params, _ = models(family)
+    graph, _ = heads.abstract(config, 0, architecture="CausalLM")
+    forward = jax.jit(lambda params, batch: heads.inference_outputs(heads.merge(graph, params), batch))
+    for prompt, responses in zip(prompts(), drawn(models(family), prompts())):
+        assert len({tuple(response.tokens) for response in responses}) > 1
+        groups = [[[*prompt.tokens, *response.tokens.tolist()]] for response in responses]
+        nll = forward(params, tree_rows([[group] for group in groups], 64))
+        for row, response in zip(nll, responses):
+            first = len(prompt.tokens) - 1
+            np.testing.assert_allclose(response.log_probs, -row[first : first + len(response.tokens)], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_likeliest_tokens_are_those_that_transformers_generates(models, family):
+    import torch
+
+    greedy = Drawing(max_tokens=12, temperature=0.0)
+    for prompt, (response,) in zip(prompts(), drawn(models(family), prompts(), greedy)):
+        theirs = models(family)[0].generate(
+            torch.tensor([prompt.tokens]),
+            attention_mask=torch.ones(1, len(prompt.tokens), dtype=torch.long),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=list(STOPS),
+        )
+        assert response.tokens.tolist() == theirs[0, len(prompt.tokens) :].tolist()
+        assert response.finish == ("stop" if response.tokens[-1] in STOPS else "length")
+
+
+def test_what_stands_beside_a_prompt_changes_none_of_its_tokens(models):
+    model, asked = models("qwen2"), prompts(7)
+    first = drawn(model, asked)
+    order = [4, 2, 6, 0, 5, 1, 3]
+    again = drawn(model, [asked[i] for i in order])
+    for i, theirs in zip(order, again):
+        for one, other in zip(first[i], theirs):
+            assert one.tokens.tolist() == other.tokens.tolist() and one.finish == other.finish
+    for options in ({"groups": 5}, {"chunk": 3}):
+        for ours, theirs in zip(first, drawn(model, asked, **options)):
+            for one, other in zip(ours, theirs):
+                assert one.tokens.tolist() == other.tokens.tolist()
+                np.testing.assert_allclose(one.log_probs, other.log_probs, atol=2e-5)
+
+
+def test_a_response_ends_with_a_stop_or_at_the_limit(models):
+    for responses in drawn(models("qwen2"), prompts(20, seed=3)):
+        for response in responses:
+            *before, last = response.tokens.tolist()
+            assert not set(before) & set(STOPS)
+            assert response.finish == ("stop" if last in STOPS else "length")
+            assert response.finish == "stop" or len(response.tokens) == DRAWING.max_tokens
+
+
+def test_the_caller_may_end_a_response(models):
+    ended = lambda tokens: 5 if len(tokens) >= 5 else None
+    found = dict(make(models("qwen2"), stops=()).responses(prompts(3), ended))
+    assert {len(r.tokens) for of_one in found.values() for r in of_one} == {5}
+    assert {r.finish for of_one in found.values() for r in of_one} == {"stop"}
+
+
+def test_long_responses_get_more_room(models):
+    drawing = Drawing(responses=1, max_tokens=150)
+    (response,), *_ = drawn(models("qwen2"), prompts(1), drawing, stops=())
+    assert len(response.tokens) == 150
+    (short,), *_ = drawn(models("qwen2"), prompts(1), dataclasses.replace(drawing, max_tokens=60), stops=())
+    assert response.tokens[:60].tolist() == short.tokens.tolist()
+
+
+@pytest.mark.parametrize("drawing", [Drawing(), Drawing(temperature=0.5), Drawing(top_k=3), Drawing(top_p=0.6)])
+def test_tokens_are_drawn_from_the_distribution_that_was_asked_for(drawing):
+    logits = np.log([0.4, 0.3, 0.15, 0.1, 0.05]).astype(np.float32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(20_000))
+    counts = np.bincount(sampler.draw(jnp.tile(logits, (20_000, 1)), keys, drawing), minlength=5) / 20_000
+    wanted = np.exp(logits / drawing.temperature)
+    kept = 3 if drawing.top_k else 2 if drawing.top_p < 1 else 5
+    wanted = np.where(np.arange(5) < kept, wanted, 0) / wanted[:kept].sum()
+    np.testing.assert_allclose(counts, wanted, atol=0.012)
+
+
+def test_nothing_is_compiled_twice(models):
+    one = make(models("qwen2"))
+    dict(one.responses(prompts(4)))
+    programs = sampler._write._cache_size(), sampler._read._cache_size()
+    dict(one.responses(prompts(6, seed=9)))
+    dict(make(models("qwen2"), dataclasses.replace(DRAWING, seed=5)).responses(prompts(6)))
+    assert (sampler._write._cache_size(), sampler._read._cache_size()) == programs
+
+
+@pytest.mark.parametrize("wrong", [{"responses": 0}, {"temperature": -1}, {"top_p": 0.0}, {"max_tokens": 0}])
+def test_wrong_values_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Drawing(**wrong)
