@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
+import transformers
 from small_runs import Started, small
 
 from rmjax.data.reading import records
 from rmjax.evaluate import __main__ as evaluate
 from rmjax.evaluate import evaluating
 from rmjax.inference.reward_model import RewardModel
+from rmjax.sample import __main__ as sample
 from rmjax.score import __main__ as score
 from rmjax.score.making import Options
 from rmjax.train import training
@@ -93,23 +96,27 @@ def test_benchmarks_in_the_command_and_in_the_loop(tmp_path, cache, capsys):
     assert found["metrics"]["overall"]["value"] == pytest.approx(np.mean(right))
 
 
-def test_the_proxy_pipeline_from_responses_to_a_match_rate(run, tmp_path, cache, capsys):
-    """docs/evaluation.md, "Against a gold model": responses -> gold scores -> pairs -> train -> match rate."""
-    rng = np.random.default_rng(0)
-    sources = list(records("synthetic://pairs?n=120&seed=7"))
-    rows = [
-        {
-            "prompt": [dict(m) for m in record.conversations[0][:-1]],
-            "responses": [c[-1]["content"] for c in record.conversations]
-            + [str(rng.choice(["Every old river is late.", "A garden.", "Deep and late."]))],
-        }
-        for record in sources
-    ]
+def test_the_proxy_pipeline_from_prompts_to_a_match_rate(run, tmp_path, cache, capsys):
+    """docs/sampling.md: prompts -> responses -> gold scores -> pairs -> train -> match rate; and the best of N."""
+    sft = tmp_path / "sft"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(run / "export"))
+    tiny_models.make_hf_model("qwen2", sft, head=False, vocab_size=len(tokenizer), num_hidden_layers=1)
+    tokenizer.save_pretrained(sft)
+    asked = [record.conversations[0][:-1] for record in records("synthetic://pairs?n=120&seed=7")]
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": [dict(m) for m in turns]} for turns in asked])
+    drawn = {"responses": 3, "max_tokens": 8, "slots": 30}
+    sample.run(str(sft), str(prompts), tmp_path / "sampled.jsonl", **drawn)
+    rows = [json.loads(line) for line in (tmp_path / "sampled.jsonl").read_text().splitlines()]
     responses = write(tmp_path / "responses.jsonl", rows[:90])
     held_out = write(tmp_path / "heldout.jsonl", rows[90:])
     gold = str(run / "export")
     score.run(gold, str(responses), tmp_path / "pairs.jsonl", options=Options(pairs="all"))
     score.run(gold, str(held_out), tmp_path / "gold.jsonl")
+    score.run(gold, str(held_out), tmp_path / "best.jsonl", options=Options(best_of_n=True))
+    best, all_of = (
+        [json.loads(x) for x in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("best", "gold")
+    )
+    assert [row["score"] for row in best] == [max(row["scores"]) for row in all_of]
     given = {"data__train": str(tmp_path / "pairs.jsonl"), "data__validation": "", "data__validation_fraction": 0.1}
     training.run(small(cache, **given, duration="6 epochs", optim__learning_rate=5e-3), tmp_path / "proxy")
     out = tmp_path / "found.json"

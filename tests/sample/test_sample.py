@@ -1,6 +1,10 @@
 """The sample command: what it reads, writes, counts and goes on with."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +16,7 @@ from rmjax.inference.reward_model import BadConversation
 from rmjax.jobs import job
 from rmjax.sample import __main__ as sample
 
+ROOT = Path(__file__).parents[2]
 TALK = [{"role": "user", "content": "What is a tree?"}]
 ROWS = [
     {"prompt": "What is a tree?", "id": 3},
@@ -153,3 +158,16 @@ def test_a_reward_model_does_not_write(tmp_path, tokenizer_dir):
     tiny_models.make_hf_model("qwen2", tmp_path)
     with pytest.raises(ValueError, match="Qwen2ForSequenceClassification: it scores, and does not write"):
         GenerativeModel.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_file_of_one(model_dir, tmp_path):
+    """By launch/local.sh; in two parts."""
+    write(tmp_path / "in.jsonl", [{"prompt": f"question {n}"} for n in range(20)])
+    env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), PYTHON=sys.executable, RESTARTS="0")
+    flags = [f"--model={model_dir}", "--input=in.jsonl", "--responses=1", "--max_tokens=4", "--slots=2", "--logprobs"]
+    for count, name in (("1", "one"), ("2", "two")):
+        command = [str(ROOT / "launch/local.sh"), count, "rmjax.sample", *flags, f"--output={name}.jsonl"]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and "20 prompts, 20 responses of" in done.stdout, done.stderr
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
