@@ -36,6 +36,7 @@ class Model:
     def __init__(self, log=None):
         self.asked, self.log, self.resolution = [], log, 0.0
         self.inference = SimpleNamespace(work=SimpleNamespace(computed=0, unshared=0))
+        self.chat = SimpleNamespace(left_out=lambda conversation, tools: [])
 
     def values(self, conversations):
         """The numbers."""

@@ -18,8 +18,9 @@ read. What the model was trained for decides which columns are added:
     steps                 `prompt`, `completions` (a list of texts),  adds `scores`, one for each step; a list of such
                           or any format with steps                    lists where a row has several responses
 
-A response that is empty or null has no score: null, counted on the last line, and nothing is chosen by it. Rows with
-tools that the chat template does not show are counted there, too.
+A response that is empty or null has no score: null, counted on the last line, and nothing is chosen by it. What the
+chat template does not show of rows (system messages, tools, thoughts) is counted there, too, by the names of
+docs/data.md.
 The responses of a prompt share its computation. The output has the rows in the order of the input, with their other
 columns; its ending (.jsonl or .parquet) chooses the format. Rows that the options below make have their columns under
 the names of this page (`prompt`, `system`), whatever they were called. JSONL holds dates, decimals and bytes as
@@ -165,8 +166,7 @@ def _scored(model: Any, part: Sequence[rows.Asked], surveyed: Survey, options: O
             "and its outputs are no reward; see RewardModel.values"
         )
     counts = +making.Counts({COMPUTED: work.computed - computed, UNSHARED: work.unshared - unshared})
-    if (tools := sum(bool(asked.tools) for asked in part)) and not surveyed.kind.sees_tools(model):
-        counts["with tools that the model is not shown"] += tools
+    counts.update(reason for asked in part for reason in surveyed.kind.left_out(model, asked))
     counts.update(f"without a score: {bad.reason}" for asked in part for bad in asked.unscored)
     chooses = options.takes_responses or options.makes_margins
     resolution = getattr(model, "resolution", 0.0) if chooses else 0.0

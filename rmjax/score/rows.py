@@ -121,7 +121,7 @@ class Kind:
     needs: str  # the same in words
     names: Sequence[str]  # of what the model says
     shape: Callable[[str], Shape]  # by the format of rows
-    sees_tools: Callable[[Any], bool]  # whether a model is shown the tools of a row
+    left_out: Callable[[Any, Asked], set[str]]  # what of a row a model is not shown, by names in records.LEFT_OUT
     problem: Callable[[int, int], str]  # what is wrong with so many responses, and responses with steps; else ""
     ask: Callable[[Any, Sequence[Asked], "Kind"], list[dict[str, list[Any]]]]  # values [K] of each row, by name
 
@@ -185,6 +185,10 @@ def _in_place(
     return values
 
 
+def _left_out(model: Any, asked: Asked) -> set[str]:
+    return {bad.reason for turns in asked.conversations for bad in model.chat.left_out(turns, asked.tools)}
+
+
 def _scoring_shape(format: str) -> Shape:
     if format in ONE:
         return ONE_RESPONSE
@@ -204,7 +208,7 @@ SCORING = Kind(
     "`messages`, or `prompt` and `response`, `responses`, or `chosen` and `rejected`",
     ["score"],
     _scoring_shape,
-    lambda model: model.chat.shows_tools,
+    _left_out,
     lambda responses, steps: "",
     _values,
 )
@@ -213,7 +217,7 @@ JUDGING = Kind(
     "`prompt`, `response_a` and `response_b`, or `chosen` and `rejected`",
     ["A", "B"],
     lambda format: VERDICTS,
-    lambda model: False,  # see judging/verdicts.py
+    lambda model, asked: {"tools_left_out"} if asked.tools else set(),  # see judging/verdicts.py
     _two,
     _verdicts,
 )
@@ -222,7 +226,7 @@ STEPWISE = Kind(
     "`prompt` and `completions` (a list of texts)",
     ["score"],
     lambda format: STEPS if format in ONE else STEPS_OF_SEVERAL,
-    lambda model: model.chat.shows_tools,
+    _left_out,
     _all_with_steps,
     _step_scores,
 )

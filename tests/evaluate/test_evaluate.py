@@ -113,9 +113,8 @@ def test_the_proxy_pipeline_from_prompts_to_a_match_rate(run, tmp_path, cache, c
     score.run(gold, str(responses), tmp_path / "pairs.jsonl", options=Options(pairs="all"))
     score.run(gold, str(held_out), tmp_path / "gold.jsonl")
     score.run(gold, str(held_out), tmp_path / "best.jsonl", options=Options(best_of_n=True))
-    best, all_of = (
-        [json.loads(x) for x in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("best", "gold")
-    )
+    lines = lambda name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    best, all_of = lines("best"), lines("gold")
     assert [row["score"] for row in best] == [max(row["scores"]) for row in all_of]
     given = {"data__train": str(tmp_path / "pairs.jsonl"), "data__validation": "", "data__validation_fraction": 0.1}
     training.run(small(cache, **given, duration="6 epochs", optim__learning_rate=5e-3), tmp_path / "proxy")

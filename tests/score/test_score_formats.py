@@ -73,11 +73,12 @@ def test_records_that_convert_writes_are_scored(ending, model_dir, loaded, fast,
         assert [row["conversations"] for row in made] == [row["conversations"] for row in given]
 
 
-def test_tools_that_the_template_does_not_show_are_counted(model_dir, loaded, fast, tmp_path):
-    given = [{**ROWS["boolean"], "tools": TOOLS}, ROWS["boolean"]]
+def test_what_the_template_does_not_show_is_counted(model_dir, loaded, fast, tmp_path):
+    rendered = {"messages": [user("<|im_start|>user\nq<|im_end|>"), assistant("a")]}
+    given = [{**ROWS["boolean"], "tools": TOOLS}, ROWS["boolean"], rendered]
     told = score.run(str(model_dir), str(write(tmp_path / "in.jsonl", given)), tmp_path / "out.jsonl")[1]
-    assert told["with tools that the model is not shown"] == 1
-    first, second = read(tmp_path / "out.jsonl")
+    assert told["tools_left_out"] == told["special_tokens_in_text"] == 1
+    first, second, _ = read(tmp_path / "out.jsonl")
     assert first["score"] == pytest.approx(second["score"], abs=1e-5)
 
 
