@@ -351,7 +351,13 @@ WORDS = {word.lower(): word for word in VERDICTS}
 
 
 def parse_verdict(
-    text: str, kind: str, *, tag: str = "", scale: tuple[float, float] | None = None, ties: bool = True
+    text: str,
+    kind: str,
+    *,
+    tag: str = "",
+    scale: tuple[float, float] | None = None,
+    ties: bool = True,
+    thinking: bool = False,
 ) -> Verdict:
     """Reads the verdict in what a judge wrote. Every text has exactly one outcome.
 
@@ -363,6 +369,8 @@ def parse_verdict(
         tag: its tag; "" is the kind. An attribute's name where several are rated.
         scale: lowest and highest score, both allowed; None is no limit.
         ties: whether "tie" is a verdict.
+        thinking: whether the text begins within a thought, which the rendering before it opened (`opens_thought`). Of
+            such a text nothing is read before the thought is closed.
 
     Returns:
         Verdict("score", 3.0), Verdict("better", "A"), or Verdict("unparseable", why): no tag, unbalanced or nested
@@ -371,7 +379,7 @@ def parse_verdict(
     """
     if kind not in (SCORE, BETTER):
         raise ValueError(f"kind={kind!r} is none of {SCORE}, {BETTER}")
-    tag, said = tag or kind, _without_thinking(text)
+    tag, said = tag or kind, _without_thinking(text, thinking)
     tags = list(re.finditer(rf"<(/?)\s*{re.escape(tag)}\s*>", said, re.IGNORECASE))
     if not tags:
         return Verdict("unparseable", f"there is no <{tag}>")
@@ -399,14 +407,24 @@ def _value(inside: str, kind: str, scale: tuple[float, float] | None, ties: bool
     return value if low <= value <= high and math.isfinite(value) else None
 
 
-def _without_thinking(text: str) -> str:
+def opens_thought(rendering: str) -> bool:
+    """Whether what follows a rendering is within a thought: R1's and QwQ's templates open one for every answer.
+
+    >>> opens_thought("<|Assistant|><think>\\n"), opens_thought("<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n")
+    (True, False)
+    """
+    tags = THINK.findall(rendering)
+    return bool(tags) and not tags[-1]  # "/" of a closing one
+
+
+def _without_thinking(text: str, thinking: bool) -> str:
     """The text with blanks in place of thinking blocks, so that characters keep their places.
 
     A block that is not closed reaches to the end. One that was not opened reaches from the start: some templates open
     it in the prompt.
     """
     blocks: list[tuple[int, int]] = []
-    depth = start = 0
+    depth, start = int(thinking), 0
     for match in THINK.finditer(text):
         if not match[1]:
             start = start if depth else match.start()

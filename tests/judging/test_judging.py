@@ -18,7 +18,7 @@ from rmjax.batches.chat import Chat
 from rmjax.batches.trees import build_tree
 from rmjax.data.records import BadRow, Record, pair
 from rmjax.judging import verdicts
-from rmjax.judging.verdicts import Judgements, Verdict, parse_verdict
+from rmjax.judging.verdicts import Judgements, Verdict, opens_thought, parse_verdict
 
 SMALL = "{{ prompt }}|{{ response_a }}|{{ response_b }}"
 
@@ -400,6 +400,33 @@ def test_verdicts_by_attribute():
     assert text[slice(*parse_verdict(text, "score", tag="truth.ful ness").span)] == "1"
     with pytest.raises(ValueError, match="kind='best' is none of"):
         parse_verdict(text, "best")
+
+
+CUT = "I lean to <better>A</better> but"  # cut off within a thought that the prompt opened
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [(CUT, None), (f"{CUT} no.</think> <better>B</better>", "B"), (f"{CUT}</think><think><better>B</better>", None)],
+)
+def test_a_thought_that_the_prompt_opened_holds_no_verdict(text, value):
+    assert opens_thought("<|Assistant|><think>\n") and not opens_thought("<think>\n</think>\n")
+    verdict = parse_verdict(text, "better", thinking=True)
+    assert (verdict.value if verdict.kind == "better" else None) == value
+    assert parse_verdict(CUT, "better").value == "A"
+
+
+# Texts that other readers pay for: OpenJudge's read the first as a tie, the second as A, and scores where are none.
+NONSENSE = [
+    *(("PRIORITIES", "better"), ("neither is adequate", "better"), ("A", "better"), ("A is better than B", "better")),
+    *(("<score>-1</score>", "score"), ("<score>10</score>", "score"), ("", "score"), ("4 out of 4", "score")),
+    *(("<score>3.5/4</score>", "score"), ("<think><score>4</score>", "score"), ("<score></score>", "score")),
+]
+
+
+@pytest.mark.parametrize(("text", "kind"), NONSENSE)
+def test_what_is_no_verdict_is_none(text, kind):
+    assert parse_verdict(text, kind, scale=(0, 4)).kind == "unparseable"
 
 
 def test_every_text_has_one_outcome():
