@@ -12,6 +12,11 @@ are computed as one tree. Judges, pairwise or written, see each pair in both ord
 --benchmark takes the names in docs/evaluation.md and reads each from its usual place on the hub; NAME=SOURCE reads a
 local copy. --data takes any source that training reads, and measures several, separated by commas, each on its own.
 --gold takes rows of `prompt`, `responses` and the gold model's `scores`, as `rmjax.score` writes them.
+
+A judge that writes is asked how likely each verdict is. With --samples=8 it also writes eight judgements of each
+question about --data: how often one is right, and the vote of 2, 4, 8; consistency of both orders, share of the first
+position, ties, what cannot be read or was cut off, length. Of ratings the errors and correlations of one and of the
+mean.
 """
 
 import argparse
@@ -29,6 +34,7 @@ from rmjax.runtime.command_line import Parser
 if TYPE_CHECKING:
     from rmjax.inference.reward_model import RewardModel
 
+MOST_SAMPLES = 64
 CHUNK = 512  # records of --gold that are scored together
 TEXTS = (  # flags that take a text: name, what it is, help
     ("model", "PATH[,PATH]", "models to measure: exports, hub ids, runs or checkpoints"),
@@ -54,6 +60,10 @@ def parser() -> Parser:
         command.add_argument(f"--{name}", default="", metavar=metavar, help=text)
     rows = "number of groups of --train_data to measure; default 1000"
     command.add_argument("--train_rows", type=int, default=1000, metavar="N", help=rows)
+    samples = "judgements to sample of each question, for judges that write; default 0, only likelihoods are asked for"
+    command.add_argument("--samples", type=int, default=0, metavar="N", help=samples)
+    most = "most tokens of a sampled judgement; default 1,024"
+    command.add_argument("--max_tokens", type=int, default=1024, metavar="N", help=most)
     dtype = "number type of the computation; auto is float32 on CPUs, else bfloat16"
     command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help=dtype)
     command.set_defaults(format="auto")
@@ -86,8 +96,13 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError("--model is required; --help shows commands that run")
     if not (args.benchmark or args.data or args.gold):
         raise ValueError("nothing to measure: name --benchmark, --data or --gold; --help shows commands that run")
-    if args.train_rows < 1:
-        raise ValueError(f"--train_rows={args.train_rows} must be at least 1")
+    for name, least in (("train_rows", 1), ("samples", 0), ("max_tokens", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name}={getattr(args, name)} must be at least {least}")
+    if args.samples > MOST_SAMPLES:
+        raise ValueError(f"--samples={args.samples} must be at most {MOST_SAMPLES}")
+    if args.samples and not args.data:
+        raise ValueError("--samples asks about --data, which is missing")
     if args.output:
         files.check_target(args.output, f"--output={args.output}")
         command_line.check_writable(Path(args.output), f"--output={args.output}")
@@ -154,6 +169,8 @@ def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
         groups = evaluating.read_benchmark(test, source, model.chat, learnt)
         tests[test.name] = evaluating.run_benchmark(model, test, groups, progress=progress(test.name, len(groups)))
     report = {"version": 1, "model": path, "step": step, "sets": sets, "benchmarks": tests}
+    for item in _split(args.data) if args.samples else ():
+        sets[f"{sources.source_name(item)} ({args.samples} samples)"] = judged(model, item, args)
     return report | ({"gold": against_gold(model, args.gold, args.columns, sets)} if args.gold else {})
 
 
@@ -212,6 +229,25 @@ def against_gold(model: "RewardModel", source: str, columns: str, sets: dict[str
     test = next(held_out, trained.get("validation/accuracy"))
     known = {"train_accuracy": train, "test_accuracy": test}
     return gold.compare(groups, scores, **known, resolution=model.resolution)
+
+
+def judged(model: "RewardModel", source: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a judge writes about labelled data; ValueError for a model that writes no verdicts."""
+    import jax
+
+    from rmjax.evaluate import sampled
+    from rmjax.inference import judgements
+    from rmjax.inference.generation import GenerativeModel
+    from rmjax.inference.sampler import Drawing
+    from rmjax.judging.writing import check_judge
+
+    if jax.process_count() > 1:
+        raise ValueError("--samples works in one process; start the command without others")
+    task = check_judge(model.objective.task if model.objective else None)
+    drawing = Drawing(responses=args.samples, max_tokens=args.max_tokens)
+    judge = judgements.Judge(GenerativeModel.of(model), task, drawing)
+    told = lambda total: progress(f"{source}, sampled", total)
+    return sampled.measured(judge, source, format=args.format, columns=args.columns, progress=told)
 
 
 def lines(reports: dict[str, dict[str, Any]]) -> list[str]:

@@ -116,6 +116,8 @@ class RewardModel:
         that depends on the dtype, so scores move in units of what the head makes of a hidden state of random direction.
         0 where there is no score.
         """
+        if "score" not in self.params:
+            return 0.0
         norm = np.asarray(self.params["decoder"]["norm"]["scale"], np.float64)
         kernel = np.asarray(self.params["score"]["kernel"], np.float64)
         moved = RESOLUTION[self.dtype] * np.sqrt(((norm[:, None] * kernel) ** 2).sum(0))

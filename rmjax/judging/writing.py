@@ -84,6 +84,13 @@ class Writing:
         return tuple(Span(-1, *span, weight) for span in spans if span)
 
 
+def check_judge(task: object) -> Writing:
+    """The task of a judge that writes a verdict or one rating; ValueError for another."""
+    if not isinstance(task, Writing) or task.target == "messages" or len(task.attributes) > 1:
+        raise ValueError("--samples is for judges that write a verdict or one rating (`sft` with a target)")
+    return task
+
+
 def preferred(record: Record) -> Sequence[Conversation | BadRow]:
     """The conversations of a record that beat another one and that none beats; all where nothing is said of pairs.
 

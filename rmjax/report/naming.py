@@ -44,6 +44,16 @@ METRICS = {
     "loss": Metric("Loss"),
     "perplexity": Metric("Perplexity"),
     "verdict_accuracy": Metric("Verdict accuracy", True, "written verdicts that are as labelled"),
+    **{
+        f"vote_{n}": Metric(f"Vote of {n}", True, f"accuracy of what most of {n} judgements say")
+        for n in (2, 4, 8, 16, 32, 64)
+    },
+    "first_position": Metric("First position", True, "verdicts for the first of two responses; 50 % is no preference"),
+    "unreadable": Metric("Unreadable", True, "judgements whose verdict cannot be read"),
+    "cut_off": Metric("Cut off", True, "judgements that did not end by themselves"),
+    "judgement_tokens": Metric("Tokens of a judgement"),
+    "length_and_right": Metric("Length and being right", False, "correlation; 0 is none"),
+    "mae_of_mean": Metric("Mean absolute error of mean ratings"),
 }
 OF_KIND = {  # for kinds where a metric says something else
     "tokens": {
@@ -51,6 +61,11 @@ OF_KIND = {  # for kinds where a metric says something else
         "loss": Metric("Loss", False, "nats a token"),
     },
     "steps": {"accuracy": Metric("Step accuracy", True, "steps that are judged as labelled")},
+    "judgements": {
+        "accuracy": Metric("One judgement is right", True, "a tie counts half where one side is labelled better"),
+        "consistency": Metric("Order consistency", True, "the votes about both orders name the same response"),
+        "tie_rate": Metric("Ties", True, "of the verdicts that can be read"),
+    },
 }
 HEADLINES = {  # what is shown large, in this order, at most six of them
     "preferences": (
@@ -60,6 +75,7 @@ HEADLINES = {  # what is shown large, in this order, at most six of them
     "attributes": ("spearman", "pearson", "kappa", "mse", "mae", "reward_length_correlation"),
     "steps": ("accuracy", "first_error_accuracy", "auc", "ece", "accuracy_incorrect", "nll"),
     "tokens": ("verdict_accuracy", "loss", "perplexity", "accuracy"),
+    "judgements": ("accuracy", "vote_8", "consistency", "spearman", "mae", "mae_of_mean", "unreadable", "cut_off"),
 }
 
 

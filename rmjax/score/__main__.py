@@ -17,6 +17,9 @@ read. What the model was trained for decides which columns are added:
                           or any format of two responses              first response, or the chosen one
     steps                 `prompt`, `completions` (a list of texts),  adds `scores`, one for each step; a list of such
                           or any format with steps                    lists where a row has several responses
+    judge that writes     as for rewards, or for a judge of pairs     with --samples: `score` (the mean of the ratings
+                                                                      that can be read), or shares of A, B and tie; and
+                                                                      `unreadable`, the share of the other judgements
 
 A response that is empty or null has no score: null, counted on the last line, and nothing is chosen by it. What the
 chat template does not show of rows (system messages, tools, thoughts) is counted there, too, by the names of
@@ -57,6 +60,7 @@ from rmjax.jobs import job as jobs
 from rmjax.jobs.inputs import Input
 from rmjax.runtime import command_line, compile_cache, passwords
 from rmjax.score import making, rows, survey
+from rmjax.score.judgements import Sampling
 from rmjax.score.making import Options
 from rmjax.score.survey import Survey
 
@@ -92,6 +96,10 @@ TIES = flags.DEFINE_float(
     "With --pairs or --relabel: drop pairs whose scores differ by at most this much, or by less "
     "than the computation can tell (docs/scoring.md); default 0.",
 )
+SAMPLES = flags.DEFINE_integer(
+    "samples", 0, "Judgements to sample of each question, of a judge that writes.", lower_bound=0
+)
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 1024, "Most tokens of a sampled judgement.", lower_bound=1)
 LEAST = flags.DEFINE_float("min_margin", -math.inf, "Drop pairs with a smaller margin (chosen minus rejected score).")
 MOST = flags.DEFINE_float("max_margin", math.inf, "Drop pairs with a larger margin.")
 COMPUTED, UNSHARED = "tokens computed", "tokens unshared"  # counts of a part
@@ -107,6 +115,7 @@ def run(
     normalize: bool = False,
     format: str = "auto",
     columns: str = "",
+    sampling: Sampling | None = None,
 ) -> tuple[int, dict[str, int]]:
     """Scores every row of `source` into `output`, or goes on with it.
 
@@ -127,7 +136,7 @@ def run(
         mean, std = contract.normalization(contract.find(model_path))
         options = dataclasses.replace(options, mean=mean, std=std)
     input = Input(source, format, columns)
-    surveyed = survey.survey_input(model_path, input, output, options)
+    surveyed = survey.survey_input(model_path, input, output, options, sampling)
     if processes.is_first():
         if surveyed.unread:
             print(f"not read: {', '.join(ledger.unread_texts(surveyed.unread))}", flush=True)
@@ -141,6 +150,7 @@ def run(
         "template_kwargs": dict(template_kwargs or {}),
         "format": input.format,
         "columns": input.columns,
+        "sampling": dataclasses.asdict(sampling) if sampling else {},
         "options": {name: str(value) for name, value in dataclasses.asdict(options).items()},
     }
     # Opened before the model is loaded, so that a bad place is found at once.
@@ -191,8 +201,19 @@ def main(_: Sequence[str]) -> None:
         source, output = passwords.hide(INPUT.value), Path(OUTPUT.value).expanduser()
         stop = signals.Stop("with what is scored")  # parts stand a kill, so a signal ends the process at once
         with stop.listening(), _memory_explained():
-            read_as = {"format": FORMAT.value, "columns": COLUMNS.value}
-            done, counts = run(MODEL.value, source, output, DTYPE.value, arguments, options, NORMALIZE.value, **read_as)
+            sampling = Sampling(SAMPLES.value, MAX_TOKENS.value) if SAMPLES.value else None
+            done, counts = run(
+                MODEL.value,
+                source,
+                output,
+                dtype=DTYPE.value,
+                template_kwargs=arguments,
+                options=options,
+                normalize=NORMALIZE.value,
+                format=FORMAT.value,
+                columns=COLUMNS.value,
+                sampling=sampling,
+            )
             if processes.is_first():
                 print(_summary(done, counts, OUTPUT.value), flush=True)
             processes.finish()

@@ -4,14 +4,12 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from rmjax.data import reading
 from rmjax.data.formats import FORMATS, Layout
 from rmjax.data.records import BadRow, Conversation, has_response
 from rmjax.data.sources import source_name, split_spec
-from rmjax.inference import contract
 from rmjax.jobs.inputs import Input
 from rmjax.jobs.parts import Row
 
@@ -230,28 +228,3 @@ STEPWISE = Kind(
     _all_with_steps,
     _step_scores,
 )
-
-
-def kind_of(model: str) -> Kind:
-    """What rows are asked for, by the model's contract; ValueError if it has no scores."""
-    from rmjax import objectives  # JAX takes seconds, which a mistake on the command line need not wait for
-
-    terms = contract.find(model)
-    if terms is None:
-        return SCORING
-    objective = objectives.make(terms["objective"])
-    if objective.architecture == "CausalLM":
-        raise ValueError(
-            f"{model} is a judge that writes its verdicts: generate with transformers or a server, and read them "
-            "with rmjax.judging.verdicts.parse_verdict; or ask it for verdicts with rmjax.evaluate"
-        )
-    kind = SCORING
-    if objective.architecture == "TokenClassification":
-        kind = STEPWISE
-    elif terms["objective"]["name"] == "pairwise":
-        kind = JUDGING
-    if not objective.labels or kind is STEPWISE:
-        return kind
-    own = {name: np.array(value, np.float32) for name, value in terms["objective_params"].items()}
-    names = list(objective.decode(np.zeros((1, len(objective.labels)), np.float32), own))
-    return dataclasses.replace(kind, names=names)

@@ -4,12 +4,16 @@ import collections
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
+from rmjax.inference import contract
 from rmjax.jobs import inputs
 from rmjax.jobs.inputs import Input
 from rmjax.jobs.parts import Row
-from rmjax.score import making, rows
+from rmjax.judging.writing import Writing, check_judge
+from rmjax.score import judgements, making, rows
+from rmjax.score.judgements import Sampling
 from rmjax.score.making import Options
 from rmjax.score.rows import Asked, Kind
 
@@ -26,10 +30,10 @@ class Survey:
     unread: dict[str, str]  # the columns and keys that nobody reads, each with an example
 
 
-def survey_input(model: str, input: Input, output: Path, options: Options) -> Survey:
+def survey_input(model: str, input: Input, output: Path, options: Options, sampling: Sampling | None = None) -> Survey:
     """Reads every row, and keeps none; ValueError for an unusable row or output, and unsuitable options."""
     inputs.check_output(input.source, output)
-    kind = rows.kind_of(model)
+    kind = kind_of(model, sampling)
     unread: dict[str, str] = {}
     first, asked = inputs.first_of(rows.open_source(input, kind, unread))
     shape = kind.shape(first.format)
@@ -55,6 +59,35 @@ def survey_input(model: str, input: Input, output: Path, options: Options) -> Su
     schema = None if read.schema is None else _made_schema(read.schema, added, options)
     told = {reason: f"{len(x):,} (the first is {x[0]})" for reason, x in unscored.items()}
     return Survey(read, kind, added, schema, told, unread)
+
+
+def kind_of(model: str, sampling: Sampling | None) -> Kind:
+    """What rows are asked for, by the model's contract; ValueError if it has no scores, or nothing to sample."""
+    from rmjax import objectives  # JAX takes seconds, which a mistake on the command line need not wait for
+
+    terms = contract.find(model)
+    objective = objectives.make(terms["objective"]) if terms else None
+    if sampling and (objective is None or not isinstance(objective.task, Writing)):
+        raise ValueError("--samples is for judges that write; this model's scores are computed, not sampled")
+    if terms is None or objective is None:
+        return rows.SCORING
+    if objective.architecture == "CausalLM":
+        if sampling is None:
+            raise ValueError(
+                f"{model} is a judge that writes its verdicts: --samples=8 samples eight judgements of each question; "
+                "rmjax.evaluate also asks for likelihoods"
+            )
+        return judgements.kind_of(check_judge(objective.task), sampling)
+    kind = rows.SCORING
+    if objective.architecture == "TokenClassification":
+        kind = rows.STEPWISE
+    elif terms["objective"]["name"] == "pairwise":
+        kind = rows.JUDGING
+    if not objective.labels or kind is rows.STEPWISE:
+        return kind
+    own = {name: np.array(value, np.float32) for name, value in terms["objective_params"].items()}
+    names = list(objective.decode(np.zeros((1, len(objective.labels)), np.float32), own))
+    return dataclasses.replace(kind, names=names)
 
 
 def _made_schema(schema: pa.Schema, added: dict[str, pa.DataType], options: Options) -> pa.Schema:

@@ -169,7 +169,7 @@ def other_kind(monkeypatch, loaded):
     """The command finds a model of another kind."""
 
     def use(kind):
-        monkeypatch.setattr(rows, "kind_of", lambda _: kind)
+        monkeypatch.setattr("rmjax.score.survey.kind_of", lambda *_: kind)
         judge = Judge(loaded.inference)
         monkeypatch.setattr("rmjax.inference.reward_model.load_checked", lambda *_args, **_kwargs: judge)
 

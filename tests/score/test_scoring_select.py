@@ -315,7 +315,8 @@ def test_scores_that_are_not_finite_are_null_and_choose_nothing(model, tmp_path)
 @pytest.fixture
 def rated(model, monkeypatch):
     """The model says how long an answer is, too."""
-    monkeypatch.setattr(rows, "kind_of", lambda _: dataclasses.replace(rows.SCORING, names=["length", "score"]))
+    kind = dataclasses.replace(rows.SCORING, names=["length", "score"])
+    monkeypatch.setattr("rmjax.score.survey.kind_of", lambda *_: kind)
     real = model.values
     model.values = lambda asked: {"length": np.full(len(asked), 8.0), **real(asked)}
     return model
