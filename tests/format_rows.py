@@ -271,5 +271,9 @@ UNLABELLED = {  # as they are scored
     "unlabelled_pair": {"prompt": "q", "response_a": "a", "response_b": "b"},
     "unlabelled_steps": {"prompt": "What is 2 + 2 + 1?", "completions": ["2 + 2 = 4.", "4 + 1 = 5."]},
 }
+UNANSWERED = {  # as they are sampled for; nothing can be learnt from a prompt
+    "prompt_only": {"prompt": "q"},
+    "messages_only": {"messages": [user("q"), assistant("a")]},
+}
 # These have to be named: their columns are those of other formats, or none that anybody else has.
-NAMED = {"prometheus_judge": ROWS["prometheus"], **BENCHMARKS, **UNLABELLED}
+NAMED = {"prometheus_judge": ROWS["prometheus"], **BENCHMARKS, **UNLABELLED, **UNANSWERED}

@@ -42,12 +42,13 @@ def there_and_back(records, path):
 
 def test_every_format_makes_the_same_records_after_a_round_trip(tmp_path):
     made = []
-    for name in formats.FORMATS:
+    names = set(formats.FORMATS) - {"prompt_only"}  # which has no responses
+    for name in sorted(names):
         row = {**ROWS, **NAMED}[name]
         extra = {"weight": 0.1, "tools": [{"name": "f"}]} if name != "unieval" else {}
         for r in (row, {**row, **extra}):
             made += formats.detect([r], name).read(r, source=name, where=f"{name}:0")
-    assert {record.row.partition(":")[0] for record in made} == set(formats.FORMATS)
+    assert {record.row.partition(":")[0] for record in made} == names
     there_and_back(made, tmp_path / "all.parquet")
 
 

@@ -171,3 +171,12 @@ def test_two_processes_write_the_file_of_one(model_dir, tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0 and "20 prompts, 20 responses of" in done.stdout, done.stderr
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+
+
+def test_what_nobody_reads_is_named_and_what_looks_like_context_refused(model_dir, tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", [{"prompt": "q", "note": "of last year"}])
+    sample.run(str(model_dir), str(source), tmp_path / "out.jsonl", **SHORT)
+    assert "not read: note (e.g. 'of last year')" in capsys.readouterr().out
+    source = write(tmp_path / "in.jsonl", [{"prompt": "q", "passage_2": "a text that the question is about"}])
+    with pytest.raises(ValueError, match=r"not read as prompt_only: passage_2 \(context"):
+        sample.run("nowhere", str(source), tmp_path / "out.jsonl", **SHORT)

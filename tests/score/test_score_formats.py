@@ -1,6 +1,7 @@
 """Rows of every format are scored as training reads them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from rmjax.score import __main__ as score
 from rmjax.score import rows
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
-ALL = {**ROWS, **NAMED}
+ALL = {name: row for name, row in {**ROWS, **NAMED}.items() if name != "prompt_only"}
 TAKEN = ("score", "scores", "chosen_score", "rejected_score")  # columns of the output
 
 
@@ -154,6 +155,7 @@ class Judge:
 
     def __init__(self, work):
         self.inference = work
+        self.chat = SimpleNamespace(left_out=lambda conversation, tools: [])
 
     def judge(self, first, second):
         longer = [len(a[-1]["content"]) > len(b[-1]["content"]) for a, b in zip(first, second, strict=True)]

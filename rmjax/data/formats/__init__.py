@@ -219,7 +219,7 @@ def _unread_cells(
 ) -> tuple[dict[str, list[Any]], list[tuple[Row, Sequence[Record]]]]:
     """The cells of rows (arranged) that nobody asks for in any of them, by path; and the readable rows and records."""
     asked = {*FORMATS[layout.name].declared, *layout.attributes}
-    reading = Reading("", "", by_place=layout.by_place, attributes=layout.attributes, defects=[])
+    reading = Reading("", "", keep=True, by_place=layout.by_place, attributes=layout.attributes, defects=[])
     readable = []
     for row in rows:
         with contextlib.suppress(BadRow, RecursionError):
