@@ -470,7 +470,6 @@ ROWS = [
     row("prometheus_judge", {**_R["prometheus"], "gpt4_score": [2]}, "3 feedbacks for 1"),
     row("prm800k", {**_R["prm800k"], "label": {"steps": []}}, "no step of the solution is rated"),
     row("prm800k", {**_R["prm800k"], "label": {"steps": [{"completions": 3, "chosen_completion": 0}]}}, "rows.jsonl:2"),
-    row("label_studio", {**_R["label_studio"], "annotations": []}, "none of 0 annotations"),
     row("label_studio", {**_R["label_studio"], "data": {"prompt": "q", "response_2": "x"}}, "one `response`, or"),
     row("label_studio", {**_R["label_studio"], "data": {"response": "x"}}, "data has no prompt"),
     row("records", {**_R["records"], "wins": [[0, 1]]}, "rows.jsonl:2: wins is list"),

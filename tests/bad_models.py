@@ -275,7 +275,7 @@ def scored(says: str, *rows: Any, flags: tuple[str, ...] = (), name: str = "", *
 
 
 SCORES = [
-    scored("in.jsonl:1: it has no column 'prompt'", ROW, {"question": "q", "answer": "a"}),
+    scored("in.jsonl:1: it has no column 'response'", ROW, {"question": "q", "answer": "a"}),
     scored("it has none", ROW, {}),
     scored("in.jsonl:0 has a column `score` already", {**ROW, "score": 1}),
     scored("column 'system' is wrong throughout: text was expected", {**ROW, "system": ["be kind"]}, ROW),

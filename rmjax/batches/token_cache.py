@@ -86,7 +86,8 @@ def build(
     """
     if on_bad_row not in ("error", "skip", "keep"):
         raise ValueError(f"on_bad_row={on_bad_row!r} is none of error, skip, keep")
-    options = [format, columns, type(task).__name__, repr(task), on_bad_row == "keep", *augmentations]
+    options = [format, type(task).__name__, repr(task), on_bad_row == "keep", *augmentations]
+    options += [{"columns": columns}] * bool(columns)  # so that the data of earlier runs, which had none, is the same
     witness = sources.Witness(spec)
     origin = witness.fingerprint
     fingerprint = json_digest([origin, chat.fingerprint(), options])[:32]
