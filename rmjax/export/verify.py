@@ -1,6 +1,7 @@
 """Replays the golden rows of an export's score contract by others: transformers, and vLLM where it is installed."""
 
 import datetime
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rmjax.export import vllm_replay
 from rmjax.inference import contract
 from rmjax.inference.reward_model import RewardModel
 from rmjax.models import hf
@@ -30,12 +32,14 @@ def verify(directory: Path) -> list[str]:
         raise ValueError(f"{directory} has no {contract.FILE}: it is no export of ours; --verify has nothing to replay")
     if importlib.util.find_spec("torch") is None:
         raise ValueError("--verify replays through transformers, which needs torch: pip install 'rmjax[verify]'")
+    architecture = str(hf.read_config(directory)["architectures"][0]).rpartition("For")[2]
+    # The others first: on a GPU JAX takes most of the memory as soon as it begins.
+    others = {name: replay(directory, terms["golden"]) for name, replay in other_replays(architecture).items()}
     model = RewardModel.load(directory, dtype="float32")
     contract.check_weights(terms, model.norms())
-    outputs: dict[str, Outputs] = {"rmjax": model.replay(terms["golden"])}
+    outputs: dict[str, Outputs] = {"rmjax": model.replay(terms["golden"]), **others}
     contract.check_outputs(terms, outputs["rmjax"])
-    for name, replay in other_replays(model.architecture).items():
-        outputs[name] = replay(directory, terms["golden"])
+    for name in others:
         try:
             contract.check_outputs(terms, outputs[name])
         except ValueError as error:
@@ -54,7 +58,13 @@ def other_replays(architecture: str) -> dict[str, Callable[[Path, Sequence[Any]]
     if architecture == "SequenceClassification" and importlib.util.find_spec("vllm") is not None:
         names.append("vllm")
     replays = {"transformers": _by_transformers, "vllm": _by_vllm}
-    return {f"{name} {importlib.import_module(name).__version__}": replays[name] for name in names}
+    return {f"{name} {version_of(name)}": replays[name] for name in names}
+
+
+def version_of(package: str) -> str:
+    """Of what is installed; vLLM's distributions have another name for every kind of device."""
+    names = importlib.metadata.packages_distributions().get(package, [package])
+    return importlib.metadata.version(names[0])
 
 
 def _by_transformers(directory: Path, golden: Sequence[Any]) -> Outputs:
@@ -83,18 +93,8 @@ def _by_transformers(directory: Path, golden: Sequence[Any]) -> Outputs:
 
 
 def _by_vllm(directory: Path, golden: Sequence[Any]) -> Outputs:
-    """Outputs of the golden rows by vLLM's offline pooling, in float32, without any activation.
-
-    Source: vLLM's documentation of pooling models. Of sequence classifiers only: what else is exported it serves in
-    other ways.
-    """
-    import vllm
-
-    model = vllm.LLM(model=str(directory), runner="pooling", dtype="float32", enforce_eager=True)
-    params = vllm.PoolingParams(use_activation=False)
-    prompts = [{"prompt_token_ids": row["token_ids"]} for row in golden]
-    outputs = model.encode(prompts, pooling_params=params, pooling_task="classify")
-    return [np.asarray(output.outputs.data, np.float64).reshape(1, -1) for output in outputs]
+    """Of sequence classifiers only: what else is exported vLLM serves in other ways."""
+    return vllm_replay.replay(directory, [row["token_ids"] for row in golden])
 
 
 def _table(outputs: dict[str, Outputs], differences: dict[str, list[float]]) -> list[str]:

@@ -1,0 +1,57 @@
+"""Replays golden rows through vLLM, in a process of its own: vLLM starts processes and takes memory as it likes.
+
+    python -m rmjax.export.vllm_replay DIRECTORY OUTPUT < rows.json
+
+`rows.json` is a list of lists of token ids; OUTPUT gets a list of lists of outputs, in JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+MEMORY = 0.5  # share of a GPU's memory that vLLM may take; nothing else is on it meanwhile
+TAIL = 2_000  # characters of what a failed process said
+
+
+def replay(directory: Path, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Outputs [1, A] of a sequence classifier for each list of token ids, in float32, without any activation.
+
+    Raises:
+        RuntimeError: vLLM failed; says how.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "outputs.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "rmjax.export.vllm_replay", str(directory), str(output)],
+            input=json.dumps([list(map(int, ids)) for ids in rows]),
+            env={"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ},  # GiB; by default half of the machine's
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode or not output.exists():
+            said = (done.stderr or done.stdout)[-TAIL:].strip()
+            raise RuntimeError(f"vLLM ended with code {done.returncode}: {said}")
+        return [np.array(values, np.float64).reshape(1, -1) for values in json.loads(output.read_text())]
+
+
+def main() -> None:
+    """In the process: vLLM's offline pooling, by its documentation of pooling models."""
+    import vllm
+
+    directory, output = sys.argv[1:]
+    prompts = [{"prompt_token_ids": ids} for ids in json.load(sys.stdin)]
+    options = {"runner": "pooling", "dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": MEMORY}
+    model = vllm.LLM(model=directory, **options)
+    found = model.encode(prompts, pooling_params=vllm.PoolingParams(use_activation=False), pooling_task="classify")
+    values = [np.asarray(one.outputs.data, np.float64).ravel().tolist() for one in found]
+    Path(output).write_text(json.dumps(values))
+
+
+if __name__ == "__main__":
+    main()

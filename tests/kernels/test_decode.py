@@ -1,0 +1,46 @@
+"""Attention of new tokens over two parts of keys, against one softmax over all of them in numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rmjax.kernels.decode import decode_attention
+
+
+def plain(q, keys, values, window):
+    """[N, H] of one token that sees the last `window` of its keys [T, M, H], or all."""
+    keys, values = (x[-window:] if window else x for x in (keys, values))
+    heads = q.shape[0] // keys.shape[1]
+    out = []
+    for n, query in enumerate(q):
+        logits = keys[:, n // heads] @ query / np.sqrt(q.shape[1])
+        weights = np.exp(logits - logits.max())
+        out.append(weights @ values[:, n // heads] / weights.sum())
+    return np.stack(out)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 100])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+def test_both_parts_are_one_softmax(window, heads, kv_heads):
+    rng = np.random.default_rng(0)
+    p, k, t, c, h = 3, 2, 10, 6, 8
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    prompt, own = [(draw(n, length, kv_heads, h), draw(n, length, kv_heads, h)) for n, length in ((p, t), (p * k, c))]
+    prompt_keys, own_keys = np.array([0, 4, 10]), np.array([1, 6, 2, 3, 5, 1])
+    q = draw(p * k, heads, h)
+    found = decode_attention(jnp.array(q), prompt, prompt_keys, own, own_keys, window=window)
+    for s in range(p * k):
+        g = s // k
+        both = [np.concatenate([a[g, : prompt_keys[g]], b[s, : own_keys[s]]]) for a, b in zip(prompt, own)]
+        np.testing.assert_allclose(found[s], plain(q[s], *both, window), atol=1e-5)
+
+
+def test_what_stands_behind_the_keys_is_not_seen():
+    ones = jnp.ones((1, 4, 1, 4))
+    junk = ones.at[:, 2:].set(jnp.nan)
+    clean = ones.at[:, 2:].set(0.0)
+    args = (jnp.ones((1, 2, 4)), (ones, ones), jnp.array([2]))
+    expected = decode_attention(*args, (clean, clean), jnp.array([2]))
+    with np.errstate(all="ignore"):
+        found = decode_attention(*args, (jnp.where(jnp.isnan(junk), 7.0, junk), clean), jnp.array([2]))
+    np.testing.assert_array_equal(found, expected)
