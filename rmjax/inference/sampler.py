@@ -168,9 +168,8 @@ class _State:
 
     def _empty(self, rows: int, length: int) -> list[KeysValues]:
         c = self.s.config
-        shape = (rows, length, c.kv_heads, c.head_dim)
-        make = jax.jit(lambda: jnp.zeros(shape, self.s.dtype), out_shardings=self.s._rows)
-        return [(make(), make()) for _ in range(c.layers)]
+        shape = (rows, c.kv_heads, length, c.head_dim)
+        return _empty(c.layers, shape, self.s.dtype, self.s._rows)
 
     @property
     def busy(self) -> bool:
@@ -257,11 +256,17 @@ def _apart(params: Any, layers: int, dtype: str) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype), layers_apart(params, layers))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty(layers: int, shape: tuple[int, ...], dtype: str, placed: jax.sharding.Sharding) -> list[KeysValues]:
+    make = lambda: jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), placed)
+    return [(make(), make()) for _ in range(layers)]
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _resized(own: list[KeysValues], length: int) -> list[KeysValues]:
     def one(x: jax.Array) -> jax.Array:
-        more = max(0, length - x.shape[1])
-        return jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0)))[:, :length]
+        more = max(0, length - x.shape[2])
+        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))[:, :, :length]
 
     return jax.tree.map(one, own)
 

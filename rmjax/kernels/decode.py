@@ -26,9 +26,9 @@ def decode_attention(
 
     Args:
         q: [S, N, H] rotated queries; slot s belongs to prompt s // K.
-        prompt: rotated keys and values [P, T, M, H], of q's type.
+        prompt: rotated keys and values [P, M, T, H], of q's type.
         prompt_keys: int32 [P], how many of them are there; a slot sees all, or those in the window.
-        own: rotated keys and values [S, C, M, H] of what each slot wrote after its prompt.
+        own: rotated keys and values [S, M, C, H] of what each slot wrote after its prompt.
         own_keys: int32 [S], how many of them are there, the newest token's among them, so at least 1.
         window: keys that a token sees, itself included; None is all.
 
@@ -36,10 +36,10 @@ def decode_attention(
         [S, N, H] of q's type; products accumulate in float32, and the softmax is float32.
     """
     (prompt_k, prompt_v), (own_k, own_v) = prompt, own
-    (p, t, m, h), (s, c) = prompt_k.shape, own_k.shape[:2]
+    (p, m, t, h), (s, _, c, _) = prompt_k.shape, own_k.shape
     k, r = s // p, q.shape[1] // m
-    q_PKMRH = q.reshape(p, k, m, r, h)
-    own_k, own_v = (x.reshape(p, k, c, m, h) for x in (own_k, own_v))
+    q_PMKRH = jnp.moveaxis(q.reshape(p, k, m, r, h), 1, 2)
+    q_SMRH = q.reshape(s, m, r, h)
     own_PK, prompt_P = own_keys.reshape(p, k), prompt_keys
     # How far back from the newest token each key stands.
     back_PKT = (prompt_P[:, None] + own_PK)[..., None] - 1 - jnp.arange(t)
@@ -48,12 +48,15 @@ def decode_attention(
     sees_PKC = (back_PKC >= 0) & (back_PKC < (window or jnp.inf))
 
     einsum = lambda spec, x, y: jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
-    logits = lambda spec, keys: einsum(spec, q_PKMRH, keys) * h**-0.5
-    of_prompt = jnp.where(sees_PKT[:, :, None, None], logits("pkmrh,ptmh->pkmrt", prompt_k), HIDDEN)
-    of_own = jnp.where(sees_PKC[:, :, None, None], logits("pkmrh,pkcmh->pkmrc", own_k), HIDDEN)
+    by_prompt = lambda x: jnp.moveaxis(x.reshape(p, k, m, *x.shape[2:]), 1, 2)  # [S, M, ...] to [P, M, K, ...]
+    of_prompt = einsum("pmkrh,pmth->pmkrt", q_PMKRH, prompt_k) * h**-0.5
+    of_prompt = jnp.where(sees_PKT[:, None, :, None], of_prompt, HIDDEN)
+    of_own = einsum("smrh,smch->smrc", q_SMRH, own_k) * h**-0.5
+    of_own = by_prompt(jnp.where(sees_PKC.reshape(s, 1, 1, c), of_own, HIDDEN))
     most = jnp.maximum(of_prompt.max(-1, initial=HIDDEN), of_own.max(-1))[..., None]
     prompt_weight, own_weight = jnp.exp(of_prompt - most), jnp.exp(of_own - most)
     total = (prompt_weight.sum(-1) + own_weight.sum(-1))[..., None]
-    out = einsum("pkmrt,ptmh->pkmrh", prompt_weight.astype(q.dtype), prompt_v)
-    out += einsum("pkmrc,pkcmh->pkmrh", own_weight.astype(q.dtype), own_v)
-    return (out / total).astype(q.dtype).reshape(s, r * m, h)
+    own_weight_SMRC = jnp.moveaxis(own_weight, 1, 2).reshape(s, m, r, c)
+    out = einsum("pmkrt,pmth->pmkrh", prompt_weight.astype(q.dtype), prompt_v)
+    out += by_prompt(einsum("smrc,smch->smrh", own_weight_SMRC.astype(q.dtype), own_v))
+    return jnp.moveaxis((out / total).astype(q.dtype), 1, 2).reshape(s, r * m, h)

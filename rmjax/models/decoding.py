@@ -60,7 +60,7 @@ class Writer:
         return embed, layer, norm
 
     def read_prompts(self, params: Params, tokens: jax.Array, lengths: jax.Array) -> list[KeysValues]:
-        """Keys and values [P, T, M, H] of each layer; what stands after the lengths [P] of tokens [P, T] is no token's.
+        """Keys and values [P, M, T, H] of each layer; what stands after the lengths [P] of tokens [P, T] is no token's.
 
         No logits are computed: the last token of a prompt is for `step`.
         """
@@ -80,7 +80,7 @@ class Writer:
         for each, window in zip(params["decoder"]["each"], self.config.windows):
             layer = nnx.merge(graph, each)
             q, k, v = layer.project(x_PTD, angles)
-            found.append((k, v))
+            found.append((jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)))
             if len(found) < self.config.layers:  # of the last layer nobody reads more
                 x_PTD = layer.finish(x_PTD, layer.attend(q, k, v, seen[window], None))
         return found
@@ -99,9 +99,9 @@ class Writer:
         Args:
             params: see `layers_apart`.
             tokens: int32 [S].
-            prompt: keys and values [P, T, M, H] of each layer.
+            prompt: keys and values [P, M, T, H] of each layer.
             prompt_keys: int32 [P], how many of them are there.
-            own: keys and values [S, C, M, H] of each layer.
+            own: keys and values [S, M, C, H] of each layer.
             own_keys: int32 [S] in [0, C), how many of them are there.
 
         Returns:
@@ -116,7 +116,7 @@ class Writer:
         for each, window, of_prompt, (keys, values) in zip(params["decoder"]["each"], self.config.windows, prompt, own):
             layer = nnx.merge(graph, each)
             q, k, v = layer.project(x_S1D, angles)
-            put = lambda cache, new: cache.at[jnp.arange(slots), own_keys].set(new[:, 0])
+            put = lambda cache, new: cache.at[jnp.arange(slots), :, own_keys].set(new[:, 0])
             grown.append((put(keys, k), put(values, v)))
             attended = decode_attention(q[:, 0], of_prompt, prompt_keys, grown[-1], own_keys + 1, window=window)
             x_S1D = layer.finish(x_S1D, attended.reshape(slots, 1, -1))

@@ -25,20 +25,21 @@ def test_both_parts_are_one_softmax(window, heads, kv_heads):
     rng = np.random.default_rng(0)
     p, k, t, c, h = 3, 2, 10, 6, 8
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    prompt, own = [(draw(n, length, kv_heads, h), draw(n, length, kv_heads, h)) for n, length in ((p, t), (p * k, c))]
+    prompt, own = [(draw(n, kv_heads, length, h), draw(n, kv_heads, length, h)) for n, length in ((p, t), (p * k, c))]
     prompt_keys, own_keys = np.array([0, 4, 10]), np.array([1, 6, 2, 3, 5, 1])
     q = draw(p * k, heads, h)
     found = decode_attention(jnp.array(q), prompt, prompt_keys, own, own_keys, window=window)
     for s in range(p * k):
         g = s // k
-        both = [np.concatenate([a[g, : prompt_keys[g]], b[s, : own_keys[s]]]) for a, b in zip(prompt, own)]
-        np.testing.assert_allclose(found[s], plain(q[s], *both, window), atol=1e-5)
+        both = [np.concatenate([a[g, :, : prompt_keys[g]], b[s, :, : own_keys[s]]], 1) for a, b in zip(prompt, own)]
+        keys, values = (np.swapaxes(x, 0, 1) for x in both)
+        np.testing.assert_allclose(found[s], plain(q[s], keys, values, window), atol=1e-5)
 
 
 def test_what_stands_behind_the_keys_is_not_seen():
-    ones = jnp.ones((1, 4, 1, 4))
-    junk = ones.at[:, 2:].set(jnp.nan)
-    clean = ones.at[:, 2:].set(0.0)
+    ones = jnp.ones((1, 1, 4, 4))
+    junk = ones.at[:, :, 2:].set(jnp.nan)
+    clean = ones.at[:, :, 2:].set(0.0)
     args = (jnp.ones((1, 2, 4)), (ones, ones), jnp.array([2]))
     expected = decode_attention(*args, (clean, clean), jnp.array([2]))
     with np.errstate(all="ignore"):
