@@ -13,7 +13,7 @@ V vocabulary.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,14 +46,6 @@ class Response(NamedTuple):
     finish: str  # STOP or LENGTH
 
 
-class Engine(Protocol):
-    """Whoever draws responses: this sampler, a file of them, a server."""
-
-    def responses(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, list[Response]]]:
-        """The index of each prompt and its K responses, as they are done."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Drawing:
     """How responses are drawn.
@@ -81,12 +73,7 @@ class Drawing:
 
 
 class Sampler:
-    """A language model that draws responses; see the module.
-
-    Attributes:
-        steps: that were computed so far, each a token of all slots.
-        written: tokens of responses so far.
-    """
+    """A language model that draws responses; see the module."""
 
     def __init__(
         self,
@@ -119,7 +106,6 @@ class Sampler:
         self._writer = Writer(config, dtype, form)
         self._stops = jnp.array(sorted(set(stops)) or [-1], jnp.int32)
         self._rows = sharding.named(mesh, sharding.BATCH)
-        self.steps = self.written = 0
         self.load(params)
 
     def load(self, params: Any) -> None:
@@ -216,7 +202,6 @@ class _State:
             chunk=chunk,
         )
         tokens, log_probs, stopped, steps = jax.device_get(outputs)
-        self.s.steps += int(steps)
         for slot in np.flatnonzero(self.live):
             new = min(int(steps), drawing.max_tokens - int(before[slot]))
             new = min(new, int(stopped[slot]) + 1)
@@ -232,9 +217,7 @@ class _State:
         for g, owner in enumerate(self.owner):
             if owner is not None and not self.live[g * k : (g + 1) * k].any():
                 self.owner[g] = None
-                done = [self._response(slot) for slot in range(g * k, (g + 1) * k)]
-                self.s.written += sum(len(one.tokens) for one in done)
-                yield owner, done
+                yield owner, [self._response(slot) for slot in range(g * k, (g + 1) * k)]
 
     def _response(self, slot: int) -> Response:
         tokens, log_probs = map(np.concatenate, zip(*self.pieces[slot]))
