@@ -4,7 +4,7 @@ A group of K slots belongs to one prompt, whose keys are read once for all of th
 reads the prompts of free groups, the other writes up to CHUNK tokens in every slot. Between chunks the host takes what
 is finished and gives free groups the next prompts, the longest first. Nothing depends on timing, and what is drawn for
 a token depends on the seed, its prompt's `row`, the response and the token's place alone: never on the slot, or on what
-stands beside it.
+stands beside it. Few prompts get few groups, and programs of other sizes may round the last digits otherwise.
 
 Shape letters: P groups, K slots of a group, S = P * K slots, T tokens of a prompt, C tokens that a slot has room for,
 V vocabulary.
@@ -87,20 +87,20 @@ class Sampler:
         groups: int,
         chunk: int = CHUNK,
     ):
-        """Puts a copy of the parameters on the mesh, in the dtype of the computation.
+        """Takes the parameters as `load` does.
 
         Args:
             config: shapes of the model.
-            params: of a LanguageModel.
+            params: of a LanguageModel, or what `writing_params` made of them.
             mesh: of this process's own devices.
             dtype: of the computation, float32 or bfloat16.
             drawing: how responses are drawn.
             stops: token ids that end a response.
-            groups: P, prompts that are under way at a time.
+            groups: P, prompts that are under way at a time, at most.
             chunk: tokens that are written between two looks.
         """
         self.config, self.mesh, self.dtype, self.drawing = config, mesh, dtype, drawing
-        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._row_devices = rows = mesh.shape["data"] * mesh.shape["fsdp"]
         self.groups, self.chunk = -(-groups // rows) * rows, min(chunk, drawing.max_tokens)
         form, _ = choose("auto", mesh.devices.flat[0].platform, config.head_dim, dtype)
         self._writer = Writer(config, dtype, form)
@@ -109,11 +109,21 @@ class Sampler:
         self.load(params)
 
     def load(self, params: Any) -> None:
-        """Takes these parameters from now on."""
-        apart = functools.partial(_apart, layers=self.config.layers, dtype=self.dtype)
-        shapes = jax.eval_shape(apart, params)
-        shardings = sharding.param_shardings(self.mesh, shapes, sharding.WRITING_RULES)
-        self.params = jax.jit(apart, out_shardings=shardings)(params)
+        """Writes with these parameters, of the same shapes, from the next call of `responses` on.
+
+        Those of before are let go first, and nothing is compiled again. Arrays that are on the mesh as they are read
+        are shared, not copied: where a step of training has donated them, load its new ones before `responses`.
+
+        Args:
+            params: of a LanguageModel, or what `writing_params` made of them.
+        """
+        self.params: Any = None
+        self.params = writing_params(params, self.config, self.mesh, self.dtype)
+
+    def groups_of(self, prompts: int) -> int:
+        """The groups for so many prompts: a power of two on each row of devices, so few are compiled, or `groups`."""
+        each = -(-prompts // self._row_devices)
+        return min(self.groups, self._row_devices << max(0, each - 1).bit_length())
 
     def responses(
         self, prompts: Sequence[Prompt], ended: Callable[[np.ndarray], int | None] = lambda tokens: None
@@ -129,7 +139,7 @@ class Sampler:
             return
         longest = max(len(prompt.tokens) for prompt in prompts)
         waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].tokens), i))
-        state = _State(self, room(longest - 1))
+        state = _State(self, self.groups_of(len(prompts)), room(longest - 1))
         with jax.set_mesh(self.mesh):
             while waiting or state.busy:
                 if waiting and state.free:
@@ -140,8 +150,8 @@ class Sampler:
 class _State:
     """The groups under way, on the devices and on the host."""
 
-    def __init__(self, sampler: Sampler, prompt_room: int):
-        self.s, p, k = sampler, sampler.groups, sampler.drawing.responses
+    def __init__(self, sampler: Sampler, groups: int, prompt_room: int):
+        self.s, self.groups, p, k = sampler, groups, groups, sampler.drawing.responses
         self.prompt_room, self.own_room = prompt_room, room(sampler.chunk)
         self.owner: list[int | None] = [None] * p  # the prompt of each group
         self.prompt_keys, self.row = np.zeros(p, np.int32), np.zeros(p, np.uint32)
@@ -169,12 +179,12 @@ class _State:
         """Gives free groups the first of the waiting prompts; the others are left."""
         k, free = self.s.drawing.responses, self.free
         budget = PREFILL_TOKENS.get(self.s.mesh.devices.flat[0].platform, DEFAULT_PREFILL_TOKENS)
-        at_once = min(self.s.groups, max(1, budget // self.prompt_room))
+        at_once = min(self.groups, max(1, budget // self.prompt_room))
         begun = list(zip(free, waiting))
         for start in range(0, len(begun), at_once):
             some = begun[start : start + at_once]
             tokens, lengths = np.zeros((at_once, self.prompt_room), np.int32), np.zeros(at_once, np.int32)
-            where = np.full(at_once, self.s.groups, np.int32)  # outside: dropped
+            where = np.full(at_once, self.groups, np.int32)  # outside: dropped
             for i, (g, index) in enumerate(some):
                 *before, last = prompts[index].tokens
                 tokens[i, : len(before)], lengths[i], where[i] = before, len(before), g
@@ -235,8 +245,28 @@ def room(tokens: int) -> int:
     return max(LEAST, 1 << max(0, tokens - 1).bit_length())
 
 
-def _apart(params: Any, layers: int, dtype: str) -> Any:
-    return jax.tree.map(lambda x: x.astype(dtype), layers_apart(params, layers))
+def writing_params(params: Any, config: ModelConfig, mesh: jax.sharding.Mesh, dtype: str) -> Any:
+    """The parameters of a LanguageModel as a Sampler reads them: layers apart, in this dtype, none split over rows.
+
+    An array that is so already is the same array in the result, and what this made is returned as it is.
+    """
+    if "each" in params["decoder"]:
+        return params
+    made = _apart(params, layers=config.layers, dtype=dtype, mesh=mesh)
+    given = {name: x for name, x in params["decoder"].items() if name not in ("layers", "last")}
+    given["each"] = [*made["decoder"]["each"][:-1], params["decoder"]["last"]]
+    return jax.tree.map(_given_if_equal, {**params, "decoder": given}, made)
+
+
+def _given_if_equal(given: jax.Array, made: jax.Array) -> jax.Array:
+    same = given.dtype == made.dtype and given.sharding.is_equivalent_to(made.sharding, made.ndim)
+    return given if same else made
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "dtype", "mesh"))
+def _apart(params: Any, *, layers: int, dtype: str, mesh: jax.sharding.Mesh) -> Any:
+    apart = jax.tree.map(lambda x: x.astype(dtype), layers_apart(params, layers))
+    return jax.lax.with_sharding_constraint(apart, sharding.param_shardings(mesh, apart, sharding.WRITING_RULES))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

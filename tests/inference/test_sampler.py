@@ -107,6 +107,56 @@ def test_what_stands_beside_a_prompt_changes_none_of_its_tokens(models):
                 np.testing.assert_allclose(one.log_probs, other.log_probs, atol=2e-5)
 
 
+def test_few_prompts_get_few_groups_and_the_same_tokens(models):
+    model, asked = models("qwen2"), prompts(7)
+    asked[0] = Prompt([5] * 20, 0)  # all calls have room for as many tokens
+    alike = [asked[i]._replace(tokens=(*asked[i].tokens, *range(1, 60))[:20]) for i in range(7)]
+    one = make(model, groups=6)
+    assert [one.groups_of(n) for n in range(1, 8)] == [1, 2, 4, 4, 6, 6, 6]
+    together = dict(one.responses(alike))
+    before = sampler._write._cache_size(), sampler._read._cache_size()
+    for count in range(1, 7):
+        for i, responses in one.responses(alike[:count]):
+            for ours, theirs in zip(responses, together[i]):
+                assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.finish == theirs.finish
+                np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=2e-5)
+    now = sampler._write._cache_size(), sampler._read._cache_size()
+    assert all(more - had <= 3 for more, had in zip(now, before))  # for one, two and four groups
+
+
+def test_new_parameters_are_those_of_a_new_sampler_and_compile_nothing(models):
+    _, config, params, mesh = model = models("qwen2")
+    one, asked = make(model), prompts(4)
+    old = dict(one.responses(asked))
+    rng = np.random.default_rng(1)
+    moved = jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32), params)
+    programs = [f._cache_size() for f in (sampler._write, sampler._read, sampler._apart)]
+    one.load(moved)
+    ours = dict(one.responses(asked))
+    assert [f._cache_size() for f in (sampler._write, sampler._read, sampler._apart)] == programs
+    theirs = dict(make((None, config, moved, mesh)).responses(asked))
+    one.load(params)
+    again = dict(one.responses(asked))
+    for i in range(len(asked)):
+        for left, right in ((ours[i], theirs[i]), (again[i], old[i])):
+            for a, b in zip(left, right):
+                assert a.tokens.tolist() == b.tokens.tolist() and a.log_probs.tobytes() == b.log_probs.tobytes()
+    assert any(a.tokens.tolist() != b.tokens.tolist() for i in old for a, b in zip(old[i], ours[i]))
+
+
+def test_parameters_that_are_as_they_are_read_are_not_copied(models):
+    _, config, params, mesh = models("qwen2")
+    made = sampler.writing_params(params, config, mesh, "float32")
+    at = lambda x: x.unsafe_buffer_pointer()
+    assert at(made["decoder"]["embed"]["embedding"]) == at(params["decoder"]["embed"]["embedding"])
+    jax.tree.map(
+        lambda x, y: np.testing.assert_equal(at(x), at(y)), made["decoder"]["each"][-1], params["decoder"]["last"]
+    )
+    assert sampler.writing_params(made, config, mesh, "float32") is made
+    half = sampler.writing_params(params, config, mesh, "bfloat16")
+    assert {x.dtype.name for x in jax.tree.leaves(half)} == {"bfloat16"}
+
+
 def test_a_response_ends_with_a_stop_or_at_the_limit(models):
     for responses in drawn(models("qwen2"), prompts(20, seed=3)):
         for response in responses:
