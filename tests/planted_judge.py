@@ -10,20 +10,28 @@ from rmjax.inference.sampler import Prompt
 
 
 class Planted:
-    """Stands in for a GenerativeModel: `judge` makes the k-th judgement of a question."""
+    """Stands in for a GenerativeModel: `judge` makes the k-th judgement of a question.
 
-    def __init__(self, tokenizer, judge):
-        self.chat, self.judge = Chat(tokenizer), judge
+    A question with the word that is `over_long` leaves no room for a judgement.
+    """
+
+    def __init__(self, tokenizer, judge, over_long=None):
+        self.chat, self.judge, self.over_long = Chat(tokenizer), judge, over_long
+
+    def drop_params(self):
+        pass
 
     def sampler(self, drawing, groups=0):
         return SimpleNamespace(drawing=drawing, groups=2)
 
     def prompts(self, conversations, tools, rows):
         self.asked = [conversation[-1]["content"] for conversation in conversations]
-        return [Prompt([1], row) for row in rows]
+        return [
+            Prompt([int(bool(self.over_long) and self.over_long in text)], row) for text, row in zip(self.asked, rows)
+        ]
 
     def too_long(self, prompt, drawing):
-        return ""
+        return "it is too long" * prompt.tokens[0]
 
     def write(self, sampler, prompts):
         return [[self._written(self.judge(text, k)) for k in range(sampler.drawing.responses)] for text in self.asked]

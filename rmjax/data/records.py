@@ -44,6 +44,7 @@ REASONS = {
     "identical_after_truncation": "the responses became the same when they were truncated",
     "over_long": "longer than data.max_length and the policy data.over_long could not shorten it",
     "tree_too_long": "the group's tree does not fit a row of plan.row_tokens",
+    "question_too_long": "a judge's context has no room for a question about it and a judgement",
     "filter": "config.data.filter leaves it out",
     "sample": "config.data.sample leaves it out",
     "tie": "neither response is preferred (objective.ties='skip')",

@@ -32,6 +32,7 @@ from rmjax.runtime import command_line, files, passwords
 from rmjax.runtime.command_line import Parser
 
 if TYPE_CHECKING:
+    from rmjax.inference.judgements import Judge
     from rmjax.inference.reward_model import RewardModel
 
 MOST_SAMPLES = 64
@@ -169,8 +170,10 @@ def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
         groups = evaluating.read_benchmark(test, source, model.chat, learnt)
         tests[test.name] = evaluating.run_benchmark(model, test, groups, progress=progress(test.name, len(groups)))
     report = {"version": 1, "model": path, "step": step, "sets": sets, "benchmarks": tests}
-    for item in _split(args.data) if args.samples else ():
-        sets[f"{sources.source_name(item)} ({args.samples} samples)"] = judged(model, item, args)
+    if args.samples:
+        judge = sampled_judge(model, args)
+        for item in _split(args.data):
+            sets[f"{sources.source_name(item)} ({args.samples} samples)"] = judged(judge, item, args)
     return report | ({"gold": against_gold(model, args.gold, args.columns, sets)} if args.gold else {})
 
 
@@ -231,11 +234,14 @@ def against_gold(model: "RewardModel", source: str, columns: str, sets: dict[str
     return gold.compare(groups, scores, **known, resolution=model.resolution)
 
 
-def judged(model: "RewardModel", source: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What a judge writes about labelled data; ValueError for a model that writes no verdicts."""
+def sampled_judge(model: "RewardModel", args: argparse.Namespace) -> "Judge":
+    """The judge that --samples asks, in place of the model, whose parameters are dropped.
+
+    Raises:
+        ValueError: a model that writes no verdicts, or several processes.
+    """
     import jax
 
-    from rmjax.evaluate import sampled
     from rmjax.inference import judgements
     from rmjax.inference.generation import GenerativeModel
     from rmjax.inference.sampler import Drawing
@@ -246,6 +252,14 @@ def judged(model: "RewardModel", source: str, args: argparse.Namespace) -> dict[
     task = check_judge(model.objective.task if model.objective else None)
     drawing = Drawing(responses=args.samples, max_tokens=args.max_tokens)
     judge = judgements.Judge(GenerativeModel.of(model), task, drawing)
+    model.drop_params()
+    return judge
+
+
+def judged(judge: "Judge", source: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a judge writes about labelled data."""
+    from rmjax.evaluate import sampled
+
     told = lambda total: progress(f"{source}, sampled", total)
     return sampled.measured(judge, source, format=args.format, columns=args.columns, progress=told)
 

@@ -66,13 +66,14 @@ def measured(
         progress: is told how many questions there are, and then how many are done.
 
     Returns:
-        Values of kind "judgements": "groups" (questions), "prompts", "metrics" (see `of_pairs` and `of_ratings`) and
-        "examples", judgements that could not be read.
+        Values of kind "judgements": "groups" (questions), "question_too_long" (questions that are not asked, since the
+        model has no room for one about the pair, or the response), "prompts", "metrics" (see `of_pairs` and
+        `of_ratings`) and "examples", judgements that could not be read.
 
     Raises:
-        ValueError: nothing is labelled, or a question is too long for the model.
+        ValueError: nothing is labelled, or the model has no room for any question.
     """
-    audit, histories = ledger.Audit(), list[list[tuple[int, int]]]()
+    audit, histories, places = ledger.Audit(), list[list[tuple[int, int]]](), list[str]()
     questions: list[Question] = []
     for record in reading.records(source, format=format, columns=columns, audit=audit):
         try:
@@ -80,12 +81,18 @@ def measured(
         except BadRow as bad:
             audit.add(bad.reason, record.row, bad.detail)
             continue
-        histories += [prompts.histories(record)] * bool(of_one)
+        if of_one:
+            histories.append(prompts.histories(record))
+            places.append(record.row)
         questions += of_one
+    asked = _with_room(judge, questions, places, audit)
     if audit.reasons or audit.unread:
         print(*ledger.rows_lines(audit), sep="\n", file=sys.stderr)
     if not questions:
         raise ValueError(f"{source}: no row has a label that this judge writes")
+    if not asked:
+        raise ValueError(f"{source}: there is no question that the model has room for; {audit.reasons_text()}")
+    too_long, questions = len(questions) - len(asked), asked
     found = judge.judgements([q.asked for q in questions], range(len(questions)), progress(len(questions)))
     estimates = Estimates(prompts.ids(*prompts.flat(histories))[[question.record for question in questions]])
     label, weight = (np.array([getattr(q, name) for q in questions], np.float64) for name in ("label", "weight"))
@@ -115,10 +122,29 @@ def measured(
     return {
         "kind": "judgements",
         "groups": len(questions),
+        "question_too_long": too_long,
         "prompts": estimates.prompts,
         "metrics": {str(name): estimate for name, estimate in estimates.all().items()},
         "examples": list(itertools.islice(examples, EXAMPLES)),
     }
+
+
+def _with_room(
+    judge: Judge, questions: Sequence[Question], places: Sequence[str], audit: ledger.Audit
+) -> list[Question]:
+    """The questions about pairs, or responses, whose every question the model has room for; the audit names the others.
+
+    Args:
+        places: of each record its file and row.
+    """
+    reasons = judge.no_room([question.asked for question in questions])
+    without = {question.pair: why for question, why in zip(questions, reasons) if why}
+    left = [question for question in questions if question.pair not in without]
+    others = {q.record: without[q.pair] for q in reversed(questions) if q.pair in without}
+    still = {question.record for question in left}
+    for record in sorted(others):
+        audit.add("question_too_long", places[record], others[record], kept=record in still)
+    return left
 
 
 def ask(record: Record, task: Writing, number: int) -> Iterator[Question]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ import jax
 import numpy as np
 
 from rmjax import sharding
-from rmjax.batches.chat import Chat, load_tokenizer
+from rmjax.batches.chat import Chat
 from rmjax.data.records import BadRow, Conversation
-from rmjax.inference import contract, runs
+from rmjax.inference import runs
 from rmjax.inference.reward_model import BadConversation, RewardModel, load_checked
-from rmjax.inference.sampler import STOP, Drawing, Prompt, Response, Sampler
-from rmjax.models import heads, hf
-from rmjax.models.config import ModelConfig, from_hf
+from rmjax.inference.sampler import STOP, Drawing, Prompt, Response, Sampler, writing_params
+from rmjax.models import hf
+from rmjax.models.config import ModelConfig
 
 GROUPS = {"cpu": 8}  # prompts under way at a time
 DEFAULT_GROUPS = 64
@@ -46,7 +45,7 @@ class GenerativeModel:
     Attributes:
         chat: tokenizer and chat template.
         config: shapes of the model.
-        params: its parameters, sharded over `mesh`.
+        params: its parameters on `mesh`, as `sampler.writing_params` makes them; all its samplers share them.
         dtype: of the computation.
         stops: token ids that end a response.
         longest: tokens of a prompt and its response together; 0 where config.json does not say it.
@@ -63,9 +62,16 @@ class GenerativeModel:
         stops: Sequence[int] = (),
         longest: int = 0,
     ):
-        """`stops` are ids beside those of the tokenizer and the template."""
-        self.chat, self.config, self.params, self.mesh, self.dtype = chat, config, params, mesh, dtype
+        """`params` are those of a LanguageModel, `stops` ids beside those of the tokenizer and the template."""
+        self.chat, self.config, self.mesh, self.dtype = chat, config, mesh, dtype
         self.stops, self.longest = sorted({*chat.stops, *stops}), longest
+        self.params: Any = None
+        self.replace_params(params)
+
+    def replace_params(self, params: Any) -> None:
+        """Writes with these parameters from now on; samplers made before are given theirs by `Sampler.load`."""
+        self.params = None  # makes room
+        self.params = writing_params(params, self.config, self.mesh, self.dtype)
 
     @classmethod
     def load(
@@ -93,25 +99,23 @@ class GenerativeModel:
         named = str(next(iter(values.get("architectures") or ()), ""))
         if named.endswith(("ForSequenceClassification", "ForTokenClassification")):
             raise ValueError(f"{path} is a {named}: it scores, and does not write; name a causal language model")
-        stops, longest = generation_stops(directory, values), int(values.get("max_position_embeddings") or 0)
-        mesh = mesh or sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
-        if contract.read(directory):
-            judge = load_checked(directory, dtype=dtype, template_kwargs=template_kwargs, mesh=mesh)
-            return cls.of(judge, stops=stops, longest=longest)
-        config = from_hf(values)
-        chat = Chat(load_tokenizer(directory), template_kwargs=template_kwargs)
-        dtype = heads.compute_dtype(dtype)
-        _, shapes = heads.abstract(config, 0, dtype, dtype, architecture="CausalLM")
-        shapes = sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
-        params, _ = hf.load(directory, shapes, config, seed=0)
-        return cls(chat, config, params, mesh, dtype, stops=stops, longest=longest)
+        mesh = mesh or _default_mesh()
+        return cls.of(load_checked(directory, dtype=dtype, template_kwargs=template_kwargs, mesh=mesh, writes=True))
 
     @classmethod
-    def of(cls, judge: RewardModel, *, stops: Sequence[int] = (), longest: int = 0) -> "GenerativeModel":
-        """The model of a judge that writes; ValueError for one that does not."""
+    def of(cls, judge: RewardModel) -> "GenerativeModel":
+        """The model of a judge that writes, with the judge's stops and longest context.
+
+        It has parameters of its own where those of the judge are not as a sampler reads them; where the judge computes
+        nothing more, `judge.drop_params()` makes room.
+
+        Raises:
+            ValueError: a judge that does not write.
+        """
         if judge.architecture != "CausalLM":
             raise ValueError(f"a {judge.architecture} scores, and does not write; name a causal language model")
-        return cls(judge.chat, judge.config, judge.params, judge.mesh, judge.dtype, stops=stops, longest=longest)
+        parts = judge.chat, judge.config, judge.params, judge.mesh, judge.dtype
+        return cls(*parts, stops=judge.stops, longest=judge.longest)
 
     def generate(
         self,
@@ -131,14 +135,14 @@ class GenerativeModel:
             rows: a number for each, of its random numbers; default is its place. With the same seed and number a
                 conversation gets the same responses, whatever stands beside it.
             stop: texts that end a response, which is cut off before them.
-            groups: conversations that are under way at a time; 0 chooses by the device.
+            groups: conversations that are under way at a time, at most; 0 chooses by the device.
             drawing: the fields of sampler.Drawing: responses, max_tokens, temperature, top_k, top_p, seed.
 
         Returns:
             For each conversation its responses.
 
         Raises:
-            BadConversation: one that the template refuses, or that is too long.
+            BadConversation: one that the template refuses, that is too long, or with a token that the model lacks.
             ValueError: values out of their range.
         """
         rows = range(len(conversations)) if rows is None else rows
@@ -153,14 +157,18 @@ class GenerativeModel:
     def prompts(
         self, conversations: Sequence[Conversation], tools: Sequence[Sequence[Any] | None], rows: Sequence[int]
     ) -> list[Prompt]:
-        """What the sampler is asked; BadConversation as of `generate`."""
+        """What the sampler is asked; BadConversation as of `generate`, but any length is let through."""
         texts = []
         for index, (conversation, described) in enumerate(zip(conversations, tools, strict=True)):
             try:
                 texts.append(self.chat.render_prompt(conversation, described))
             except BadRow as bad:
                 raise BadConversation(index, bad.detail) from None
-        return [Prompt(list(map(int, ids)), row) for ids, row in zip(self.chat.encode(texts), rows, strict=True)]
+        encoded = self.chat.encode(texts)
+        for index, ids in enumerate(encoded):
+            if (largest := max(ids, default=0)) >= self.config.vocab:
+                raise BadConversation(index, f"token {largest} has no row in the embedding of {self.config.vocab}")
+        return [Prompt(list(map(int, ids)), row) for ids, row in zip(encoded, rows, strict=True)]
 
     def too_long(self, prompt: Prompt, drawing: Drawing) -> str:
         """Why a prompt and its response do not fit into the model; "" if they do."""
@@ -201,16 +209,8 @@ class GenerativeModel:
         return Written(text[: min(cuts, default=len(text))], tokens, response.log_probs, response.finish)
 
 
-def generation_stops(directory: Path, values: Mapping[str, Any]) -> list[int]:
-    """The ids that end a response by generation_config.json, else by config.json."""
-    path = directory / "generation_config.json"
-    try:
-        said = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
-    ids = said.get("eos_token_id") if isinstance(said, dict) else None
-    ids = values.get("eos_token_id") if ids is None else ids
-    return [ids] if isinstance(ids, int) else list(ids or ())
+def _default_mesh() -> jax.sharding.Mesh:
+    return sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
 
 
 def default_groups() -> int:
@@ -222,7 +222,5 @@ def open_model(path: str, *, dtype: str = "auto", template_kwargs: Mapping[str, 
     """The model of a Hugging Face directory or hub id, or of a run's checkpoint; ValueError where it does not write."""
     if (place := runs.find(path)) is None:
         return GenerativeModel.load(path, dtype=dtype, template_kwargs=template_kwargs)
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
-    opened = runs.open_checkpoint(place, mesh)
-    longest = int(opened.model.values.get("max_position_embeddings") or 0)
-    return GenerativeModel.of(runs.reward_model(opened.model, opened.chat, opened.params, dtype), longest=longest)
+    opened = runs.open_checkpoint(place, _default_mesh())
+    return GenerativeModel.of(runs.reward_model(opened.model, opened.chat, opened.params, dtype))

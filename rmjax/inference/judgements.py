@@ -38,6 +38,18 @@ class Judge:
         check_judge(self.task)
         self._sampler = self.model.sampler(self.drawing)
 
+    def no_room(self, questions: Sequence[Message]) -> list[str]:
+        """Why the model's context has no room for each question and a judgement of it; "" where it has.
+
+        Raises:
+            BadConversation: a question that the template refuses.
+        """
+        asked = self.model.prompts(
+            [[question] for question in questions], [None] * len(questions), range(len(questions))
+        )
+        found = [self.model.too_long(prompt, self.drawing) for prompt in asked]
+        return [f"{why}; give a smaller --max_tokens" if why else "" for why in found]
+
     def judgements(
         self, questions: Sequence[Message], rows: Sequence[int], tell: Callable[[int], None] = lambda done: None
     ) -> list[list[Judgement]]:
@@ -49,7 +61,7 @@ class Judge:
             tell: is told now and then how many questions are done.
 
         Raises:
-            BadConversation: a question that the template refuses, or that is too long.
+            BadConversation: a question that the template refuses, or that there is no room for.
         """
         at_once = AT_ONCE * self._sampler.groups
         found: list[list[Judgement]] = []
@@ -69,7 +81,7 @@ class Judge:
             raise BadConversation(start + bad.index, bad.detail) from None
         for place, prompt in enumerate(asked):
             if why := self.model.too_long(prompt, self.drawing):
-                raise BadConversation(start + place, f"{why}; give a smaller --max_tokens")
+                raise BadConversation(start + place, why)
         return asked
 
     def _read(self, written: Written, thinking: bool) -> Verdict:

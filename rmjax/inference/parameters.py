@@ -27,6 +27,7 @@ class AbstractModel:
         config: its sizes.
         graph: of `nnx.split`.
         shapes: of all parameters, the objective's under "objective", with their shardings.
+        stops: of a language model, the token ids that end a response; see `generation_stops`.
     """
 
     objective: Objective
@@ -35,6 +36,7 @@ class AbstractModel:
     config: ModelConfig
     graph: Any
     shapes: Any
+    stops: tuple[int, ...] = ()
 
 
 def model_values(config: ConfigDict, tokenizer: Any) -> dict[str, Any]:
@@ -60,6 +62,17 @@ def model_values(config: ConfigDict, tokenizer: Any) -> dict[str, Any]:
     return values
 
 
+def generation_stops(config: ConfigDict, objective: Objective, values: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end a response by what the model starts from: generation_config.json there, else `values`.
+
+    () of a model that does not write.
+    """
+    if objective.architecture != "CausalLM":
+        return ()
+    start = config.model.init_from
+    return hf.generation_stops(hf.resolve(start) if start else None, values)
+
+
 def tokens_without_row(tokenizer: Any, rows: int) -> str:
     """Which tokens have no row in an embedding of that many, and what to do; "" if all have one."""
     if len(tokenizer) <= rows:
@@ -73,9 +86,13 @@ def tokens_without_row(tokenizer: Any, rows: int) -> str:
 
 
 def abstract_model(
-    config: ConfigDict, objective: Objective, mesh: jax.sharding.Mesh, values: dict[str, Any]
+    config: ConfigDict,
+    objective: Objective,
+    mesh: jax.sharding.Mesh,
+    values: dict[str, Any],
+    stops: tuple[int, ...] = (),
 ) -> AbstractModel:
-    """The model of a config and these Hugging Face config values (`model_values`); nothing is allocated.
+    """The model of a config, these Hugging Face config values (`model_values`) and stops; nothing is allocated.
 
     Raises:
         ValueError: values that no model here has, or a form of attention that does not serve.
@@ -99,7 +116,7 @@ def abstract_model(
     own = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in objective.params().items()}
     shapes = with_own(shapes, own)
     shapes = sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
-    return AbstractModel(objective, mesh, values, model, graph, shapes)
+    return AbstractModel(objective, mesh, values, model, graph, shapes, stops)
 
 
 def init_params(config: ConfigDict, model: AbstractModel) -> tuple[Any, str]:

@@ -59,12 +59,15 @@ class RewardModel:
         labels: names of the head's outputs, A of them.
         objective: what it was trained for; plain rewards for a directory that is not ours.
         own: what the objective itself learnt.
+        stops: of a language model, the token ids that end a response, beside those of tokenizer and template.
+        longest: tokens that the model knows positions for; 0 where config.json does not say it.
     """
 
     def __init__(self, chat: Chat, config: ModelConfig, params: Any, mesh: Any, dtype: str, kind: "Kind"):
         self.chat, self.config, self.params, self.mesh, self.dtype = chat, config, params, mesh, dtype
         self.contract, self.architecture, self.labels = kind.contract, kind.architecture, kind.labels
         self.objective, self.own = kind.objective, kind.own
+        self.stops, self.longest = kind.stops, kind.longest
         self.inference = Inference(config, params, mesh, dtype, kind.architecture, len(kind.labels))
 
     @classmethod
@@ -75,6 +78,7 @@ class RewardModel:
         dtype: str = "auto",
         mesh: Any = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        writes: bool = False,
     ) -> "RewardModel":
         """Loads a Hugging Face directory (or hub id) of a supported family, ours or not.
 
@@ -84,6 +88,7 @@ class RewardModel:
                 keep float32 with float32, else the computation's dtype.
             mesh: mesh to put it on; default is all devices of this process on `fsdp`.
             template_kwargs: arguments of the chat template, where no score contract says them.
+            writes: without a score contract it is a language model, which needs no score head.
 
         Raises:
             ValueError: no score head, an unsupported family, weights that do not match the config, a tokenizer
@@ -92,7 +97,7 @@ class RewardModel:
         directory = hf.resolve(path)
         values = hf.read_config(directory)
         config = from_hf(values)
-        kind = Kind.of(directory, values)
+        kind = Kind.of(directory, values, writes)
         if kind.contract:
             template_kwargs = contract.template_kwargs(kind.contract, template_kwargs)
         chat = Chat(load_tokenizer(directory), template_kwargs=template_kwargs)
@@ -108,6 +113,10 @@ class RewardModel:
         params, _ = hf.load(directory, shapes, config, seed=0, require_head=True)
         return cls(chat, config, params, mesh, dtype, kind)
 
+    def drop_params(self) -> None:
+        """Frees the parameters, where another model took them over; nothing can be computed from here on."""
+        self.params, self.inference = None, dataclasses.replace(self.inference, params=None)
+
     @functools.cached_property
     def resolution(self) -> float:
         """How far apart two scores must be to differ: what the score of one sequence varies by with its place in a row.
@@ -116,7 +125,7 @@ class RewardModel:
         that depends on the dtype, so scores move in units of what the head makes of a hidden state of random direction.
         0 where there is no score.
         """
-        if "score" not in self.params:
+        if self.architecture == "CausalLM":
             return 0.0
         norm = np.asarray(self.params["decoder"]["norm"]["scale"], np.float64)
         kernel = np.asarray(self.params["score"]["kernel"], np.float64)
@@ -397,30 +406,43 @@ class Kind:
     contract: dict[str, Any] | None
     objective: Objective | None
     own: dict[str, np.ndarray]
+    stops: tuple[int, ...] = ()
+    longest: int = 0
 
     @classmethod
-    def trained(cls, objective: Objective, own: Mapping[str, Any]) -> "Kind":
-        """Of a run: its objective, and the parameters of the objective itself."""
-        return cls(objective.architecture, objective.labels, None, objective, dict(own))
+    def trained(
+        cls, objective: Objective, own: Mapping[str, Any], stops: tuple[int, ...] = (), longest: int = 0
+    ) -> "Kind":
+        """Of a run: its objective, the parameters of the objective itself, and what its model starts from says."""
+        return cls(objective.architecture, objective.labels, None, objective, dict(own), stops, longest)
 
     @classmethod
-    def of(cls, directory: Path, values: Mapping[str, Any]) -> "Kind":
-        """Reads it.
+    def of(cls, directory: Path, values: Mapping[str, Any], writes: bool = False) -> "Kind":
+        """Reads it; with `writes`, of a directory without a contract that of a language model.
 
         Raises:
             ValueError: a contract that cannot be read.
         """
+        longest = longest_context(values)
         terms = contract.read(directory)
         named = str(next(iter(values.get("architectures") or ()), "ForSequenceClassification")).rpartition("For")[2]
         architecture = named if named in ARCHITECTURES else "SequenceClassification"
         names = _labels(values) or {str(i): f"LABEL_{i}" for i in range(_outputs(directory, values))}
         labels = () if architecture == "CausalLM" else tuple(names[i] for i in sorted(names, key=int))
+        if terms is None and writes:
+            return cls("CausalLM", (), None, None, {}, hf.generation_stops(directory, values), longest)
         if terms is None:
             if architecture == "CausalLM":  # most likely a base model, which has no head to score with
                 architecture, labels = "SequenceClassification", ("LABEL_0",)
-            return cls(architecture, labels, None, None, {})
+            return cls(architecture, labels, None, None, {}, (), longest)
         own = {name: np.array(value, np.float32) for name, value in terms["objective_params"].items()}
-        return cls(architecture, labels, terms, objectives.make(terms["objective"]), own)
+        stops = hf.generation_stops(directory, values) if architecture == "CausalLM" else ()
+        return cls(architecture, labels, terms, objectives.make(terms["objective"]), own, stops, longest)
+
+
+def longest_context(values: Mapping[str, Any]) -> int:
+    """The tokens that a model knows positions for, by its config.json; 0 where that does not say it."""
+    return int(values.get("max_position_embeddings") or 0)
 
 
 def _labels(values: Mapping[str, Any]) -> dict[str, str]:
@@ -466,6 +488,7 @@ def load_checked(
     dtype: str = "auto",
     template_kwargs: Mapping[str, Any] | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    writes: bool = False,
 ) -> RewardModel:
     """Like RewardModel.load, but first replays the score contract, if there is one, in float32: norms and golden rows.
 
@@ -473,7 +496,7 @@ def load_checked(
         ValueError: as RewardModel.load; or a weight or the score of a golden row is not that of the contract.
     """
     directory = hf.resolve(path)
-    load = functools.partial(RewardModel.load, directory, template_kwargs=template_kwargs, mesh=mesh)
+    load = functools.partial(RewardModel.load, directory, template_kwargs=template_kwargs, mesh=mesh, writes=writes)
     terms = contract.read(directory)
     if terms is None:
         return load(dtype=dtype)

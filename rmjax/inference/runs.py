@@ -17,7 +17,7 @@ from rmjax.batches.chat import Chat, set_pad_token
 from rmjax.checkpoint import Checkpointer
 from rmjax.inference import parameters
 from rmjax.inference.parameters import AbstractModel
-from rmjax.inference.reward_model import Kind, RewardModel
+from rmjax.inference.reward_model import Kind, RewardModel, longest_context
 from rmjax.models import heads
 from rmjax.runtime import ownership
 
@@ -104,7 +104,8 @@ def open_checkpoint(place: Place, mesh: jax.sharding.Mesh | None = None) -> Open
         chat = prepare.open_chat(config, Path(scratch))
     values = parameters.model_values(config, chat.tokenizer)
     set_pad_token(chat, values["vocab_size"])
-    model = parameters.abstract_model(config, objective, mesh, values)
+    stops = parameters.generation_stops(config, objective, values)
+    model = parameters.abstract_model(config, objective, mesh, values, stops)
     checkpointer, step = _find_step(config, place)
     try:
         state, _ = checkpointer.restore_step(step, {"params": model.shapes})
@@ -155,7 +156,8 @@ def reward_model(model: AbstractModel, chat: Chat, params: Any, dtype: str = "au
         params: the parameters, the objective's under "objective".
         dtype: of the computation, as config.model.compute_dtype.
     """
-    kind = Kind.trained(model.objective, jax.device_get(params.get("objective", {})))
+    own = jax.device_get(params.get("objective", {}))
+    kind = Kind.trained(model.objective, own, model.stops, longest_context(model.values))
     dtype = heads.compute_dtype(dtype, model.mesh.devices.flat[0].platform)
     return RewardModel(chat, model.config, parameters.model_params(params), model.mesh, dtype, kind)
 

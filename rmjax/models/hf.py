@@ -26,7 +26,8 @@ from rmjax.models.weight_files import DTYPES, INDEX, WEIGHTS, Tensor
 from rmjax.runtime import notes
 from rmjax.sharding import path_name
 
-__all__ = ["INDEX", "WEIGHTS", "check", "config_json", "expected_rows", "load", "read_config", "resolve", "save"]
+__all__ = ["INDEX", "WEIGHTS", "check", "config_json", "expected_rows", "generation_stops"]
+__all__ += ["load", "read_config", "resolve", "save"]
 
 HEADS = (SCORE, SCORE_BIAS, LM_HEAD)  # of no use to a model without them
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -99,6 +100,25 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected an object")
     return values
+
+
+def generation_stops(directory: Path | None, values: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end a response by generation_config.json, else by these values of config.json.
+
+    Raises:
+        ValueError: generation_config.json is not JSON, or these are no ids.
+    """
+    path = directory / "generation_config.json" if directory else None
+    try:
+        said = json.loads(path.read_text()) if path and path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
+    ids = said.get("eos_token_id") if isinstance(said, dict) else None
+    ids = values.get("eos_token_id") if ids is None else ids
+    ids = [ids] if isinstance(ids, int) else ids or []
+    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"{path or 'config.json'}: eos_token_id is {ids!r}, expected a token id or a list of them")
+    return tuple(ids)
 
 
 def _tensors(directory: str | Path) -> dict[str, Tensor]:

@@ -138,7 +138,8 @@ def _run(
     if changed:
         print(f"pad token: {chat.tokenizer.pad_token!r} ({pad}), because the tokenizer's could be mistaken for text")
     export.check_tokenizer(chat, values)
-    model = abstract_model(config, objective, mesh, values)
+    stops = parameters.generation_stops(config, objective, values)
+    model = abstract_model(config, objective, mesh, values, stops)
     optim.check(config.optim, model.shapes)
     if config.model.remat != "auto":
         decoder.saved_names(config.model.remat)

@@ -118,6 +118,21 @@ def test_a_judge_of_ratings_is_measured(tokenizer, tmp_path):
     assert found["mae"]["value"] == pytest.approx((1 - four) / 2) and found["unreadable"]["value"] == 0
 
 
+def test_questions_that_there_is_no_room_for_are_named_and_counted(tokenizer, tmp_path, capsys):
+    row = lambda prompt: {"prompt": prompt, "responses": ["a", "b", "endless"], "ranks": [1, 2, 3]}
+    source = write(tmp_path / "in.jsonl", [row("first"), row("endless"), row("third")])
+    task = Writing(target="pair", template=verdicts.load_template("", "judge_pair"))
+    planted = Planted(tokenizer, lambda text, k: "<better>A</better>", over_long="endless")
+    found = sampled.measured(Judge(planted, task, Drawing(responses=2)), source)
+    assert (found["groups"], found["question_too_long"]) == (4, 14)  # of each of two rows one pair in both orders
+    assert found["prompts"] == 2 and found["metrics"]["accuracy"]["value"] == 0.5
+    told = capsys.readouterr().err
+    assert "question_too_long 3 (2 kept)" in told and "in.jsonl:0: it is too long; give a smaller --max_tokens" in told
+    source = write(tmp_path / "in.jsonl", [row("endless")])
+    with pytest.raises(ValueError, match=r"no question that the model has room for; question_too_long 1: .*in.jsonl:0"):
+        sampled.measured(Judge(planted, task, Drawing(responses=2)), source)
+
+
 def test_data_without_a_label_is_refused(tokenizer, tmp_path):
     source = write(tmp_path / "in.jsonl", [{"prompt": "q", "response": "a", "score": 1}])
     task = Writing(target="pair", template=verdicts.load_template("", "judge_pair"))

@@ -154,6 +154,29 @@ def test_what_cannot_be_answered_is_named(model):
         model.generate([TALK], temperature=-1)
 
 
+def test_a_token_that_the_model_lacks_is_refused(model_dir, tmp_path, tokenizer_dir):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir))
+    tiny_models.make_hf_model("qwen2", tmp_path, head=False, vocab_size=len(tokenizer), num_hidden_layers=1)
+    tokenizer.add_tokens("Zyx")
+    tokenizer.save_pretrained(tmp_path)
+    model = GenerativeModel.load(tmp_path)
+    with pytest.raises(BadConversation, match=rf"conversation 1: token {len(tokenizer) - 1} has no row"):
+        model.generate([TALK, [{"role": "user", "content": "Zyx"}]], max_tokens=2)
+
+
+def test_new_parameters_write_what_another_model_writes(model_dir, tmp_path, tokenizer_dir):
+    model = GenerativeModel.load(model_dir)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir))
+    sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "max_position_embeddings": 64}
+    tiny_models.make_hf_model("qwen2", tmp_path, head=False, seed=1, **sizes)
+    tokenizer.save_pretrained(tmp_path)
+    other = GenerativeModel.load(tmp_path)
+    before = model.generate([TALK], max_tokens=8)
+    model.replace_params(other.params)
+    (now,), (wanted,) = (one.generate([TALK], max_tokens=8)[0] for one in (model, other))
+    assert now.tokens.tolist() == wanted.tokens.tolist() != before[0][0].tokens.tolist()
+
+
 def test_a_reward_model_does_not_write(tmp_path, tokenizer_dir):
     tiny_models.make_hf_model("qwen2", tmp_path)
     with pytest.raises(ValueError, match="Qwen2ForSequenceClassification: it scores, and does not write"):

@@ -26,7 +26,7 @@ def judging(monkeypatch, tokenizer_dir, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir))
 
     def run(task, judge, rows, **options):
-        model = Planted(tokenizer, judge)
+        model = Planted(tokenizer, judge, over_long="endless")
         model.inference = SimpleNamespace(work=SimpleNamespace(computed=0, unshared=0))
         monkeypatch.setattr(survey, "kind_of", lambda *_: judgements.kind_of(task, SAMPLING))
         monkeypatch.setattr("rmjax.inference.reward_model.load_checked", lambda *_, **__: model)
@@ -58,6 +58,13 @@ def test_pairs_get_the_shares_of_readable_verdicts_in_both_orders(judging):
     assert third["A"] is third["B"] is third["tie"] is None and third["unreadable"] == 1
 
 
+def test_a_pair_that_there_is_no_room_for_has_no_score_and_is_counted(judging):
+    rows = [{"prompt": prompt, "response_a": "long", "response_b": "short"} for prompt in ("q", "endless")]
+    (first, second), counts = judging(PAIR, lambda text, k: "<better>A</better>", rows)
+    assert first["A"] == 0.5 and second["A"] is second["B"] is second["tie"] is second["unreadable"] is None
+    assert counts["without a score: question_too_long"] == 1
+
+
 def rate(text, k):
     good = text.count("good")
     return "no number" if k == 3 or good == 3 else f"<score>{min(4, good + (k == 2))}</score>"
@@ -70,6 +77,12 @@ def test_responses_get_the_mean_of_readable_ratings(judging):
     assert row["unreadable"] == [0.25, 0.25, 1.0, None]
     (best,), _ = judging(RATING, rate, rows, best_of_n=True)
     assert best["response"] == "good" and best["score"] == pytest.approx(4 / 3) and best["unreadable"] == 0.25
+
+
+def test_a_response_that_there_is_no_room_for_has_no_score(judging):
+    (row,), counts = judging(RATING, rate, [{"prompt": "q", "responses": ["good", "endless", "bad"]}])
+    assert row["scores"] == [pytest.approx(4 / 3), None, pytest.approx(1 / 3)]
+    assert row["unreadable"] == [0.25, None, 0.25] and counts["without a score: question_too_long"] == 1
 
 
 def test_an_unreadable_rating_is_never_a_score_of_a_pair(judging):
