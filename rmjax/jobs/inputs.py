@@ -128,10 +128,15 @@ def check_output(source: str, output: Path) -> None:
     """Raises ValueError where the output has another ending, is no plain file, is read as input, or not writable."""
     if output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output={output} must end in .jsonl or .parquet")
-    files.check_target(output, "--output")
-    if output.exists() and any(output.samefile(file) for item in split_spec(source) for file in local_files(item)):
-        raise ValueError(f"--output={output} is read as input; name another")
-    check_writable(output, f"--output={output}")
+    check_file(source, output, "--output")
+
+
+def check_file(source: str, path: Path, flag: str) -> None:
+    """Raises ValueError, with `flag`, where a file to be written is no plain file, is read as input or not writable."""
+    files.check_target(path, flag)
+    if path.exists() and any(path.samefile(file) for item in split_spec(source) for file in local_files(item)):
+        raise ValueError(f"{flag}={path} is read as input; name another")
+    check_writable(path, f"{flag}={path}")
 
 
 def check_free(where: str, row: Row, columns: Collection[str]) -> None:

@@ -36,7 +36,8 @@ VERSION = 4  # of the parts
 IDENTITY = ("config.json", "reward_contract.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
 SAMPLES, SAMPLE = 16, 65_536  # pieces of a file of weights that are compared, and the bytes of each
 
-Made = tuple[list[Row], collections.Counter[str]]  # the rows that a part becomes, and counts of what did not
+Counts = collections.Counter[str]
+Made = tuple[list[Row], Counts]  # the rows that a part becomes, and counts of what did not
 
 
 def cut_rows(rows: Iterable[Any], characters: Callable[[Any], int]) -> Iterator[list[Any]]:
@@ -186,20 +187,22 @@ class Job:
             return sum(note.read for n in done if (note := notes.read_note(self.note(n))))
         return 0
 
-    def join(self, total: int) -> collections.Counter[str]:
+    def join(self, total: int, tell: Callable[[Counts], None] = lambda counts: None) -> Counts:
         """Gives the output its name, removes the parts, and returns counts of rows read, made and dropped (process 0).
+
+        `tell` is given the counts while the parts are there, so that they are told after a kill, too.
 
         RuntimeError where the parts do not have `total` rows, or one differs from its note; ValueError where the
         output's name is taken by now, or a note is foreign.
         """
         agreement.barrier("made")
         with command_line.under_way():  # whatever is wrong now, what is made is kept
-            counts = self._join(total) if processes.is_first() else collections.Counter()
+            counts = self._join(total, tell) if processes.is_first() else Counts()
         agreement.barrier("joined")
         return counts
 
-    def _join(self, total: int) -> collections.Counter[str]:
-        part_notes, counts = self._notes(), collections.Counter[str]()
+    def _join(self, total: int, tell: Callable[[Counts], None]) -> Counts:
+        part_notes, counts = self._notes(), Counts()
         for note in part_notes:
             counts.update({"read": note.read, "rows": note.rows, **note.counts})
         if counts["read"] != total:
@@ -208,6 +211,7 @@ class Job:
         files.check_target(self.output, "--output")  # it may be another thing than when the job began
         with files.whole(self.output) as scratch:
             join_parts([*zip(map(self.part, range(self.parts)), part_notes)], scratch, self.schema)
+        tell(counts)
         self.remove()
         return counts
 

@@ -37,17 +37,19 @@ text. A score that is not finite becomes null. Options make other rows from the 
     --min_margin, --max_margin, --tie_threshold    drop pairs by chosen_score - rejected_score, which becomes `margin`
     --normalize           rewards minus their mean, divided by their deviation, both from the export's contract
 
-The last line counts the rows that were dropped and the pairs that changed places. The whole input is checked before the
-model is loaded, and an input that changes while it is scored is an error. Scored parts are kept in OUTPUT.parts until
-the output is complete, so that the same command continues after a kill, Ctrl-C (exit code 130), SIGTERM (75) or a power
-cut; a damaged part is scored again. An existing file OUTPUT is replaced when the new one is complete. A link or a
-directory as OUTPUT is refused, and so is a directory OUTPUT.parts that this command did not make. Several processes
-(launch/local.sh N rmjax.score ...) share the rows; each has the whole model on its devices.
+The last line counts the rows that were dropped, the pairs that changed places and the tokens that were computed;
+--summary=FILE writes these counts as JSON. The whole input is checked before the model is loaded, and an input that
+changes while it is scored is an error. Scored parts are kept in OUTPUT.parts until the output is complete, so that the
+same command continues after a kill, Ctrl-C (exit code 130), SIGTERM (75) or a power cut; a damaged part is scored
+again. An existing file OUTPUT is replaced when the new one is complete. A link or a directory as OUTPUT is refused, and
+so is a directory OUTPUT.parts that this command did not make. Several processes (launch/local.sh N rmjax.score ...)
+share the rows; each has the whole model on its devices.
 """
 
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ from rmjax.data import ledger
 from rmjax.jobs import inputs
 from rmjax.jobs import job as jobs
 from rmjax.jobs.inputs import Input
-from rmjax.runtime import command_line, compile_cache, passwords
+from rmjax.runtime import command_line, compile_cache, files, passwords
 from rmjax.score import making, rows, survey
 from rmjax.score.judgements import Sampling
 from rmjax.score.making import Options
@@ -102,6 +104,7 @@ SAMPLES = flags.DEFINE_integer(
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 1024, "Most tokens of a sampled judgement.", lower_bound=1)
 LEAST = flags.DEFINE_float("min_margin", -math.inf, "Drop pairs with a smaller margin (chosen minus rejected score).")
 MOST = flags.DEFINE_float("max_margin", math.inf, "Drop pairs with a larger margin.")
+SUMMARY = flags.DEFINE_string("summary", "", "JSON file to write the counts of the last line to.")
 COMPUTED, UNSHARED = "tokens computed", "tokens unshared"  # counts of a part
 
 
@@ -116,8 +119,12 @@ def run(
     format: str = "auto",
     columns: str = "",
     sampling: Sampling | None = None,
+    summary: Path | None = None,
 ) -> tuple[int, dict[str, int]]:
     """Scores every row of `source` into `output`, or goes on with it.
+
+    Args:
+        summary: file of the counts, see `_as_json`; written by the first process.
 
     Returns:
         The number of rows of the input; and, on the first process, "rows" written and counts of other outcomes.
@@ -131,7 +138,10 @@ def run(
     from rmjax.models import heads, hf
     from rmjax.runtime import processes
 
+    start = time.monotonic()
     options = options or Options()
+    if summary:
+        check_summary(source, output, summary)
     if normalize:
         mean, std = contract.normalization(contract.find(model_path))
         options = dataclasses.replace(options, mean=mean, std=std)
@@ -153,6 +163,13 @@ def run(
         "sampling": dataclasses.asdict(sampling) if sampling else {},
         "options": {name: str(value) for name, value in dataclasses.asdict(options).items()},
     }
+
+    def tell(counts: jobs.Counts) -> None:
+        if summary:
+            summary.parent.mkdir(parents=True, exist_ok=True)
+            seconds = round(time.monotonic() - start, 3)
+            files.write_json(summary, _as_json(counts, seconds, counts_tokens=sampling is None))
+
     # Opened before the model is loaded, so that a bad place is found at once.
     with jobs.open_job("rmjax.score", output, surveyed.schema, what, len(surveyed.read.parts)) as job:
         if missing := job.missing():
@@ -160,7 +177,7 @@ def run(
             score = lambda part: _scored(model, part, surveyed, options, model_path)
             read_again = lambda: rows.open_source(input, surveyed.kind)
             inputs.make_missing(job, missing, surveyed.read, source, read_again, score)
-        counts = dict(job.join(surveyed.read.rows))
+        counts = dict(job.join(surveyed.read.rows, tell))
     counts.pop("read", None)
     return surveyed.read.rows, counts
 
@@ -213,6 +230,7 @@ def main(_: Sequence[str]) -> None:
                 format=FORMAT.value,
                 columns=COLUMNS.value,
                 sampling=sampling,
+                summary=Path(SUMMARY.value).expanduser() if SUMMARY.value else None,
             )
             if processes.is_first():
                 print(_summary(done, counts, OUTPUT.value), flush=True)
@@ -228,6 +246,30 @@ def _memory_explained() -> Iterator[None]:
             f"the machine's memory is not enough ({error or 'MemoryError'}). What is scored is kept: the same command "
             "goes on with it where more memory is free; rows of very long texts or very many responses take the most"
         ) from error
+
+
+def check_summary(source: str, output: Path, summary: Path) -> None:
+    """Raises ValueError where the file of --summary is the output or the input, or may not be written."""
+    if summary.resolve() == output.resolve():
+        raise ValueError(f"--summary={summary} is --output, too; name another")
+    inputs.check_file(source, summary, "--summary")
+
+
+def _as_json(counts: Mapping[str, int], seconds: float, counts_tokens: bool) -> dict[str, Any]:
+    """The numbers of the last line, for programs; they are of the whole job, `seconds` of this start alone.
+
+    {"version": 1, "rows": 4, "written": 2, "outcomes": {"dropped: tie": 2}, "tokens_computed": 96,
+    "tokens_unshared": 160, "seconds": 3.2}
+    """
+    tokens = {"tokens_computed": counts.get(COMPUTED, 0), "tokens_unshared": counts.get(UNSHARED, 0)}
+    return {
+        "version": 1,
+        "rows": counts["read"],
+        "written": counts["rows"],
+        "outcomes": {name: counts[name] for name in sorted(counts) if name not in ("read", "rows", COMPUTED, UNSHARED)},
+        **(tokens if counts_tokens else dict.fromkeys(tokens)),
+        "seconds": seconds,
+    }
 
 
 def _summary(read: int, counts: Mapping[str, int], output: str) -> str:

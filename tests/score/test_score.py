@@ -17,6 +17,7 @@ from rmjax.inference import contract
 from rmjax.jobs import job
 from rmjax.runtime import command_line
 from rmjax.score import __main__ as score
+from rmjax.score.making import Options
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,6 +142,43 @@ def test_the_responses_of_a_prompt_score_as_they_do_alone(model_dir, loaded, fas
         np.testing.assert_allclose(found["scores"], alone, atol=1e-5)
 
 
+def test_the_summary_has_the_counts_of_the_whole_job(model_dir, loaded, fast, tmp_path, monkeypatch):
+    """The tokens that are computed and those of all conversations; a start that goes on tells those of all starts."""
+    monkeypatch.setattr(job, "CHUNK", 2)
+    asked = [{"prompt": f"Why {i}?", "responses": ["So.", "No.", None, "So."]} for i in range(5)]
+    source, output, told = write_jsonl(tmp_path / "in.jsonl", asked), tmp_path / "out.jsonl", tmp_path / "new/told.json"
+    call = lambda: score.run(str(model_dir), str(source), output, options=Options(best_of_n=True), summary=told)
+    call()
+    whole = json.loads(told.read_text())
+    tokenizer, turn = loaded.chat.tokenizer, lambda role, text: {"role": role, "content": text}
+    pairs = [(one["prompt"], text) for one in asked for text in one["responses"] if text]
+    turns = [[turn("user", prompt), turn("assistant", text)] for prompt, text in pairs]
+    texts = [tokenizer.apply_chat_template(x, tokenize=False) for x in turns]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    assert whole == {
+        "version": 1,
+        **{"rows": 5, "written": 5, "outcomes": {"without a score: empty_response": 5}},
+        **{"tokens_computed": whole["tokens_computed"], "tokens_unshared": sum(lengths), "seconds": whole["seconds"]},
+    }
+    assert 0 < whole["tokens_computed"] < sum(lengths) * 2 / 3  # one response of three is another's equal
+    told.unlink()
+    real, left = type(loaded).values, [3]
+
+    def values(*args, **more):
+        left[0] -= 1
+        if not left[0]:
+            raise MemoryError("killed")
+        return real(*args, **more)
+
+    monkeypatch.setattr(type(loaded), "values", values)
+    with pytest.raises(MemoryError):
+        call()
+    assert not told.exists()
+    call()
+    again = json.loads(told.read_text())
+    assert again | {"seconds": 0} == whole | {"seconds": 0} and again["seconds"] > 0
+
+
 def test_values_that_json_lacks_become_text(model_dir, fast, tmp_path):
     day = datetime.date(2024, 7, 26)
     pq.write_table(pa.Table.from_pylist([row(0, day=day)]), tmp_path / "in.parquet")
@@ -221,6 +259,10 @@ def test_places_that_cannot_be_written_are_refused(source):
     for spec in (str(source.parent), str(source.parent / "*.jsonl"), f"{source}, {source}"):
         with pytest.raises(ValueError, match="is read as input"):
             score.run("nowhere", spec, source)
+    output = source.parent / "out.jsonl"
+    for name, message in [("out.jsonl", "is --output, too"), ("in.jsonl", "is read as input"), (".", "is a directory")]:
+        with pytest.raises(ValueError, match=f"--summary.*{message}"):
+            score.run("nowhere", str(source), output, summary=source.parent / name)
     (source.parent / "taken.jsonl").mkdir()
     with pytest.raises(ValueError, match="is a directory"):
         score.run("nowhere", str(source), source.parent / "taken.jsonl")
@@ -313,11 +355,13 @@ def test_an_error_is_one_line_and_a_status():
 def test_two_processes_write_the_file_of_one(model_dir, fast, tmp_path):
     """With a real model, by launch/local.sh; in two parts."""
     source = write_jsonl(tmp_path / "in.jsonl", [row(i) for i in range(1_100)])
-    score.run(str(model_dir), str(source), tmp_path / "one.parquet")
+    score.run(str(model_dir), str(source), tmp_path / "one.parquet", summary=tmp_path / "one.json")
     command = [str(ROOT / "launch/local.sh"), "2", "rmjax.score", f"--model={model_dir}", "--input=in.jsonl"]
     env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), PYTHON=sys.executable, RESTARTS="0")
-    command.append("--output=two.parquet")
+    command += ["--output=two.parquet", "--summary=two.json"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "1100 scores in two.parquet" in done.stdout, done.stderr
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
-    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "one.parquet", "two.parquet"]
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one.pop("seconds") > 0 and two.pop("seconds") > 0 and one == two
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "one.json", "one.parquet", "two.json", "two.parquet"]

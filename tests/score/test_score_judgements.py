@@ -33,7 +33,9 @@ def judging(monkeypatch, tokenizer_dir, tmp_path):
         monkeypatch.setattr(GenerativeModel, "of", lambda judge: judge)
         source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        counts = score.run(str(tmp_path), str(source), output, sampling=SAMPLING, options=Options(**options))[1]
+        told, more = tmp_path / "told.json", {"sampling": SAMPLING, "options": Options(**options)}
+        counts = score.run(str(tmp_path), str(source), output, summary=told, **more)[1]
+        assert json.loads(told.read_text())["tokens_computed"] is None  # they are not counted, which is not none
         return [json.loads(line) for line in output.read_text().splitlines()], counts
 
     return run

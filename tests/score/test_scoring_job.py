@@ -110,7 +110,8 @@ def test_a_killed_job_ends_as_one_that_was_left_alone(where, ending, fork, model
     asked = tmp_path / "model" / ASKED
     asked.parent.mkdir()
     spoil, kept = KILLS[where]
-    command = ("--model=model", "--input=in.jsonl", f"--output={output.name}", "--dtype=float32")
+    files = (f"--output={output.name}", "--summary=told.json")
+    command = ("--model=model", "--input=in.jsonl", *files, "--dtype=float32")
     assert fork(tmp_path, *command, spoil={**spoil, "signal": signal.SIGKILL})["code"] == -signal.SIGKILL
     assert not output.exists() or output.read_bytes() == whole
     asked.write_text("")
@@ -119,7 +120,9 @@ def test_a_killed_job_ends_as_one_that_was_left_alone(where, ending, fork, model
     assert (f"{kept} of 18 rows are done already" in done["out"]) == (0 < kept < 18)
     assert asked.read_text().splitlines() == [row["response"] for row in ROWS[kept:]]
     assert output.read_bytes() == whole
-    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "model", output.name, f"whole.{ending}"]
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert (told["rows"], told["written"], told["outcomes"]) == (18, 18, {})
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "model", output.name, "told.json", f"whole.{ending}"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
@@ -423,11 +426,11 @@ def test_what_is_damaged_after_it_was_looked_at_is_found_when_parts_are_joined(
     name = "00000001." + (ending if suffix == "rows" else "json")
     real = job.Job.join
 
-    def join(self, total):
+    def join(self, *args):
         path = directory / name
         damage = LEFT.get(left, lambda _: path.with_stem("00000002").read_bytes())
         path.write_bytes(damage(path.read_bytes()))
-        return real(self, total)
+        return real(self, *args)
 
     monkeypatch.setattr(job.Job, "join", join)
     another = (suffix, left) == ("json", "swapped")
