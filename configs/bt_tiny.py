@@ -3,8 +3,10 @@
     python -m rmjax.main --config=configs/bt_tiny.py --workdir=runs/tiny
 
 Hardware: any CPU; here 2 cores.
-Hours: 0.02 (82 seconds from start to report measured on 2 cores of an Intel Xeon at 2.50 GHz, 2026-11-28).
-Score: validation accuracy of 49 % before and 99 % after; three other seeds (`--config.seed`) end at 80, 88 and 95 %.
+Hours: 0.02 (77 seconds from start to report, 37 of them training, on 2 cores of an AMD EPYC with little other work,
+2026-11-29).
+Score: validation accuracy of 51 % before and 99.8 % after; three other seeds (`--config.seed`) end at 99.5,
+99.7 and 92.9 %.
 
 The preferred response contains the word that the last user turn names (`rmjax/data/synthetic/pairs.py`), so prompt and
 response are both needed: length alone, or a bag of words, predicts nothing.

@@ -3,8 +3,7 @@
     python -m rmjax.main --config=configs/sft_tiny.py --workdir=runs/sft_tiny
 
 Hardware: any CPU; here 2 cores, 679 steps of 62 conversations.
-Score: verdict accuracy on the 600 validation rows of 0 % before
-and 95 % after (95.3 and 95.0 % with seeds 0 and 1; 90.8 % with seed 2 and an output embedding of its own). Best
+Score: verdict accuracy on the 600 validation rows of 2 % before and 95.0 % after (one seed, 2026-11-29). Best
 reachable: 95 %, since one rating in twenty is wrong. Baselines: always the same rating 50 %; length alone has an AUC of
 0.49.
 
@@ -32,6 +31,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.objective.target = "score"
     config.objective.template = TEMPLATE
+
+    config.optim.learning_rate = 3e-3
 
     config.checkpoint.metric, config.checkpoint.mode = "validation/verdict_accuracy", "max"
     return config

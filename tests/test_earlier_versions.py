@@ -19,6 +19,8 @@ KEYS = {
     **dict.fromkeys(("eval.every", "checkpoint.every"), "10 steps"),
     **{"checkpoint.keep_latest": 1, "checkpoint.keep_best": 1},
     **{"model.scratch.hidden_size": 16, "model.scratch.intermediate_size": 16},
+    # The demo's of that commit.
+    **{"model.scratch.num_attention_heads": 4, "model.scratch.num_key_value_heads": 2, "optim.learning_rate": 3e-3},
     **{f"data.{part}": f"tests/fixtures/pairs_{part}.jsonl" for part in ("train", "validation")},
 }
 
