@@ -195,12 +195,12 @@ class Chat:
             For each example its tree and labels, or why there is none: `template_error`, `over_long`,
             `identical_responses` (the template renders them alike) or `identical_after_truncation`.
         """
-        keys = [[conversation_key(c, e.tools) for c in e.conversations] for e in examples]
+        keys = [[conversation_key(c, e.tools) + "?" * (not e.answered) for c in e.conversations] for e in examples]
         rendered: dict[str, str | BadRow] = {}
         for example, names in zip(examples, keys):
             for name, conversation in zip(names, example.conversations):
                 if name not in rendered:
-                    rendered[name] = self._try_render(conversation, example.tools)
+                    rendered[name] = self._try_render(conversation, example)
         good = {name: text for name, text in rendered.items() if isinstance(text, str)}
         located = {name for e, names in zip(examples, keys) if e.spans or e.scored is not None for name in names}
         plain, spotted = ({n: text for n, text in good.items() if (n in located) == wanted} for wanted in (False, True))
@@ -239,9 +239,13 @@ class Chat:
         special += [getattr(self.tokenizer, "split_special_tokens", False)]
         return special + [self.tokenizer.pad_token] * ("pad_token" in str(self.tokenizer.chat_template))
 
-    def _try_render(self, conversation: Conversation, tools: Sequence[Any] | None) -> str | BadRow:
+    def _rendered(self, conversation: Conversation, example: Example) -> str:
+        """The rendering that an example asks for; BadRow as of `render`."""
+        return (self.render if example.answered else self.render_prompt)(conversation, example.tools)
+
+    def _try_render(self, conversation: Conversation, example: Example) -> str | BadRow:
         try:
-            text = self.render(conversation, tools)
+            text = self._rendered(conversation, example)
             text.encode()
         except BadRow as error:
             return error
@@ -272,7 +276,7 @@ class Chat:
             if example.scored is None and not example.spans:
                 return Labelled(tree, dict(example.labels))
             if too_long:
-                rendered = [self.render(c, example.tools) for c in conversations]
+                rendered = [self._rendered(c, example) for c in conversations]
                 texts = [rendering for _, rendering in self._encode_with_edges(rendered)]
             return self._labelled(example, conversations, texts, tree)
         except BadRow as bad:
@@ -314,7 +318,7 @@ class Chat:
         return Labelled(dataclasses.replace(tree, end=end, end_slot=end_slot), {**labels, **per_end})
 
     def _encode_conversations(self, conversations: Sequence[Conversation], example: Example) -> Sequences:
-        return self.encode([self.render(c, example.tools) for c in conversations])
+        return self.encode([self._rendered(c, example) for c in conversations])
 
     def _drop(self, example: Example, longest: int) -> Shortened:
         raise BadRow("over_long", f"{longest} tokens, data.max_length is {self.max_length}", longest)

@@ -44,6 +44,7 @@ class Example:
     spans: Mapping[str, tuple[tuple[Span, ...], ...]] = dataclasses.field(default_factory=dict)
     tools: Sequence[Any] | None = None  # tool descriptions for the chat template, or None
     name: str = ""  # distinguishes the groups of one record, "" where there is one
+    answered: bool = True  # whether the conversations are whole; else each is a prompt, up to where an answer begins
 
 
 class Task(Protocol):

@@ -12,18 +12,20 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from rmjax.batches.groups import Groups
 from rmjax.data import ledger, prompts, reading
-from rmjax.data.records import BadRow, Message, Record
+from rmjax.data.records import Message, Record
 from rmjax.evaluate import moments
 from rmjax.evaluate.estimates import Estimates
-from rmjax.inference.judgements import Judge
-from rmjax.inference.sampler import LENGTH
+from rmjax.inference.judgements import Judge, Judgement
+from rmjax.inference.sampler import LENGTH, Prompt
 from rmjax.judging import verdicts
+from rmjax.judging.asked import labelled_questions, labels_of
 from rmjax.judging.verdicts import BETTER, SCORE, VERDICTS
 from rmjax.judging.writing import Writing
 from rmjax.statistics import ranks
@@ -34,11 +36,11 @@ EXAMPLES = 20  # of judgements that cannot be read
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What a judge is asked once: about a pair in one order, or about a response.
+    """A question of a set.
 
     Attributes:
         asked: the user's turn.
-        label: of a pair its verdict as a place in VERDICTS, of a response its rating.
+        label: see `asked.Question`.
         pair: a number that the two orders of a pair share.
         record: the number of the record.
     """
@@ -76,12 +78,7 @@ def measured(
     audit, histories, places = ledger.Audit(), list[list[tuple[int, int]]](), list[str]()
     questions: list[Question] = []
     for record in reading.records(source, format=format, columns=columns, audit=audit):
-        try:
-            of_one = list(ask(record, judge.task, len(histories)))
-        except BadRow as bad:
-            audit.add(bad.reason, record.row, bad.detail)
-            continue
-        if of_one:
+        if of_one := ask(record, judge.task, len(histories), audit):
             histories.append(prompts.histories(record))
             places.append(record.row)
         questions += of_one
@@ -94,16 +91,57 @@ def measured(
         raise ValueError(f"{source}: there is no question that the model has room for; {audit.reasons_text()}")
     too_long, questions = len(questions) - len(asked), asked
     found = judge.judgements([q.asked for q in questions], range(len(questions)), progress(len(questions)))
-    estimates = Estimates(prompts.ids(*prompts.flat(histories))[[question.record for question in questions]])
+    prompt = prompts.ids(*prompts.flat(histories))[[question.record for question in questions]]
     label, weight = (np.array([getattr(q, name) for q in questions], np.float64) for name in ("label", "weight"))
-    if judge.task.target == "pair":
+    pair = np.array([q.pair for q in questions])
+    return values(judge.task, found, [q.asked["content"] for q in questions], label, weight, pair, prompt, too_long)
+
+
+def of_groups(judge: Judge, groups: Groups, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
+    """The same about questions as groups (`judging.asked.Questions`); None if `stop` is true before the end."""
+    asked, label, pair = [], [], []
+    for n in range(len(groups)):
+        group = groups.group(n)
+        asked += group.tree.sequences()
+        label += labels_of(group.labels).tolist()
+        pair += [n] * len(group.tree.end)
+    found = judge.answers([Prompt(ids.tolist(), row) for row, ids in enumerate(asked)], stop=stop)
+    if found is None:
+        return None
+    texts = [judge.model.chat.tokenizer.decode(ids.tolist()) for ids in asked]
+    at = np.array(pair)
+    weight = groups.weights[at].astype(np.float64)
+    return values(judge.task, found, texts, np.array(label, np.float64), weight, at, groups.prompt_ids[at])
+
+
+def values(
+    task: Writing,
+    found: Sequence[Sequence[Judgement]],
+    texts: Sequence[str],
+    label: np.ndarray,
+    weight: np.ndarray,
+    pair: np.ndarray,
+    prompt: np.ndarray,
+    too_long: int = 0,
+) -> dict[str, Any]:
+    """The measures of judgements, K of each question; see `measured`.
+
+    Args:
+        texts: the questions.
+        label, weight: float [Q]; see Question.
+        pair: int [Q], see `of_pairs`.
+        prompt: [Q], equal for questions that are drawn together (estimates.py).
+        too_long: questions that were not asked.
+    """
+    estimates = Estimates(prompt)
+    if task.target == "pair":
         codes = _array(found, lambda x: VERDICTS.index(x.verdict.value) if x.verdict.kind == BETTER else UNREADABLE)
-        right = of_pairs(estimates, codes, label.astype(int), np.array([q.pair for q in questions]), weight)
+        right = of_pairs(estimates, codes, label.astype(int), pair, weight)
         unreadable = codes == UNREADABLE
     else:
-        values = _array(found, lambda x: x.verdict.value if x.verdict.kind == SCORE else math.nan)
-        right = of_ratings(estimates, values, label, weight)
-        unreadable = np.isnan(values)
+        ratings = _array(found, lambda x: x.verdict.value if x.verdict.kind == SCORE else math.nan)
+        right = of_ratings(estimates, ratings, label, weight)
+        unreadable = np.isnan(ratings)
     tokens, cut_off = (
         _array(found, lambda x: len(x.written.tokens)),
         _array(found, lambda x: x.written.finish == LENGTH),
@@ -114,14 +152,14 @@ def measured(
     estimates.mean("judgement_tokens", at, tokens.ravel(), each)
     moments.add_correlation(estimates, "length_and_right", at, tokens.ravel(), right.ravel())
     examples = (
-        {"question": question.asked["content"], "judgement": x.written.text, "why": x.verdict.value}
-        for question, of_one in zip(questions, found)
+        {"question": text, "judgement": x.written.text, "why": x.verdict.value}
+        for text, of_one in zip(texts, found)
         for x in of_one
         if x.verdict.kind == "unparseable"
     )
     return {
         "kind": "judgements",
-        "groups": len(questions),
+        "groups": len(texts),
         "question_too_long": too_long,
         "prompts": estimates.prompts,
         "metrics": {str(name): estimate for name, estimate in estimates.all().items()},
@@ -147,27 +185,15 @@ def _with_room(
     return left
 
 
-def ask(record: Record, task: Writing, number: int) -> Iterator[Question]:
-    """The questions about a record; BadRow where one cannot be asked. Pairs without a strict majority are not asked."""
-    if task.target == "pair":
-        for place, (i, j, said) in enumerate(verdicts.labelled_pairs(record)):
-            shares = said if task.ties else said[:2]
-            if (shares == shares.max()).sum() > 1:
-                continue
-            label = int(shares.argmax())
-            pair = record.conversations[i], record.conversations[j]
-            asked = verdicts.ask_in_both_orders(task.template, *pair, task.ties)
-            for turn, verdict in zip(asked, (label, verdicts.SWAPPED[label])):
-                yield Question(turn, verdict, (number << 16) + place, number, record.weight)
-        return
-    (name,) = task.attributes or tuple(record.attributes)[:1]
-    ends = (verdicts.number_text(task.scale[0]), verdicts.number_text(task.scale[1]))
-    for k, (*history, last) in enumerate(record.conversations):
-        rating = record.attributes.get(name, (math.nan,) * (k + 1))[k]
-        if not math.isnan(rating):
-            shown = [verdicts.text_of(last)]
-            turn = verdicts.ask(task.template, "score", history, shown, attributes=[name], scale=ends)
-            yield Question(turn, rating, (number << 16) + k, number, record.weight)
+def ask(record: Record, task: Writing, number: int, audit: ledger.Audit) -> list[Question]:
+    """The questions about a record, whose number is given; the audit counts what has no label, and what cannot be
+    asked."""
+    questions, bad = labelled_questions(record, task)
+    pair = lambda question: (number << 16) + question.place
+    found = [Question(q.asked, q.label, pair(q), number, record.weight) for q in questions]
+    for one in bad[:1]:
+        audit.add(one.reason, record.row, one.detail, kept=bool(found))
+    return found
 
 
 def of_pairs(
@@ -185,7 +211,7 @@ def of_pairs(
         estimates: of the prompt of each question.
         codes: int [Q, K], places in VERDICTS, or UNREADABLE.
         label: int [Q], places in VERDICTS.
-        pair: int [Q], equal for the two orders of a pair, which follow each other.
+        pair: int [Q], equal for the two orders of a pair, which follow each other; without them no consistency.
         weight: float [Q].
 
     Returns:
@@ -201,10 +227,11 @@ def of_pairs(
         by_code = worth(np.arange(UNREADABLE + 1)[None], label[:, None])
         estimates.share(f"vote_{n}", np.arange(q), (chances * by_code).sum(1), weight)
     votes = vote_chances(counts, k).argmax(1)
-    first, second = votes[::2], votes[1::2]
-    assert (pair[::2] == pair[1::2]).all()
-    same = np.array([*verdicts.SWAPPED, -1])[first] == second
-    estimates.share("consistency", np.arange(0, q, 2), same, weight[::2])
+    if len(pair) > 1 and pair[0] == pair[1]:
+        first, second = votes[::2], votes[1::2]
+        assert (pair[::2] == pair[1::2]).all()
+        same = np.array([*verdicts.SWAPPED, -1])[first] == second
+        estimates.share("consistency", np.arange(0, q, 2), same, weight[::2])
     readable, sided = (codes != UNREADABLE).ravel(), (codes < 2).ravel()
     if sided.any():
         estimates.share("first_position", at[sided], (codes == 0).ravel()[sided], each[sided])

@@ -8,8 +8,8 @@ from rmjax.data.records import Message
 from rmjax.inference.generation import GenerativeModel, Written
 from rmjax.inference.reward_model import BadConversation
 from rmjax.inference.sampler import Drawing, Prompt
-from rmjax.judging import verdicts
-from rmjax.judging.verdicts import BETTER, SCORE, Verdict
+from rmjax.judging import asked, verdicts
+from rmjax.judging.verdicts import Verdict
 from rmjax.judging.writing import Writing, check_judge
 
 AT_ONCE = 8  # rounds of prompts under way between two looks
@@ -20,6 +20,13 @@ class Judgement(NamedTuple):
 
     written: Written
     verdict: Verdict
+
+
+def judgements_of(model: GenerativeModel, task: Writing, prompt: Prompt, written: Sequence[Written]) -> list[Judgement]:
+    """What was written as an answer to a prompt, with the verdicts in it."""
+    decode = model.chat.tokenizer.decode  # with special tokens, of which one may open a thought
+    thinking = verdicts.opens_thought(decode(prompt.tokens))
+    return [Judgement(one, asked.read(decode(one.tokens.tolist()), task, thinking=thinking)) for one in written]
 
 
 @dataclasses.dataclass
@@ -44,10 +51,10 @@ class Judge:
         Raises:
             BadConversation: a question that the template refuses.
         """
-        asked = self.model.prompts(
+        prompts = self.model.prompts(
             [[question] for question in questions], [None] * len(questions), range(len(questions))
         )
-        found = [self.model.too_long(prompt, self.drawing) for prompt in asked]
+        found = [self.model.too_long(prompt, self.drawing) for prompt in prompts]
         return [f"{why}; give a smaller --max_tokens" if why else "" for why in found]
 
     def judgements(
@@ -67,25 +74,31 @@ class Judge:
         found: list[list[Judgement]] = []
         for start in range(0, len(questions), at_once):
             some = questions[start : start + at_once]
-            asked = self._prompts(some, rows[start : start + at_once], start)
-            for question, written in zip(some, self.model.write(self._sampler, asked)):
-                thinking = verdicts.opens_thought(self.model.chat.render_prompt([question]))
-                found.append([Judgement(one, self._read(one, thinking)) for one in written])
+            found += self._answers(self._prompts(some, rows[start : start + at_once], start))
             tell(len(found))
         return found
 
+    def answers(
+        self, prompts: Sequence[Prompt], *, stop: Callable[[], bool] = lambda: False
+    ) -> list[list[Judgement]] | None:
+        """The judgements of questions as token ids; None if `stop` is true before all are there."""
+        found: list[list[Judgement]] = []
+        for start in range(0, len(prompts), AT_ONCE * self._sampler.groups):
+            if stop():
+                return None
+            found += self._answers(prompts[start : start + AT_ONCE * self._sampler.groups])
+        return found
+
+    def _answers(self, prompts: Sequence[Prompt]) -> list[list[Judgement]]:
+        written = self.model.write(self._sampler, prompts)
+        return [judgements_of(self.model, self.task, *both) for both in zip(prompts, written)]
+
     def _prompts(self, questions: Sequence[Message], rows: Sequence[int], start: int) -> list[Prompt]:
         try:
-            asked = self.model.prompts([[question] for question in questions], [None] * len(questions), rows)
+            prompts = self.model.prompts([[question] for question in questions], [None] * len(questions), rows)
         except BadConversation as bad:
             raise BadConversation(start + bad.index, bad.detail) from None
-        for place, prompt in enumerate(asked):
+        for place, prompt in enumerate(prompts):
             if why := self.model.too_long(prompt, self.drawing):
                 raise BadConversation(start + place, why)
-        return asked
-
-    def _read(self, written: Written, thinking: bool) -> Verdict:
-        kind, scale = (BETTER, None) if self.task.target == "pair" else (SCORE, self.task.scale)
-        # With special tokens, of which one may open a thought.
-        text = self.model.chat.tokenizer.decode(written.tokens.tolist())
-        return verdicts.parse_verdict(text, kind, scale=scale, ties=self.task.ties, thinking=thinking)
+        return prompts

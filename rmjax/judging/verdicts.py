@@ -326,15 +326,15 @@ def better_conversations(
             conversations.append(BadRow("tie", "no verdict has a majority"))
             continue
         history, *texts = divide(record.conversations[i], record.conversations[j])
-        for swap in (False, True) if both_orders else (_swapped(history, texts),):
+        for swap in (False, True) if both_orders else (coin(history, texts),):
             shown, winner = (texts[::-1], SWAPPED[winners[0]]) if swap else (texts, winners[0])
             answer = {"role": "assistant", "content": f"<{BETTER}>{VERDICTS[winner]}</{BETTER}>"}
             conversations.append((ask(template, "pair", history, shown, ties=ties), answer))
     return some_good(conversations)
 
 
-def _swapped(history: Conversation, texts: Sequence[str]) -> bool:
-    """A coin that is tossed for the pair, whichever comes first: whether the second response is shown as A."""
+def coin(history: Conversation, texts: Sequence[str]) -> bool:
+    """A coin that is tossed for a pair of texts, whichever comes first: whether the second is shown as A."""
     key = json.dumps([list(history), sorted(texts)], sort_keys=True, ensure_ascii=False, default=str)
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=1).digest()
     return bool(digest[0] & 1)
@@ -346,6 +346,7 @@ def number_text(value: float) -> str:
 
 
 THINK = re.compile(r"<(/?)(?:think|thinking|reasoning)>", re.IGNORECASE)
+OPENED = re.compile(r"<(?:think|thinking|reasoning)>\s*\Z", re.IGNORECASE)
 NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 WORDS = {word.lower(): word for word in VERDICTS}
 
@@ -407,14 +408,20 @@ def _value(inside: str, kind: str, scale: tuple[float, float] | None, ties: bool
     return value if low <= value <= high and math.isfinite(value) else None
 
 
-def opens_thought(rendering: str) -> bool:
-    """Whether what follows a rendering is within a thought: R1's and QwQ's templates open one for every answer.
+def opened_thought(rendering: str) -> str:
+    """How a rendering ends that opens a thought for what follows, as R1's and QwQ's templates do for every answer; else
+    "". A tag in what was asked opens none.
 
-    >>> opens_thought("<|Assistant|><think>\\n"), opens_thought("<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n")
-    (True, False)
+    >>> opened_thought("<|Assistant|><think>\\n"), opened_thought("<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n")
+    ('<think>\\n', '')
     """
-    tags = THINK.findall(rendering)
-    return bool(tags) and not tags[-1]  # "/" of a closing one
+    match = OPENED.search(rendering)
+    return match[0] if match else ""
+
+
+def opens_thought(rendering: str) -> bool:
+    """Whether what follows a rendering is within a thought; see `opened_thought`."""
+    return bool(opened_thought(rendering))
 
 
 def _without_thinking(text: str, thinking: bool) -> str:

@@ -87,7 +87,7 @@ class Writing:
 def check_judge(task: object) -> Writing:
     """The task of a judge that writes a verdict or one rating; ValueError for another."""
     if not isinstance(task, Writing) or task.target == "messages" or len(task.attributes) > 1:
-        raise ValueError("--samples is for judges that write a verdict or one rating (`sft` with a target)")
+        raise ValueError("only judges that write a verdict or one rating (`sft` with a target) are asked by sampling")
     return task
 
 
