@@ -1,9 +1,10 @@
-"""Shows data before training, converts it and splits it.
+"""Shows data before training, converts it, splits it, and keeps what is to be imitated.
 
     python -m rmjax.data inspect SOURCE                                        shows columns, format and first records
     python -m rmjax.data convert SOURCE --output=pairs.parquet                 converts any source to Parquet
     python -m rmjax.data split SOURCE --output=DIR --split=train=0.9,test=0.1  splits; no prompt is on both sides
     python -m rmjax.data audit SOURCE --tokenizer=DIR --html=audit.html        reports what is wrong with the data
+    python -m rmjax.data keep_right JUDGEMENTS --output=right.jsonl            keeps judgements that are right
 
 SOURCE is a file, a directory, a glob, hf://datasets/OWNER/NAME/..., sqlite:///FILE?table=NAME, python://NAME or
 aligned://FILE+FILE, or several of them separated by commas.
@@ -24,7 +25,7 @@ import numpy as np
 
 from rmjax.batches import showing
 from rmjax.config import defaults
-from rmjax.data import agreement, converting, formats, labelling, prompts, reading, sources, splitting
+from rmjax.data import agreement, converting, formats, keeping, labelling, prompts, reading, sources, splitting
 from rmjax.data.ledger import Audit, accuracy_shown, rows_lines
 from rmjax.data.records import BadRow, Record
 from rmjax.runtime import command_line, exits, files, passwords
@@ -74,14 +75,19 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         optional: Any = {"nargs": "?", "default": ""} if name == "audit" else {}
         source = "data to read: a file, directory, glob, or hf://datasets/..."
         command.add_argument("source", metavar="SOURCE", help=source, **optional)
-        known = ["auto", *formats.FORMATS]
-        text = "format of the rows; default: detected from the columns"
-        command.add_argument("--format", default="auto", choices=known, metavar="NAME", help=text)
-        text = "what columns are, as prompt=trajectory,system=system_prompt; ignore=NAME leaves one out"
-        command.add_argument("--columns", default="", metavar="NAME=COLUMN,...", help=text)
+        if name != "keep_right":  # its rows have one form
+            _reading_options(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error as well")
         add_options(command)
     return parser, commands
+
+
+def _reading_options(command: Parser) -> None:
+    known = ["auto", *formats.FORMATS]
+    text = "format of the rows; default: detected from the columns"
+    command.add_argument("--format", default="auto", choices=known, metavar="NAME", help=text)
+    text = "what columns are, as prompt=trajectory,system=system_prompt; ignore=NAME leaves one out"
+    command.add_argument("--columns", default="", metavar="NAME=COLUMN,...", help=text)
 
 
 def _inspect_options(inspect: Parser) -> None:
@@ -128,6 +134,13 @@ def _audit_options(audit: Parser) -> None:
     audit.add_argument("--config", default="", metavar="FILE", help=text)
     audit.add_argument("--html", type=Path, default=None, metavar="FILE", help="HTML file to write; it has plots")
     audit.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _keep_right_options(command: Parser) -> None:
+    text = "where to write conversations of a question and an answer: a .jsonl file"
+    command.add_argument("--output", required=True, type=Path, metavar="FILE", help=text)
+    text = "most judgements to keep of a question; default: all that are right"
+    command.add_argument("--most", type=int, default=0, metavar="N", help=text)
 
 
 def _shares(text: str) -> dict[str, float]:
@@ -270,11 +283,25 @@ def _audit(args: argparse.Namespace) -> None:
         _say(f"page: {args.html}")
 
 
+# ----------------------------------------------------------------------------------------------------
+# keep_right
+# ----------------------------------------------------------------------------------------------------
+
+
+def _keep_right(args: argparse.Namespace) -> None:
+    """Keeps the judgements of `rmjax.sample --judge` that are right, as conversations to imitate."""
+    if args.most < 0:
+        raise ValueError(f"--most={args.most}, expected at least 1, or 0 for all")
+    output = args.output.expanduser()
+    print("\n".join(keeping.lines(keeping.keep_right(args.source, output, args.most), output)))
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[Parser], None], str]] = {
     "inspect": (_inspect, _inspect_options, "data/pairs.jsonl --show=2 --tokenizer=DIR"),
     "convert": (_convert, _convert_options, "data/pairs.jsonl --output=pairs.parquet"),
     "split": (_split, _split_options, "data/pairs.jsonl --output=DIR --split=train=0.8,validation=0.1,test=0.1"),
     "audit": (_audit, _audit_options, "data/pairs.jsonl --tokenizer=DIR --html=audit.html"),
+    "keep_right": (_keep_right, _keep_right_options, "judgements.jsonl --output=right.jsonl --most=2"),
 }
 
 if __name__ == "__main__":

@@ -32,11 +32,14 @@ class Objective:
         problem_type: of the export's config.json: "regression" for scores as they are, "single_label_classification"
             for logits of exclusive classes; servers take it as a hint whether to apply a softmax.
         shown: the metrics that progress lines show.
+        draws: whether a step learns from what the model itself writes (train/rollouts.py). Then `task` makes questions,
+            and the fields of a step's batch are not those of the task.
     """
 
     architecture: str = "SequenceClassification"
     problem_type: str = "regression"
     shown: tuple[str, ...] = ("loss", "accuracy")
+    draws: bool = False
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -50,6 +53,11 @@ class Objective:
     @property
     def task(self) -> Task:
         raise NotImplementedError
+
+    @property
+    def exported(self) -> "Objective":
+        """The objective of what a run leaves: how its export is asked, and how its answers are read."""
+        return self
 
     def params(self) -> dict[str, np.ndarray]:
         """First values of what the objective itself learns (a tie parameter, cut points), float32."""
