@@ -55,6 +55,23 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "ties": True,  # of "pair": whether a verdict may be "tie"; if not, ties are skipped (counted)
         "both_orders": False,  # of "pair": show each pair in both orders, not in one
     },
+    "grpo": {
+        "target": "pair",  # what is judged: "pair" or "score"
+        "template": "",  # Jinja2 file that states the judging question; "" is the packaged one
+        "attributes": (),  # of "score": name of what is rated; () is the only score that a record has
+        "scale": (1.0, 5.0),  # of "score": lowest and highest rating
+        "ties": True,  # of "pair": whether a verdict may be "tie"; if not, ties are skipped (counted)
+        "both_orders": True,  # of "pair": both orders are one group of samples, else one is drawn by a hash
+        # better, consistent (both orders right), exact, closeness, linear, decay, or one of your own
+        # (rmjax/judging/rewards.py); "" is better of pairs, closeness of scores
+        "reward": "",
+        "unreadable": 0.0,  # reward of an answer without a verdict
+        "baseline": "others",  # the mean reward of the "others", or of the whole "group", itself included
+        "per": "sample",  # the loss is divided by the number of samples, or of tokens ("token")
+        "clip": (0.2, 0.28),  # how far a probability may fall and rise, as shares of it, before it pulls no more
+        "kl": 0.0,  # weight of the divergence from the model that the run starts from
+        "updates": 1,  # optimizer steps on the samples of a step
+    },
 }
 METRICS = {  # what checkpoints are judged by, and which way
     "bradley_terry": ("validation/accuracy", "max"),
@@ -62,6 +79,7 @@ METRICS = {  # what checkpoints are judged by, and which way
     "sft": ("validation/loss", "min"),
     "pointwise": ("validation/mse", "min"),
     "prm": ("validation/first_error_accuracy", "max"),
+    "grpo": ("validation/accuracy", "max"),
 }
 
 
@@ -81,6 +99,8 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     # checkpoint and leave out the rows from there to the step.
     config.on_nonfinite = "stop"
     config.debug = False  # layers unrolled and nothing compiled, so that print and breakpoints work
+    # The config of a run that is made first, in WORKDIR/start; its export is then what model.init_from names.
+    config.start = ConfigDict()
 
     config.model = model = ConfigDict()
     model.init_from = ""  # Hugging Face directory or hub id; "" trains from scratch, see `scratch`
@@ -145,6 +165,20 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     optim.freezes = ((r".*", False),)
     optim.lr_factors = ((r".*", 1.0),)
 
+    if objective == "grpo":
+        config.optim.warmup = "10 steps"  # Adam's first steps are as large as any, whatever the gradient's noise
+        config.rollout = rollout = ConfigDict()
+        rollout.prompts_per_step = 64  # questions of a step
+        rollout.samples = 8  # answers to a question that are drawn (to each order of a pair)
+        rollout.max_tokens = 1024  # of an answer
+        rollout.prompts_at_once = 0  # prompts that are answered at a time; 0 is as many as fit
+        rollout.truncated = "wrong"  # an answer that is cut off counts as an unreadable one, or is left out: "drop"
+        # Questions whose answers all earn the same teach nothing: "skip" them (counted), or "resample" their answers,
+        # up to three times in all.
+        rollout.dead = "skip"
+        rollout.source = ""  # file or directory of answers that were drawn elsewhere; "" draws them here
+        rollout.most_mismatch = 0.5  # nats a token between sampler and training, from which on the run stops
+
     config.mesh = mesh = ConfigDict()
     mesh.data = 1  # replicas
     mesh.fsdp = -1  # rows and parameters split; -1 is what is left
@@ -156,6 +190,8 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     # Benchmarks that are run with each evaluation, as "reward_bench,rm_bench=FILE": names, or NAME=SOURCE for data that
     # is not at its usual place. Their metrics, "reward_bench/overall", may be checkpoint.metric.
     evaluation.benchmarks = ""
+    evaluation.samples = 8 if objective == "grpo" else 0  # judgements that a judge writes of each question
+    evaluation.max_tokens = 0  # of a judgement; 0 is rollout.max_tokens, or 1,024 without that
 
     # What a run must reach for its model to be used (rmjax/evaluate/gate.py); 0, or False, asks nothing.
     config.gate = gate = ConfigDict()
@@ -164,6 +200,9 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     gate.convergence = 0.05  # of all that the training loss fell, the last tenth of the steps brought less than this
     gate.beats_length = True  # accuracy is above that of "the longer response is better"
     gate.ece = 0.10  # most expected calibration error
+    gate.unreadable = 0.02  # of a judge that is asked by sampling: most answers without a verdict
+    gate.cut_off = 0.05  # and most that are cut off
+    gate.consistency = True  # and both orders of a pair agree as often as before training
     gate.exit_code = False  # a run that fails ends with exit code 3, not 0
 
     config.checkpoint = checkpoint = ConfigDict()
@@ -173,6 +212,7 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     checkpoint.keep_best = 1
     checkpoint.metric, checkpoint.mode = METRICS[objective]
     checkpoint.patience = 0  # evaluations without a better metric before the run stops early; 0 is never
+    checkpoint.goal = 0.0  # a value of the metric with which the run stops early; 0 is none
 
     config.log = log = ConfigDict()
     log.every = "10 steps"
@@ -225,6 +265,8 @@ CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "gpu", "tpu"),
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
+    "rollout.truncated": ("wrong", "drop"),
+    "rollout.dead": ("skip", "resample"),
     "data.over_long": ("drop", "truncate_prompt", "truncate_response"),
     "data.on_bad_row": ("error", "skip", "keep"),
     "optim.name": ("adamw", "adafactor", "muon"),
@@ -254,16 +296,22 @@ def check(config: ConfigDict) -> None:
             f"the config lacks {', '.join(missing)}; start from rmjax.config.defaults({objective!r}) in get_config"
         )
     for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
+        if key in flat and flat[key] not in allowed:
             hint = did_you_mean(str(flat[key]), allowed)
             problems.append(f"config.{key}={flat[key]!r} is none of {', '.join(allowed)}{hint}")
     if not config.data.train:
         problems.append("config.data.train is empty; give a file, a glob or hf://datasets/OWNER/NAME/...")
-    if not config.model.init_from and not config.model.scratch:
+    if objective == "grpo":
+        problems += _rollout_problems(config)
+    if config.start:
+        problems += [f"config.start: {line.strip()}" for line in _problems_of(config.start)]
+    elif not config.model.init_from and not config.model.scratch:
         problems.append("config.model.init_from is empty; give a Hugging Face directory or hub id")
-    if not config.model.init_from and not config.model.tokenizer:
+    if not config.model.init_from and not config.model.tokenizer and not config.start:
         problems.append("config.model.tokenizer is empty and there is no init_from to take it from")
-    positive = ("plan.row_tokens", "plan.window", "optim.learning_rate", "optim.eps", "checkpoint.keep_latest")
+    positive = ["plan.row_tokens", "plan.window", "optim.learning_rate", "optim.eps", "checkpoint.keep_latest"]
+    if objective == "grpo":
+        positive += [f"rollout.{key}" for key in ("prompts_per_step", "max_tokens", "most_mismatch")]
     not_negative = (
         *("seed", "data.max_bad_fraction"),
         *(
@@ -275,7 +323,8 @@ def check(config: ConfigDict) -> None:
         ),
         *("checkpoint.keep_best", "checkpoint.patience"),
         *("data.max_length", "eval.train_groups", "optim.b1", "optim.b2"),
-        *("gate.accuracy", "gate.gap", "gate.convergence", "gate.ece"),
+        *("gate.accuracy", "gate.gap", "gate.convergence", "gate.ece", "gate.unreadable", "gate.cut_off"),
+        *("eval.samples", "eval.max_tokens"),
     )
     problems += [f"config.{key}={flat[key]} must be above 0" for key in positive if not flat[key] > 0]
     problems += [f"config.{key}={flat[key]} must not be negative" for key in not_negative if flat[key] < 0]
@@ -315,6 +364,33 @@ def check(config: ConfigDict) -> None:
         problems.append(f"config.log.wandb={config.log.wandb!r} needs the package wandb: pip install 'rmjax[wandb]'")
     if problems:
         raise ValueError("the config cannot be used:\n  " + "\n  ".join(problems))
+
+
+def _rollout_problems(config: ConfigDict) -> list[str]:
+    rollout, problems = config.rollout, []
+    if rollout.samples < 2:
+        problems.append(f"config.rollout.samples={rollout.samples} must be at least 2: answers are compared")
+    if not config.eval.samples:
+        problems.append("config.eval.samples=0: a judge is measured by what it writes; give at least 1")
+    if rollout.max_tokens >= config.plan.row_tokens:
+        problems.append(
+            f"config.rollout.max_tokens={rollout.max_tokens} leaves no room for a question in a row of "
+            f"config.plan.row_tokens={config.plan.row_tokens}"
+        )
+    return problems
+
+
+def _problems_of(config: ConfigDict) -> list[str]:
+    try:
+        check(config)
+    except ValueError as error:
+        return str(error).splitlines()[1:] or [str(error)]
+    return []
+
+
+def answer_tokens(config: ConfigDict) -> int:
+    """The most tokens of a judgement that is sampled to evaluate a run's model."""
+    return config.eval.max_tokens or (config.rollout.max_tokens if "rollout" in config else 1024)
 
 
 def template_kwargs(config: ConfigDict) -> dict[str, Any]:

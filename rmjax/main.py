@@ -16,6 +16,8 @@ Every key of the config can be given as --config.SECTION.KEY=VALUE. The sections
     data          training and validation data, filters, samples, weights of sources, tokenizing
     plan          tokens per row, rows or groups per optimizer step
     objective     options of the loss
+    rollout       of `grpo`: how many answers are drawn, how long, and what becomes of those that are cut off
+    start         the config of a run that is made first, whose export this one begins with
     optim         optimizer, learning rate and its schedule, weight decay, frozen parameters
     mesh          number of devices along the axes data, fsdp and tensor
     eval          how often the model is evaluated, and on which benchmarks

@@ -53,10 +53,17 @@ class Started:
     """`python -m rmjax.main` with the small config, under way."""
 
     def __init__(
-        self, workdir, cache_dir, spoil: Callable[[], None] | None = None, xla_flags: str = quick.FLAGS, **values
+        self,
+        workdir,
+        cache_dir,
+        spoil: Callable[[], None] | None = None,
+        xla_flags: str = quick.FLAGS,
+        config: str = "configs/bt_tiny.py",
+        small: dict = SMALL,
+        **values,
     ):
-        keys = {**SMALL, "data.cache_dir": str(cache_dir), **flat(values)}
-        argv = ["--config=configs/bt_tiny.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in keys.items())]
+        keys = {**small, "data.cache_dir": str(cache_dir), **flat(values)}
+        argv = [f"--config={config}", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in keys.items())]
         number = len(list(workdir.parent.glob(f"{workdir.name}.*.txt")))
         self.output = workdir.parent / f"{workdir.name}.{number}.txt"
         env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}

@@ -23,7 +23,7 @@ PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/
 FOLDERS = "rmjax|configs|tests|benchmarks|launch|colabs|docs"
 COMMANDS = ("main", "evaluate", "sample", "score", "export", "serve", "benchmark", "data")
 ABSL = ("main", "benchmark", "score")  # the other commands parse with argparse
-PARTS = {"data": ("inspect", "convert", "split", "audit")}
+PARTS = {"data": ("inspect", "convert", "split", "audit", "keep_right")}
 CONFIG_FILES = ("json", "md", "py", "xml")  # config.json is a file, not a key
 
 name_of = lambda page: str(page.relative_to(ROOT))
@@ -46,7 +46,7 @@ def config_keys() -> set[str]:
     """All keys of all objectives and their sections: "optim", "optim.learning_rate", ..."""
     configs = [config_lib.defaults(objective) for objective in config_lib.OBJECTIVES]
     keys = {key for config in configs for key, _ in config_lib.flatten(config)}
-    return keys | {key.partition(".")[0] for key in keys}
+    return keys | {key for config in configs for key in config}
 
 
 def commands(text: str) -> list[tuple[str, str]]:
@@ -119,7 +119,8 @@ def test_commands_are_found_in_code_of_one_line_and_of_several():
 
 
 def test_the_help_of_training_and_the_manual_name_every_section_of_the_config():
-    sections = {key for key, value in config_lib.defaults().items() if isinstance(value, ConfigDict)}
+    every = [config_lib.defaults(name) for name in config_lib.OBJECTIVES]
+    sections = {key for config in every for key, value in config.items() if isinstance(value, ConfigDict)}
     shown = importlib.import_module("rmjax.main").__doc__
     assert set(re.findall(r"^    ([a-z]+)  +\w", shown, re.MULTILINE)) == sections
     assert set(re.findall(r"^\| `([a-z]+)` \|", (ROOT / "docs/config.md").read_text(), re.MULTILINE)) == sections

@@ -15,6 +15,7 @@ from rmjax.batches.tasks import Axes
 from rmjax.sharding import assemble
 
 Batch = dict[str, np.ndarray]
+Sums = dict[str, Any]  # see objectives/sums.py
 
 
 class BatchSource(Protocol):
@@ -25,8 +26,19 @@ class BatchSource(Protocol):
         """Number of steps."""
         ...
 
-    def batch(self, step: int) -> dict[str, jax.Array]:
-        """The batch of a step on the devices, arrays [M, B, ...]; see `Shape.fields`."""
+    def batch(self, step: int, params: Any) -> dict[str, jax.Array]:
+        """The batch of a step on the devices, arrays [M, B, ...]; see `Shape.fields`.
+
+        `params` are the parameters that the step starts from.
+        """
+        ...
+
+    def sums(self, step: int) -> Sums:
+        """What was measured when the batch of a step was made; {} of most."""
+        ...
+
+    def check(self, step: int, sums: Sums) -> None:
+        """Refuses a step whose sums show that its batch was not what it should be; most have nothing to refuse."""
         ...
 
     def digest(self, steps: int) -> str:
@@ -132,15 +144,31 @@ class StepSource:
 
     def __getitem__(self, step: int) -> Batch:
         """Arrays [M, local rows, ...] of one step."""
-        rows = self.plan.rows(int(step))
-        micro_batches = []
-        for m in range(self.shape.micro):
-            batch = empty_rows(self.shape, len(self.local))
-            for b, r in enumerate(m * self.shape.rows + local for local in self.local):
-                if r < len(rows):
-                    fill_row(batch, b, [self.groups.group(int(i)) for i in rows[r]], self.shape.labels)
-            micro_batches.append(batch)
-        return {name: np.stack([batch[name] for batch in micro_batches]) for name in micro_batches[0]}
+        return fill(self.plan.rows(int(step)), self.groups, self.shape, self.local)
+
+
+def fill(rows: Sequence[Sequence[int] | np.ndarray], groups: GroupSource, shape: Shape, local: Sequence[int]) -> Batch:
+    """Arrays [M, local rows, ...] of rows of groups, by their numbers; `local` are the rows of each micro-batch that
+    this process holds, ascending."""
+    if len(rows) > shape.micro * shape.rows:
+        raise ValueError(f"{len(rows)} rows do not fit into {shape.micro} micro-batches of {shape.rows}")
+    micro_batches = []
+    for m in range(shape.micro):
+        batch = empty_rows(shape, len(local))
+        for b, r in enumerate(m * shape.rows + place for place in local):
+            if r < len(rows):
+                fill_row(batch, b, [groups.group(int(i)) for i in rows[r]], shape.labels)
+        micro_batches.append(batch)
+    return {name: np.stack([batch[name] for batch in micro_batches]) for name in micro_batches[0]}
+
+
+def placed(
+    rows: Sequence[Sequence[int]], groups: GroupSource, shape: Shape, sharding: jax.sharding.NamedSharding
+) -> dict[str, jax.Array]:
+    """The same on the devices, arrays [M, B, ...] with B split by `sharding` ([B])."""
+    local = local_rows(sharding, shape.rows)
+    batch = fill(rows, groups, shape, local)
+    return {name: _placed(x, local, shape.rows, _stacked(sharding)) for name, x in batch.items()}
 
 
 def abstract_batch(shape: Shape, sharding: jax.sharding.NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
@@ -194,11 +222,17 @@ class PlannedBatches:
         self._ahead: Iterator[dict[str, jax.Array]] = iter(())  # the batches from step `_next` on
         self._next = plan.steps
 
-    def batch(self, step: int) -> dict[str, jax.Array]:
+    def batch(self, step: int, params: Any) -> dict[str, jax.Array]:
         if step != self._next:
             self._ahead = self._from(step)
         self._next = step + 1
         return next(self._ahead)
+
+    def sums(self, step: int) -> Sums:
+        return {}
+
+    def check(self, step: int, sums: Sums) -> None:
+        pass
 
     def digest(self, steps: int) -> str:
         return self._plan.digest(steps)

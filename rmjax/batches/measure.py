@@ -319,7 +319,7 @@ def _longer_by_characters(groups: Groups) -> np.ndarray:
     flat, start = groups.column("label/verdict")
     characters, at = groups.column("characters")
     sign = np.sign(flat[start[:-1]] - flat[start[:-1] + 1])  # A - B in the first order
-    here = (np.diff(at) == 2) & (sign != 0)
+    here = (np.diff(at) == 2) & (sign != 0) & (groups.responses > 1)  # of one order alone it is not known which
     size = characters[at[:-1][here][:, None] + np.arange(2)].astype(np.int64)
     return ((size[:, 0] - size[:, 1]) * sign[here]).astype(np.int64)
 
@@ -329,7 +329,7 @@ def _scores_by_length(groups: Groups, names: Sequence[str]) -> dict[str, Any]:
     kind, characters = label_kind(groups), groups.column("characters")[0]
     columns: list[tuple[str, np.ndarray, np.ndarray]] = []
     if kind == "attributes":
-        columns = list(_columns(groups, names))
+        columns = list(_columns(groups, names)) if groups.responses.sum() == len(characters) else []
     elif kind == "steps":
         right = _first_errors(groups)[1] == 0
         columns = [("all steps right", right, np.ones(len(right), bool))] if len(right) == len(characters) else []

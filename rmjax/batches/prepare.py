@@ -1,8 +1,9 @@
 """What a run is made of, before its first step: groups, plans and batch shapes, and the model's first parameters."""
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,11 @@ def open_chat(config: ConfigDict, workdir: Path) -> Chat:
     if source == "synthetic":
         source = workdir / "tokenizer"
         synthetic.make_tokenizer(source)
+    answer = config.rollout.max_tokens if "rollout" in config else 0  # that is still to be written
     chat = Chat(
         load_tokenizer(source),
         template_kwargs=config_lib.template_kwargs(config),
-        max_length=config.data.max_length or config.plan.row_tokens,
+        max_length=config.data.max_length or config.plan.row_tokens - answer,
         over_long=config.data.over_long,
     )
     for note in chat.notes:
@@ -131,10 +133,25 @@ def refuse_without_margin(config: ConfigDict, groups: Groups) -> None:
         )
 
 
-def plan_training(config: ConfigDict, groups: Groups) -> Plan:
-    """Plans as many epochs as the run's duration needs; an epoch shows each source as often as its weight says."""
+def plan_training(config: ConfigDict, groups: Groups, make: Callable[..., Plan] | None = None) -> Plan:
+    """Plans as many epochs as the run's duration needs; an epoch shows each source as often as its weight says.
+
+    `make` plans a number of epochs with weights of the sources, or None; default is to pack the groups.
+    """
     weights = select.weights(groups.sources, config.data.weights) if config.data.weights else None
-    make = lambda epochs: packing.make_plan(
+    make = functools.partial(make or functools.partial(_packed, config, groups), weights=weights)
+    amount, unit = config_lib.parse_duration(config.duration)
+    if unit == "epoch" and amount == int(amount):
+        return make(int(amount))  # epochs differ by a step or two, so whole ones are not counted in steps
+    plan = make(1)
+    steps = steps_in(config.duration, plan)
+    while plan.steps < steps:
+        plan = make(max(len(plan.epoch_steps) + 1, round(steps / plan.steps_per_epoch)))
+    return plan.first(steps)
+
+
+def _packed(config: ConfigDict, groups: Groups, epochs: int, weights: np.ndarray | None) -> Plan:
+    return packing.make_plan(
         groups.lengths,
         groups.ends,
         row_tokens=config.plan.row_tokens,
@@ -146,14 +163,6 @@ def plan_training(config: ConfigDict, groups: Groups) -> Plan:
         source=groups.source,
         weights=weights,
     )
-    amount, unit = config_lib.parse_duration(config.duration)
-    if unit == "epoch" and amount == int(amount):
-        return make(int(amount))  # epochs differ by a step or two, so whole ones are not counted in steps
-    plan = make(1)
-    steps = steps_in(config.duration, plan)
-    while plan.steps < steps:
-        plan = make(max(len(plan.epoch_steps) + 1, round(steps / plan.steps_per_epoch)))
-    return plan.first(steps)
 
 
 def batch_shape(groups: Groups, plan: Plan, row_devices: int, micro_rows: int) -> Shape:

@@ -130,9 +130,9 @@ def _branches(arrays: list[np.ndarray], members: list[int], shared: int) -> list
 
 
 def parts(tree: Tree, most: int) -> list[Tree]:
-    """The tree in several of at most `most` tokens, where its sequences allow; what all share is then repeated.
+    """The tree in several of at most `most` tokens, where its sequences allow; what these share is then repeated.
 
-    What only some share is not counted as shared, so a part may have fewer tokens than it could.
+    A sequence is counted without what it shares with the one before it, so a part may have fewer tokens than it could.
 
     Args:
         tree: with one scored token for each response, in order; one with several is left whole.
@@ -148,13 +148,14 @@ def parts(tree: Tree, most: int) -> list[Tree]:
 
 def build_trees(sequences: Sequence[np.ndarray], most: int) -> list[Tree]:
     """Trees of neighbouring sequences, each of at most `most` tokens; see `parts`."""
-    shared = max(common_prefix(sequences) - 1, 0)  # nodes split one token before the sequences differ
     runs: list[list[np.ndarray]] = []
     used = most
     for sequence in sequences:
-        if used + len(sequence) - shared > most:
+        # Nodes split one token before the sequences differ.
+        new = len(sequence) - max(common_prefix([runs[-1][-1], sequence]) - 1, 0) if runs else len(sequence)
+        if used + new > most:
             runs.append([])
-            used = shared
+            used, new = 0, len(sequence)
         runs[-1].append(sequence)
-        used += len(sequence) - shared
+        used += new
     return [build_tree(run) for run in runs]

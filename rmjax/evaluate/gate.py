@@ -18,7 +18,12 @@ from rmjax.report.section import Section
 
 Values = Mapping[str, Any]
 Check = dict[str, Any]
-ACCURACY = {"preferences": "accuracy", "steps": "accuracy", "tokens": "verdict_accuracy"}  # by kind; others have none
+ACCURACY = {
+    "preferences": "accuracy",
+    "steps": "accuracy",
+    "tokens": "verdict_accuracy",
+    "judgements": "accuracy",
+}  # by kind; others have none
 BROKEN = "look at the rewards (validation/reward_max) and at the labels of this set; lower config.optim.learning_rate"
 FITTED = 0.05  # accuracy in training this far above the threshold: the training data is fitted
 
@@ -45,6 +50,13 @@ def judge(gate: Values, evaluation: Values, lines: Sequence[Values]) -> dict[str
         "beats_length": lambda: _beats_length(sets),
         "ece": lambda: _calibration(gate["ece"], sets),
     }
+    if (sets.get("validation") or {}).get("kind") == "judgements":
+        of_all = ("accuracy", "gap")  # a loss that rewards make does not fall, and nothing is said of lengths
+        asked = {name: asked[name] for name in of_all} | {
+            "unreadable": lambda: _few(gate["unreadable"], sets, "unreadable", "cannot be read", UNREADABLE),
+            "cut_off": lambda: _few(gate["cut_off"], sets, "cut_off", "are cut off", CUT_OFF),
+            "consistency": lambda: _keeps_orders(sets, lines),
+        }
     broken = lambda name, error: _check(False, None, None, f"{name}: {error}", BROKEN)
     checks = [{"name": "measured", **broken(*error)} for error in (evaluation.get("errors") or {}).items()]
     checks += [{"name": name, **check()} for name, check in asked.items() if gate.get(name)]
@@ -61,6 +73,35 @@ def _accuracy(least: float, sets: Values) -> Check:
         return _not_measured("the validation set has no accuracy", least)
     reason = f"validation accuracy {with_interval(accuracy, True)}, at least {number(least, True)} is asked"
     return _judged(accuracy, least, 1, reason, _raise_accuracy(sets, least), sets)
+
+
+UNREADABLE = (
+    "look at the unreadable samples in the report; teach the form first (`sft`, as config.start), or set "
+    "config.objective.unreadable to -1"
+)
+CUT_OFF = "raise config.rollout.max_tokens, or look whether long answers are rewarded (answer_tokens in metrics.jsonl)"
+
+
+def _few(most: float, sets: Values, metric: str, what: str, advice: str) -> Check:
+    """Whether few judgements are so."""
+    share = _known(sets, "validation", metric)
+    if share is None:
+        return _not_measured("the validation set has no judgements", most)
+    reason = f"{with_interval(share, True)} of the judgements {what}, less than {number(most, True)} is asked"
+    return _judged(share, most, -1, reason, advice, sets)
+
+
+def _keeps_orders(sets: Values, lines: Sequence[Values]) -> Check:
+    """Whether both orders of a pair agree as often as before training."""
+    now = _known(sets, "validation", "consistency")
+    before = next((x["validation/consistency"] for x in lines if x.get("validation/consistency") is not None), None)
+    if now is None or before is None:
+        return _not_measured("nothing is asked in both orders", None)
+    agree = f"{with_interval(now, True)} of the pairs, {number(before, True)} before training"
+    reason = f"the verdicts on both orders agree for {agree}"
+    fell = now["high"] is not None and now["high"] < before
+    advice = "set config.objective.both_orders, or the reward `consistent`"
+    return _check(not fell, now["value"], before, reason, advice)
 
 
 def _raise_accuracy(sets: Values, least: float) -> str:

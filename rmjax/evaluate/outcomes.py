@@ -15,6 +15,7 @@ from rmjax.batches.tasks import Attributes, Preferences, Steps, Task
 from rmjax.evaluate import best_of_n, judges, measures, moments, pairs, ratings
 from rmjax.evaluate.estimates import Estimates, ratio
 from rmjax.evaluate.scored import Stack
+from rmjax.judging.asked import Questions
 from rmjax.judging.verdicts import Judgements
 from rmjax.judging.writing import Writing
 from rmjax.objectives import sums as sums_lib
@@ -144,12 +145,22 @@ def _tokens(task: Writing, outcomes: Outcomes) -> Measured:
     return estimates, {"tokens_count": _count(written["tokens"].sum())}, {}
 
 
+def _drawn(task: Questions, outcomes: Outcomes) -> Measured:
+    estimates = _without_intervals(1)
+    for name in DRAWN:
+        estimates.add(name, ratio, *(np.array([[outcomes[x].sum()]]) for x in (name, "tokens")))
+    most = outcomes["ratio"].max(initial=0.0)
+    return estimates, {"ratio_max": np.array([most, most])}, {}
+
+
+DRAWN = ("mismatch", "clipped")  # of a token
 MEASURES: dict[type, Callable[[Any, Outcomes], Measured]] = {
     Preferences: _preferences,
     Judgements: _verdicts,
     Attributes: _attributes,
     Steps: _steps,
     Writing: _tokens,
+    Questions: _drawn,
 }
 
 

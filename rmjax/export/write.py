@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
+from rmjax import objectives
 from rmjax.batches.chat import PROBE, Chat, load_tokenizer
 from rmjax.batches.groups import Groups
 from rmjax.inference import contract
@@ -80,7 +81,7 @@ def write_export(
     parts = {**evaluation["sets"], **evaluation["benchmarks"]} if evaluation else {}
     terms = contract.make(
         chat,
-        objective={"name": config.objective.name, **objective.terms()},
+        objective={"name": objectives.name_of(objective), **objective.terms()},
         architecture=objective.architecture,
         decoding=objective.decoding,
         own=jax.device_get(params.get("objective", {})),

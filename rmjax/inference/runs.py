@@ -21,6 +21,8 @@ from rmjax.inference.reward_model import Kind, RewardModel, longest_context
 from rmjax.models import heads
 from rmjax.runtime import ownership
 
+START = "start"  # the directory of config.start in a workdir
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -80,10 +82,28 @@ def read_config(workdir: Path) -> ConfigDict:
     config = config_lib.defaults(name)
     with config.unlocked():
         config.model.scratch = ConfigDict(values["model"].pop("scratch", {}))
+        config.start = ConfigDict(values.pop("start", {}))
     try:
         config.update(values)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{workdir / 'config.json'} is of another version of rmjax: {error}") from None
+    return config
+
+
+def settled(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """The config of a run as it is run in a workdir: one with `start` begins with the export of that.
+
+    Until there is one, its model is that of `start`, as far as shapes go.
+    """
+    if not config.start:
+        return config
+    config, export = config.copy_and_resolve_references(), workdir / START / "export"
+    if export.exists():
+        config.model.init_from = str(export)
+        return config
+    with config.unlocked():
+        for key in ("init_from", "scratch", "tokenizer"):
+            config.model[key] = config.start.model[key]
     return config
 
 
@@ -97,8 +117,8 @@ def open_checkpoint(place: Place, mesh: jax.sharding.Mesh | None = None) -> Open
     Raises:
         ValueError: there is no such checkpoint, or it is not whole; says which there are.
     """
-    config = read_config(place.workdir)
-    objective = objectives.make(config.objective)
+    config = settled(read_config(place.workdir), place.workdir)
+    objective = objectives.make(config.objective).exported
     mesh = mesh or _mesh(config)
     with tempfile.TemporaryDirectory() as scratch:
         chat = prepare.open_chat(config, Path(scratch))
@@ -157,7 +177,7 @@ def reward_model(model: AbstractModel, chat: Chat, params: Any, dtype: str = "au
         dtype: of the computation, as config.model.compute_dtype.
     """
     own = jax.device_get(params.get("objective", {}))
-    kind = Kind.trained(model.objective, own, model.stops, longest_context(model.values))
+    kind = Kind.trained(model.objective.exported, own, model.stops, longest_context(model.values))
     dtype = heads.compute_dtype(dtype, model.mesh.devices.flat[0].platform)
     return RewardModel(chat, model.config, parameters.model_params(params), model.mesh, dtype, kind)
 

@@ -91,7 +91,7 @@ class Sampler:
 
         Args:
             config: shapes of the model.
-            params: of a LanguageModel, or what `writing_params` made of them.
+            params: of a LanguageModel, or what `writing_params` made of them; None where `load` follows.
             mesh: of this process's own devices.
             dtype: of the computation, float32 or bfloat16.
             drawing: how responses are drawn.
@@ -106,7 +106,8 @@ class Sampler:
         self._writer = Writer(config, dtype, form)
         self._stops = jnp.array(sorted(set(stops)) or [-1], jnp.int32)
         self._rows = sharding.named(mesh, sharding.BATCH)
-        self.load(params)
+        if params is not None:
+            self.load(params)
 
     def load(self, params: Any) -> None:
         """Writes with these parameters, of the same shapes, from the next call of `responses` on.
@@ -119,6 +120,49 @@ class Sampler:
         """
         self.params: Any = None
         self.params = writing_params(params, self.config, self.mesh, self.dtype)
+
+    def programs(self, params: Any, prompt_tokens: int) -> dict[str, Any]:
+        """What `responses` runs, compiled for prompts and responses of the greatest length; nothing is run.
+
+        Args:
+            params: shapes of a LanguageModel's parameters.
+            prompt_tokens: of a prompt.
+
+        Returns:
+            By name the programs that read prompts and write responses.
+        """
+        c, drawing, p = self.config, self.drawing, self.groups
+        slots, rooms = p * drawing.responses, (room(prompt_tokens - 1), room(drawing.max_tokens + self.chunk))
+        cast = lambda x: jax.tree.map(lambda y: y.astype(self.dtype), layers_apart(x, c.layers))
+        apart = jax.eval_shape(cast, params)
+        params = sharding.with_shardings(apart, sharding.param_shardings(self.mesh, apart, sharding.WRITING_RULES))
+
+        def shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(sizes, dtype)
+
+        def cache(n: int, length: int) -> list[Any]:
+            each = jax.ShapeDtypeStruct((n, c.kv_heads, length, c.head_dim), self.dtype, sharding=self._rows)
+            return [(each, each)] * c.layers
+
+        prompt, own, at_once = cache(p, rooms[0]), cache(slots, rooms[1]), self._read_at_once(p, rooms[0])
+        state = (
+            *(shape(p), shape(p, dtype=jnp.uint32), shape(slots), shape(slots), shape(slots, dtype=jnp.bool_)),
+            self._stops,
+        )
+        keys = {"drawing": dataclasses.replace(drawing, seed=0), "chunk": self.chunk}
+        with jax.set_mesh(self.mesh):
+            read = _read.lower(self._writer, params, prompt, shape(at_once, rooms[0]), shape(at_once), shape(at_once))
+            write = _write.lower(self._writer, params, prompt, own, state, shape(dtype=jnp.uint32), **keys)
+            return {"reads prompts": read.compile(), "writes answers": write.compile()}
+
+    def _read_at_once(self, groups: int, prompt_room: int) -> int:
+        """Prompts that are read by one call."""
+        budget = PREFILL_TOKENS.get(self.mesh.devices.flat[0].platform, DEFAULT_PREFILL_TOKENS)
+        return min(groups, max(1, budget // prompt_room))
+
+    def free(self) -> None:
+        """Lets the parameters go, to make room; `load` comes before the next responses."""
+        self.params = None
 
     def groups_of(self, prompts: int) -> int:
         """The groups for so many prompts: a power of two on each row of devices, so few are compiled, or `groups`."""
@@ -178,8 +222,7 @@ class _State:
     def begin(self, prompts: Sequence[Prompt], waiting: Sequence[int]) -> list[int]:
         """Gives free groups the first of the waiting prompts; the others are left."""
         k, free = self.s.drawing.responses, self.free
-        budget = PREFILL_TOKENS.get(self.s.mesh.devices.flat[0].platform, DEFAULT_PREFILL_TOKENS)
-        at_once = min(self.groups, max(1, budget // self.prompt_room))
+        at_once = self.s._read_at_once(self.groups, self.prompt_room)
         begun = list(zip(free, waiting))
         for start in range(0, len(begun), at_once):
             some = begun[start : start + at_once]

@@ -6,6 +6,7 @@ from typing import Any
 
 from rmjax.objectives.base import Objective
 from rmjax.objectives.bradley_terry import BradleyTerry
+from rmjax.objectives.grpo import GRPO
 from rmjax.objectives.pairwise import Pairwise
 from rmjax.objectives.pointwise import Pointwise
 from rmjax.objectives.prm import ProcessReward
@@ -17,6 +18,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "pointwise": Pointwise,
     "prm": ProcessReward,
     "sft": SFT,
+    "grpo": GRPO,
 }
 
 
@@ -36,6 +38,11 @@ def make(values: Mapping[str, Any]) -> Objective:
         return OBJECTIVES[name](**{key: _frozen(value) for key, value in values.items()})
     except TypeError as error:
         raise ValueError(f"config.objective: a value of {name!r} is of the wrong type: {error}") from None
+
+
+def name_of(objective: Objective) -> str:
+    """The name of an objective's kind."""
+    return next(name for name, kind in OBJECTIVES.items() if kind is type(objective))
 
 
 def _frozen(value: Any) -> Any:

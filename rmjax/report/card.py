@@ -120,8 +120,13 @@ def text(
 
 def base_model(config: ConfigDict) -> str:
     """The hub id that a run started from; "" where it was a directory, or from scratch."""
-    base = str(config.model.init_from)
+    base = str(base_config(config).model.init_from)
     return base if hf.is_hub_id(base) and not Path(base).is_dir() else ""
+
+
+def base_config(config: ConfigDict) -> ConfigDict:
+    """The config of the run that a run and those before it (config.start) began with."""
+    return base_config(config.start) if config.start else config
 
 
 def public_config(config: ConfigDict) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rmjax.report import audit as audit_report
 from rmjax.report import evaluation as evaluation_report
-from rmjax.report import panels, run_files, show
+from rmjax.report import panels, run_files, samples, show
 from rmjax.report.card import KINDS
 from rmjax.report.drawing import CHOSEN, REJECTED, TRAIN, VALIDATION
 from rmjax.report.naming import flat, metric, number
@@ -47,7 +47,7 @@ def write_report(directory: Path, parts: Values, title: str = "") -> Path:
 
     Args:
         directory: of the run.
-        parts: as of `read_parts`: lists of values under the names in LINES, values under those in FILES.
+        parts: as of `read_parts`: lists of values under the names in LINES and "rollouts", values under those in FILES.
         title: what ran; "" is the directory's name.
     """
     metrics, timings = (parts.get(name) or [] for name in LINES)
@@ -61,6 +61,7 @@ def write_report(directory: Path, parts: Values, title: str = "") -> Path:
         evaluation_report.key_numbers(sets),
         _learning(metrics, exported),
         _rewards(metrics, looked_at, exported),
+        samples.section(metrics, parts.get("rollouts") or []),
         evaluation_report.calibration(looked_at),
         evaluation_report.slices(looked_at),
         evaluation_report.worst(looked_at),
@@ -98,6 +99,8 @@ def read_parts(directory: Path) -> dict[str, Any]:
                 parts[name] = json.loads(path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); delete it to leave its part out of the report") from None
+    if drawn := samples.read(directory / "rollouts"):
+        parts["rollouts"] = drawn
     return parts
 
 

@@ -12,6 +12,7 @@ miss by half or more. Recomputed operations are not in it.
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -21,8 +22,7 @@ from ml_collections import ConfigDict
 
 from rmjax import sharding
 from rmjax.batches import prepare
-from rmjax.batches.groups import Groups
-from rmjax.batches.packing import Plan
+from rmjax.batches.groups import Group
 from rmjax.batches.prepare import Split
 from rmjax.evaluate import benchmarks
 from rmjax.hardware import flops, memory, topology
@@ -31,6 +31,7 @@ from rmjax.inference import parameters
 from rmjax.inference.parameters import AbstractModel
 from rmjax.models import heads, hf
 from rmjax.models.config import ModelConfig, parameter_count
+from rmjax.train import questions
 from rmjax.train.step import Program
 
 STEPS = 4  # whose FLOPs are counted, from the first on
@@ -124,7 +125,7 @@ def report(name: str, config: ConfigDict, model: AbstractModel, program: Program
     found, unknown = collectives(program.step.as_text(), mesh.size)
     links = {group: topology.link(name, [devices[i] for i in group]) for group in {x.group for x in found}}
     work = Work(
-        flops=step_flops(model.config, program.state["params"], train.groups, train.plan) / mesh.size,
+        flops=step_flops(model.config, program.state["params"], *first_groups(config, model, train)) / mesh.size,
         peak=cast(float, flops.peak(devices[0].device_kind)),
         traffic=traffic(config, mesh, model.config, program, train),
         bandwidth=topology.bandwidth(name),
@@ -210,10 +211,21 @@ def traffic(config: ConfigDict, mesh: jax.sharding.Mesh, model: ModelConfig, pro
     )
 
 
-def step_flops(model: ModelConfig, params: Any, groups: Groups, plan: Plan) -> float:
-    """FLOPs of a step on all devices, the mean of the first `STEPS`."""
-    steps = min(STEPS, plan.steps)
-    chosen = [groups.group(int(i)) for step in range(steps) for i in np.concatenate(plan.rows(step))]
+def first_groups(config: ConfigDict, model: AbstractModel, train: Split) -> tuple[list[Group], int]:
+    """The groups of the first `STEPS` steps, or of as many as there are, and their number.
+
+    Of a run that draws its own they are of half the tokens that they may have, and the drawing itself is not in them.
+    """
+    steps = min(STEPS, train.plan.steps)
+    numbers = [int(i) for step in range(steps) for i in np.concatenate(train.plan.rows(step))]
+    asked = [train.groups.group(i) for i in numbers]
+    if model.objective.draws:
+        return [group for question in asked for group in questions.imagined(config, question)], steps
+    return asked, steps
+
+
+def step_flops(model: ModelConfig, params: Any, chosen: Sequence[Group], steps: int) -> float:
+    """FLOPs of a step on all devices, the mean of so many that have these groups."""
     trees = [group.tree for group in chosen]
     tokens = np.array([len(tree) for tree in trees])
     scored = np.array([len(tree.end) for tree in trees])

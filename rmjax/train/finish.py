@@ -19,8 +19,10 @@ from rmjax.export import write as export
 from rmjax.inference import runs
 from rmjax.inference.parameters import AbstractModel
 from rmjax.inference.reward_model import RewardModel
+from rmjax.report import card
 from rmjax.report import run as run_report
 from rmjax.runtime import agreement, exits, files, processes
+from rmjax.train.evaluations import Evaluation
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
 
@@ -32,22 +34,23 @@ class NotGoodEnough(RuntimeError):
 
 
 def measure(
-    model: RewardModel, sets: Mapping[str, Groups], tests: Sequence[tuple[Benchmark, Groups]], where: Path, step: int
+    model: RewardModel,
+    sets: Mapping[str, Evaluation],
+    tests: Sequence[tuple[Benchmark, Groups]],
+    where: Path,
+    step: int,
 ) -> dict[str, Any]:
     """The evaluation of a run's model: every set and benchmark, with intervals.
 
     Args:
-        sets: by name, of the objective's own task.
+        sets: by name.
 
     Returns:
         evaluation.json; under "errors" why a set or a benchmark could not be measured.
     """
-    assert model.objective is not None
-    task = model.objective.task
     found: dict[str, Any] = {"version": 1, "model": str(where), "step": step, "sets": {}, "benchmarks": {}}
-    of_set = lambda groups: evaluating.measured(model, groups, task)
     asked: list[tuple[str, str, Any]] = [
-        ("sets", name, functools.partial(of_set, groups)) for name, groups in sets.items()
+        ("sets", name, functools.partial(of_set.measured, model)) for name, of_set in sets.items()
     ]
     asked += [
         ("benchmarks", test.name, functools.partial(evaluating.run_benchmark, model, test, groups))
@@ -69,7 +72,7 @@ def write(
     chat: Chat,
     params: Any,
     step: int,
-    sets: Mapping[str, Groups],
+    sets: Mapping[str, Evaluation],
     tests: Sequence[tuple[Benchmark, Groups]],
     data: str,
     saved: Mapping[str, float],
@@ -98,18 +101,19 @@ def write(
         files.write_json(workdir / "evaluation.json", evaluation)
         files.write_json(workdir / "quality.json", verdict)
         files.write_json(workdir / "environment.json", environment(model.mesh))
-    name = f"{Path(config.model.init_from).name or model.values['model_type']}-{config.objective.name}"
+    base = card.base_config(config).model.init_from
+    name = f"{Path(base).name or model.values['model_type']}-{config.objective.name}"
     export.write_export(
         workdir / "export",
         params,
-        objective=model.objective,
+        objective=model.objective.exported,
         config=config,
         values=model.values,
         model=model.config,
         chat=chat,
         metrics=metrics,
         data=data,
-        golden=export.golden_sequences(sets["validation"]),
+        golden=export.golden_sequences(sets["validation"].groups),
         evaluation=evaluation,
         quality=verdict,
         card_name=name.replace("_", "-"),

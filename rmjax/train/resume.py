@@ -39,7 +39,7 @@ CHANGES = (
     (r"log\.every", LOGGED),
     (r"log\..*|gate\..*", FREE),
     # From here on the run is another one, with the same steps behind it.
-    (r"duration|on_nonfinite|eval\..*|checkpoint\.(every|patience)", LOGGED),
+    (r"duration|on_nonfinite|eval\..*|checkpoint\.(every|patience|goal)", LOGGED),
     (r"optim\.(learning_rate|schedule|warmup|decay|weight_decay|decays|lr_factors|clip_norm|b1|b2|eps)", LOGGED),
     # The rest decides the rows, the model, the state of the optimizer, or what the best checkpoint is.
     (r".*", REFUSED),
@@ -227,13 +227,18 @@ class Host:
         """Adds a step's sums to the window."""
         self.window = sums_lib.add(self.window, sums) if self.window else sums
 
-    def judge(self, value: float | None, mode: str, patience: int) -> None:
+    def judge(self, value: float | None, mode: str, patience: int, goal: float = 0.0) -> None:
         """Takes in an evaluation's value of the metric; decides whether to stop early."""
         better = value is not None and (
             self.best is None or (value > self.best if mode == "max" else value < self.best)
         )
         self.best, self.waits = (value, 0) if better else (self.best, self.waits + 1)
-        self.stopped = bool(patience) and self.waits >= patience
+        self.stopped = self.ends(mode, patience, goal)
+
+    def ends(self, mode: str, patience: int, goal: float) -> bool:
+        """Whether the run stops early, by config.checkpoint."""
+        reached = bool(goal) and self.best is not None and (self.best >= goal if mode == "max" else self.best <= goal)
+        return reached or (bool(patience) and self.waits >= patience)
 
     def leave_out(self, start: int, bad: int, steps: int) -> None:
         """Leaves out the rows of the steps from `start`, gone back to, to the `bad` one, of a plan of `steps`."""
@@ -299,7 +304,8 @@ def restore_or_init(
         start, state, values = restored
         host = Host.from_json(values)
         host.check(made_from, plan, start)
-        host.stopped = bool(config.checkpoint.patience) and host.waits >= config.checkpoint.patience
+        rule = config.checkpoint
+        host.stopped = host.ends(rule.mode, rule.patience, rule.goal)
         print(f"continuing from step {start}", flush=True)
     else:
         params, head = parameters.init_params(config, model)

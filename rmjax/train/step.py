@@ -22,9 +22,10 @@ from rmjax.inference import parameters
 from rmjax.inference.parameters import AbstractModel
 from rmjax.models import heads
 from rmjax.objectives.base import Objective, Outcomes
+from rmjax.objectives.grpo import GRPO
 from rmjax.objectives.sums import Sums, fraction
 from rmjax.runtime import agreement
-from rmjax.train import host_state, optim
+from rmjax.train import host_state, optim, questions
 
 
 def forward(params: Any, batch: dict[str, jax.Array], graph: Any, config: ConfigDict) -> Any:
@@ -41,11 +42,13 @@ def loss_and_outcomes(
     return fraction(*objective.loss_sums(outputs, batch, own)), objective.outcomes(outputs, batch, own)
 
 
-def accumulate(loss: Callable[[Any, Any], tuple[jax.Array, Outcomes]], params: Any, batch: Any) -> tuple[Any, Sums]:
+def accumulate(
+    loss: Callable[[Any, Any], tuple[jax.Array, Outcomes]], params: Any, batch: Any, *, varies: bool = False
+) -> tuple[Any, Sums]:
     """Sums the gradients of the loss's numerator, and the loss, over the micro-batches of a step [M, B, ...].
 
     Several are added in float32; that of one has the parameters' dtypes. Beside the sums stand the `outcomes` of all
-    micro-batches [M, B, ...].
+    micro-batches [M, B, ...]. Where the number of filled ones `varies` from step to step, the others are not computed.
     """
 
     def one(micro: Any) -> tuple[Any, jax.Array, Outcomes]:
@@ -67,8 +70,19 @@ def accumulate(loss: Callable[[Any, Any], tuple[jax.Array, Outcomes]], params: A
         grads, pair, outcomes = one(micro)
         return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + pair), outcomes
 
-    (grads, pair), outcomes = jax.lax.scan(body, start, batch)
+    (grads, pair), outcomes = jax.lax.scan(only_filled(body) if varies else body, start, batch)
     return grads, {"loss": pair, "outcomes": outcomes}
+
+
+def only_filled(body: Callable[[Any, Any], tuple[Any, Outcomes]]) -> Callable[[Any, Any], tuple[Any, Outcomes]]:
+    """The body of `accumulate`'s loop that does nothing for a micro-batch without groups."""
+
+    def filled(carry: Any, micro: Any) -> tuple[Any, Outcomes]:
+        outcomes = jax.eval_shape(body, carry, micro)[1]
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outcomes)
+        return jax.lax.cond((micro["weight"] > 0).any(), lambda: body(carry, micro), lambda: (carry, nothing))
+
+    return filled
 
 
 class Move(NamedTuple):
@@ -97,12 +111,14 @@ class Step:
         loss: (params, micro-batch) -> loss [2], outcomes.
         rate: learning rate of a step.
         tx: see `optim.make`.
+        varies: see `accumulate`.
     """
 
     loss: Callable[[Any, Any], tuple[jax.Array, Outcomes]]
     rate: optim.Schedule
     tx: optax.GradientTransformation
     config: ConfigDict
+    varies: bool = False
 
     def train_step(
         self, state: dict[str, Any], batch: Any, number: jax.Array, halted: jax.Array
@@ -128,12 +144,12 @@ class Step:
         self, params: Any, batch: Any, number: jax.Array, halted: jax.Array
     ) -> tuple[Any, Sums, jax.Array, Move]:
         """The first half: summed gradients, and what `update` needs to know. Counts what is not finite."""
-        grads, sums = accumulate(self.loss, params, batch)
+        grads, sums = accumulate(self.loss, params, batch, varies=self.varies)
         grads = optim.trainable(self.config.optim, grads)
         weight = jnp.maximum(sums["loss"][1], jnp.finfo(jnp.float32).tiny)
         norm, lr = optax.tree.norm(mean(grads, weight)), self.rate(number)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"][0])
-        move = Move(weight, norm, lr, number, finite & ~halted)
+        move = Move(weight, norm, lr, number, finite & ~halted & (sums["loss"][1] > 0))
         extra = {"grad_norm": (norm, 1), "learning_rate": (lr, 1), "nonfinite_count": (~finite, 0)}
         halted = halted | (~finite & (self.config.on_nonfinite == "stop"))
         sums |= {name: fraction(*value) for name, value in extra.items()}
@@ -193,7 +209,7 @@ def make_step(config: ConfigDict, model: AbstractModel, plan: Plan) -> Step:
     warmup, decay = (prepare.steps_in(d, plan, least=0) for d in (config.optim.warmup, config.optim.decay))
     rate = optim.schedule(config.optim, plan.steps, warmup, decay)
     loss = lambda params, micro: loss_and_outcomes(params, micro, model.graph, model.objective, config)
-    return Step(loss, rate, optim.make(config.optim, config.seed), config)
+    return Step(loss, rate, optim.make(config.optim, config.seed), config, model.objective.draws)
 
 
 def build_program(config: ConfigDict, model: AbstractModel, plan: Plan) -> Program:
@@ -217,6 +233,11 @@ def build_program(config: ConfigDict, model: AbstractModel, plan: Plan) -> Progr
     return Program(step, evaluate, state, shardings, config.model.remat)
 
 
+def _rows_of_steps(config: ConfigDict, objective: Objective, groups: Groups, plan: Plan) -> int:
+    """The most rows that a step of the plan has."""
+    return questions.bounds(config, groups, plan).rows if objective.draws else int(np.diff(plan.step_start).max())
+
+
 def compile_program(
     config: ConfigDict, model: AbstractModel, groups: Groups, plan: Plan, limit: int = 0
 ) -> tuple[Program, Split, str]:
@@ -233,7 +254,7 @@ def compile_program(
     """
     mesh = model.mesh
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    most_rows = -(-int(np.diff(plan.step_start).max()) // row_devices)
+    most_rows = -(-_rows_of_steps(config, model.objective, groups, plan) // row_devices)
     choices = memory.candidates(config.model.remat, config.plan.micro_rows, plan.row_tokens, most_rows)
 
     @functools.cache
@@ -242,7 +263,11 @@ def compile_program(
         settled.model.remat = remat
         return build_program(settled, model, plan)
 
-    split = lambda rows: Split(groups, plan, prepare.batch_shape(groups, plan, row_devices, rows))
+    def split(rows: int) -> Split:
+        if isinstance(objective := model.objective, GRPO):
+            return Split(groups, plan, questions.batch_shape(config, objective, groups, plan, row_devices, rows))
+        return Split(groups, plan, prepare.batch_shape(groups, plan, row_devices, rows))
+
     if config.debug:
         remat, rows = next(choices)
         return build_with_remat(remat), split(rows), "step: not compiled (config.debug)"

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from rmjax import config as config_lib
 from rmjax import objectives, sharding
-from rmjax.batches import loader, measure, prepare
+from rmjax.batches import measure, prepare
 from rmjax.batches.chat import Chat, set_pad_token
 from rmjax.batches.groups import Groups
 from rmjax.batches.loader import BatchSource, PlannedBatches
@@ -31,17 +31,22 @@ from rmjax.evaluate import benchmarks, evaluating, gate
 from rmjax.evaluate import outcomes as outcomes_lib
 from rmjax.evaluate.benchmarks import Benchmark
 from rmjax.export import write as export
+from rmjax.hardware import memory
 from rmjax.inference import parameters, runs
 from rmjax.inference.parameters import AbstractModel, abstract_model
 from rmjax.models import decoder, hf
 from rmjax.objectives import sums as sums_lib
+from rmjax.objectives.base import Objective
+from rmjax.objectives.grpo import GRPO
 from rmjax.objectives.sums import Sums
 from rmjax.runtime import agreement, command_line, files, ownership, passwords, processes, signals
 from rmjax.runtime.exits import InputError
 from rmjax.runtime.signals import Stop, Stopped
+from rmjax.train import drawing, finish, optim, questions, resume
 from rmjax.train import dry_run as dry_runs
-from rmjax.train import finish, optim, resume
+from rmjax.train.evaluations import Evaluation, Pass, Sampling
 from rmjax.train.resume import Host
+from rmjax.train.rollouts import Rollouts, reference_log_probs
 from rmjax.train.step import Program, build_program, compile_program
 from rmjax.train.watch import Watch, reward_drift, work_of_steps
 from rmjax.train.writers import Writers, check_wandb
@@ -88,7 +93,17 @@ def run(config: ConfigDict, workdir: Path, dry_run: bool = False, topology: str 
         _run(config, workdir, topology, stop, dry_run=True)
         return
     with _claimed(config, workdir) as (run_id, note):
+        if config.start:
+            _make_start(config.start, workdir / runs.START, stop)
         _run(config, workdir, topology, stop, run_id=run_id, note=note, changes=changes)
+
+
+def _make_start(config: ConfigDict, workdir: Path, stop: Stop) -> None:
+    """Runs `config.start`, unless that is done."""
+    resume.check_workdir(config, workdir)
+    if not (workdir / "export").exists():  # it appears whole, at the end
+        print(f"config.start is run first, in {workdir}", flush=True)
+        run(config, workdir, stop=stop)
 
 
 @contextlib.contextmanager
@@ -103,7 +118,9 @@ def _claimed(config: ConfigDict, workdir: Path) -> Iterator[tuple[str, Callable[
     with contextlib.ExitStack() as stack:
         if config.checkpoint.dir and "://" not in config.checkpoint.dir:
             stack.enter_context(signals.alone(Path(config.checkpoint.dir), "config.checkpoint.dir"))
-        note = stack.enter_context(command_line.leaving_nothing(workdir, unless="checkpoints"))
+        note = stack.enter_context(
+            command_line.leaving_nothing(workdir, unless=runs.START if config.start else "checkpoints")
+        )
         for name in (ownership.MARKER, *NEW_FILES):
             note(workdir / name)
         yield resume.claim(config, workdir), note
@@ -121,6 +138,7 @@ def _run(
     changes: Sequence[str] = (),
 ) -> None:
     # ---- Config and devices: what is cheap to check is checked first
+    given, config = config, runs.settled(config, workdir)
     objective = objectives.make(config.objective)
     config, devices, limit = dry_runs.target(config, topology)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -161,12 +179,23 @@ def _run(
         tests = evaluating.read_benchmarks(config, chat, objective.task)
 
     # ---- Plan
-    plan = prepare.plan_training(config, train_groups)
-    print("\n".join(prepare.describe_plan(train_groups, plan)), flush=True)
+    if objective.draws:
+        ask = functools.partial(questions.plan_questions, config, train_groups)
+        plan = prepare.plan_training(config, train_groups, ask)
+        questions.check(config, values, train_groups, plan)
+        print(questions.describe_plan(config, train_groups, plan), flush=True)
+    else:
+        plan = prepare.plan_training(config, train_groups)
+        print("\n".join(prepare.describe_plan(train_groups, plan)), flush=True)
 
     # ---- Compile
     if dry_run:
-        program, train, _ = _compile(config, model, train_groups, plan, sets, limit)
+        program, train, _ = _compile(config, model, chat, train_groups, plan, sets, limit)
+        if objective.draws and not config.rollout.source:
+            of_device = limit or memory.limit(mesh.local_devices[0])
+            sampler = drawing.make_sampler(config, model, chat, train_groups, program.state, of_device)
+            programs = drawing.compiled(sampler, model, train_groups)
+            print("\n".join(drawing.describe_sampler(sampler, programs, of_device)), flush=True)
         if topology:
             print("\n".join(dry_runs.report(topology, config, model, program, train)))
         return
@@ -176,10 +205,10 @@ def _run(
         keep_best=config.checkpoint.keep_best,
         metric=config.checkpoint.metric,
         mode=config.checkpoint.mode,
-        owner={"run": run_id, "workdir": str(workdir.absolute()), "config": config_lib.to_json(config)},
+        owner={"run": run_id, "workdir": str(workdir.absolute()), "config": config_lib.to_json(given)},
     )
     with contextlib.closing(checkpointer), ThreadPoolExecutor(1) as pool, jax.set_mesh(mesh):
-        compiling = pool.submit(_compile, config, model, train_groups, plan, sets, limit)
+        compiling = pool.submit(_compile, config, model, chat, train_groups, plan, sets, limit)
 
         # ---- Restore: weights or a checkpoint are read while the step is compiled
         states = build_program(config, model, plan)  # for the shapes and shardings of the state
@@ -188,14 +217,23 @@ def _run(
         state, host, start = restore()
         print("".join(f"changed since the last start: {change}\n" for change in changes), end="", flush=True)
         if processes.is_first():
-            resume.save_config(config, workdir)
-            _save_audit(workdir / "audit.json", train_groups, plan, validation_groups, objective.task)
+            resume.save_config(given, workdir)
+            _save_audit(workdir / "audit.json", train_groups, plan, validation_groups, objective)
         program, train, evaluations = compiling.result()
         agreement.barrier("compiled")  # devices wait for a late process less patiently
 
         # ---- Loop: from the newest checkpoint again after each step that rolls back
-        source = PlannedBatches(train.groups, train.plan, train.shape, sharding.named(mesh, sharding.BATCH))
-        work = work_of_steps(train, model.config, parameters.model_params(model.shapes))
+        rows = sharding.named(mesh, sharding.BATCH)
+        source: BatchSource
+        if isinstance(objective, GRPO):
+            least = agreement.gather("sampler memory", memory.limit(mesh.local_devices[0]))
+            engine = drawing.make_engine(config, model, chat, train_groups, program.state, min(least))
+            reference = reference_log_probs(config, model) if objective.kl else None
+            source = Rollouts(config, objective, chat, train, rows, engine, workdir / "rollouts", reference)
+            work = questions.work_of_steps(config, train)
+        else:
+            source = PlannedBatches(train.groups, train.plan, train.shape, rows)
+            work = work_of_steps(train, model.config, parameters.model_params(model.shapes))
         rollbacks: collections.Counter[int] = collections.Counter()
         while True:
             watch = Watch.open(config, workdir, work, objective.shown, mesh)
@@ -230,40 +268,24 @@ def _run(
 
 
 def _compile(
-    config: ConfigDict, model: AbstractModel, train: Groups, plan: Plan, sets: dict[str, Groups], limit: int
-) -> tuple[Program, Split, dict[str, Split]]:
+    config: ConfigDict, model: AbstractModel, chat: Chat, train: Groups, plan: Plan, sets: dict[str, Groups], limit: int
+) -> tuple[Program, Split, dict[str, Evaluation]]:
     """Compiles step and evaluation, and prints what was chosen; see `compile_program` for `limit`."""
     program, split, line = compile_program(config, model, train, plan, limit)
     axes = " x ".join(f"{axis} {size}" for axis, size in model.mesh.shape.items())
     print(f"mesh: {axes} on {model.mesh.size} devices\n{prepare.describe_shape(split.shape)}\n{line}", flush=True)
+    if isinstance(objective := model.objective, GRPO):
+        task = objective.task
+        return program, split, {name: Sampling(groups, task, model, chat, config) for name, groups in sets.items()}
     row_devices = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    evaluations = prepare.plan_evaluations(config, sets, row_devices, split.shape.rows // row_devices)
-    return program.with_evaluation(next(iter(evaluations.values())).shape, model.mesh), split, evaluations
+    splits = prepare.plan_evaluations(config, sets, row_devices, split.shape.rows // row_devices)
+    program = program.with_evaluation(next(iter(splits.values())).shape, model.mesh)
+    return program, split, {name: Pass(of_set, objective.task, model.mesh) for name, of_set in splits.items()}
 
 
 # ----------------------------------------------------------------------------------------------------
 # Loop
 # ----------------------------------------------------------------------------------------------------
-
-
-def evaluate(
-    program: Program,
-    params: Any,
-    split: Split,
-    task: Task,
-    mesh: jax.sharding.Mesh,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
-    """Metrics over every group of the split, each exactly once; None if `stop` is true before all are computed."""
-    loss, outcomes = np.zeros(2), []
-    for batch in loader.batches(split.groups, split.plan, split.shape, sharding.named(mesh, sharding.BATCH)):
-        if stop():
-            return None
-        batch_loss, batch_outcomes = jax.device_get(program.evaluate(params, batch))
-        loss += batch_loss
-        outcomes.append(batch_outcomes)
-    joined = {name: np.concatenate([batch[name] for batch in outcomes]) for name in outcomes[0]}
-    return outcomes_lib.evaluation_metrics(task, joined, loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +298,7 @@ class Run:
     program: Program
     source: BatchSource
     train: Split  # what `source` was planned from
-    evaluations: dict[str, Split]  # by the name that their metrics carry
+    evaluations: dict[str, Evaluation]  # by the name that their metrics carry
     tests: list[tuple[Benchmark, Groups]]  # the benchmarks of config.eval.benchmarks
     checkpointer: Checkpointer
     writers: Writers
@@ -297,16 +319,16 @@ class Run:
     def task(self) -> Task:
         return self.model.objective.task  # once, since it checks its template whenever it is asked for
 
-    def step_sums(self, sums: Sums) -> Sums:
-        """A step's sums on the host, with its metrics from its outcomes [M, B, ...]."""
+    def step_sums(self, step: int, sums: Sums) -> Sums:
+        """A step's sums on the host, with its metrics from its outcomes [M, B, ...] and those of its batch."""
         outcomes = {name: x.reshape(-1, *x.shape[2:]) for name, x in sums.pop("outcomes").items()}
-        return {**outcomes_lib.step_sums(self.task, outcomes), **sums_lib.to_host(sums)}
+        return {**outcomes_lib.step_sums(self.task, outcomes), **sums_lib.to_host(sums), **self.source.sums(step)}
 
     def evaluate(self, state: dict[str, Any], host: Host, step: int) -> dict[str, float] | None:
         """Evaluates every split and writes one line; None if the run is to stop before that is done."""
         values: dict[str, float] = {}
-        for name, split in self.evaluations.items():
-            metrics = evaluate(self.program, state["params"], split, self.task, self.model.mesh, self.stop.agreed)
+        for name, evaluation in self.evaluations.items():
+            metrics = evaluation.metrics(self.program, state["params"], self.stop.agreed)
             if metrics is None:
                 return None
             values |= {f"{name}/{key}": value for key, value in metrics.items()}
@@ -344,7 +366,7 @@ class Run:
         if values is not None:
             self.watch.progress.note(f"step {done}: {in_words(values, self)}")
             rule = self.config.checkpoint
-            host.judge(values.get(rule.metric), rule.mode, rule.patience)
+            host.judge(values.get(rule.metric), rule.mode, rule.patience, rule.goal)
             if host.stopped and host.window:
                 self.write_window(host, done)
         if not saved:
@@ -405,15 +427,17 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
     elif host.stopped or done == source.steps:
         progress.note("the run is done: nothing is trained, only exported")
     everywhere = sharding.named(run.model.mesh)
-    ahead = watch.batches((source.batch(step) for step in range(done, source.steps)), done)
+    # Each is asked for when the step before it has begun, with the parameters that it leaves.
+    ahead = watch.batches((source.batch(step, state["params"]) for step in range(done, source.steps)), done)
     batch, halted = next(ahead, None), sharding.place(np.bool_(False), everywhere)
     unread: list[tuple[int, Any]] = []
 
     def read(step: int, sums: Any) -> None:
-        sums = run.step_sums(jax.device_get(sums))
+        sums = run.step_sums(step, jax.device_get(sums))
         if sums["nonfinite_count"][0]:
             run.not_finite(state, host, step)
         else:
+            source.check(step, sums)
             host.count(sums)
         watch.done(step + 1, sums_lib.to_metrics(sums))
         if (step + 1) % log_every == 0 or step + 1 == source.steps:
@@ -444,9 +468,8 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
     if stops or host.unevaluated:
         raise Stopped(done)
     if host.stopped:
-        progress.note(
-            f"stopped early: {config.checkpoint.metric} has not improved on {host.best} for {host.waits} evaluations"
-        )
+        why = f"has not improved on {host.best} for {host.waits} evaluations" if host.waits else f"reached {host.best}"
+        progress.note(f"stopped early: {config.checkpoint.metric} {why}")
     return done
 
 
@@ -475,7 +498,6 @@ def conclude(run: Run, workdir: Path, last: int, run_id: str) -> None:
     best = run.checkpointer.best_step() if run.config.export.step == "best" else None
     step = last if best is None else best
     state, _ = run.checkpointer.restore_step(step, {"params": run.program.state["params"]})
-    sets = {name: split.groups for name, split in run.evaluations.items()}
     verdict, metrics = finish.write(
         run.config,
         workdir,
@@ -483,7 +505,7 @@ def conclude(run: Run, workdir: Path, last: int, run_id: str) -> None:
         run.chat,
         state["params"],
         step,
-        sets,
+        run.evaluations,
         run.tests,
         run.train.groups.fingerprint,
         run.checkpointer.metrics(step),
@@ -507,11 +529,11 @@ def conclude(run: Run, workdir: Path, last: int, run_id: str) -> None:
         )
 
 
-def _save_audit(path: Path, train: Groups, plan: Plan, validation: Groups, task: Task) -> None:
+def _save_audit(path: Path, train: Groups, plan: Plan, validation: Groups, objective: Objective) -> None:
     """Writes what the data is like as JSON; `python -m rmjax.data audit --config=FILE --html=FILE` draws it."""
     report = measure.report(
         {"training": train, "validation": validation},
-        plans={"training": measure.filling(train, plan)},
-        names=getattr(task, "names", ()),
+        plans={} if objective.draws else {"training": measure.filling(train, plan)},
+        names=getattr(objective.task, "names", ()),
     )
     files.write_json(path, report)

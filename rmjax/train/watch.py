@@ -169,10 +169,10 @@ class Watch:
         numbers, seconds, waited = np.array(self._steps).reshape(-1, 3).T
         if total := seconds.sum():
             rates = {name: x[numbers.astype(int) - 1].sum() / total for name, x in self._work.items()}
-            useful = rates.pop("useful_flops")
+            useful = rates.pop("useful_flops", None)
             values = {"step_seconds": np.median(seconds), "steps_per_second": len(seconds) / total}
             values |= {f"{name}_per_second": rate for name, rate in rates.items()}
-            values |= {"useful_mfu": useful / self._peak} if self._peak else {}
+            values |= {"useful_mfu": useful / self._peak} if self._peak and useful is not None else {}
             values["waiting_for_data"] = waited.sum() / total
         values |= {f"memory_{name}": held for name, held in device_memory(self._devices).items()}
         return {f"timing/{name}": float(value) for name, value in values.items()}
@@ -218,9 +218,10 @@ class Watch:
             return
         others = f"; so did {self._unsaid} more since the last warning" if self._unsaid else ""
         self._warned, self._unsaid = self._clock(), 0
+        name = "tokens" if "tokens" in self._work else next(iter(self._work))
         text = (
             f"step {number} took {seconds:.3g} s (usually {usual:.2g} s), {waited:.2g} s of it waiting for data; "
-            f"it had {self._work['tokens'][number - 1]:,.0f} tokens{others}"
+            f"it had {self._work[name][number - 1]:,.0f} {name}{others}"
         )
         if self._first:
             self.progress.note(f"warning: {text}")

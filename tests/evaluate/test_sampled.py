@@ -9,7 +9,7 @@ import scipy.stats
 import transformers
 from planted_judge import Planted
 
-from rmjax.evaluate import sampled, tables
+from rmjax.evaluate import gate, sampled, tables
 from rmjax.evaluate.estimates import Estimates
 from rmjax.inference.judgements import Judge
 from rmjax.inference.sampler import Drawing
@@ -138,3 +138,21 @@ def test_data_without_a_label_is_refused(tokenizer, tmp_path):
     task = Writing(target="pair", template=verdicts.load_template("", "judge_pair"))
     with pytest.raises(ValueError, match="no row has a label that this judge writes"):
         sampled.measured(Judge(Planted(tokenizer, str), task, Drawing(responses=2)), source)
+
+
+def test_the_gate_of_a_judge_that_is_sampled():
+    share = lambda value: {"value": value, "low": max(value - 0.01, 0.0), "high": value + 0.01}
+    keys = {"accuracy": 0.7, "gap": 0.0, "convergence": 0.05, "unreadable": 0.02, "cut_off": 0.05, "consistency": True}
+    lines = [{"step": 0, "validation/consistency": 0.8, "train/loss": 1.0}]
+
+    def judged(**metrics):
+        known = {"accuracy": 0.9, "unreadable": 0.0, "cut_off": 0.0, "consistency": 0.85, **metrics}
+        found = {name: share(value) for name, value in known.items()}
+        sets = {"validation": {"kind": "judgements", "prompts": 100, "groups": 200, "metrics": found}}
+        verdict = gate.judge(keys, {"sets": sets}, lines)
+        return verdict["passed"], {check["name"]: check["passed"] for check in verdict["checks"]}
+
+    passed, checks = judged()
+    assert passed and set(checks) == {"accuracy", "unreadable", "cut_off", "consistency"}
+    for name, value in (("unreadable", 0.1), ("cut_off", 0.1), ("consistency", 0.6), ("accuracy", 0.5)):
+        assert judged(**{name: value})[1] == {**checks, name: False}

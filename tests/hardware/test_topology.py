@@ -1,6 +1,7 @@
 """Compiled for TPUs that are not here: the kernels of attention, and whole steps of the shipped configs."""
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
@@ -8,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from rmjax.hardware import memory, topology
 from rmjax.inference.parameters import abstract_model
 from rmjax.kernels.tree_attention import block_of, tree_attention
 from rmjax.kernels.visible import visible
-from rmjax.train import dry_run
+from rmjax.train import drawing, dry_run, questions
 from rmjax.train.step import compile_program
 
 needs_libtpu = pytest.mark.skipif(
@@ -190,6 +192,9 @@ MODELS = {
     | dict(zip(KEYS, (896, 4864, 24, 14, 2, 151936)))
     | {"tie_word_embeddings": True},
     "Qwen/Qwen2.5-7B-Instruct": QWEN2 | dict(zip(KEYS, (3584, 18944, 28, 28, 4, 152064))),
+    "Qwen/Qwen3-8B": QWEN2
+    | dict(zip(KEYS, (4096, 12288, 36, 32, 8, 151936)))
+    | {"model_type": "qwen3", "head_dim": 128, "max_position_embeddings": 40960},
     "meta-llama/Llama-3.3-70B-Instruct": LLAMA | dict(zip(KEYS, (8192, 28672, 80, 64, 8, 128256))),
 }
 # Of the groups of each objective's config: mean tokens of a tree, responses, scored tokens.
@@ -199,6 +204,7 @@ GROUPS = {
     "pointwise": (650, 1, 1),
     "prm": (300, 1, 8),
     "sft": (900, 1, 1),
+    "grpo": (1500, 2, 2),
 }
 
 
@@ -229,11 +235,24 @@ def compile_config(config, name):
     tokens, responses, ends = GROUPS[config.objective.name]
     groups = Learnt(np.random.default_rng(0).integers(tokens // 6, tokens // 2, (4096, 3)), model.config.vocab)
     groups.fields, groups.responses = objective.task.fields, np.full(len(groups), responses)
-    groups.ends = np.full(len(groups), ends)
-    plan = prepare.plan_training(config, groups)
+    groups.ends, groups.longest = np.full(len(groups), ends), groups.conversations.max(1)
+    ask = functools.partial(questions.plan_questions, config, groups) if objective.draws else None
+    plan = prepare.plan_training(config, groups, ask)
     limit = topology.memory(name)
     program, split, line = compile_program(config, model, groups, plan, limit)
+    if objective.draws:
+        line += "".join(f"\n{said}" for said in compile_sampler(config, model, groups, program, limit))
     return program, split, model, line
+
+
+def compile_sampler(config, model, groups, program, limit):
+    """What the sampler of a config needs beside what training keeps; it must fit."""
+    sampler = drawing.make_sampler(config, model, SimpleNamespace(stops={0}), groups, program.state, limit)
+    kept = sum(sharding.bytes_per_device(program.state[part]) for part in ("params", "opt"))
+    programs = drawing.compiled(sampler, model, groups)
+    for part in programs.values():
+        assert kept + sum(memory.program_bytes(part)) < 0.95 * limit
+    return drawing.describe_sampler(sampler, programs, limit)
 
 
 def fits(config, name):

@@ -37,7 +37,10 @@ def made(objective="bradley_terry", **more):
     return card.text("me/rewards", **given)
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
+EXPORTED = [name for name in OBJECTIVES if name != "grpo"]  # which exports a judge as `sft` does
+
+
+@pytest.mark.parametrize("objective", EXPORTED)
 def test_the_hub_reads_the_metadata_of_every_objective(objective):
     read = ModelCard(made(objective, base_model="Qwen/Qwen2.5-7B-Instruct"))
     data = read.data
@@ -75,7 +78,7 @@ def test_the_card_has_metrics_with_intervals_and_limits():
     assert "Shorter (length difference): accuracy 71.0%" in limits and "The data lacks refusals-dangerous." in text
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("objective", EXPORTED)
 def test_code_of_the_card_is_python_and_rewards_stay_raw(objective):
     text = made(objective)
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -25,7 +25,7 @@ from rmjax.inference import parameters
 from rmjax.models import config as model_config
 from rmjax.models import heads
 from rmjax.runtime.ownership import MARKER
-from rmjax.train import optim, resume, step, training
+from rmjax.train import evaluations, optim, resume, step, training
 
 SMALL = small_runs.SMALL | {"eval.every": "4 steps", "checkpoint.every": ""}
 
@@ -138,7 +138,8 @@ def test_evaluation_does_not_depend_on_the_batch_shape(cache_dir, tmp_path):  # 
     for micro_rows, row_tokens in ((1, 256), (3, 256), (2, 512)):
         config.plan.row_tokens = row_tokens
         split = prepare.plan_evaluations(config, {"v": validation}, 1, micro_rows)["v"]
-        values.append(training.evaluate(program, params, split, model.objective.task, model.mesh))
+        evaluation = evaluations.Pass(split, model.objective.task, model.mesh)
+        values.append(evaluation.metrics(program, params, lambda: False))
     for other in values[1:]:
         assert other["pairs"] == values[0]["pairs"] == len(validation)
         for name, value in other.items():

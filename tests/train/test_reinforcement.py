@@ -1,0 +1,192 @@
+"""Runs of reinforcement learning as processes of their own: what they leave, and what they survive."""
+
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+import small_runs
+
+from rmjax.batches.chat import Chat
+from rmjax.inference import runs
+from rmjax.inference.generation import GenerativeModel
+from rmjax.inference.sampler import Drawing, Prompt
+
+pytestmark = pytest.mark.slow
+
+SMALL = {  # the demo made small: it starts from what knows the form of a verdict, and hardly more
+    **{"start.duration": "40 steps", "start.data.train": "synthetic://ratings?n=1200&seed=0"},
+    **{"start.data.validation": "synthetic://ratings?n=40&seed=1", "start.eval.every": "40 steps"},
+    **{"start.log.report": False, "start.log.tensorboard": False, "start.eval.train_groups": 0},
+    **{"start.gate.convergence": 0.0, "start.gate.accuracy": 0.0},
+    **{"data.train": "synthetic://ratings?n=60&seed=0", "data.validation": "synthetic://ratings?n=20&seed=1"},
+    **{
+        "duration": "6 steps",
+        "optim.warmup": "2 steps",
+        "eval.every": "3 steps",
+        "eval.samples": 2,
+        "eval.train_groups": 0,
+    },
+    **{"checkpoint.every": "2 steps", "checkpoint.keep_latest": 6, "log.every": "1 steps"},
+    **{"rollout.prompts_per_step": 6, "rollout.samples": 4, "rollout.max_tokens": 16, "plan.row_tokens": 128},
+    **{"log.tensorboard": False, "gate.accuracy": 0.0, "gate.unreadable": 0.0, "gate.cut_off": 0.0},
+}
+
+
+def run(workdir, cache, **values):
+    return small_runs.Started(workdir, cache, config="configs/grpo_tiny.py", small=SMALL, **values)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, cache):
+    """A run that nothing has disturbed."""
+    workdir = tmp_path_factory.mktemp("done") / "run"
+    text = run(workdir, cache).finish()
+    assert "config.start is run first" in text
+    return workdir
+
+
+def begun(done, workdir):
+    """A workdir in which config.start is done, as it is in `done`."""
+    workdir.mkdir()
+    shutil.copytree(done / "start", workdir / "start")
+    shutil.copy(done / ".rmjax.json", workdir)
+    return workdir
+
+
+def rollouts(workdir):
+    return {path.name: path.read_bytes() for path in sorted((workdir / "rollouts").glob("*.jsonl"))}
+
+
+def same(a, b):
+    small_runs.same_run(a, b)
+    assert rollouts(a) == rollouts(b)
+
+
+def test_a_run_leaves_its_samples_and_measures_them(done):
+    assert sorted(rollouts(done)) == [f"{step}.jsonl" for step in range(6)]
+    lines = [line for line in small_runs.metrics(done) if "train/reward_mean" in line]
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    names = (
+        "reward_std",
+        "dead",
+        "unreadable",
+        "cut_off",
+        "answer_tokens",
+        "entropy",
+        "mismatch",
+        "ratio_max",
+        "shared",
+    )
+    for line in lines:
+        assert not [name for name in names if line.get(f"train/{name}") is None], line
+        assert line["train/mismatch"] < 1e-9 and abs(line["train/ratio_max"] - 1) < 1e-4
+        assert line["train/unreadable"] < 0.5  # the start knows the form
+    before, *_ = small_runs.column(done, "validation/accuracy")
+    assert 0 < before < 1
+    assert {"validation/vote_2", "validation/unreadable"} <= small_runs.metrics(done)[0].keys()
+    evaluation = json.loads((done / "evaluation.json").read_text())
+    assert evaluation["sets"]["validation"]["kind"] == "judgements"
+    assert "accuracy_greedy" in evaluation["sets"]["validation"]["metrics"]
+    page = (done / "report.html").read_text()
+    assert "Samples of step 5" in page and "Questions that teach nothing" in page
+
+
+def test_the_export_is_a_judge_that_writes(done):
+    contract = json.loads((done / "export" / "reward_contract.json").read_text())
+    assert contract["objective"]["name"] == "sft" and contract["objective"]["target"] == "score"
+    assert runs.open_checkpoint(runs.find(done)).model.objective.task.target == "score"
+
+
+def test_a_step_is_drawn_with_the_parameters_that_it_changes(done):
+    """Step 4's samples are those of checkpoint 4, bit for bit: nothing is stale."""
+    opened = runs.open_checkpoint(runs.find(done / "checkpoints" / "4"))
+    model = GenerativeModel.of(runs.reward_model(opened.model, opened.chat, opened.params))
+    lines = [json.loads(line) for line in rollouts(done)["4.jsonl"].splitlines()]
+    sampler = model.sampler(Drawing(responses=4, max_tokens=16), groups=6)
+    prompts = [Prompt(line["prompt"], 4 * 3 * 6 + i) for i, line in enumerate(lines)]
+    found = dict(sampler.responses(prompts))
+    for i, line in enumerate(lines):
+        for response, said in zip(found[i], line["responses"], strict=True):
+            assert response.tokens.tolist() == said["tokens"]
+            np.testing.assert_allclose(response.log_probs, said["log_probs"], atol=2e-6)
+    older = runs.open_checkpoint(runs.find(done / "checkpoints" / "2"))
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), opened.params, older.params)
+    assert any(jax.tree.leaves(changed))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_ends_with_the_same_bytes(done, cache, tmp_path, number):
+    """While the samples of step 3 or a later one are drawn."""
+    workdir = begun(done, tmp_path / "run")
+    started = run(workdir, cache)
+    drawn, saved = (workdir / "rollouts" / "3.jsonl").exists, lambda: 2 in small_runs.checkpoints(workdir)
+    assert started.send_when(number, lambda: drawn() and saved())
+    started.end()
+    assert not (workdir / "export").exists()
+    text = run(workdir, cache).finish()
+    assert "continuing from step" in text
+    same(workdir, done)
+
+
+def test_its_own_samples_from_a_file_make_the_same_run(done, cache, tmp_path):
+    workdir = begun(done, tmp_path / "run")
+    run(workdir, cache, **{"rollout.source": str(done / "rollouts"), "log.report": False}).finish()
+    assert (workdir / "metrics.jsonl").read_bytes() == (done / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_goes_on_within_a_rollout(done, cache, tmp_path):
+    """Two updates a rollout, and a kill after the first of them."""
+    values = {"objective.updates": 2, "checkpoint.every": "1 steps", "log.report": False}
+    whole = begun(done, tmp_path / "whole")
+    run(whole, cache, **values).finish()
+    workdir = begun(done, tmp_path / "run")
+    started = run(workdir, cache, **values)
+    assert started.send_when(signal.SIGKILL, lambda: 3 in small_runs.checkpoints(workdir))
+    started.end()
+    assert "continuing from step" in run(workdir, cache, **values).finish()
+    same(workdir, whole)
+
+
+def nothing_is_worth_anything():
+    from rmjax.judging import rewards
+
+    rewards.REWARDS["exact"] = lambda answer: 0.0
+
+
+def test_dead_questions_move_nothing(done, cache, tmp_path):
+    """Not even by weight decay or momentum."""
+    workdir = begun(done, tmp_path / "run")
+    values = {"duration": "2 steps", "optim.weight_decay": 0.1, "log.report": False}
+    run(workdir, cache, spoil=nothing_is_worth_anything, **values).finish()
+    assert small_runs.column(workdir, "train/dead").tolist() == [1.0, 1.0]
+    start = (workdir / "start" / "export" / "model.safetensors").read_bytes()
+    assert (workdir / "export" / "model.safetensors").read_bytes() == start
+
+
+def test_eight_devices_train_as_one(done, cache, tmp_path):
+    """The same answers, and the same numbers but for rounding."""
+    workdir = begun(done, tmp_path / "run")
+    flags = "--xla_force_host_platform_device_count=8"
+    values = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "log.report": False}
+    run(workdir, cache, xla_flags=f"{flags} --xla_backend_optimization_level=0", **values).finish()
+    for name in ("train/reward_mean", "train/answer_tokens", "train/loss", "train/grad_norm"):
+        np.testing.assert_allclose(
+            small_runs.column(workdir, name), small_runs.column(done, name), rtol=2e-3, atol=1e-5, err_msg=name
+        )
+
+
+def test_a_chat_template_is_asked_for_an_answer(done):
+    """Prompts are renderings up to where the answer begins, which the imitation that came before had answered."""
+    opened = runs.open_checkpoint(runs.find(done))
+    line = json.loads(rollouts(done)["0.jsonl"].splitlines()[0])
+    chat: Chat = opened.chat
+    assert line["question"] == chat.tokenizer.decode(line["prompt"])
+    assert chat.render_prompt([{"role": "user", "content": "x"}]).endswith(line["question"][-10:])
