@@ -67,12 +67,12 @@ def test_sigterm_anywhere_loses_nothing(whole, tmp_path, cache_dir):
     moments = [  # where the signal comes, and the step that is saved then
         (before(signal_before, "rmjax.batches.prepare", "read_groups", then=LONG), None),
         (before(signal_before, "rmjax.train.training", "compile_program", then=LONG), None),
-        (before(signal_before, "rmjax.train.training", "evaluate", then=0.2), None),
+        (before(signal_before, "rmjax.train.evaluations", "Pass.metrics", then=0.2), None),
         (before(signal_before, "rmjax.train.watch", "Watch.step", call=2, then=0.2), 2),
-        (before(signal_before, "rmjax.train.training", "evaluate", then=0.2), 5),
-        (before(signal_before, "rmjax.train.training", "evaluate", then=0.2), 5),  # of step 5 again
+        (before(signal_before, "rmjax.train.evaluations", "Pass.metrics", then=0.2), 5),
+        (before(signal_before, "rmjax.train.evaluations", "Pass.metrics", then=0.2), 5),  # of step 5 again
         (before(signal_before, "rmjax.checkpoint", "Checkpointer.save", then=0.2), 6),
-        (before(signal_before, "rmjax.train.training", "evaluate", call=5, then=0.2), 20),
+        (before(signal_before, "rmjax.train.evaluations", "Pass.metrics", call=5, then=0.2), 20),
         (before(signal_before, "rmjax.export.write", "write_export", then=LONG), 20),
     ]
     at = None
