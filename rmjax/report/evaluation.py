@@ -25,6 +25,9 @@ ALIKE = 0.5  # texts less alike than this have no words marked: most would be
 CHECKS = {
     "accuracy": "Validation accuracy",
     "gap": "Training against validation",
+    "unreadable": "Unreadable judgements",
+    "cut_off": "Cut-off judgements",
+    "consistency": "Both orders agree",
     "convergence": "Loss converged",
     "beats_length": "Better than length",
     "ece": "Calibration",
