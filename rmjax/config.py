@@ -190,7 +190,7 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     # Benchmarks that are run with each evaluation, as "reward_bench,rm_bench=FILE": names, or NAME=SOURCE for data that
     # is not at its usual place. Their metrics, "reward_bench/overall", may be checkpoint.metric.
     evaluation.benchmarks = ""
-    evaluation.samples = 8 if objective == "grpo" else 0  # judgements that a judge writes of each question
+    evaluation.samples = 8 if objective == "grpo" else 0  # of `grpo`: judgements that are drawn of each question
     evaluation.max_tokens = 0  # of a judgement; 0 is rollout.max_tokens, or 1,024 without that
 
     # What a run must reach for its model to be used (rmjax/evaluate/gate.py); 0, or False, asks nothing.
@@ -303,6 +303,9 @@ def check(config: ConfigDict) -> None:
         problems.append("config.data.train is empty; give a file, a glob or hf://datasets/OWNER/NAME/...")
     if objective == "grpo":
         problems += _rollout_problems(config)
+    else:  # what would be asked for in vain
+        named = [f"config.eval.{key}" for key in ("samples", "max_tokens") if config.eval[key]]
+        problems += [f"{key} is for `grpo`; others are asked with `rmjax.evaluate --samples`" for key in named]
     if config.start:
         problems += [f"config.start: {line.strip()}" for line in _problems_of(config.start)]
     elif not config.model.init_from and not config.model.scratch:
@@ -370,6 +373,8 @@ def _rollout_problems(config: ConfigDict) -> list[str]:
     rollout, problems = config.rollout, []
     if rollout.samples < 2:
         problems.append(f"config.rollout.samples={rollout.samples} must be at least 2: answers are compared")
+    if rollout.prompts_at_once < 0:
+        problems.append(f"config.rollout.prompts_at_once={rollout.prompts_at_once} must not be negative")
     if not config.eval.samples:
         problems.append("config.eval.samples=0: a judge is measured by what it writes; give at least 1")
     if rollout.max_tokens >= config.plan.row_tokens:

@@ -20,7 +20,7 @@ from rmjax.runtime import files
 
 
 class Engine(Protocol):
-    """See the module; `inference/sampler.py: Sampler` is one."""
+    """See the module; `Drawer` and `Recorded` are two."""
 
     def load(self, params: Any) -> None:
         """Takes these parameters from now on."""

@@ -84,9 +84,10 @@ def _distance(answer: Answer) -> float:
     return abs(float(answer.verdict.value) - float(answer.label)) / (high - low)
 
 
+@register("exact")
 @register("better")
 def better(answer: Answer) -> float:
-    """1 for the right verdict, else 0."""
+    """1 for the right verdict or rating, else 0."""
     return float(answer.verdict.value == answer.label)
 
 
@@ -95,12 +96,6 @@ def consistent(answer: Answer) -> float:
     """1 if this verdict is right, and that of the same sample about the other order too."""
     swapped = {"A": "B", "B": "A"}.get(str(answer.label), answer.label)
     return better(answer) if answer.other is None else better(answer) * float(answer.other.value == swapped)
-
-
-@register("exact")
-def exact(answer: Answer) -> float:
-    """1 for the label itself, else 0."""
-    return float(answer.verdict.value == answer.label)
 
 
 @register("linear")
@@ -112,7 +107,7 @@ def linear(answer: Answer) -> float:
 @register("closeness")
 def closeness(answer: Answer) -> float:
     """Labels 0 and 1 exactly, others as `linear`."""
-    return exact(answer) if answer.label in (0, 1) else linear(answer)
+    return better(answer) if answer.label in (0, 1) else linear(answer)
 
 
 @register("decay")

@@ -304,12 +304,20 @@ def test_a_reward_of_ones_own(tmp_path):
         ({"rollout.samples": 1}, "config.rollout.samples=1 must be at least 2"),
         ({"rollout.max_tokens": 256}, "leaves no room for a question"),
         ({"eval.samples": 0}, "config.eval.samples=0"),
+        ({"rollout.prompts_at_once": -1}, "config.rollout.prompts_at_once=-1 must not be negative"),
         ({"rollout.truncated": "keep"}, "config.rollout.truncated='keep' is none of wrong, drop"),
     ],
 )
 def test_what_cannot_be_is_refused(values, said):
     with pytest.raises(ValueError, match=said):
         make_config(**values)
+
+
+def test_judgements_that_nobody_would_draw_are_refused():
+    config = config_lib.demo("sft")
+    config.eval.samples = 8
+    with pytest.raises(ValueError, match=r"config\.eval\.samples is for `grpo`"):
+        config_lib.check(config)
 
 
 @pytest.mark.parametrize("key", ["temperature", "top_p", "top_k"])
