@@ -151,17 +151,24 @@ def plan_training(config: ConfigDict, groups: Groups, make: Callable[..., Plan] 
 
 
 def _packed(config: ConfigDict, groups: Groups, epochs: int, weights: np.ndarray | None) -> Plan:
+    sizes = {"rows_per_step": config.plan.rows_per_step, "groups_per_step": config.plan.groups_per_step}
+    return plan_epochs(config, groups, groups.lengths, epochs, weights, **sizes)
+
+
+def plan_epochs(
+    config: ConfigDict, groups: Groups, lengths: np.ndarray, epochs: int, weights: np.ndarray | None, **sizes: int
+) -> Plan:
+    """A plan of so many epochs by the config's rows, window and seed; `sizes` are those of a step (packing.py)."""
     return packing.make_plan(
-        groups.lengths,
+        lengths,
         groups.ends,
         row_tokens=config.plan.row_tokens,
-        rows_per_step=config.plan.rows_per_step,
-        groups_per_step=config.plan.groups_per_step,
         window=config.plan.window,
         epochs=epochs,
         seed=config.seed,
         source=groups.source,
         weights=weights,
+        **sizes,
     )
 
 

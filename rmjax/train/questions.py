@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from rmjax.batches import actions, packing
+from rmjax.batches import actions, prepare
 from rmjax.batches.actions import Sample
 from rmjax.batches.groups import Group, Groups
 from rmjax.batches.loader import Shape
@@ -26,17 +26,9 @@ def plan_questions(config: ConfigDict, groups: Groups, epochs: int, weights: np.
 
     With `config.objective.updates` each step stands there so many times.
     """
-    plan = packing.make_plan(
-        np.full(len(groups), config.plan.row_tokens),
-        groups.ends,
-        row_tokens=config.plan.row_tokens,
-        rows_per_step=config.rollout.prompts_per_step,
-        window=config.plan.window,
-        epochs=epochs,
-        seed=config.seed,
-        source=groups.source,
-        weights=weights,
-    )
+    whole_rows = np.full(len(groups), config.plan.row_tokens)
+    of_step = config.rollout.prompts_per_step
+    plan = prepare.plan_epochs(config, groups, whole_rows, epochs, weights, rows_per_step=of_step)
     times = config.objective.updates
     if times == 1:
         return plan
