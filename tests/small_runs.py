@@ -34,7 +34,10 @@ SMALL = {  # the demo made small: 20 steps, seconds
 }
 TIMEOUT = 180  # seconds; a run takes a few on an idle machine
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["rmjax.train.training", "rmjax.main", "orbax.checkpoint", "rmjax.data.synthetic"])
+_context.set_forkserver_preload(
+    ["rmjax.train.training", "rmjax.main", "orbax.checkpoint", "rmjax.data.synthetic", "pandas"]
+    + ["transformers.models.auto.tokenization_auto", "transformers.models.qwen2.tokenization_qwen2"]  # and torch
+)
 
 
 def flat(values: dict) -> dict:
