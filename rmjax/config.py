@@ -57,7 +57,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
     "grpo": {
         "target": "pair",  # what is judged: "pair" or "score"
-        "template": "",  # Jinja2 file that states the judging question; "" is the packaged one
+        "template": "",  # Jinja2 file that states the judging question; "" and "reasons" are packaged
         "attributes": (),  # of "score": name of what is rated; () is the only score that a record has
         "scale": (1.0, 5.0),  # of "score": lowest and highest rating
         "ties": True,  # of "pair": whether a verdict may be "tie"; if not, ties are skipped (counted)

@@ -196,6 +196,7 @@ def group(
     attributes: Mapping[str, Sequence[float]] | None = None,
     steps: Sequence[Sequence[Step]] = (),
     tools: Sequence[Any] | None = None,
+    principle: str = "",
     keep: bool = False,
     defects: list[BadRow] | None = None,
     **fields: Any,
@@ -208,6 +209,8 @@ def group(
     Args:
         conversations, wins, ties, margin, attributes, steps, tools: as in Record; a matrix is 0 everywhere if None, and
             margins are not known then.
+        principle: what the responses are judged by; it becomes the key `principle` of the first user turn, where
+            judging templates find it (judging/verdicts.py).
         keep: let the defects in KEEPABLE through.
         defects: takes why responses were left out or let through. Without it none is left out.
         **fields: the other fields of Record.
@@ -223,6 +226,8 @@ def group(
     margin = np.where(wins > 0, np.float32(np.nan), np.float32(0)) if margin is None else matrix(margin)
     least = 2 if k > 1 and (wins.any() or ties.any()) else 1
     checked, bad = _check_all(conversations, keep)
+    if principle:
+        checked = [_judged_by(principle, turns) if turns else turns for turns in checked]
     if bad and not keep and (defects is None or k - len(bad) < least):
         raise next(iter(bad.values()))
     if defects is not None:
@@ -238,6 +243,14 @@ def group(
         **fields,
     )
     return record.select([i for i in range(k) if keep or i not in bad]) if bad else record
+
+
+def _judged_by(principle: str, conversation: tuple[Message, ...]) -> tuple[Message, ...]:
+    asked = min((i for i, message in enumerate(conversation) if message["role"] == "user"), default=None)
+    if asked is None:
+        raise BadRow("not_read", f"principle is {principle[:60]!r}, and there is no user turn that it belongs to")
+    with_principle = {**conversation[asked], "principle": principle}
+    return (*conversation[:asked], with_principle, *conversation[asked + 1 :])
 
 
 def check_count(responses: int) -> None:

@@ -6,12 +6,13 @@ One kind answers by classification (`Judgements`), the other in writing (`score_
 
 Variables of a template, by kind:
 
-    "pair"   prompt, conversation, messages, ties, response_a, response_b     must show both responses
-    "score"  prompt, conversation, messages, attributes, scale, response      must show the response
+    "pair"   prompt, conversation, messages, principle, ties, response_a, response_b     must show both responses
+    "score"  prompt, conversation, messages, principle, attributes, scale, response      must show the response
 
 `prompt` is the text of the last user turn; `messages` the history as a list of {role, content}, and `conversation`
-the same as a readable transcript; `ties` whether "tie" is a possible verdict; `attributes` the list of names that are
-rated; `scale` the lowest and the highest score, as text. Tool descriptions are not shown.
+the same as a readable transcript; `principle` what the responses are judged by (the key `principle` of the last turn
+that has one, see records.group), or ""; `ties` whether "tie" is a possible verdict; `attributes` the list of names that
+are rated; `scale` the lowest and the highest score, as text. Tool descriptions are not shown.
 
 The history is what both conversations of a pair begin with. Where they differ before their last turns, all that
 follows the first difference belongs to the response and is shown as a transcript.
@@ -43,7 +44,7 @@ T = TypeVar("T")
 VERDICTS = ("A", "B", "tie")
 SWAPPED = (1, 0, 2)  # what each verdict is when the responses change places
 
-SHARED = ("prompt", "conversation", "messages")
+SHARED = ("prompt", "conversation", "messages", "principle")
 SHOWN = {"pair": ("response_a", "response_b"), "score": ("response",)}
 CASES: dict[str, list[dict[str, Any]]] = {  # of the other variables, each of which a template must be able to render
     "pair": [{"ties": True}, {"ties": False}],
@@ -51,6 +52,7 @@ CASES: dict[str, list[dict[str, Any]]] = {  # of the other variables, each of wh
 }
 VARIABLES = {kind: {*SHARED, *SHOWN[kind], *cases[0]} for kind, cases in CASES.items()}
 DEFAULTS = {"pairwise": "pair", "judge_pair": "pair", "judge_score": "score"}  # packaged templates and their kinds
+REASONS = "reasons"  # names the packaged template that asks a judge to reason before the verdict it writes
 SCORE, BETTER = "score", "better"  # the tags of written verdicts, where no attribute names one
 
 
@@ -58,10 +60,11 @@ SCORE, BETTER = "score", "better"  # the tags of written verdicts, where no attr
 
 
 def load_template(path: str, default: str) -> str:
-    """The text of a template: of a file, the packaged one for "", or `path` itself if it is a template, which its "{{"
-    shows."""
-    if not path:
-        return (resources.files("rmjax.judging") / "templates" / f"{default}.jinja").read_text()
+    """The text of a template: of a file, the packaged one for "" (for "reasons" the one that asks a judge to reason
+    first), or `path` itself if it is a template, which its "{{" shows."""
+    packaged = {"": default, REASONS: f"{default}_{REASONS}"}
+    if path in packaged and not (path and default == "pairwise"):  # whose judge writes nothing
+        return (resources.files("rmjax.judging") / "templates" / f"{packaged[path]}.jinja").read_text()
     if "{{" in path:
         check_template(path, DEFAULTS[default])
         return path
@@ -75,8 +78,7 @@ def load_template(path: str, default: str) -> str:
 def check_template(text: str, kind: str, name: str = "the judging template") -> None:
     """Refuses a template (ValueError) that cannot be rendered, or that does not show every response."""
     try:
-        names = jinja2.meta.find_undeclared_variables(ENVIRONMENT.parse(text))
-        template = _compiled(text)
+        names, template = _names_in(text), _compiled(text)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"{name}, line {error.lineno}: {error.message}; expected a Jinja2 template") from None
     if unknown := sorted(names - VARIABLES[kind]):
@@ -106,19 +108,36 @@ def _compiled(text: str) -> jinja2.Template:
     return ENVIRONMENT.from_string(text)
 
 
+@functools.lru_cache(maxsize=16)
+def _names_in(text: str) -> set[str]:
+    """The variables that a template reads."""
+    return jinja2.meta.find_undeclared_variables(ENVIRONMENT.parse(text))
+
+
 def _variables(history: Conversation, responses: Sequence[str], kind: str, more: Mapping[str, Any]) -> dict[str, Any]:
     asked = [text_of(message) for message in history if message["role"] == "user"]
     shared = {
         "prompt": asked[-1] if asked else "",
         "conversation": transcript(history),
         "messages": [dict(message) for message in history],
+        "principle": next((m["principle"] for m in reversed(history) if m.get("principle")), ""),
     }
     return {**shared, **dict(zip(SHOWN[kind], responses)), **more}
 
 
 def ask(template: str, kind: str, history: Conversation, responses: Sequence[str], **more: Any) -> Message:
-    """The user turn in which a judge is asked about the texts of responses; `more` are the kind's other variables."""
+    """The user turn in which a judge is asked about the texts of responses; `more` are the kind's other variables.
+
+    Raises:
+        BadRow: `template_error`; or `not_read`: the row has a principle, and the template does not read it.
+    """
     variables = _variables(history, responses, kind, more)
+    if variables["principle"] and not _names_in(template) & {"principle", "messages"}:
+        raise BadRow(
+            "not_read",
+            f"the responses are judged by {variables['principle'][:60]!r}, and the judging template does not show it; "
+            'put {{ principle }} into it, or leave the column out with "ignore=COLUMN" in config.data.columns',
+        )
     text = rendering.render(lambda: _compiled(template).render(variables), "the judging template: ")
     return {"role": "user", "content": text}
 
@@ -149,11 +168,14 @@ def transcript(conversation: Conversation) -> str:
 def divide(first: Conversation, second: Conversation) -> tuple[Conversation, str, str]:
     """Splits two conversations into the history that they share, and what is to be judged of each.
 
-    The history is at most all but the last turns; what follows is a response, or a transcript of several turns.
+    The history is at most all but the last turns; what follows is a response, or a transcript of several turns. BadRow
+    (`not_read`) where the principle is no part of the history.
     """
     same = itertools.takewhile(lambda both: both[0] == both[1], zip(first[:-1], second[:-1]))
     history = [message for message, _ in same]
     rests = [conversation[len(history) :] for conversation in (first, second)]
+    if any(message.get("principle") for rest in rests for message in rest):
+        raise BadRow("not_read", "the principle belongs to a turn in which the two conversations differ already")
     texts = [text_of(rest[0]) if len(rest) == 1 else transcript(rest) for rest in rests]
     return history, texts[0], texts[1]
 

@@ -35,6 +35,27 @@ def prompt(row, **kwargs):
 # Names
 # ----------------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("name", ["principle", "Rubric", "criteria", "rubrics"])
+@pytest.mark.parametrize("cell", ["Be brief.\nBe true.", ["Be brief.", "Be true."]])
+def test_a_principle_is_a_key_of_the_first_user_turn(name, cell):
+    asked = {**user("q"), "principle": "Be brief.\nBe true."}
+    assert prompt({name: cell, "prompt": "q", **TEXTS}) == [asked]
+    assert prompt({name: cell, **WHOLE}) == [asked]
+    earlier = [SYSTEM, *EARLIER, user("q")]
+    assert prompt({name: cell, "prompt": earlier, **TEXTS}) == [
+        SYSTEM, {**user("a"), "principle": asked["principle"]}, *earlier[2:]
+    ]  # fmt: skip
+    assert prompt({name: " ", "prompt": "q", **TEXTS}) == [user("q")]
+    wrong, good = ({name: x, "prompt": "q", **TEXTS} for x in ([{"points": 3}], cell))
+    assert prompt(wrong, rows=[good, wrong]) == "wrong_type"
+    with pytest.raises(ValueError, match=r"'principle' is wrong throughout: text or a list of texts.*ignore=NAME"):
+        prompt(wrong)
+    assert prompt({name: cell, "prompt": "q", **TEXTS}, columns=f"ignore={name}") == [user("q")]
+    rated = {name: cell, "prompt": "q", "response": "a", "score": 3}
+    assert read(rated).conversations == ((asked, assistant("a")),)
+
+
 NAMES = ("prompt", "context", "history", "messages", "trajectory", "user", "question", "Question", "instruction")
 
 

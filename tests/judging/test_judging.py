@@ -75,6 +75,48 @@ def test_packaged_pairwise_question_as_it_is_read():
     assert "tie" not in two.examples(make_pair())[0].conversations[0][0]["content"]
 
 
+def test_a_principle_stands_in_every_packaged_question_once_and_before_what_is_judged():
+    history = [turn("Is it?", "user", principle="Be brief.\nBe true.")]
+    for default, kind in verdicts.DEFAULTS.items():
+        for name in ("",) if default == "pairwise" else ("", "reasons"):
+            text = verdicts.load_template(name, default)
+            for more in verdicts.CASES[kind]:
+                shown = ["first", "second"][: len(verdicts.SHOWN[kind])]
+                asked = verdicts.ask(text, kind, history, shown, **more)["content"]
+                assert asked.count("\n\n[Principle]\nBe brief.\nBe true.\n\n[Response") == 1 and "\n\n\n" not in asked
+                without = verdicts.ask(text, kind, [turn("Is it?", "user")], shown, **more)["content"]
+                assert "rinciple]" not in without and "\n\n\n" not in without
+
+
+def test_questions_that_ask_for_reasons_end_with_a_verdict_that_is_read():
+    history = [turn("Is it?", "user")]
+    pair_text, score_text = (verdicts.load_template("reasons", name) for name in ("judge_pair", "judge_score"))
+    asked = verdicts.ask(pair_text, "pair", history, ["x", "y"], ties=True)["content"]
+    assert "First name the principles" in asked and asked.endswith("<better>B</better> or <better>tie</better>.")
+    more = {"attributes": ["truth", "style"], "scale": ("0", "4")}
+    lines = verdicts.ask(score_text, "score", history, ["x"], **more)["content"].splitlines()
+    assert lines[-2:] == ["<truth>0</truth>", "<style>0</style>"]
+    one = verdicts.ask(score_text, "score", history, ["x"], **{**more, "attributes": ["truth"]})["content"]
+    assert one.splitlines()[-1] == "<score>0</score>" and "on truth" in one
+    with pytest.raises(FileNotFoundError, match="no judging template reasons"):
+        verdicts.load_template("reasons", "pairwise")
+
+
+def test_a_principle_that_a_question_would_not_show_is_refused():
+    asked = [turn("Is it?", "user"), turn("yes"), turn("Sure?", "user")]
+    record = pair([*asked, turn("yes")], [*asked, turn("no")], principle="Be brief.")
+    (example,) = Judgements(SMALL + "|{{ principle }}").examples(record)
+    assert read(c for (c,) in example.conversations) == ["Sure?|yes|no|Be brief.", "Sure?|no|yes|Be brief."]
+    with pytest.raises(BadRow, match=r"not_read: .*'Be brief\.'.*\{\{ principle"):
+        Judgements(SMALL).examples(record)
+    Judgements(SMALL + "{% for m in messages %}{{ m.principle | default() }}{% endfor %}").examples(
+        record
+    )  # it may look there
+    first, second = ([turn(text, "user"), turn("yes")] for text in ("Is it?", "Was it?"))
+    with pytest.raises(BadRow, match="not_read: the principle belongs to a turn in which"):
+        Judgements(verdicts.load_template("", "pairwise")).examples(pair(first, second, principle="Be brief."))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -288,6 +288,8 @@ def _check_columns(form: Format, cells: Cells) -> None:
             raise ValueError(f"{form.name} needs a column {column!r} ({kind.words}); found {_columns(cells)}{near}")
         if values and not any(map(kind.test, values)):
             as_text = "" if _parsed(values[0]) is None else "; it holds a list or object as text: write it as such"
+            if column in form.optional:
+                as_text += f'; or leave the column out with "{columns_of.IGNORE}=NAME" in config.data.columns'
             raise ValueError(
                 f"column {column!r} is wrong throughout: {kind.words} was expected, the first row has "
                 f"{show(values[0])}{as_text}"

@@ -5,6 +5,7 @@ Any format may carry these columns; a missing or null cell means that the row sa
     source, weight      name of the data set; weight in the loss
     system, tools       system message, where the conversation has none; tool descriptions, a list or JSON of one
     history, context    turns before the prompt; what the prompt is about, which follows it after a blank line
+    principle           what the responses are judged by: text, or a list of texts, one to a line
 """
 
 import copy
@@ -92,11 +93,13 @@ def common(row: Row, reading: Reading) -> dict[str, Any]:
     """What any row may say, as keyword arguments of records.group and records.pair."""
     weight = kinds.NOT_NEGATIVE.optional(row, "weight")
     tools = _from_json(kinds.TOOLS.optional(row, "tools") or None)
+    principle = kinds.PRINCIPLE.optional(row, "principle") or ""
     return {
         "weight": 1.0 if weight is None else float(weight),
         "tools": [_from_json(tool) for tool in tools] if tools else None,
         "source": kinds.TEXT.optional(row, "source") or reading.source,
         "row": reading.where,
+        "principle": (principle if isinstance(principle, str) else "\n".join(principle)).strip(),
         "keep": reading.keep,
         "defects": reading.defects,
     }

@@ -29,6 +29,7 @@ ALIASES = {  # the first that a row has; one that stands for the prompt where no
     "system": SYSTEMS,
     "history": HISTORIES,
     "context": ABOUT,
+    "principle": ("principles", "rubric", "rubrics", "criteria", "criterion"),
 }
 RATINGS = ("score", "rating", "reward", "grade")  # of both sides, in the order in which one is taken
 SIDES = {"chosen", "rejected", "reject", "accepted", "a", "b", "0", "1", "2", "better", "worse", "winner", "loser"}
@@ -142,7 +143,7 @@ def _own_names(there: tuple[str, ...], declared: frozenset[str]) -> dict[str, st
     own_names: dict[str, str] = {}
     by_lower = {str(name).lower().replace("-", "_"): name for name in reversed(there) if name not in declared}
     for target, aliases in ALIASES.items():
-        reads = target in declared if target in ("prompt", "system") else target not in declared
+        reads = target not in declared if target in ("history", "context") else target in declared
         for alias in (target, *aliases) if reads and target not in there else ():
             if (name := by_lower.get(alias)) is not None and name not in own_names.values():
                 own_names[target] = name

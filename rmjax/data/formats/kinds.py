@@ -81,4 +81,6 @@ TOOLS = Kind("a list, or JSON of one", _is_tools)
 VOTE = one_of(0, 1, 2)  # 1 and 2 are the better response, 0 a tie
 TEXTS = list_of(TEXT, "texts")
 NUMBERS = list_of(Kind("a number or null", lambda cell: is_null(cell) or NUMBER.test(cell)), "numbers or nulls")
-COMMON = {"source": TEXT, "weight": NOT_NEGATIVE, "system": TEXT, "tools": TOOLS}  # columns that any row may have
+PRINCIPLE = Kind("text or a list of texts", lambda cell: TEXT.test(cell) or TEXTS.test(cell))
+# Columns that any row may have.
+COMMON = {"source": TEXT, "weight": NOT_NEGATIVE, "system": TEXT, "tools": TOOLS, "principle": PRINCIPLE}
