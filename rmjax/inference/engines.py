@@ -149,11 +149,16 @@ def answers(engine: Engine, prompts: Sequence[Prompt], responses: int, most: int
     Args:
         responses: of a prompt; what an engine has more is left out.
         most: tokens of a response.
+
+    Raises:
+        ValueError: an engine's response is longer.
     """
     count, mine = jax.process_count(), jax.process_index()
     share = range(mine, len(prompts), count)
     found = dict(engine.responses([prompts[i] for i in share]))
     own = [found[i][:responses] for i in range(len(share))]
+    if (longest := max((len(x.tokens) for of_one in own for x in of_one), default=0)) > most:
+        raise ValueError(f"an answer has {longest:,} tokens, at most {most:,} are asked (config.rollout.max_tokens)")
     if count == 1:
         return own
     size = -(-len(prompts) // count)

@@ -104,7 +104,7 @@ class Sampler:
         self.groups, self.chunk = -(-groups // rows) * rows, min(chunk, drawing.max_tokens)
         form, _ = choose("auto", mesh.devices.flat[0].platform, config.head_dim, dtype)
         self._writer = Writer(config, dtype, form)
-        self._stops = jnp.array(sorted(set(stops)) or [-1], jnp.int32)
+        self._stops = np.array(sorted(set(stops)) or [-1], np.int32)
         self._rows = sharding.named(mesh, sharding.BATCH)
         if params is not None:
             self.load(params)
@@ -183,8 +183,8 @@ class Sampler:
             return
         longest = max(len(prompt.tokens) for prompt in prompts)
         waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].tokens), i))
-        state = _State(self, self.groups_of(len(prompts)), room(longest - 1))
         with jax.set_mesh(self.mesh):
+            state = _State(self, self.groups_of(len(prompts)), room(longest - 1))
             while waiting or state.busy:
                 if waiting and state.free:
                     waiting = state.begin(prompts, waiting)
@@ -295,7 +295,8 @@ def writing_params(params: Any, config: ModelConfig, mesh: jax.sharding.Mesh, dt
     """
     if "each" in params["decoder"]:
         return params
-    made = _apart(params, layers=config.layers, dtype=dtype, mesh=mesh)
+    with jax.set_mesh(mesh):  # training has set its own, which may reach across processes
+        made = _apart(params, layers=config.layers, dtype=dtype, mesh=mesh)
     given = {name: x for name, x in params["decoder"].items() if name not in ("layers", "last")}
     given["each"] = [*made["decoder"]["each"][:-1], params["decoder"]["last"]]
     return jax.tree.map(_given_if_equal, {**params, "decoder": given}, made)

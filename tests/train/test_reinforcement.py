@@ -1,12 +1,16 @@
 """Runs of reinforcement learning as processes of their own: what they leave, and what they survive."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+import quick
 import small_runs
 
 from rmjax.batches.chat import Chat
@@ -190,3 +194,32 @@ def test_a_chat_template_is_asked_for_an_answer(done):
     chat: Chat = opened.chat
     assert line["question"] == chat.tokenizer.decode(line["prompt"])
     assert chat.render_prompt([{"role": "user", "content": "x"}]).endswith(line["question"][-10:])
+
+
+def test_several_processes_each_draw_a_share_and_train_alike(done, cache, tmp_path):
+    """By launch/local.sh; what is drawn does not depend on how many draw it."""
+    workdir = begun(done, tmp_path / "run")
+    keys = {**SMALL, "data.cache_dir": str(cache)}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick.FLAGS, "PYTHON": sys.executable, "RESTARTS": "1"}
+    result = subprocess.run(
+        [small_runs.ROOT / "launch" / "local.sh", "2", "configs/grpo_tiny.py", f"--workdir={workdir}"]
+        + [f"--config.{key}={value}" for key, value in keys.items()],
+        env=env, cwd=small_runs.ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "mesh: data 1 x fsdp 2 x tensor 1 on 2 devices" in result.stdout
+    for step in range(6):
+        here, there = (
+            [json.loads(line) for line in (path / "rollouts" / f"{step}.jsonl").read_text().splitlines()]
+            for path in (workdir, done)
+        )
+        assert [line["id"] for line in here] == [line["id"] for line in there]
+        for one, other in zip(here, there):
+            tokens = [[response["tokens"] for response in line["responses"]] for line in (one, other)]
+            assert tokens[0] == tokens[1]
+            found = [np.concatenate([r["log_probs"] for r in line["responses"]]) for line in (one, other)]
+            np.testing.assert_allclose(*found, rtol=0, atol=1e-4)
+    loss, mismatch = (small_runs.column(path, "train/loss") for path in (workdir, done)), "train/mismatch"
+    np.testing.assert_allclose(*loss, rtol=0, atol=1e-4)
+    assert small_runs.column(workdir, mismatch).max() < 1e-9
