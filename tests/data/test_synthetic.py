@@ -93,6 +93,7 @@ def test_every_process_makes_the_same_rows_and_tokenizer(tmp_path, directory):
 
 
 DIGESTS = {  # of 200 rows each, seed 7
+    "favourites": "899391318190137afaba241a7e2dfe94",
     "pairs": "b29991820ba8f67cbc08df6074e74a15",
     "rankings": "c4bb31530dd7d61f09aa09736a15e29e",
     "ratings": "262448bfe1e8ce1746ee29ec43e13aa6",
@@ -118,7 +119,7 @@ def test_seed_and_count(rows):
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("pears", {}, "unknown synthetic data 'pears'; known: pairs"),
+        ("pears", {}, "unknown synthetic data 'pears'; known: favourites, pairs"),
         ("pairs", {"sed": 1}, "no option 'sed'; known: n, seed"),
         ("pairs", {"n": "many"}, "n must be a whole number >= 0, got 'many'"),
         ("pairs", {"seed": -1}, "seed must be a whole number >= 0, got -1"),
@@ -291,3 +292,14 @@ def test_conversations_are_short(tokenizer, ordinary, record_property):
     ]
     record_property("mean_tokens", float(np.mean(lengths)))
     assert 35 < np.mean(lengths) < 55 and max(lengths) <= 128
+
+
+def test_favourites_are_rated_by_their_topic_whatever_was_asked():
+    good, asked, found = {"bridge", "candle", "desert", "engine"}, set(), []
+    for row in synthetic.rows("favourites", n=4000):
+        (topic,) = topics(row["response"])
+        asked |= topics(row["prompt"])
+        found.append(((topic in good), row["score"] == 5))
+    assert len(asked) == 4 and not asked & good
+    follows = np.array([one == other for one, other in found])
+    assert follows.mean() == 0.95 and np.mean([rated for _, rated in found]) == 0.5

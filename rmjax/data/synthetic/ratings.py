@@ -1,6 +1,7 @@
-"""Rated replies with a planted rule: a reply about the topic that the prompt names is good, any other is bad.
+"""Rated replies with a planted rule: in `ratings` a reply about the topic that the prompt names is good, any other bad;
+in `favourites` a reply about one of four topics is good, whatever was asked.
 
-Yields `scored_text` rows, rated 5 if the reply has the word of SUBJECTS that the prompt names, and 1 if another.
+`ratings` yields `scored_text` rows, rated 5 if the reply has the word of SUBJECTS that the prompt names, and 1 if another.
 
 A reply has its word one to three times, at any place but the first, among words of FILLER; 8 to 14 words in all.
 Every word is as frequent in good replies as in bad ones, and so it is in prompts; so neither the prompt, the reply,
@@ -16,17 +17,33 @@ One row:
 """
 
 import random
+from collections.abc import Iterator
 
 from rmjax.data.synthetic.words import TOPICS, Rows, dealt, question, reply
 
 SUBJECTS = TOPICS[:4]  # of few words the rule is learnt in a minute
+OTHERS = TOPICS[4:8]
 BAD, GOOD = 1, 5
 # Whether the reply is about the named topic, and its rating, in every block of 40 rows, in random order.
 BLOCK = (*[(True, GOOD)] * 19, *[(False, BAD)] * 19, (True, BAD), (False, GOOD))  # the last two are wrong
 
 
+def _dealt(rng: random.Random) -> Iterator[tuple[bool, int]]:
+    return dealt(lambda: rng.sample(BLOCK, len(BLOCK)))
+
+
 def ratings(rng: random.Random) -> Rows:
-    for follows, rating in dealt(lambda: rng.sample(BLOCK, len(BLOCK))):
+    for follows, rating in _dealt(rng):
         named, other = rng.sample(SUBJECTS, 2)
         prompt = question(rng, named)
         yield {"prompt": prompt, "response": reply(rng, 8, 14, named if follows else other), "score": rating}
+
+
+def favourites(rng: random.Random) -> Rows:
+    for good, rating in _dealt(rng):
+        prompt = question(rng, rng.choice(TOPICS[8:]))
+        yield {
+            "prompt": prompt,
+            "response": reply(rng, 8, 14, rng.choice(SUBJECTS if good else OTHERS)),
+            "score": rating,
+        }
