@@ -14,10 +14,10 @@ before and after (2026-11-30):
 Best reachable: 95 %, since one rating in twenty is wrong. Baselines: always the same rating 50 %; imitation of the
 same rows that goes on instead 95.0 % of the likeliest verdicts, after 146 steps of 62 rows.
 
-The rule: a reply about one of four topics is good, whatever the prompt asks (`rmjax/data/synthetic/ratings.py`). The run
-begins with an imitation (`config.start`) that stops as soon as 80 % of the likeliest verdicts are right. Then 8 answers
-to each of 32 questions a step are drawn, and the right ones rewarded. The judge writes nothing before its verdict here,
-so imitation is the better way; the demo shows that reinforcement finds the rule too, from rewards alone.
+The rule: a reply about one of four topics is good, whatever the prompt asks (`rmjax/data/synthetic/ratings.py`). The
+run begins with an imitation (`config.start`) that stops as soon as 80 % of the likeliest verdicts are right. Then 8
+answers to each of 32 questions a step are drawn, and the right ones rewarded. The judge writes nothing before its
+verdict here, so imitation is the better way; the demo shows that reinforcement finds the rule too, from rewards alone.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,8 @@
 """Rated replies with a planted rule: in `ratings` a reply about the topic that the prompt names is good, any other bad;
 in `favourites` a reply about one of four topics is good, whatever was asked.
 
-`ratings` yields `scored_text` rows, rated 5 if the reply has the word of SUBJECTS that the prompt names, and 1 if another.
+Both yield `scored_text` rows. In `ratings` one is rated 5 if the reply has the word of SUBJECTS that the prompt names,
+and 1 if another.
 
 A reply has its word one to three times, at any place but the first, among words of FILLER; 8 to 14 words in all.
 Every word is as frequent in good replies as in bad ones, and so it is in prompts; so neither the prompt, the reply,
