@@ -33,7 +33,10 @@ def answered(text):
     return {"role": "assistant", "content": text}
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.release if name == "bt_rankings_tiny" else ()) for name in CONFIGS],
+)
 def exported(request, tmp_path_factory):
     """The name of a config and the export of three of its steps."""
     config = runpy.run_path(str(ROOT / "configs" / f"{request.param}.py"))["get_config"]()

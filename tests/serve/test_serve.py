@@ -506,7 +506,7 @@ def test_missing_packages_are_named(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.release)])
 def test_a_real_server_answers_what_it_accepted_and_ends(model, how):
     argv = [sys.executable, "-m", "rmjax.serve", f"--model={model.directory}", "--port=0", "--max_length=256"]
     argv += ["--batch_tokens=512", "--max_wait_ms=2000"]
