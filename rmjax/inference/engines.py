@@ -151,16 +151,16 @@ def answers(engine: Engine, prompts: Sequence[Prompt], responses: int, most: int
         most: tokens of a response.
 
     Raises:
-        ValueError: an engine's response is longer.
+        ValueError: several processes, and a response that is longer, for which there is no room between them.
     """
     count, mine = jax.process_count(), jax.process_index()
     share = range(mine, len(prompts), count)
     found = dict(engine.responses([prompts[i] for i in share]))
     own = [found[i][:responses] for i in range(len(share))]
-    if (longest := max((len(x.tokens) for of_one in own for x in of_one), default=0)) > most:
-        raise ValueError(f"an answer has {longest:,} tokens, at most {most:,} are asked (config.rollout.max_tokens)")
     if count == 1:
         return own
+    if (longest := max((len(x.tokens) for of_one in own for x in of_one), default=0)) > most:
+        raise ValueError(f"an answer has {longest:,} tokens, at most {most:,} are asked (config.rollout.max_tokens)")
     size = -(-len(prompts) // count)
     ids, log_probs = (np.zeros((size, responses, most), kind) for kind in (np.int32, np.float32))
     lengths = np.zeros((size, responses), np.int32)  # below 0 where a response was cut off

@@ -120,7 +120,7 @@ def _variables(history: Conversation, responses: Sequence[str], kind: str, more:
         "prompt": asked[-1] if asked else "",
         "conversation": transcript(history),
         "messages": [dict(message) for message in history],
-        "principle": next((m["principle"] for m in reversed(history) if m.get("principle")), ""),
+        "principle": str(next((m["principle"] for m in reversed(history) if m.get("principle")), "")),
     }
     return {**shared, **dict(zip(SHOWN[kind], responses)), **more}
 

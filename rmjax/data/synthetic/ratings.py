@@ -4,13 +4,14 @@ in `favourites` a reply about one of four topics is good, whatever was asked.
 Both yield `scored_text` rows. In `ratings` one is rated 5 if the reply has the word of SUBJECTS that the prompt names,
 and 1 if another.
 
-A reply has its word one to three times, at any place but the first, among words of FILLER; 8 to 14 words in all.
-Every word is as frequent in good replies as in bad ones, and so it is in prompts; so neither the prompt, the reply,
-its length nor a linear model of all the words tells the rating: a model has to look the word up.
+A reply has its word one to three times, at any place but the first, among words of FILLER; 8 to 14 words in all. In
+`ratings` every word is as frequent in good replies as in bad ones, and so it is in prompts; so neither the prompt, the
+reply, its length nor a linear model of all the words tells the rating: a model has to look the word up. In `favourites`
+the reply's word tells it, so that what is half learnt is half right.
 
 Of every 40 rows 38 follow the rule; the best reachable accuracy is 95 %. Each rating is that of 20 of them.
 
-One row:
+One row of `ratings`:
 
     {"prompt": "Tell me about the candle. Green still often.",
      "response": "Every quiet candle soft under small early candle once.",
