@@ -38,9 +38,7 @@ class GRPO(Objective):
     """The objective; every field is a key of `config.objective` with the same name."""
 
     target: str = "pair"  # what is judged: "pair" or "score"
-    template: str = (
-        ""  # Jinja2 file with the judging question (judging/verdicts.py), or its text; "" and "reasons" are packaged
-    )
+    template: str = ""  # Jinja2 file with the judging question, or its text; see judging/verdicts.load_template
     attributes: tuple[str, ...] = ()  # of "score": the one that is rated; () is the only one that a record has
     scale: tuple[float, float] = (1.0, 5.0)  # of "score"
     ties: bool = True  # of "pair": whether a verdict may be "tie"

@@ -16,9 +16,11 @@ import transformers
 from rmjax.batches import rendering
 from rmjax.batches.chat import Chat
 from rmjax.batches.trees import build_tree
+from rmjax.data import formats
 from rmjax.data.records import BadRow, Record, pair
 from rmjax.judging import verdicts
 from rmjax.judging.verdicts import Judgements, Verdict, opens_thought, parse_verdict
+from rmjax.objectives.grpo import GRPO
 
 SMALL = "{{ prompt }}|{{ response_a }}|{{ response_b }}"
 
@@ -102,6 +104,17 @@ def test_questions_that_ask_for_reasons_end_with_a_verdict_that_is_read():
         verdicts.load_template("reasons", "pairwise")
 
 
+def test_the_rubric_of_a_row_is_in_what_a_judge_is_asked_for_reinforcement():
+    row = {"prompt": "Is it?", "rubric": ["Be brief.", "Be true."], "chosen": "yes", "rejected": "no"}
+    (record,) = formats.detect([row], "auto", "").read(row, source="here", where="f:0")
+    for template in ("", "reasons"):
+        task = GRPO(target="pair", template=template).task
+        (example,) = task.examples(record)
+        for (question,) in example.conversations:
+            assert "[Principle]\nBe brief.\nBe true.\n" in question["content"]
+            assert ("First say what the principle asks for" in question["content"]) == (template == "reasons")
+
+
 def test_a_principle_that_a_question_would_not_show_is_refused():
     asked = [turn("Is it?", "user"), turn("yes"), turn("Sure?", "user")]
     record = pair([*asked, turn("yes")], [*asked, turn("no")], principle="Be brief.")
@@ -109,9 +122,8 @@ def test_a_principle_that_a_question_would_not_show_is_refused():
     assert read(c for (c,) in example.conversations) == ["Sure?|yes|no|Be brief.", "Sure?|no|yes|Be brief."]
     with pytest.raises(BadRow, match=r"not_read: .*'Be brief\.'.*\{\{ principle"):
         Judgements(SMALL).examples(record)
-    Judgements(SMALL + "{% for m in messages %}{{ m.principle | default() }}{% endfor %}").examples(
-        record
-    )  # it may look there
+    may_look_there = SMALL + "{% for m in messages %}{{ m.principle | default() }}{% endfor %}"
+    Judgements(may_look_there).examples(record)
     first, second = ([turn(text, "user"), turn("yes")] for text in ("Is it?", "Was it?"))
     with pytest.raises(BadRow, match="not_read: the principle belongs to a turn in which"):
         Judgements(verdicts.load_template("", "pairwise")).examples(pair(first, second, principle="Be brief."))
