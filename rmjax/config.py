@@ -190,7 +190,8 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     # Benchmarks that are run with each evaluation, as "reward_bench,rm_bench=FILE": names, or NAME=SOURCE for data that
     # is not at its usual place. Their metrics, "reward_bench/overall", may be checkpoint.metric.
     evaluation.benchmarks = ""
-    evaluation.samples = 8 if objective == "grpo" else 0  # of `grpo`: judgements that are drawn of each question
+    # Judgements that a judge that writes (`grpo`, `sft` with a target) draws of each question of the validation set.
+    evaluation.samples = 8 if objective == "grpo" else 0
     evaluation.max_tokens = 0  # of a judgement; 0 is rollout.max_tokens, or 1,024 without that
 
     # What a run must reach for its model to be used (rmjax/evaluate/gate.py); 0, or False, asks nothing.
@@ -303,9 +304,10 @@ def check(config: ConfigDict) -> None:
         problems.append("config.data.train is empty; give a file, a glob or hf://datasets/OWNER/NAME/...")
     if objective == "grpo":
         problems += _rollout_problems(config)
-    else:  # what would be asked for in vain
-        named = [f"config.eval.{key}" for key in ("samples", "max_tokens") if config.eval[key]]
-        problems += [f"{key} is for `grpo`; others are asked with `rmjax.evaluate --samples`" for key in named]
+    elif config.eval.samples and flat.get("objective.target", "messages") not in ("pair", "score"):
+        problems.append("config.eval.samples is for judges that write: `grpo`, or `sft` with config.objective.target")
+    elif config.eval.max_tokens and not config.eval.samples:
+        problems.append("config.eval.max_tokens does nothing without config.eval.samples")
     if config.start:
         problems += [f"config.start: {line.strip()}" for line in _problems_of(config.start)]
     elif not config.model.init_from and not config.model.scratch:

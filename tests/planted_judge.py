@@ -25,16 +25,16 @@ class Planted:
         return SimpleNamespace(drawing=drawing, groups=2)
 
     def prompts(self, conversations, tools, rows):
-        self.asked = [conversation[-1]["content"] for conversation in conversations]
-        return [
-            Prompt([int(bool(self.over_long) and self.over_long in text)], row) for text, row in zip(self.asked, rows)
-        ]
+        self.asked = {row: conversation[-1]["content"] for row, conversation in zip(rows, conversations)}
+        too_long = lambda text: int(bool(self.over_long) and self.over_long in text)
+        return [Prompt([too_long(text)], row) for row, text in self.asked.items()]
 
     def too_long(self, prompt, drawing):
         return "it is too long" * prompt.tokens[0]
 
     def write(self, sampler, prompts):
-        return [[self._written(self.judge(text, k)) for k in range(sampler.drawing.responses)] for text in self.asked]
+        of_one = lambda text: [self._written(self.judge(text, k)) for k in range(sampler.drawing.responses)]
+        return [of_one(self.asked[prompt.row]) for prompt in prompts]
 
     def _written(self, text):
         tokens = np.array(self.chat.encode([text])[0])

@@ -110,6 +110,21 @@ def read_groups(config: ConfigDict, chat: Chat, task: Task) -> tuple[Groups, Gro
     return train, validation if config.data.validation else validation.audited(train.audit)
 
 
+def read_again(config: ConfigDict, chat: Chat, task: Task, validation: Groups) -> Groups:
+    """The validation set of `read_groups` for another task; what is split off are the same prompts.
+
+    Raises:
+        ValueError: the task has no groups of these prompts.
+    """
+    groups = build_groups(config, chat, task, config.data.validation or config.data.train)
+    groups = select.filtered(groups.fitting(config.plan.row_tokens), config.data.filter)
+    if not config.data.validation:
+        groups = groups.select(np.flatnonzero(np.isin(groups.prompt_ids, validation.prompt_ids)))
+    if not len(groups):
+        raise ValueError("config.eval.samples: the validation set has no question that a judge could be asked")
+    return groups
+
+
 def refuse_unlabelled(groups: Groups, names: Sequence[str]) -> None:
     """Refuses attributes that no training group has: their outputs would stay random, and count in the reward."""
     if not names:

@@ -14,9 +14,9 @@ local copy. --data takes any source that training reads, and measures several, s
 --gold takes rows of `prompt`, `responses` and the gold model's `scores`, as `rmjax.score` writes them.
 
 A judge that writes is asked how likely each verdict is. With --samples=8 it also writes eight judgements of each
-question about --data: how often one is right, and the vote of 2, 4, 8; consistency of both orders, share of the first
-position, ties, what cannot be read or was cut off, length. Of ratings the errors and correlations of one and of the
-mean.
+question about --data: how often one is right, the likeliest one, and the vote of 2, 4, 8; whether the share of a vote
+says how often it is right; consistency of both orders, share of the first position, ties, what cannot be read or was
+cut off, length. Of ratings the errors and correlations of one and of the mean.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from rmjax.runtime import command_line, files, passwords
 from rmjax.runtime.command_line import Parser
 
 if TYPE_CHECKING:
+    from rmjax.batches.groups import Groups
     from rmjax.inference.judgements import Judge
     from rmjax.inference.reward_model import RewardModel
 
@@ -48,7 +49,11 @@ TEXTS = (  # flags that take a text: name, what it is, help
         "what columns are, as prompt=trajectory,ignore=notes; see docs/data.md",
     ),
     ("gold", "SOURCE", "responses with the scores of a gold model to compare with"),
-    ("train_data", "SOURCE", "data that the model was trained on; shows whether it is fitted"),
+    (
+        "train_data",
+        "SOURCE",
+        "data that the model was trained on; shows whether it is fitted, and what else has its prompts",
+    ),
     ("output", "FILE", "JSON file to write all results to"),
     ("mesh", "AXES", "devices per mesh axis; default data=1,fsdp=-1,tensor=1 (-1: all that are left)"),
     ("template_kwargs", "JSON", "arguments of the chat template, for a model without contract"),
@@ -156,18 +161,29 @@ def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
     data = [("train", item, "auto", args.train_rows) for item in _split(args.train_data)]
     data += [(sources.source_name(item), item, args.format, None) for item in _split(args.data)]
     sets: dict[str, Any] = {}
+    trained: list[Groups] = []
+
+    def warn(name: str, groups: "Groups") -> None:
+        for said in filter(None, (ledger.trained_on(name, of_training, groups) for of_training in trained)):
+            print(f"warning: {said}", file=sys.stderr)
+
     for name, item, format, rows in data:
         tasks = evaluating.measurable_tasks(item, format, learnt, args.columns)
         for kind, task in tasks.items():
             groups = evaluating.read(item, model.chat, task, format=format, columns=args.columns)
             if groups.audit.reasons or groups.audit.unread:
                 print(*ledger.rows_lines(groups.audit), sep="\n", file=sys.stderr)
+            if name == "train":
+                trained.append(groups)
+            else:
+                warn(name, groups)
             groups = groups.sample(rows, 0) if rows else groups
             label = f"{name} ({kind})" if len(tasks) > 1 else name
             sets[label] = evaluating.measured(model, groups, task, progress=progress(label, len(groups)))
     tests = {}
     for test, source in args.tests:
         groups = evaluating.read_benchmark(test, source, model.chat, learnt)
+        warn(test.name, groups)
         tests[test.name] = evaluating.run_benchmark(model, test, groups, progress=progress(test.name, len(groups)))
     report = {"version": 1, "model": path, "step": step, "sets": sets, "benchmarks": tests}
     if args.samples:
@@ -238,20 +254,16 @@ def sampled_judge(model: "RewardModel", args: argparse.Namespace) -> "Judge":
     """The judge that --samples asks, in place of the model, whose parameters are dropped.
 
     Raises:
-        ValueError: a model that writes no verdicts, or several processes.
+        ValueError: a model that writes no verdicts, or whose `tensor` reaches across processes.
     """
-    import jax
-
-    from rmjax.inference import judgements
+    from rmjax.inference import engines, judgements
     from rmjax.inference.generation import GenerativeModel
     from rmjax.inference.sampler import Drawing
     from rmjax.judging.writing import check_judge
 
-    if jax.process_count() > 1:
-        raise ValueError("--samples works in one process; start the command without others")
     task = check_judge(model.objective.task if model.objective else None)
     drawing = Drawing(responses=args.samples, max_tokens=args.max_tokens)
-    judge = judgements.Judge(GenerativeModel.of(model), task, drawing)
+    judge = judgements.Judge(GenerativeModel.of(engines.on_this_process(model)), task, drawing, shared=True)
     model.drop_params()
     return judge
 
@@ -260,7 +272,7 @@ def judged(judge: "Judge", source: str, args: argparse.Namespace) -> dict[str, A
     """What a judge writes about labelled data."""
     from rmjax.evaluate import sampled
 
-    told = lambda total: progress(f"{source}, sampled", total)
+    told = lambda name, total: progress(f"{source}, {name}", total)
     return sampled.measured(judge, source, format=args.format, columns=args.columns, progress=told)
 
 

@@ -56,6 +56,11 @@ def read_benchmarks(config: ConfigDict, chat: Chat, learnt: Task) -> list[tuple[
     return [(test, read_benchmark(test, source, chat, learnt, **options)) for test, source in asked]
 
 
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is that of an evaluation in the loop."""
+    return any(name.startswith("validation/") for name in line)
+
+
 def flat(benchmark: Benchmark, scores: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a benchmark as metrics of a run: "reward_bench/overall"; what is not known is left out."""
     named = {**scores["subsets"], **scores["metrics"]}

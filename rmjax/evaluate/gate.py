@@ -6,6 +6,7 @@ says how large it would have to be. The thresholds are `config.gate`. ESTIMATE i
 evaluation.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -50,12 +51,16 @@ def judge(gate: Values, evaluation: Values, lines: Sequence[Values]) -> dict[str
         "beats_length": lambda: _beats_length(sets),
         "ece": lambda: _calibration(gate["ece"], sets),
     }
-    if (sets.get("validation") or {}).get("kind") == "judgements":
-        of_all = ("accuracy", "gap")  # a loss that rewards make does not fall, and nothing is said of lengths
-        asked = {name: asked[name] for name in of_all} | {
-            "unreadable": lambda: _few(gate["unreadable"], sets, "unreadable", "cannot be read", UNREADABLE),
-            "cut_off": lambda: _few(gate["cut_off"], sets, "cut_off", "are cut off", CUT_OFF),
-            "consistency": lambda: _keeps_orders(sets, lines),
+    # the validation set, or "sampled" beside it
+    written = next((name for name, x in sets.items() if x["kind"] == "judgements"), "")
+    if written == "validation":  # a loss that rewards make does not fall, and nothing is said of lengths
+        asked = {name: asked[name] for name in ("accuracy", "gap")}
+    if written:
+        few = functools.partial(_few, sets, written)
+        asked |= {
+            "unreadable": lambda: few(gate["unreadable"], "unreadable", "cannot be read", UNREADABLE),
+            "cut_off": lambda: few(gate["cut_off"], "cut_off", "are cut off", CUT_OFF),
+            "consistency": lambda: _keeps_orders(sets, written, lines),
         }
     broken = lambda name, error: _check(False, None, None, f"{name}: {error}", BROKEN)
     checks = [{"name": "measured", **broken(*error)} for error in (evaluation.get("errors") or {}).items()]
@@ -79,22 +84,25 @@ UNREADABLE = (
     "look at the unreadable samples in the report; teach the form first (`sft`, as config.start), or set "
     "config.objective.unreadable to -1"
 )
-CUT_OFF = "raise config.rollout.max_tokens, or look whether long answers are rewarded (answer_tokens in metrics.jsonl)"
+CUT_OFF = (
+    "raise config.eval.max_tokens or config.rollout.max_tokens, or look whether long answers are rewarded "
+    "(answer_tokens in metrics.jsonl)"
+)
 
 
-def _few(most: float, sets: Values, metric: str, what: str, advice: str) -> Check:
-    """Whether few judgements are so."""
-    share = _known(sets, "validation", metric)
+def _few(sets: Values, name: str, most: float, metric: str, what: str, advice: str) -> Check:
+    """Whether few judgements of a set are so."""
+    share = _known(sets, name, metric)
     if share is None:
         return _not_measured("the validation set has no judgements", most)
     reason = f"{with_interval(share, True)} of the judgements {what}, less than {number(most, True)} is asked"
-    return _judged(share, most, -1, reason, advice, sets)
+    return _judged(share, most, -1, reason, advice, {"validation": sets[name]})
 
 
-def _keeps_orders(sets: Values, lines: Sequence[Values]) -> Check:
+def _keeps_orders(sets: Values, name: str, lines: Sequence[Values]) -> Check:
     """Whether both orders of a pair agree as often as before training."""
-    now = _known(sets, "validation", "consistency")
-    before = next((x["validation/consistency"] for x in lines if x.get("validation/consistency") is not None), None)
+    now, key = _known(sets, name, "consistency"), f"{name}/consistency"
+    before = next((x[key] for x in lines if x.get(key) is not None), None)
     if now is None or before is None:
         return _not_measured("nothing is asked in both orders", None)
     agree = f"{with_interval(now, True)} of the pairs, {number(before, True)} before training"

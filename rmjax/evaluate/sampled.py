@@ -58,19 +58,19 @@ def measured(
     *,
     format: str = "auto",
     columns: str = "",
-    progress: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
+    progress: Callable[[str, int], Callable[[int], None]] = lambda name, total: lambda done: None,
 ) -> dict[str, Any]:
     """Asks a judge about labelled data, and measures what it writes.
 
     Args:
         judge: its `drawing.responses` are K.
         source, format, columns: of the data.
-        progress: is told how many questions there are, and then how many are done.
+        progress: is told what is asked for and of how many questions, and then how many are done.
 
     Returns:
         Values of kind "judgements": "groups" (questions), "question_too_long" (questions that are not asked, since the
-        model has no room for one about the pair, or the response), "prompts", "metrics" (see `of_pairs` and
-        `of_ratings`) and "examples", judgements that could not be read.
+        model has no room for one about the pair, or the response), "prompts", "metrics" (see `of_pairs`, `of_ratings`
+        and `beside_greedy`) and "examples", judgements that could not be read.
 
     Raises:
         ValueError: nothing is labelled, or the model has no room for any question.
@@ -90,11 +90,25 @@ def measured(
     if not asked:
         raise ValueError(f"{source}: there is no question that the model has room for; {audit.reasons_text()}")
     too_long, questions = len(questions) - len(asked), asked
-    found = judge.judgements([q.asked for q in questions], range(len(questions)), progress(len(questions)))
     prompt = prompts.ids(*prompts.flat(histories))[[question.record for question in questions]]
     label, weight = (np.array([getattr(q, name) for q in questions], np.float64) for name in ("label", "weight"))
     pair = np.array([q.pair for q in questions])
-    return values(judge.task, found, [q.asked["content"] for q in questions], label, weight, pair, prompt, too_long)
+
+    def measure(judge: Judge, name: str) -> dict[str, Any]:
+        tell = progress(name, len(questions))
+        found = judge.judgements([q.asked for q in questions], range(len(questions)), tell)
+        texts = [q.asked["content"] for q in questions]
+        return values(judge.task, found, texts, label, weight, pair, prompt, too_long)
+
+    return beside_greedy(judge, measure)
+
+
+def beside_greedy(judge: Judge, measure: Callable[[Judge, str], dict[str, Any]]) -> dict[str, Any]:
+    """The measures of a judge with `accuracy_greedy`, that of its likeliest answers, so that a change of the instrument
+    shows; `measure` is given a judge and what its answers are called."""
+    found = measure(judge, f"{judge.drawing.responses} samples")
+    found["metrics"]["accuracy_greedy"] = measure(judge.greedy(), "likeliest")["metrics"]["accuracy"]
+    return found
 
 
 def of_groups(judge: Judge, groups: Groups, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
@@ -203,9 +217,10 @@ def of_pairs(
 
     accuracy is that of one judgement, vote_2, vote_4, ... that of the vote of so many, over all subsets of the K that
     were drawn: the verdict of more than half of those that can be read, else a tie. A tie counts half where one side is
-    labelled better, and a vote of nothing that can be read is wrong. consistency: whether the votes of all K about both
-    orders name the same response, or both a tie; first_position: the share of A among A and B; tie_rate: of ties among
-    what can be read.
+    labelled better, and a vote of nothing that can be read is wrong. ece: how far the share of a vote's majority, of
+    what can be read, is from how often it is right. consistency: whether the votes of all K about both orders name the
+    same response, or both a tie; first_position: the share of A among A and B; tie_rate: of ties among what can be
+    read.
 
     Args:
         estimates: of the prompt of each question.
@@ -227,6 +242,10 @@ def of_pairs(
         by_code = worth(np.arange(UNREADABLE + 1)[None], label[:, None])
         estimates.share(f"vote_{n}", np.arange(q), (chances * by_code).sum(1), weight)
     votes = vote_chances(counts, k).argmax(1)
+    decided = np.flatnonzero(votes < 2)
+    if k > 1 and len(decided):
+        share = counts[decided, votes[decided]] / counts[decided, :UNREADABLE].sum(1)
+        moments.add_ece(estimates, decided, share, worth(votes, label)[decided], weight[decided], 0.5)
     if len(pair) > 1 and pair[0] == pair[1]:
         first, second = votes[::2], votes[1::2]
         assert (pair[::2] == pair[1::2]).all()

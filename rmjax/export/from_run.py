@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 
 from rmjax.batches import prepare
+from rmjax.evaluate import evaluating
 from rmjax.export import write as export
 from rmjax.inference import contract, runs
 from rmjax.models import hf, hf_export
@@ -58,7 +59,7 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
     workdir, config = opened.workdir, opened.config
     config.export.dtype = args.dtype if args.dtype != "auto" else config.export.dtype
     lines = files.read_json_lines(workdir / "metrics.jsonl")
-    evaluated = [x for x in lines if x["step"] == opened.step and "validation/loss" in x]
+    evaluated = [x for x in lines if x["step"] == opened.step and evaluating.is_evaluation(x)]
     before = None
     with contextlib.suppress(ValueError):  # that of another version
         before = contract.read(workdir / "export")
@@ -89,6 +90,7 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
         quality=quality,
         card_name=Path(args.push_to or args.output).name,
         unit_std=args.unit_std,
+        stops=opened.model.stops,
         max_shard_bytes=args.max_shard_gb * 1e9,
         run=runs.run_id(workdir),
     )

@@ -21,7 +21,7 @@ from rmjax.models import hf
 from rmjax.models.config import ModelConfig
 from rmjax.objectives.base import Objective
 from rmjax.report import card
-from rmjax.runtime import agreement, processes
+from rmjax.runtime import agreement, files, processes
 
 GOLDEN = 4  # responses whose scores the contract keeps
 # Metrics in the rewards' unit.
@@ -49,6 +49,7 @@ def write_export(
     card_name: str = "",
     parameters: int | None = None,
     unit_std: bool = False,
+    stops: Sequence[int] = (),
     max_shard_bytes: float = 5e9,
     run: str = "",
 ) -> None:
@@ -69,6 +70,7 @@ def write_export(
         quality, parameters: verdict of the gate and number of parameters, for the card.
         card_name: of the model; "" writes no card.
         unit_std: the head is divided by the rewards' standard deviation on the validation set.
+        stops: of a model that writes, the ids that end what it writes beside those of tokenizer and template.
         max_shard_bytes: size of the largest weight file.
         run: id of the run, for the export's marker.
 
@@ -99,6 +101,8 @@ def write_export(
         rows = contract.golden_rows(chat, golden)
         if processes.is_first():
             chat.tokenizer.save_pretrained(partial)
+            if objective.architecture == "CausalLM":
+                files.write_json(partial / hf.GENERATION_CONFIG, generation_config(chat, stops))
             contract.write(partial, {**terms, "golden": rows})  # so that loading replays the tokens
         agreement.barrier("tokenizer written")
         mesh = next((x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)), None)
@@ -139,6 +143,12 @@ def write_export(
         max_shard_bytes=max_shard_bytes,
         run=run,
     )
+
+
+def generation_config(chat: Chat, stops: Sequence[int]) -> dict[str, Any]:
+    """generation_config.json: where a server must stop. Nothing is said of temperature, top_k and top_p, so that it
+    draws as training and evaluation did, not as the model was shipped that this one started from."""
+    return {"eos_token_id": sorted({*chat.stops, *stops}), "pad_token_id": chat.tokenizer.pad_token_id}
 
 
 def scaled(params: Mapping[str, Any], terms: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,15 +19,19 @@ from rmjax.inference.sampler import LENGTH, STOP, Prompt, Response, Sampler
 from rmjax.runtime import files
 
 
-class Engine(Protocol):
-    """See the module; `Drawer` and `Recorded` are two."""
-
-    def load(self, params: Any) -> None:
-        """Takes these parameters from now on."""
+class Answering(Protocol):
+    """What answers prompts."""
 
     def responses(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, list[Response]]]:
         """The index of each prompt and its responses, in any order."""
         ...
+
+
+class Engine(Answering, Protocol):
+    """See the module; `Drawer` and `Recorded` are two."""
+
+    def load(self, params: Any) -> None:
+        """Takes these parameters from now on."""
 
 
 class Recorded:
@@ -143,7 +147,7 @@ def _response(said: dict[str, Any]) -> Response:
     return Response(tokens, known, said["finish"])
 
 
-def answers(engine: Engine, prompts: Sequence[Prompt], responses: int, most: int) -> list[list[Response]]:
+def answers(engine: Answering, prompts: Sequence[Prompt], responses: int, most: int) -> list[list[Response]]:
     """The responses to each prompt, on every process: each of them draws those of its share of the prompts.
 
     Args:
@@ -160,7 +164,7 @@ def answers(engine: Engine, prompts: Sequence[Prompt], responses: int, most: int
     if count == 1:
         return own
     if (longest := max((len(x.tokens) for of_one in own for x in of_one), default=0)) > most:
-        raise ValueError(f"an answer has {longest:,} tokens, at most {most:,} are asked (config.rollout.max_tokens)")
+        raise ValueError(f"an answer has {longest:,} tokens, at most {most:,} are asked (max_tokens)")
     size = -(-len(prompts) // count)
     ids, log_probs = (np.zeros((size, responses, most), kind) for kind in (np.int32, np.float32))
     lengths = np.zeros((size, responses), np.int32)  # below 0 where a response was cut off

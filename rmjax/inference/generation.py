@@ -181,7 +181,7 @@ class GenerativeModel:
         """The responses to each prompt."""
         ended = functools.partial(self._ended, stop) if stop else lambda tokens: None
         found = dict(sampler.responses(prompts, ended))
-        return [[self._written(response, stop) for response in found[i]] for i in range(len(prompts))]
+        return [[self.written(response, stop) for response in found[i]] for i in range(len(prompts))]
 
     def sampler(self, drawing: Drawing, groups: int = 0) -> Sampler:
         """The engine, which takes token ids."""
@@ -202,7 +202,8 @@ class GenerativeModel:
             low, high = (low, middle) if found(middle) else (middle, high)
         return high
 
-    def _written(self, response: Response, stop: Sequence[str]) -> Written:
+    def written(self, response: Response, stop: Sequence[str] = ()) -> Written:
+        """A response as text, cut off before the first of the texts."""
         tokens = response.tokens
         text = self._text(tokens[:-1] if response.finish == STOP and tokens[-1] in self.stops else tokens)
         cuts = [at for each in stop if (at := text.find(each)) >= 0]

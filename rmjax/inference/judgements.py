@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rmjax.data.records import Message
+from rmjax.inference import engines
 from rmjax.inference.generation import GenerativeModel, Written
 from rmjax.inference.reward_model import BadConversation
 from rmjax.inference.sampler import Drawing, Prompt
@@ -33,17 +34,27 @@ def judgements_of(model: GenerativeModel, task: Writing, prompt: Prompt, written
 class Judge:
     """A model that writes verdicts.
 
+    Attributes:
+        drawing: its `responses` are the judgements of a question.
+        shared: whether every process asks all questions, of which each then writes its share; the model's parameters
+            are on this process's own devices (`engines.on_this_process`).
+
     Raises:
         ValueError: its objective writes none, or ratings of several attributes.
     """
 
     model: GenerativeModel
     task: Writing
-    drawing: Drawing  # its `responses` are the judgements of a question
+    drawing: Drawing
+    shared: bool = False
 
     def __post_init__(self) -> None:
         check_judge(self.task)
         self._sampler = self.model.sampler(self.drawing)
+
+    def greedy(self) -> "Judge":
+        """The judge that writes the likeliest token each time, once."""
+        return dataclasses.replace(self, drawing=dataclasses.replace(self.drawing, responses=1, temperature=0.0))
 
     def no_room(self, questions: Sequence[Message]) -> list[str]:
         """Why the model's context has no room for each question and a judgement of it; "" where it has.
@@ -70,35 +81,37 @@ class Judge:
         Raises:
             BadConversation: a question that the template refuses, or that there is no room for.
         """
-        at_once = AT_ONCE * self._sampler.groups
-        found: list[list[Judgement]] = []
-        for start in range(0, len(questions), at_once):
-            some = questions[start : start + at_once]
-            found += self._answers(self._prompts(some, rows[start : start + at_once], start))
-            tell(len(found))
+        found = self.answers(self._prompts(questions, rows), tell)
+        assert found is not None
         return found
 
     def answers(
-        self, prompts: Sequence[Prompt], *, stop: Callable[[], bool] = lambda: False
+        self,
+        prompts: Sequence[Prompt],
+        tell: Callable[[int], None] = lambda done: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> list[list[Judgement]] | None:
         """The judgements of questions as token ids; None if `stop` is true before all are there."""
+        at_once = AT_ONCE * self._sampler.groups
         found: list[list[Judgement]] = []
-        for start in range(0, len(prompts), AT_ONCE * self._sampler.groups):
+        for start in range(0, len(prompts), at_once):
             if stop():
                 return None
-            found += self._answers(prompts[start : start + AT_ONCE * self._sampler.groups])
+            some = prompts[start : start + at_once]
+            written = self._written(some)
+            found += [judgements_of(self.model, self.task, *both) for both in zip(some, written)]
+            tell(len(found))
         return found
 
-    def _answers(self, prompts: Sequence[Prompt]) -> list[list[Judgement]]:
-        written = self.model.write(self._sampler, prompts)
-        return [judgements_of(self.model, self.task, *both) for both in zip(prompts, written)]
+    def _written(self, prompts: Sequence[Prompt]) -> list[list[Written]]:
+        if not self.shared:
+            return self.model.write(self._sampler, prompts)
+        found = engines.answers(self._sampler, prompts, self.drawing.responses, self.drawing.max_tokens)
+        return [[self.model.written(response) for response in of_one] for of_one in found]
 
-    def _prompts(self, questions: Sequence[Message], rows: Sequence[int], start: int) -> list[Prompt]:
-        try:
-            prompts = self.model.prompts([[question] for question in questions], [None] * len(questions), rows)
-        except BadConversation as bad:
-            raise BadConversation(start + bad.index, bad.detail) from None
+    def _prompts(self, questions: Sequence[Message], rows: Sequence[int]) -> list[Prompt]:
+        prompts = self.model.prompts([[question] for question in questions], [None] * len(questions), rows)
         for place, prompt in enumerate(prompts):
             if why := self.model.too_long(prompt, self.drawing):
-                raise BadConversation(start + place, why)
+                raise BadConversation(place, why)
         return prompts

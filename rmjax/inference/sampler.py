@@ -12,6 +12,7 @@ V vocabulary.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import numpy as np
 from rmjax import sharding
 from rmjax.kernels.tree_attention import choose
 from rmjax.models.config import ModelConfig
-from rmjax.models.decoding import KeysValues, Writer, layers_apart
+from rmjax.models.decoding import KeysValues, Writer, layers_apart, merged
 
 CHUNK = 32  # tokens that are written between two looks of the host
 LEAST = 64  # tokens that a slot, or a prompt, has room for at least; rooms are powers of two, so few are compiled
@@ -132,7 +133,7 @@ class Sampler:
             By name the programs that read prompts and write responses.
         """
         c, drawing, p = self.config, self.drawing, self.groups
-        slots, rooms = p * drawing.responses, (room(prompt_tokens - 1), room(drawing.max_tokens + self.chunk))
+        slots, rooms = p * drawing.responses, (room(prompt_tokens - 1), room(drawing.max_tokens))
         cast = lambda x: jax.tree.map(lambda y: y.astype(self.dtype), layers_apart(x, c.layers))
         apart = jax.eval_shape(cast, params)
         params = sharding.with_shardings(apart, sharding.param_shardings(self.mesh, apart, sharding.WRITING_RULES))
@@ -221,28 +222,32 @@ class _State:
 
     def begin(self, prompts: Sequence[Prompt], waiting: Sequence[int]) -> list[int]:
         """Gives free groups the first of the waiting prompts; the others are left."""
-        k, free = self.s.drawing.responses, self.free
-        at_once = self.s._read_at_once(self.groups, self.prompt_room)
-        begun = list(zip(free, waiting))
-        for start in range(0, len(begun), at_once):
-            some = begun[start : start + at_once]
-            tokens, lengths = np.zeros((at_once, self.prompt_room), np.int32), np.zeros(at_once, np.int32)
-            where = np.full(at_once, self.groups, np.int32)  # outside: dropped
-            for i, (g, index) in enumerate(some):
-                *before, last = prompts[index].tokens
-                tokens[i, : len(before)], lengths[i], where[i] = before, len(before), g
-                self.owner[g], self.prompt_keys[g], self.row[g] = index, len(before), prompts[index].row
-                mine = slice(g * k, (g + 1) * k)
-                self.last[mine], self.own_keys[mine], self.live[mine] = last, 0, True
-                for slot in range(g * k, (g + 1) * k):
-                    self.pieces[slot], self.finish[slot] = [], LENGTH
-            self.prompt = _read(self.s._writer, self.s.params, self.prompt, tokens, lengths, where)
+        begun = list(zip(self.free, waiting))
+        # Prompts are read with others that need as much room, not with room for the longest of all.
+        for wide, these in itertools.groupby(begun, lambda x: room(len(prompts[x[1]].tokens) - 1)):
+            while some := list(itertools.islice(these, self.s._read_at_once(self.groups, wide))):
+                self._read(prompts, some, wide)
         return list(waiting[len(begun) :])
+
+    def _read(self, prompts: Sequence[Prompt], some: Sequence[tuple[int, int]], wide: int) -> None:
+        """Reads the prompts of some groups, (group, index of the prompt) each, with room for `wide` tokens."""
+        k, at_once = self.s.drawing.responses, self.s._read_at_once(self.groups, wide)
+        tokens, lengths = np.zeros((at_once, wide), np.int32), np.zeros(at_once, np.int32)
+        where = np.full(at_once, self.groups, np.int32)  # outside: dropped
+        for i, (g, index) in enumerate(some):
+            *before, last = prompts[index].tokens
+            tokens[i, : len(before)], lengths[i], where[i] = before, len(before), g
+            self.owner[g], self.prompt_keys[g], self.row[g] = index, len(before), prompts[index].row
+            mine = slice(g * k, (g + 1) * k)
+            self.last[mine], self.own_keys[mine], self.live[mine] = last, 0, True
+            for slot in range(g * k, (g + 1) * k):
+                self.pieces[slot], self.finish[slot] = [], LENGTH
+        self.prompt = _read(self.s._writer, self.s.params, self.prompt, tokens, lengths, where)
 
     def write(self, ended: Callable[[np.ndarray], int | None]) -> Iterator[tuple[int, list[Response]]]:
         """Writes a chunk; yields what is done by then."""
         drawing, chunk = self.s.drawing, self.s.chunk
-        self._make_room(int(self.own_keys[self.live].max(initial=0)) + chunk)
+        self._make_room(min(int(self.own_keys[self.live].max(initial=0)) + chunk, drawing.max_tokens))
         before = self.own_keys.copy()
         self.own, *outputs = _write(
             self.s._writer,
@@ -335,7 +340,8 @@ def _read(
     """The prompts' keys and values with those of groups `where` replaced; a group that there is not is dropped."""
     with _precise(writer):
         found = writer.read_prompts(params, tokens, lengths)
-    return jax.tree.map(lambda old, new: old.at[where].set(new, mode="drop"), prompt, found)
+    put = lambda old, new: old.at[where, :, : tokens.shape[1]].set(new, mode="drop")
+    return jax.tree.map(put, prompt, found)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3, static_argnames=("drawing", "chunk"))
@@ -363,27 +369,26 @@ def _write(
     keys = fold(keys, jnp.tile(jnp.arange(k, dtype=jnp.uint32), slots // k))
 
     def under_way(carry: Any) -> jax.Array:
-        return (carry[0] < chunk) & carry[4].any()
+        return (carry[0] < chunk) & carry[3].any()
 
     def one(carry: Any) -> Any:
-        step, own, last, own_keys, live, tokens, log_probs, stopped = carry
+        step, new, last, live, tokens, log_probs, stopped = carry
         with _precise(writer):
-            logits, own = writer.step(params, last, prompt, prompt_keys, own, own_keys)
-        new = draw(logits, fold(keys, own_keys.astype(jnp.uint32)), drawing)
-        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), new[:, None], axis=1)[:, 0]
-        stops_here = live & (new[:, None] == stops).any(1)
-        own_keys = jnp.where(live, own_keys + 1, own_keys)
-        last = jnp.where(live, new, last)
-        live &= ~stops_here & (own_keys < drawing.max_tokens)
+            logits, new = writer.step(params, last, prompt, prompt_keys, own, own_keys, new, step)
+        drawn = draw(logits, fold(keys, (own_keys + step).astype(jnp.uint32)), drawing)
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[:, None], axis=1)[:, 0]
+        stops_here = live & (drawn[:, None] == stops).any(1)
+        live &= ~stops_here & (own_keys + step + 1 < drawing.max_tokens)
         return (
-            *(step + 1, own, last, own_keys, live, tokens.at[step].set(new), log_probs.at[step].set(log_prob)),
+            *(step + 1, new, drawn, live, tokens.at[step].set(drawn), log_probs.at[step].set(log_prob)),
             jnp.where(stops_here, step, stopped),
         )
 
+    new = jax.tree.map(lambda x: jnp.zeros_like(x, shape=(*x.shape[:2], chunk, x.shape[3])), own)
     empty = jnp.zeros((chunk, slots), jnp.int32), jnp.zeros((chunk, slots), jnp.float32)
-    carry = (jnp.int32(0), own, last, own_keys, live, *empty, jnp.full(slots, chunk, jnp.int32))
-    steps, own, *_, tokens, log_probs, stopped = jax.lax.while_loop(under_way, one, carry)
-    return own, tokens, log_probs, stopped, steps
+    carry = (jnp.int32(0), new, last, live, *empty, jnp.full(slots, chunk, jnp.int32))
+    steps, new, *_, tokens, log_probs, stopped = jax.lax.while_loop(under_way, one, carry)
+    return merged(own, own_keys, new), tokens, log_probs, stopped, steps
 
 
 def draw(logits: jax.Array, keys: jax.Array, drawing: Drawing) -> jax.Array:

@@ -3,7 +3,7 @@
 Layers are apart here, not stacked: a step reads every weight once, and a slice of a stack would be copied first.
 
 Shape letters: P prompts, K slots of a prompt, S = P * K slots, T tokens of a prompt, C tokens of a slot, D width, M
-key/value heads, H head width, L layers, V vocabulary.
+key/value heads, H head width, L layers, V vocabulary, E tokens that a slot writes between two calls of `merged`.
 """
 
 import dataclasses
@@ -93,8 +93,13 @@ class Writer:
         prompt_keys: jax.Array,
         own: Sequence[KeysValues],
         own_keys: jax.Array,
+        new: Sequence[KeysValues],
+        new_keys: jax.Array,
     ) -> tuple[jax.Array, list[KeysValues]]:
         """Reads one token of each slot.
+
+        What is new has arrays of its own, so that a step writes at one place of small ones: XLA keeps large ones that
+        are written at a place for each slot in another order, and copies all of them first.
 
         Args:
             params: see `layers_apart`.
@@ -102,25 +107,40 @@ class Writer:
             prompt: keys and values [P, M, T, H] of each layer.
             prompt_keys: int32 [P], how many of them are there.
             own: keys and values [S, M, C, H] of each layer.
-            own_keys: int32 [S] in [0, C), how many of them are there.
+            own_keys: int32 [S] in [0, C], how many of them are there.
+            new: keys and values [S, M, E, H] of each layer, of the tokens after those.
+            new_keys: int32 in [0, E), how many of them are there.
 
         Returns:
-            float32 [S, V], logits of the next token; and `own` with those of this one.
+            float32 [S, V], logits of the next token; and `new` with those of this one.
         """
         embed, graph, norm = self._graphs
         slots = len(tokens)
-        positions = jnp.repeat(prompt_keys, slots // len(prompt_keys)) + own_keys
+        positions = jnp.repeat(prompt_keys, slots // len(prompt_keys)) + own_keys + new_keys
         angles = rope_angles(self.config.rope, self.config.head_dim, positions[:, None])
         x_S1D = nnx.merge(embed, params["decoder"]["embed"])(tokens[:, None]).astype(self.dtype)
         grown = []
-        for each, window, of_prompt, (keys, values) in zip(params["decoder"]["each"], self.config.windows, prompt, own):
+        put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, jnp.moveaxis(y, 1, 2), new_keys, axis=2)
+        for each, window, *parts, (keys, values) in zip(
+            params["decoder"]["each"], self.config.windows, prompt, own, new
+        ):
             layer = nnx.merge(graph, each)
             q, k, v = layer.project(x_S1D, angles)
-            put = lambda cache, new: cache.at[jnp.arange(slots), :, own_keys].set(new[:, 0])
             grown.append((put(keys, k), put(values, v)))
-            attended = decode_attention(q[:, 0], of_prompt, prompt_keys, grown[-1], own_keys + 1, window=window)
+            of_prompt, of_own = parts
+            attended = decode_attention(
+                *(q[:, 0], of_prompt, prompt_keys, of_own, own_keys, grown[-1], new_keys + 1), window=window
+            )
             x_S1D = layer.finish(x_S1D, attended.reshape(slots, 1, -1))
         hidden_SD = nnx.merge(norm, params["decoder"]["norm"])(x_S1D[:, 0])
         table_VD = params.get("lm_head", params["decoder"]["embed"])["embedding"]
         logits = jnp.einsum("sd,vd->sv", hidden_SD, table_VD.astype(self.dtype), preferred_element_type=jnp.float32)
         return logits, grown
+
+
+def merged(own: Sequence[KeysValues], own_keys: jax.Array, new: Sequence[KeysValues]) -> list[KeysValues]:
+    """`own` [S, M, C, H] of each layer with `new` [S, M, E, H] behind the `own_keys` [S]; beyond C they are dropped."""
+    slots, length = new[0][0].shape[0], new[0][0].shape[2]
+    where = jnp.arange(slots)[:, None], slice(None), own_keys[:, None] + jnp.arange(length)
+    put = lambda x, y: x.at[where].set(jnp.moveaxis(y, 1, 2), mode="drop")
+    return jax.tree.map(put, list(own), list(new))

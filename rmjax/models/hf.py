@@ -30,6 +30,7 @@ __all__ = ["INDEX", "WEIGHTS", "check", "config_json", "expected_rows", "generat
 __all__ += ["load", "read_config", "resolve", "save"]
 
 HEADS = (SCORE, SCORE_BIAS, LM_HEAD)  # of no use to a model without them
+GENERATION_CONFIG = "generation_config.json"
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
@@ -108,7 +109,7 @@ def generation_stops(directory: Path | None, values: Mapping[str, Any]) -> tuple
     Raises:
         ValueError: generation_config.json is not JSON, or these are no ids.
     """
-    path = directory / "generation_config.json" if directory else None
+    path = directory / GENERATION_CONFIG if directory else None
     try:
         said = json.loads(path.read_text()) if path and path.is_file() else {}
     except ValueError as error:

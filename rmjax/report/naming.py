@@ -73,6 +73,7 @@ OF_KIND = {  # for kinds where a metric says something else
         "accuracy": Metric("One judgement is right", True, "a tie counts half where one side is labelled better"),
         "consistency": Metric("Order consistency", True, "the votes about both orders name the same response"),
         "tie_rate": Metric("Ties", True, "of the verdicts that can be read"),
+        "ece": Metric("Calibration error", True, "mean distance of a majority's share from how often it is right"),
     },
 }
 HEADLINES = {  # what is shown large, in this order, at most six of them

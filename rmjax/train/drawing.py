@@ -43,7 +43,8 @@ def make_sampler(
     item, row_devices = jnp.dtype(dtype).itemsize, mesh.shape["data"] * mesh.shape["fsdp"]
     params = sum(x.size for x in jax.tree.leaves(parameters.model_params(model.shapes))) * item // mesh.shape["tensor"]
     kept = params + sum(sharding.bytes_per_device(state[part]) for part in ("params", "opt"))
-    keys = room(int(train.longest.max())) + rollout.samples * room(rollout.max_tokens + CHUNK)
+    own_keys = room(rollout.max_tokens) + min(CHUNK, rollout.max_tokens)
+    keys = room(int(train.longest.max())) + rollout.samples * own_keys
     each = 2 * c.layers * c.kv_heads * c.head_dim * item // mesh.shape["tensor"] * keys
     each += 3 * 4 * rollout.samples * c.vocab  # logits, what is made of them, and noise
     most = rollout.prompts_per_step * int(train.responses.max())

@@ -83,24 +83,18 @@ class Sampling:
     def metrics(self, program: Program, params: Any, stop: Callable[[], bool]) -> dict[str, float] | None:
         with jax.transfer_guard("allow"):
             model = runs.reward_model(self.model, self.chat, params, self.config.model.compute_dtype)
-            found = self._judged(model, stop)
+            found = sampled.of_groups(self._judge(model), self.groups, stop)
         if found is None:
             return None
         return {name: x["value"] for name, x in found["metrics"].items() if x["value"] is not None}
 
     def measured(self, model: RewardModel) -> dict[str, Any]:
-        found, greedy = (self._judged(model, lambda: False, greedy) for greedy in (False, True))
-        assert found is not None and greedy is not None
-        # Beside the samples, so that a change of the instrument shows.
-        found["metrics"]["accuracy_greedy"] = greedy["metrics"]["accuracy"]
-        return found
-
-    def _judged(self, model: RewardModel, stop: Callable[[], bool], greedy: bool = False) -> dict[str, Any] | None:
-        drawing = Drawing(
-            responses=1 if greedy else self.config.eval.samples,
-            max_tokens=config_lib.answer_tokens(self.config),
-            temperature=0.0 if greedy else 1.0,
-            seed=self.config.seed,
+        return sampled.beside_greedy(
+            self._judge(model), lambda judge, name: sampled.of_groups(judge, self.groups) or {}
         )
-        judge = Judge(GenerativeModel.of(engines.on_this_process(model)), self.task.writing, drawing)
-        return sampled.of_groups(judge, self.groups, stop)
+
+    def _judge(self, model: RewardModel) -> Judge:
+        most = config_lib.answer_tokens(self.config)
+        drawing = Drawing(responses=self.config.eval.samples, max_tokens=most, seed=self.config.seed)
+        model = engines.on_this_process(model)
+        return Judge(GenerativeModel.of(model), self.task.writing, drawing, shared=True)

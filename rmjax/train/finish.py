@@ -91,7 +91,7 @@ def write(
         The verdict of the quality gate, and the metrics of the exported step.
     """
     lines = files.read_json_lines(workdir / "metrics.jsonl") if processes.is_first() else []
-    found = (x for x in reversed(lines) if x["step"] == step and "validation/loss" in x)
+    found = (x for x in reversed(lines) if x["step"] == step and evaluating.is_evaluation(x))
     metrics = next(found, {"step": step, **saved})
     metrics = agreement.agree("metrics", metrics)
     judged = runs.reward_model(model, chat, params, config.model.compute_dtype)
@@ -118,6 +118,7 @@ def write(
         quality=verdict,
         card_name=name.replace("_", "-"),
         parameters=sum(x.size for x in jax.tree.leaves(params)),
+        stops=model.stops,
         run=run,
     )
     if processes.is_first() and config.log.report:

@@ -65,13 +65,7 @@ def check(config: ConfigDict, values: Mapping[str, Any], groups: Groups, plan: P
         ValueError: the model's context is too short, or config.rollout.source lacks answers.
         FileNotFoundError: config.rollout.source is not there.
     """
-    longest, room = int(groups.longest.max()), int(values.get("max_position_embeddings") or 0)
-    if room and longest + config.rollout.max_tokens > room:
-        raise ValueError(
-            f"the longest question has {longest:,} tokens and an answer up to {config.rollout.max_tokens:,} "
-            f"(config.rollout.max_tokens), the model's context is {room:,}; lower config.data.max_length to "
-            f"{room - config.rollout.max_tokens:,} or less, or max_tokens"
-        )
+    check_room(values, groups, config.rollout.max_tokens, "config.rollout.max_tokens")
     if config.rollout.source:
         if config.rollout.dead == "resample":
             raise ValueError("config.rollout.dead='resample' draws again, which config.rollout.source cannot")
@@ -82,6 +76,20 @@ def check(config: ConfigDict, values: Mapping[str, Any], groups: Groups, plan: P
                 f"(config.rollout.samples) to {missing:,} of the {len(prompts):,} prompts that the run asks; a line "
                 'is {"prompt": [ids], "responses": [{"tokens": [ids], "log_probs": [...], "finish": "stop"}, ...]}'
             )
+
+
+def check_room(values: Mapping[str, Any], groups: Groups, most: int, key: str) -> None:
+    """Makes sure that the model has room for every question and an answer of `most` tokens, which `key` says.
+
+    Raises:
+        ValueError: its context is too short.
+    """
+    longest, room = int(groups.longest.max()), int(values.get("max_position_embeddings") or 0)
+    if room and longest + most > room:
+        raise ValueError(
+            f"the longest question has {longest:,} tokens and an answer up to {most:,} ({key}), the model's context is "
+            f"{room:,}; lower {key} to {max(room - longest, 0):,} or less, or config.data.max_length"
+        )
 
 
 def work_of_steps(config: ConfigDict, split: Split) -> dict[str, np.ndarray]:

@@ -34,6 +34,8 @@ from rmjax.export import write as export
 from rmjax.hardware import memory
 from rmjax.inference import parameters, runs
 from rmjax.inference.parameters import AbstractModel, abstract_model
+from rmjax.judging.asked import Questions
+from rmjax.judging.writing import check_judge
 from rmjax.models import decoder, hf
 from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.base import Objective
@@ -175,8 +177,15 @@ def _run(
     sets = {"validation": validation_groups}
     if config.eval.train_groups:
         sets["train_slice"] = train_groups.sample(config.eval.train_groups, config.seed)
+    passed = {} if objective.draws else sets
+    drawn = _sampled(config, objective, model, chat, sets)
+    for of_set in drawn.values():
+        questions.check_room(values, of_set.groups, config_lib.answer_tokens(config), "config.eval.max_tokens")
     with agreement.first_then_others("benchmarks"):
         tests = evaluating.read_benchmarks(config, chat, objective.task)
+    for test, test_groups in tests:
+        if said := ledger.trained_on(test.name, train_groups, test_groups):
+            logging.warning("%s", said)
 
     # ---- Plan
     if objective.draws:
@@ -190,7 +199,7 @@ def _run(
 
     # ---- Compile
     if dry_run:
-        program, train, _ = _compile(config, model, chat, train_groups, plan, sets, limit)
+        program, train, _ = _compile(config, model, train_groups, plan, passed, limit)
         if objective.draws and not config.rollout.source:
             of_device = limit or memory.limit(mesh.local_devices[0])
             sampler = drawing.make_sampler(config, model, chat, train_groups, program.state, of_device)
@@ -208,7 +217,7 @@ def _run(
         owner={"run": run_id, "workdir": str(workdir.absolute()), "config": config_lib.to_json(given)},
     )
     with contextlib.closing(checkpointer), ThreadPoolExecutor(1) as pool, jax.set_mesh(mesh):
-        compiling = pool.submit(_compile, config, model, chat, train_groups, plan, sets, limit)
+        compiling = pool.submit(_compile, config, model, train_groups, plan, passed, limit)
 
         # ---- Restore: weights or a checkpoint are read while the step is compiled
         states = build_program(config, model, plan)  # for the shapes and shardings of the state
@@ -219,7 +228,8 @@ def _run(
         if processes.is_first():
             resume.save_config(given, workdir)
             _save_audit(workdir / "audit.json", train_groups, plan, validation_groups, objective)
-        program, train, evaluations = compiling.result()
+        program, train, passes = compiling.result()
+        evaluations: dict[str, Evaluation] = {**passes, **drawn}
         agreement.barrier("compiled")  # devices wait for a late process less patiently
 
         # ---- Loop: from the newest checkpoint again after each step that rolls back
@@ -267,20 +277,35 @@ def _run(
             conclude(job, workdir, last, run_id)
 
 
+def _sampled(
+    config: ConfigDict, objective: Objective, model: AbstractModel, chat: Chat, sets: dict[str, Groups]
+) -> dict[str, Sampling]:
+    """What is measured by judgements that the model writes: the sets of `grpo`; "sampled", the questions of `sft`'s
+    validation set, where config.eval.samples asks for them."""
+    if isinstance(objective, GRPO):
+        return {name: Sampling(groups, objective.task, model, chat, config) for name, groups in sets.items()}
+    if not config.eval.samples:
+        return {}
+    task = Questions(dataclasses.replace(check_judge(objective.task), both_orders=True))
+    with agreement.first_then_others("questions"):
+        groups = prepare.read_again(config, chat, task, sets["validation"])
+    print(f"sampled: {config.eval.samples} judgements of each of {len(groups):,} groups of questions", flush=True)
+    return {"sampled": Sampling(groups, task, model, chat, config)}
+
+
 def _compile(
-    config: ConfigDict, model: AbstractModel, chat: Chat, train: Groups, plan: Plan, sets: dict[str, Groups], limit: int
-) -> tuple[Program, Split, dict[str, Evaluation]]:
-    """Compiles step and evaluation, and prints what was chosen; see `compile_program` for `limit`."""
+    config: ConfigDict, model: AbstractModel, train: Groups, plan: Plan, sets: dict[str, Groups], limit: int
+) -> tuple[Program, Split, dict[str, Pass]]:
+    """Compiles step and evaluation of sets, and prints what was chosen; see `compile_program` for `limit`."""
     program, split, line = compile_program(config, model, train, plan, limit)
     axes = " x ".join(f"{axis} {size}" for axis, size in model.mesh.shape.items())
     print(f"mesh: {axes} on {model.mesh.size} devices\n{prepare.describe_shape(split.shape)}\n{line}", flush=True)
-    if isinstance(objective := model.objective, GRPO):
-        task = objective.task
-        return program, split, {name: Sampling(groups, task, model, chat, config) for name, groups in sets.items()}
+    if not sets:
+        return program, split, {}
     row_devices = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     splits = prepare.plan_evaluations(config, sets, row_devices, split.shape.rows // row_devices)
     program = program.with_evaluation(next(iter(splits.values())).shape, model.mesh)
-    return program, split, {name: Pass(of_set, objective.task, model.mesh) for name, of_set in splits.items()}
+    return program, split, {name: Pass(of_set, model.objective.task, model.mesh) for name, of_set in splits.items()}
 
 
 # ----------------------------------------------------------------------------------------------------

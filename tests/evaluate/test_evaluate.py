@@ -83,7 +83,11 @@ def test_benchmarks_in_the_command_and_in_the_loop(tmp_path, cache, capsys):
     assert evaluation["step"] == earliest  # the benchmark chose the checkpoint
     assert evaluation["benchmarks"]["judge_bench"]["metrics"]["overall"]["value"] == curve[earliest]
     out = tmp_path / "found.json"
-    command(capsys, f"--model={workdir}/export", f"--benchmark=judge_bench={source}", f"--output={out}")
+    trained = ["--train_data=synthetic://pairs?n=40&seed=5", "--train_rows=1"]  # what the benchmark was made of
+    evaluate.main([f"--model={workdir}/export", f"--benchmark=judge_bench={source}", f"--output={out}", *trained])
+    prompts = len({row["question"] for row in rows})
+    said = f"judge_bench: {prompts} of its {prompts} prompts are in the training data, so its numbers mislead"
+    assert said in capsys.readouterr().err
     found = json.loads(out.read_text())["benchmarks"]["judge_bench"]
     assert found["metrics"]["overall"]["value"] == curve[earliest] and not found["missing"]
     model = RewardModel.load(workdir / "export")

@@ -51,6 +51,8 @@ def test_metrics_of_pairs_by_hand():
     assert found["vote_2"] == pytest.approx(np.mean([first, second, 0, np.mean([0.5, 0.5, 0, 0.5, 0.5, 0.5])]))
     assert found["consistency"] == 0.5  # the first pair's votes name one response; nothing is never consistent
     assert found["first_position"] == 4 / 8 and found["tie_rate"] == 3 / 11
+    # Two votes have a majority, of 2/3 and 3/4, and both are right: in bins of their own.
+    assert found["ece"] == pytest.approx((1 / 3 + 1 / 4) / 2)
 
 
 def test_metrics_of_ratings_by_hand():
@@ -94,11 +96,14 @@ def test_a_judge_of_pairs_is_measured(tokenizer, tmp_path, capsys):
     task = Writing(target="pair", template=verdicts.load_template("", "judge_pair"))
     source = write(tmp_path / "in.jsonl", rows)
     found = sampled.measured(Judge(Planted(tokenizer, judge), task, Drawing(responses=4)), source)
-    assert (found["kind"], found["groups"], found["prompts"], len(turns)) == ("judgements", 40, 20, 160)
+    # Four samples of each question, and the likeliest one.
+    assert (found["kind"], found["groups"], found["prompts"], len(turns)) == ("judgements", 40, 20, 200)
     metrics = {name: x["value"] for name, x in found["metrics"].items()}
     # The longer one is right in three of four; without one the judge takes the first, right in one order of two.
     assert metrics["accuracy"] == pytest.approx(0.75 * (0.75 + 0.25 / 2)) and metrics["unreadable"] == 0.25
     assert metrics["vote_4"] == pytest.approx(0.75 + 0.25 / 2) and metrics["consistency"] == 0.75
+    assert metrics["accuracy_greedy"] == metrics["vote_4"]  # it says what the samples agree on
+    assert metrics["ece"] == pytest.approx(1 - metrics["vote_4"])  # of one mind, and right seven times in eight
     assert metrics["cut_off"] == 0.25 and len(found["examples"]) == 20
     assert found["metrics"]["accuracy"]["low"] < metrics["accuracy"] < found["metrics"]["accuracy"]["high"]
     assert "identical_responses" in capsys.readouterr().err

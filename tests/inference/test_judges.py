@@ -1,9 +1,12 @@
 """Judges that are asked by sampling: what they take from the files that they are loaded from."""
 
 import json
+import os
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -48,7 +51,7 @@ def base(tmp_path_factory, tokenizer_dir):
 
 @pytest.fixture(scope="module")
 def exported(base, tmp_path_factory):
-    """The export of a judge with these weights, and the same generation_config.json."""
+    """The export of a judge with these weights and stops."""
     directory = tmp_path_factory.mktemp("judge") / "export"
     config, chat, values = defaults("sft"), Chat(load_tokenizer(base)), hf.read_config(base)
     config.objective.update(ALONE)
@@ -66,8 +69,8 @@ def exported(base, tmp_path_factory):
         metrics={},
         data="0",
         golden=[(ids, [len(ids) - 1]) for ids in chat.encode([chat.render(talk)])],
+        stops=STOPS,
     )
-    shutil.copy(base / "generation_config.json", directory)
     return directory
 
 
@@ -96,12 +99,43 @@ def test_a_run_knows_those_of_what_it_began_from(base, tmp_path):
     config.data.train, config.data.validation = "synthetic://ratings?n=40", "synthetic://ratings?n=10&seed=1"
     config.data.cache_dir = str(tmp_path / "cache")
     config.model.init_from, config.model.tokenizer = str(base), ""
+    config.eval.samples, config.eval.max_tokens = 2, 8
     training.run(config, tmp_path / "run")
     model = open_model(str(tmp_path / "run"))
     assert set(STOPS) < set(model.stops) and model.longest == LONGEST
+    assert open_model(str(tmp_path / "run" / "export")).stops == model.stops
+    sets = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]
+    assert sets["validation"]["kind"] == "tokens" and sets["sampled"]["groups"] == 10
+    assert {"accuracy", "accuracy_greedy", "unreadable", "cut_off", "mae"} <= set(sets["sampled"]["metrics"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "sampled/unreadable" in line] == [0, 1]
+    checks = json.loads((tmp_path / "run" / "quality.json").read_text())["checks"]
+    assert {"unreadable", "cut_off"} <= {check["name"] for check in checks}
     opened = runs.open_checkpoint(runs.find(tmp_path / "run"))
     judge = runs.reward_model(opened.model, opened.chat, opened.params)
     assert (judge.stops, judge.longest) == (tuple(STOPS), LONGEST)
+
+
+def test_an_export_tells_servers_where_to_stop(exported):
+    said = transformers.GenerationConfig.from_pretrained(exported)
+    assert said.eos_token_id == GenerativeModel.load(exported).stops and set(STOPS) < set(said.eos_token_id)
+    # As training drew: transformers' and vLLM's own defaults, not those that the model was shipped with.
+    assert (said.temperature, said.top_p, said.top_k) == (None, None, None)
+
+
+@pytest.mark.slow
+def test_two_processes_ask_as_one_does(exported, source, tmp_path):
+    """By launch/local.sh; each writes its share of the judgements, and both measure all of them."""
+    env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), PYTHON=sys.executable, RESTARTS="0")
+    found = []
+    for count in ("1", "2"):
+        out = tmp_path / f"{count}.json"
+        flags = [f"--model={exported}", f"--data={source}", "--samples=2", "--max_tokens=8", f"--output={out}"]
+        command = [str(ROOT / "launch/local.sh"), count, "rmjax.evaluate", *flags]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(out.read_text())["sets"])
+    assert found[0] == found[1] and any(x["kind"] == "judgements" for x in found[0].values())
 
 
 def test_a_stop_of_generation_config_ends_a_judgement(exported):

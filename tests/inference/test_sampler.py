@@ -124,6 +124,24 @@ def test_few_prompts_get_few_groups_and_the_same_tokens(models):
     assert all(more - had <= 3 for more, had in zip(now, before))  # for one, two and four groups
 
 
+def test_a_prompt_is_read_with_room_for_its_own_length(models, monkeypatch):
+    read, widths = sampler._read, []
+
+    def spied(writer, params, prompt, tokens, lengths, where):
+        widths.append(tokens.shape[1])
+        return read(writer, params, prompt, tokens, lengths, where)
+
+    monkeypatch.setattr(sampler, "_read", spied)
+    asked = [Prompt([3 + n % 7 for n in range(length)], length) for length in (10, 200, 20, 90)]
+    found = drawn(models("qwen2"), asked)
+    assert widths == [256, 128, 64]
+    for prompt, together in zip(asked, found):
+        (alone,) = drawn(models("qwen2"), [prompt])
+        for one, other in zip(together, alone):
+            assert one.tokens.tolist() == other.tokens.tolist()
+            np.testing.assert_allclose(one.log_probs, other.log_probs, atol=2e-5)
+
+
 def test_new_parameters_are_those_of_a_new_sampler_and_compile_nothing(models):
     _, config, params, mesh = model = models("qwen2")
     one, asked = make(model), prompts(4)

@@ -1,4 +1,4 @@
-"""Attention of new tokens over two parts of keys, against one softmax over all of them in numpy."""
+"""Attention of new tokens over three parts of keys, against one softmax over all of them in numpy."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,18 +21,24 @@ def plain(q, keys, values, window):
 
 @pytest.mark.parametrize("window", [None, 1, 3, 8, 100])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-def test_both_parts_are_one_softmax(window, heads, kv_heads):
+@pytest.mark.parametrize("new_keys", [1, 3, 4])
+def test_all_parts_are_one_softmax(window, heads, kv_heads, new_keys):
     rng = np.random.default_rng(0)
-    p, k, t, c, h = 3, 2, 10, 6, 8
+    p, k, t, c, e, h = 3, 2, 10, 6, 4, 8
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    prompt, own = [(draw(n, kv_heads, length, h), draw(n, kv_heads, length, h)) for n, length in ((p, t), (p * k, c))]
-    prompt_keys, own_keys = np.array([0, 4, 10]), np.array([1, 6, 2, 3, 5, 1])
+    keys_values = lambda n, length: (draw(n, kv_heads, length, h), draw(n, kv_heads, length, h))
+    prompt, own, new = keys_values(p, t), keys_values(p * k, c), keys_values(p * k, e)
+    prompt_keys, own_keys = np.array([0, 4, 10]), np.array([0, 6, 2, 3, 5, 1])
     q = draw(p * k, heads, h)
-    found = decode_attention(jnp.array(q), prompt, prompt_keys, own, own_keys, window=window)
+    found = decode_attention(jnp.array(q), prompt, prompt_keys, own, own_keys, new, new_keys, window=window)
     for s in range(p * k):
         g = s // k
-        both = [np.concatenate([a[g, :, : prompt_keys[g]], b[s, :, : own_keys[s]]], 1) for a, b in zip(prompt, own)]
-        keys, values = (np.swapaxes(x, 0, 1) for x in both)
+        keys, values = (
+            np.swapaxes(
+                np.concatenate([a[g, :, : prompt_keys[g]], b[s, :, : own_keys[s]], d[s, :, :new_keys]], 1), 0, 1
+            )
+            for a, b, d in zip(prompt, own, new)
+        )
         np.testing.assert_allclose(found[s], plain(q[s], keys, values, window), atol=1e-5)
 
 
@@ -41,7 +47,7 @@ def test_what_stands_behind_the_keys_is_not_seen():
     junk = ones.at[:, :, 2:].set(jnp.nan)
     clean = ones.at[:, :, 2:].set(0.0)
     args = (jnp.ones((1, 2, 4)), (ones, ones), jnp.array([2]))
-    expected = decode_attention(*args, (clean, clean), jnp.array([2]))
-    with np.errstate(all="ignore"):
-        found = decode_attention(*args, (jnp.where(jnp.isnan(junk), 7.0, junk), clean), jnp.array([2]))
+    expected = decode_attention(*args, (clean, clean), jnp.array([2]), (clean, clean), 2)
+    junk = jnp.where(jnp.isnan(junk), 7.0, junk)
+    found = decode_attention(*args, (junk, clean), jnp.array([2]), (junk, clean), 2)
     np.testing.assert_array_equal(found, expected)

@@ -315,8 +315,11 @@ def test_what_cannot_be_is_refused(values, said):
 
 def test_judgements_that_nobody_would_draw_are_refused():
     config = config_lib.demo("sft")
-    config.eval.samples = 8
-    with pytest.raises(ValueError, match=r"config\.eval\.samples is for `grpo`"):
+    config.objective.target, config.eval.samples = "messages", 8
+    with pytest.raises(ValueError, match=r"config\.eval\.samples is for judges that write"):
+        config_lib.check(config)
+    config.eval.samples, config.eval.max_tokens = 0, 8
+    with pytest.raises(ValueError, match=r"config\.eval\.max_tokens does nothing without"):
         config_lib.check(config)
 
 
