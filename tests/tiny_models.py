@@ -23,11 +23,16 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 16},  # 4 * 16 is not 48
     "llama": {"rms_norm_eps": 1e-5},
     "mistral": {"sliding_window": 5},
+    "gemma2": {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 4.0},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24, "layer_types": TYPES},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 5, "layer_types": TYPES},
 }
 
 

@@ -25,7 +25,13 @@ CHUNK = 1024
 
 
 def cross_entropy(
-    x: jax.Array, table: jax.Array, targets: jax.Array, weight: jax.Array, *, chunk: int = CHUNK
+    x: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    weight: jax.Array,
+    *,
+    softcap: float | None = None,
+    chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
     """-log softmax(x @ table.T)[target] of each token, and whether the target is the likeliest word.
 
@@ -37,6 +43,7 @@ def cross_entropy(
         table: [V, D] output embedding of any float dtype.
         targets: int [B, T] in [0, V).
         weight: [B, T]; where it is 0 nothing is computed and both results are 0. Its values do not scale them.
+        softcap: logits x become softcap * tanh(x / softcap), as in Gemma 2 (https://arxiv.org/abs/2408.00118).
         chunk: tokens whose logits are held at a time, on each device.
 
     Returns:
@@ -55,9 +62,14 @@ def cross_entropy(
     parts = math.gcd(b, _row_devices())
     split = lambda y: constrain(y.reshape(parts, -1, *y.shape[2:]), BATCH)
     todo = _todo(split(weight) != 0, min(chunk, b * t // parts))
-    nll_PN, correct_PN = _chunked(split(x), table, split(targets), todo)
+    nll_PN, correct_PN = _chunked(softcap, split(x), table, split(targets), todo)
     join = lambda y: constrain(y.reshape(b, t), BATCH)
     return join(nll_PN), join(jax.lax.stop_gradient(correct_PN))
+
+
+def soft_capped(logits: jax.Array, cap: float | None) -> jax.Array:
+    """The logits, between -cap and cap; None caps nothing."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _row_devices() -> int:
@@ -98,22 +110,26 @@ def _gathered(table_VD: jax.Array, dtype: Any) -> jax.Array:
     return constrain(table_VD.astype(dtype), "tensor", None)
 
 
-def _logits(x_PCD: jax.Array, table_VD: jax.Array) -> jax.Array:
+def _logits(x_PCD: jax.Array, table_VD: jax.Array, softcap: float | None) -> jax.Array:
     wide = jnp.promote_types(jnp.float32, x_PCD.dtype)
-    return jnp.einsum("pcd,vd->pcv", x_PCD, table_VD, preferred_element_type=wide)
+    return soft_capped(jnp.einsum("pcd,vd->pcv", x_PCD, table_VD, preferred_element_type=wide), softcap)
 
 
-@jax.custom_vjp
-def _chunked(x_PND: jax.Array, table_VD: jax.Array, targets_PN: jax.Array, todo: _Todo) -> tuple[jax.Array, jax.Array]:
-    return _forward(x_PND, table_VD, targets_PN, todo)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(
+    softcap: float | None, x_PND: jax.Array, table_VD: jax.Array, targets_PN: jax.Array, todo: _Todo
+) -> tuple[jax.Array, jax.Array]:
+    return _forward(softcap, x_PND, table_VD, targets_PN, todo)[0]
 
 
-def _forward(x_PND: jax.Array, table_VD: jax.Array, targets_PN: jax.Array, todo: _Todo) -> tuple[Any, Any]:
+def _forward(
+    softcap: float | None, x_PND: jax.Array, table_VD: jax.Array, targets_PN: jax.Array, todo: _Todo
+) -> tuple[Any, Any]:
     words_VD = _gathered(table_VD, x_PND.dtype)
 
     def chunk(i: jax.Array, found: Any) -> Any:
         at_PC = todo.order_XPC[i]
-        logits_PCV, target_PC = _logits(_take(x_PND, at_PC), words_VD), _take(targets_PN, at_PC)
+        logits_PCV, target_PC = _logits(_take(x_PND, at_PC), words_VD, softcap), _take(targets_PN, at_PC)
         lse_PC = jax.nn.logsumexp(logits_PCV, axis=-1)
         nll_PC = lse_PC - jnp.where(_is(target_PC, logits_PCV), logits_PCV, 0).sum(-1)
         values = (nll_PC, logits_PCV.argmax(-1) == target_PC, lse_PC)
@@ -125,7 +141,9 @@ def _forward(x_PND: jax.Array, table_VD: jax.Array, targets_PN: jax.Array, todo:
     return (nll_PN, correct_PN), (x_PND, table_VD, targets_PN, todo, lse_PN)
 
 
-def _backward(saved: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, None, None]:
+def _backward(
+    softcap: float | None, saved: Any, cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, None, None]:
     x_PND, table_VD, targets_PN, todo, lse_PN = saved
     dtype, words_VD = lse_PN.dtype, _gathered(table_VD, x_PND.dtype)
 
@@ -133,9 +151,11 @@ def _backward(saved: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.
         dx_PND, dtable_PVD = grads
         at_PC = todo.order_XPC[i]
         x_PCD, lse_PC, slope_PC = (_take(y, at_PC) for y in (x_PND, lse_PN, cotangents[0]))
-        logits_PCV = _logits(x_PCD, words_VD)
+        logits_PCV = _logits(x_PCD, words_VD, softcap)
         probability_PCV = jnp.exp(logits_PCV - lse_PC[..., None])
         dlogits_PCV = (probability_PCV - _is(_take(targets_PN, at_PC), logits_PCV)) * slope_PC[..., None]
+        if softcap is not None:
+            dlogits_PCV *= 1 - (logits_PCV / softcap) ** 2
         dlogits_PCV = dlogits_PCV.astype(x_PND.dtype)
         product = functools.partial(jnp.einsum, preferred_element_type=dtype)
         dx_PND = _put(dx_PND, at_PC, product("pcv,vd->pcd", dlogits_PCV, words_VD))

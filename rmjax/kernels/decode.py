@@ -10,6 +10,8 @@ width, T keys of a prompt, C keys of a slot, E keys that are new.
 import jax
 import jax.numpy as jnp
 
+from rmjax.kernels.cross_entropy import soft_capped
+
 HIDDEN = -1e30  # a logit that no weight comes from
 
 
@@ -23,6 +25,7 @@ def decode_attention(
     new_keys: jax.Array,
     *,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """What the newest token of each slot takes from the values that it sees.
 
@@ -35,6 +38,7 @@ def decode_attention(
         new: rotated keys and values [S, M, E, H] of what each slot wrote after that.
         new_keys: int32 in [1, E], how many of them are there, the newest token's among them.
         window: keys that a token sees, itself included; None is all.
+        softcap: as of `tree_attention`.
 
     Returns:
         [S, N, H] of q's type; products accumulate in float32, and the softmax is float32.
@@ -56,9 +60,10 @@ def decode_attention(
 
     einsum = lambda spec, x, y: jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
     by_prompt = lambda x: jnp.moveaxis(x.reshape(p, k, m, *x.shape[2:]), 1, 2)  # [S, M, ...] to [P, M, K, ...]
-    of_prompt = einsum("pmkrh,pmth->pmkrt", q_PMKRH, prompt_k) * h**-0.5
+    of_prompt = soft_capped(einsum("pmkrh,pmth->pmkrt", q_PMKRH, prompt_k) * h**-0.5, softcap)
     of_prompt = jnp.where(sees_PKT[:, None, :, None], of_prompt, HIDDEN)
-    of_own = jnp.concatenate([einsum("smrh,smch->smrc", q_SMRH, keys) for keys in (own_k, new_k)], -1) * h**-0.5
+    both = [einsum("smrh,smch->smrc", q_SMRH, keys) for keys in (own_k, new_k)]
+    of_own = soft_capped(jnp.concatenate(both, -1) * h**-0.5, softcap)
     of_own = by_prompt(jnp.where(sees_own, of_own, HIDDEN))
     most = jnp.maximum(of_prompt.max(-1, initial=HIDDEN), of_own.max(-1))[..., None]
     prompt_weight, own_weight = jnp.exp(of_prompt - most), jnp.exp(of_own - most)

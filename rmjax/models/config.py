@@ -18,7 +18,8 @@ MOST = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
     **{"hidden_size": 2**20, "intermediate_size": 2**24, "vocab_size": 2**28},
 }
-NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range")
+NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range", "query_pre_attn_scalar")
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # of transformers, and ours (decoder.ACTIVATIONS)
 SIZES = (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 
 
@@ -33,17 +34,29 @@ class ModelConfig:
     heads: int  # N, query heads
     kv_heads: int  # M, key/value heads; N is a multiple of it
     head_dim: int  # H, width of one head; N * H need not be D
-    mlp: int  # F, width of the gated MLP, whose activation is silu
-    rope: Rope  # rotary position embedding
+    mlp: int  # F, width of the gated MLP
+    rope: Rope  # rotary position embedding, of layers with a window only where there is no `local_rope`
     # Of each layer: how many keys a query sees along its path, itself included; None is all
     windows: tuple[int | None, ...]
     norm_eps: float = 1e-6  # epsilon of every RMSNorm
     qkv_bias: bool = False  # whether the query, key and value projections have biases
     o_bias: bool = False  # whether the attention's output projection has one
     mlp_bias: bool = False  # whether the three MLP projections have
-    qk_norm: bool = False  # whether queries and keys are normalised per head
+    qk_norm: str = ""  # whether queries and keys are normalised: by "head", "all" heads together, or "" not
+    norms: str = "before"  # where the two parts of a layer have norms: "before", "after", or "both"
+    one_plus: bool = False  # whether norms multiply by 1 + scale
+    activation: str = "silu"  # of the MLP's gate: a key of decoder.ACTIVATIONS
+    embed_scale: float = 1.0  # what embeddings are multiplied by, rounded to the type of the computation
+    attention_scale: float | None = None  # what logits of attention are multiplied by; None is H**-0.5
+    softcap: float | None = None  # c of attention's logits x, that become c tanh(x / c)
+    logit_softcap: float | None = None  # the same of a language model's logits
+    local_rope: Rope | None = None  # of layers with a window
     init_std: float = 0.02  # standard deviation of newly initialised kernels
     tied: bool = False  # whether a language model's output embedding is its input embedding
+
+    def rope_of(self, window: int | None) -> Rope:
+        """The rotary embedding of layers with this window."""
+        return self.rope if window is None else self.local_rope or self.rope
 
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
@@ -63,8 +76,12 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         given = {name: config[name] for name in names if config.get(name)}
         if wrong := [f"{name} {value!r}" for name, value in given.items() if not allowed(name, value)]:
             raise ValueError(f"config.json of this {family} model has {', '.join(wrong)}; {advice}")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; the MLP's activation must be 'silu'")
+    activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"the MLP's activation {activation!r} (hidden_act) is not supported; expected one of "
+            f"{', '.join(map(repr, ACTIVATIONS))}"
+        )
     if config.get("quantization_config"):
         raise ValueError("the checkpoint is quantized (quantization_config in config.json); use the original weights")
     width, heads = config["hidden_size"], config["num_attention_heads"]
@@ -76,6 +93,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             f"and head_dim {head_dim} must be even"
         )
     features = {"windows": (None,) * config["num_hidden_layers"], **FAMILIES[family].features(config)}
+    if "rope" not in features:
+        features["rope"] = rope_from_hf(config)
     return ModelConfig(
         family=family,
         vocab=config["vocab_size"],
@@ -85,7 +104,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         kv_heads=kv_heads,
         head_dim=head_dim,
         mlp=config["intermediate_size"],
-        rope=rope_from_hf(config),
+        activation=ACTIVATIONS[activation],
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         init_std=float(config.get("initializer_range") or 0.02),
         tied=bool(config.get("tie_word_embeddings")),

@@ -6,6 +6,7 @@ H head width, L layers. The parameters of all layers but the last are stacked on
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,10 +32,17 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike)
     return nnx.Param((std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype))
 
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
 class Embed(nnx.Module):
     """Token embedding [V, D]."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.scale = config.embed_scale
         self.embedding = normal(rngs, (config.vocab, config.width), config.init_std, dtype)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
@@ -43,18 +51,23 @@ class Embed(nnx.Module):
         table_VD = constrain(self.embedding[...], "tensor", None)
         return jnp.take(table_VD, tokens_BT, axis=0, mode="fill")
 
+    def begin(self, tokens_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """What the first layer reads, [B, T, D] of this type."""
+        x_BTD = self(tokens_BT).astype(dtype)
+        return x_BTD if self.scale == 1 else x_BTD * jnp.asarray(self.scale, dtype)
+
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich 2019)."""
+    """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich 2019); or times 1 + scale."""
 
-    def __init__(self, shape: tuple[int, ...], eps: float, *, dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones(shape, dtype))
-        self.eps = eps
+    def __init__(self, shape: tuple[int, ...], config: ModelConfig, *, dtype: DTypeLike):
+        self.one_plus, self.eps = config.one_plus, config.norm_eps
+        self.scale = nnx.Param((jnp.zeros if self.one_plus else jnp.ones)(shape, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return (y * (self.scale[...].astype(jnp.float32) + float(self.one_plus))).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -96,7 +109,7 @@ class Linear(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and gated MLP, each after a norm and added to the residual stream.
+    """Attention and gated MLP, each after a norm, before one or between two, and added to the residual stream.
 
     Built with the parameters [n, ...] of a stack of layers, and then called only on one layer's slice of them; or with
     those of one layer.
@@ -109,19 +122,25 @@ class Layer(nnx.Module):
         linear = lambda inputs, outputs, bias: Linear(
             normal(rngs, (*stacked, inputs, outputs), c.init_std, dtype), bias
         )
-        norm = lambda width: RMSNorm((*stacked, width), c.norm_eps, dtype=dtype)
-        self.head_dim, self.form = c.head_dim, attention
-        self.attention_norm = norm(c.width)
+        norm = lambda width: RMSNorm((*stacked, width), c, dtype=dtype)
+        around = lambda *where: norm(c.width) if c.norms in where else None
+        self.head_dim, self.form, self.softcap, self.activation = c.head_dim, attention, c.softcap, c.activation
+        # Attention divides logits by the root of H, whatever the model's scale is.
+        self.q_factor = 1.0 if c.attention_scale is None else c.attention_scale * c.head_dim**0.5
+        self.attention_norm = around("before", "both")
         self.q = linear(c.width, c.heads * c.head_dim, c.qkv_bias)
         self.k = linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
         self.v = linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
-        self.q_norm = norm(c.head_dim) if c.qk_norm else None
-        self.k_norm = norm(c.head_dim) if c.qk_norm else None
+        self.all_heads_norm = c.qk_norm == "all"
+        widths = {"": (0, 0), "head": (c.head_dim,) * 2, "all": (c.heads * c.head_dim, c.kv_heads * c.head_dim)}
+        self.q_norm, self.k_norm = (norm(width) if width else None for width in widths[c.qk_norm])
         self.o = linear(c.heads * c.head_dim, c.width, c.o_bias)
-        self.mlp_norm = norm(c.width)
+        self.attention_out_norm = around("after", "both")
+        self.mlp_norm = around("before", "both")
         self.gate = linear(c.width, c.mlp, c.mlp_bias)
         self.up = linear(c.width, c.mlp, c.mlp_bias)
         self.down = linear(c.mlp, c.width, c.mlp_bias)
+        self.mlp_out_norm = around("after", "both")
 
     def __call__(
         self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], seen: Visible, at: jax.Array | None = None
@@ -132,27 +151,34 @@ class Layer(nnx.Module):
 
     def finish(self, x_BED: jax.Array, attended_BEA: jax.Array) -> jax.Array:
         """The residual stream after the layer, from that before it and what was attended, [B, E, N * H]."""
-        x_BED = constrain(x_BED + self.o(attended_BEA), BATCH, None, None)
+        normed = lambda norm, x: x if norm is None else norm(x)
+        x_BED = constrain(x_BED + normed(self.attention_out_norm, self.o(attended_BEA)), BATCH, None, None)
         x_BED = checkpoint_name(x_BED, "mid")
-        y_BED = self.mlp_norm(x_BED)
+        y_BED = normed(self.mlp_norm, x_BED)
         gate_BEF = checkpoint_name(self.gate(y_BED), "gate")
         up_BEF = checkpoint_name(self.up(y_BED), "up")
-        return constrain(x_BED + self.down(jax.nn.silu(gate_BEF) * up_BEF), BATCH, None, None)
+        out_BED = self.down(ACTIVATIONS[self.activation](gate_BEF) * up_BEF)
+        return constrain(x_BED + normed(self.mlp_out_norm, out_BED), BATCH, None, None)
 
     def project(
         self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], at: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries of the tokens `at`, or all, and every token's rotated keys and its values."""
-        y_BTD = self.attention_norm(x_BTD)
-        heads = lambda x: x.reshape(*x.shape[:2], -1, self.head_dim)
+        y_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
+
+        def heads(x: jax.Array, norm: RMSNorm | None = None) -> jax.Array:
+            split = lambda x: x.reshape(*x.shape[:2], -1, self.head_dim)
+            if norm is None:
+                return split(x)
+            return split(norm(x)) if self.all_heads_norm else norm(split(x))
+
         # Named before norm and rotation: saving them spares the products, and what follows is cheap to redo.
-        q_BENH = heads(checkpoint_name(self.q(_tokens(y_BTD, at)), "q"))
-        k_BTMH = heads(checkpoint_name(self.k(y_BTD), "k"))
+        q_BENH = heads(checkpoint_name(self.q(_tokens(y_BTD, at)), "q"), self.q_norm)
+        k_BTMH = heads(checkpoint_name(self.k(y_BTD), "k"), self.k_norm)
         v_BTMH = heads(checkpoint_name(self.v(y_BTD), "v"))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BENH, k_BTMH = self.q_norm(q_BENH), self.k_norm(k_BTMH)
         cos, sin = (_tokens(x, at) for x in angles)
-        return rotate(q_BENH, (cos, sin)), rotate(k_BTMH, angles), v_BTMH
+        q_BENH = rotate(q_BENH, (cos, sin))
+        return q_BENH if self.q_factor == 1 else q_BENH * self.q_factor, rotate(k_BTMH, angles), v_BTMH
 
     def attend(
         self, q_BENH: jax.Array, k_BTMH: jax.Array, v_BTMH: jax.Array, seen: Visible, at: jax.Array | None
@@ -163,7 +189,7 @@ class Layer(nnx.Module):
             # Queries that nobody reads are 0: attention is cheap beside the products they are spared.
             none_BTNH = jnp.zeros((*k_BTMH.shape[:2], *q_BENH.shape[2:]), q_BENH.dtype)
             q_BTNH = jax.vmap(lambda row, where, q: row.at[where].set(q))(none_BTNH, at, q_BENH)
-        out_BTNH = tree_attention(q_BTNH, k_BTMH, v_BTMH, seen, form=self.form)
+        out_BTNH = tree_attention(q_BTNH, k_BTMH, v_BTMH, seen, form=self.form, softcap=self.softcap)
         return _tokens(out_BTNH.reshape(*k_BTMH.shape[:2], -1), at)
 
 
@@ -189,7 +215,7 @@ class Decoder(nnx.Module):
         self.embed = Embed(config, rngs=rngs, dtype=param_dtype)
         self.layers = layer(stack=config.layers - 1) if config.layers > 1 else None
         self.last = layer()
-        self.norm = RMSNorm((config.width,), config.norm_eps, dtype=param_dtype)
+        self.norm = RMSNorm((config.width,), config, dtype=param_dtype)
 
     def __call__(
         self,
@@ -219,25 +245,30 @@ class Decoder(nnx.Module):
             The residual stream after the last layer, *before* the final norm: [B, T, D], or [B, E, D] of the tokens
             `at`, in the compute dtype.
         """
-        angles = rope_angles(self.config.rope, self.config.head_dim, positions)
         windows = sorted(set(self.config.windows), key=lambda window: window or 0)
         block = block_of(self.form, tokens.shape[1], self.config.head_dim)
         find = functools.partial(visible, visible_from, visible_until, positions, block=block)
         # Layers are alike but for their window: what is seen is found once for each, and one program serves all.
         seen_by_window = [find(NO_WINDOW if w is None and len(windows) > 1 else w) for w in windows]
+        angles_of = functools.cache(lambda rope: rope_angles(rope, self.config.head_dim, positions))
+        angles_by_window = [angles_of(self.config.rope_of(window)) for window in windows]
         which_L = [windows.index(window) for window in self.config.windows]
 
         # Inside a scan, XLA cannot undo the recomputation, so the barriers that would stop it only cost.
         wrapped = functools.partial(rematerialized, remat=remat, prevent_cse=not scan)
-        x_BTD = constrain(self.embed(tokens).astype(self.compute_dtype), BATCH, None, None)
+        x_BTD = constrain(self.embed.begin(tokens, self.compute_dtype), BATCH, None, None)
         if self.layers is not None:
             graphdef, layers = nnx.split(self.layers)
-            seen_W = jax.tree.map(lambda *x: jnp.stack(x), *seen_by_window) if len(windows) > 1 else None
+            # Angles that are the same of all are not stacked.
+            several, two_ropes = len(windows) > 1, len({self.config.rope_of(window) for window in windows}) > 1
+            stack = lambda found, varies: jax.tree.map(lambda *x: jnp.stack(x), *found) if varies else found[0]
+            seen_W, angles_W = stack(seen_by_window, several), stack(angles_by_window, two_ropes)
 
             @wrapped
             def apply(x_BTD: jax.Array, layer_and_window: tuple[Any, Any]) -> tuple[jax.Array, None]:
                 params, which = layer_and_window
-                seen = jax.tree.map(lambda x: x[which], seen_W) if len(windows) > 1 else seen_by_window[0]
+                pick = lambda found, varies: jax.tree.map(lambda x: x[which], found) if varies else found
+                angles, seen = pick(angles_W, two_ropes), pick(seen_W, several)
                 return nnx.merge(graphdef, params)(x_BTD, angles, seen), None
 
             xs = (nnx.to_pure_dict(layers), jnp.array(which_L[:-1]))
@@ -247,8 +278,8 @@ class Decoder(nnx.Module):
                 for index in range(self.config.layers - 1):
                     x_BTD, _ = apply(x_BTD, jax.tree.map(lambda leaf, index=index: leaf[index], xs))
         graphdef_last, last = nnx.split(self.last)
-        seen_last = seen_by_window[which_L[-1]]
-        apply_last = lambda params, x_BTD: nnx.merge(graphdef_last, params)(x_BTD, angles, seen_last, at)
+        last_one = angles_by_window[which_L[-1]], seen_by_window[which_L[-1]]
+        apply_last = lambda params, x_BTD: nnx.merge(graphdef_last, params)(x_BTD, *last_one, at)
         return rematerialized(apply_last, remat=remat, prevent_cse=True)(nnx.to_pure_dict(last), x_BTD)
 
 

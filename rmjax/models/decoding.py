@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rmjax.kernels.cross_entropy import soft_capped
 from rmjax.kernels.decode import decode_attention
 from rmjax.kernels.tree_attention import block_of
 from rmjax.kernels.visible import NO_WINDOW, visible
@@ -54,10 +55,15 @@ class Writer:
         makes = (
             lambda: Embed(c, rngs=nnx.Rngs(0), dtype=dtype),
             lambda: Layer(c, rngs=nnx.Rngs(0), dtype=dtype, attention=self.attention),
-            lambda: RMSNorm((c.width,), c.norm_eps, dtype=dtype),
+            lambda: RMSNorm((c.width,), c, dtype=dtype),
         )
         embed, layer, norm = (nnx.split(nnx.eval_shape(make))[0] for make in makes)
         return embed, layer, norm
+
+    def _angles(self, positions: jax.Array) -> dict[int | None, tuple[jax.Array, jax.Array]]:
+        """The rotary embedding's angles by a layer's window."""
+        c = self.config
+        return {window: rope_angles(c.rope_of(window), c.head_dim, positions) for window in set(c.windows)}
 
     def read_prompts(self, params: Params, tokens: jax.Array, lengths: jax.Array) -> list[KeysValues]:
         """Keys and values [P, M, T, H] of each layer; what stands after the lengths [P] of tokens [P, T] is no token's.
@@ -74,12 +80,12 @@ class Writer:
             window: visible(first, until, positions, NO_WINDOW if window is None else window, block=block)
             for window in set(self.config.windows)
         }
-        angles = rope_angles(self.config.rope, self.config.head_dim, positions)
-        x_PTD = nnx.merge(embed, params["decoder"]["embed"])(tokens).astype(self.dtype)
+        angles = self._angles(positions)
+        x_PTD = nnx.merge(embed, params["decoder"]["embed"]).begin(tokens, self.dtype)
         found = []
         for each, window in zip(params["decoder"]["each"], self.config.windows):
             layer = nnx.merge(graph, each)
-            q, k, v = layer.project(x_PTD, angles)
+            q, k, v = layer.project(x_PTD, angles[window])
             found.append((jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)))
             if len(found) < self.config.layers:  # of the last layer nobody reads more
                 x_PTD = layer.finish(x_PTD, layer.attend(q, k, v, seen[window], None))
@@ -117,25 +123,22 @@ class Writer:
         embed, graph, norm = self._graphs
         slots = len(tokens)
         positions = jnp.repeat(prompt_keys, slots // len(prompt_keys)) + own_keys + new_keys
-        angles = rope_angles(self.config.rope, self.config.head_dim, positions[:, None])
-        x_S1D = nnx.merge(embed, params["decoder"]["embed"])(tokens[:, None]).astype(self.dtype)
+        angles = self._angles(positions[:, None])
+        x_S1D = nnx.merge(embed, params["decoder"]["embed"]).begin(tokens[:, None], self.dtype)
         grown = []
         put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, jnp.moveaxis(y, 1, 2), new_keys, axis=2)
-        for each, window, *parts, (keys, values) in zip(
-            params["decoder"]["each"], self.config.windows, prompt, own, new
-        ):
+        layers = zip(params["decoder"]["each"], self.config.windows, prompt, own, new)
+        for each, window, of_prompt, of_own, (keys, values) in layers:
             layer = nnx.merge(graph, each)
-            q, k, v = layer.project(x_S1D, angles)
+            q, k, v = layer.project(x_S1D, angles[window])
             grown.append((put(keys, k), put(values, v)))
-            of_prompt, of_own = parts
-            attended = decode_attention(
-                *(q[:, 0], of_prompt, prompt_keys, of_own, own_keys, grown[-1], new_keys + 1), window=window
-            )
+            parts = of_prompt, prompt_keys, of_own, own_keys, grown[-1], new_keys + 1
+            attended = decode_attention(q[:, 0], *parts, window=window, softcap=self.config.softcap)
             x_S1D = layer.finish(x_S1D, attended.reshape(slots, 1, -1))
         hidden_SD = nnx.merge(norm, params["decoder"]["norm"])(x_S1D[:, 0])
         table_VD = params.get("lm_head", params["decoder"]["embed"])["embedding"]
         logits = jnp.einsum("sd,vd->sv", hidden_SD, table_VD.astype(self.dtype), preferred_element_type=jnp.float32)
-        return logits, grown
+        return soft_capped(logits, self.config.logit_softcap), grown
 
 
 def merged(own: Sequence[KeysValues], own_keys: jax.Array, new: Sequence[KeysValues]) -> list[KeysValues]:

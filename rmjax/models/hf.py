@@ -31,6 +31,11 @@ __all__ += ["load", "read_config", "resolve", "save"]
 
 HEADS = (SCORE, SCORE_BIAS, LM_HEAD)  # of no use to a model without them
 GENERATION_CONFIG = "generation_config.json"
+# Names in multimodal checkpoints, as transformers v4 and v5 write them.
+OTHER_SENSES = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\.")
+TEXT_MODEL = re.compile(r"^(model\.)?language_model\.")
+# What a multimodal config.json says of its text model, too.
+OF_BOTH = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
@@ -100,7 +105,17 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected an object")
-    return values
+    return _text_config(values)
+
+
+def _text_config(values: dict[str, Any]) -> dict[str, Any]:
+    """The config of the text model where a config.json is that of a multimodal one, else the same."""
+    family = next((x for x in FAMILIES.values() if x.multimodal and x.multimodal == values.get("model_type")), None)
+    text = values.get("text_config")
+    if family is None or not isinstance(text, dict):
+        return values
+    outer = {name: values[name] for name in OF_BOTH if name in values}
+    return {**family.defaults, **outer, **text, "model_type": family.model_type}
 
 
 def generation_stops(directory: Path | None, values: Mapping[str, Any]) -> tuple[int, ...]:
@@ -125,6 +140,11 @@ def generation_stops(directory: Path | None, values: Mapping[str, Any]) -> tuple
 def _tensors(directory: str | Path) -> dict[str, Tensor]:
     """The tensors of a directory by name; names always start with `model.`, those of heads apart."""
     tensors = weight_files.open_tensors(Path(directory))
+    if others := [name for name in tensors if OTHER_SENSES.match(name)]:
+        notes.tell(f"{directory} is multimodal: its text model is loaded, {len(others)} tensors of others are not")
+        text = {TEXT_MODEL.sub("", name, count=1): x for name, x in tensors.items() if name not in others}
+        bare = ("lm_head.", "model.", "score.")
+        tensors = {name if name.startswith(bare) else f"model.{name}": tensor for name, tensor in text.items()}
     if not any(name.startswith("model.") for name in tensors):  # saved from the bare decoder
         tensors = {name if name in HEADS else f"model.{name}": tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(name)}

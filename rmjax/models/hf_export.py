@@ -119,9 +119,6 @@ def config_json(
     pad_token_id: int,
 ) -> dict[str, Any]:
     """The config.json of an export, for transformers v4 and v5 and the servers that read the older form."""
-    rope = {**(hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}), "rope_type": config.rope.type}
-    for name in ("type", "rope_theta"):  # `type` is what v4 used first; two names for one thing can disagree
-        rope.pop(name, None)
     head = {
         "id2label": {str(number): name for number, name in enumerate(labels)},
         "label2id": {name: number for number, name in enumerate(labels)},
@@ -134,11 +131,23 @@ def config_json(
         del head["token_classification_bias"]
     return {
         **kept,
-        "architectures": [f"{FAMILIES[config.family].class_prefix}For{architecture}"],
+        "architectures": [FAMILIES[config.family].architecture(architecture)],
         **({"tie_word_embeddings": config.tied} if architecture == "CausalLM" else head),
         "pad_token_id": pad_token_id,
         "dtype": jnp.dtype(dtype).name,
         "torch_dtype": jnp.dtype(dtype).name,
+        **_rope(hf_config, config),
+    }
+
+
+def _rope(hf_config: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The rotary embedding in the forms of transformers v4 and v5; of a model with two of them, as it was given."""
+    if config.local_rope is not None:
+        return {}
+    rope = {**(hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}), "rope_type": config.rope.type}
+    for name in ("type", "rope_theta"):  # `type` is what v4 used first; two names for one thing can disagree
+        rope.pop(name, None)
+    return {
         "rope_theta": config.rope.theta,
         "rope_scaling": None if config.rope.type == "default" else rope,
         "rope_parameters": {**rope, "rope_theta": config.rope.theta},

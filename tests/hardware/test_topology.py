@@ -196,6 +196,11 @@ MODELS = {
     | dict(zip(KEYS, (4096, 12288, 36, 32, 8, 151936)))
     | {"model_type": "qwen3", "head_dim": 128, "max_position_embeddings": 40960},
     "meta-llama/Llama-3.3-70B-Instruct": LLAMA | dict(zip(KEYS, (8192, 28672, 80, 64, 8, 128256))),
+    "google/gemma-2-9b-it": {"model_type": "gemma2", "head_dim": 256, "max_position_embeddings": 8192}
+    | dict(zip(KEYS, (3584, 14336, 42, 16, 8, 256000))),
+    "google/gemma-3-12b-it": {"model_type": "gemma3_text", "head_dim": 256, "sliding_window": 1024}
+    | dict(zip(KEYS, (3840, 15360, 48, 16, 8, 262208)))
+    | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "max_position_embeddings": 131072},
 }
 # Of the groups of each objective's config: mean tokens of a tree, responses, scored tokens.
 GROUPS = {

@@ -32,8 +32,8 @@ from rmjax.score.judgements import Sampling
 from rmjax.train import training
 
 ROOT = Path(__file__).parents[2]
-LONGEST, STOPS = 64, [5, 9]
-ROWS = [{"prompt": prompt, "response": "A plant.", "score": 3} for prompt in ("What?", "what is a tree " * 30, "Why?")]
+LONGEST, STOPS = 256, [5, 9]
+ROWS = [{"prompt": prompt, "response": "A plant.", "score": 3} for prompt in ("What?", "what is a tree " * 120, "Why?")]
 ALONE = {"template": "{{ prompt }}\n{{ response }}", "target": "score"}
 
 
@@ -106,7 +106,7 @@ def test_a_run_knows_those_of_what_it_began_from(base, tmp_path):
     assert open_model(str(tmp_path / "run" / "export")).stops == model.stops
     sets = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]
     assert sets["validation"]["kind"] == "tokens" and sets["sampled"]["groups"] == 10
-    assert {"accuracy", "accuracy_greedy", "unreadable", "cut_off", "mae"} <= set(sets["sampled"]["metrics"])
+    assert {"accuracy", "accuracy_greedy", "unreadable", "cut_off"} <= set(sets["sampled"]["metrics"])
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "sampled/unreadable" in line] == [0, 1]
     checks = json.loads((tmp_path / "run" / "quality.json").read_text())["checks"]
@@ -163,7 +163,7 @@ def test_questions_without_room_are_counted_not_asked(exported, source, tmp_path
     evaluate.main([f"--model={exported}", f"--data={source}", "--samples=2", "--max_tokens=8", f"--output={out}"])
     (found,) = [x for x in json.loads(out.read_text())["sets"].values() if x["kind"] == "judgements"]
     assert (found["groups"], found["question_too_long"]) == (2, 1)
-    assert re.search(r"question_too_long 1: .* in.jsonl:1: its [\d,]+ tokens .* model's 64", capsys.readouterr().err)
+    assert re.search(r"question_too_long 1: .* in.jsonl:1: its [\d,]+ tokens .* model's 256", capsys.readouterr().err)
     unlabelled, made = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     unlabelled.write_text(Path(source).read_text().replace(', "score": 3', ""))
     counts = score.run(str(exported), str(unlabelled), made, sampling=Sampling(2, 8))[1]

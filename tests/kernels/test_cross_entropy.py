@@ -52,13 +52,16 @@ def test_equals_the_plain_form(chunk):
             np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0)
 
 
-def test_equals_torch():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_equals_torch(softcap):
     import torch
 
     x, table, targets, weight = inputs(v=53)
-    (loss, (nll, correct)), grads = weighted(cross_entropy, chunk=10)(x, table, targets, weight)
+    (loss, (nll, correct)), grads = weighted(cross_entropy, chunk=10, softcap=softcap)(x, table, targets, weight)
     leaves = [torch.tensor(a, requires_grad=True) for a in (x, table)]
     logits = leaves[0] @ leaves[1].T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     labels = torch.tensor(targets).flatten().long()
     every = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
     expected = (every * torch.tensor(weight).flatten()).sum()

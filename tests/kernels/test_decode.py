@@ -1,5 +1,6 @@
 """Attention of new tokens over three parts of keys, against one softmax over all of them in numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,6 +41,16 @@ def test_all_parts_are_one_softmax(window, heads, kv_heads, new_keys):
             for a, b, d in zip(prompt, own, new)
         )
         np.testing.assert_allclose(found[s], plain(q[s], keys, values, window), atol=1e-5)
+
+
+def test_capped_logits():
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    q, keys, values = 4 * draw(1, 1, 8), draw(1, 1, 6, 8), draw(1, 1, 6, 8)
+    part = lambda a, b: (keys[:, :, a:b], values[:, :, a:b])
+    found = decode_attention(q, part(0, 3), jnp.array([3]), part(3, 5), jnp.array([2]), part(5, 6), 1, softcap=1.5)
+    weights = jax.nn.softmax(1.5 * jnp.tanh(keys[0, 0] @ q[0, 0] / np.sqrt(8) / 1.5))
+    np.testing.assert_allclose(found[0, 0], weights @ values[0, 0], atol=1e-6)
 
 
 def test_what_stands_behind_the_keys_is_not_seen():

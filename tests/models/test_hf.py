@@ -1,6 +1,7 @@
 """Checkpoints in and out: we read what transformers saved, it reads what we save, and the rest is refused."""
 
 import json
+import re
 import shutil
 import tracemalloc
 
@@ -13,7 +14,8 @@ import transformers
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
-from tiny_models import PAD, make_hf_model, random_groups, tree_rows
+from tiny_models import FAMILIES as FAMILY_VALUES
+from tiny_models import PAD, SIZES, make_hf_model, random_groups, tree_rows
 
 from rmjax.models import heads, hf, hf_export, weight_files
 from rmjax.models.config import from_hf
@@ -83,6 +85,10 @@ EXPORTED = {
     "qwen3": {},
     "llama": {"rope_parameters": LLAMA3, "mlp_bias": True},
     "mistral": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "olmo2": {},
+    "olmo3": {},
 }
 
 
@@ -99,6 +105,43 @@ def test_export_scores_the_same_in_transformers(family, tmp_path):
     _, _, again, head = open_checkpoint(tmp_path / "export", require_head=True)
     assert head == "kept"
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.mark.parametrize("names", ["v4", "v5"])
+def test_the_text_model_of_a_multimodal_one_is_loaded_and_said(names, tmp_path, caplog):
+    import torch
+
+    text = {**SIZES, **FAMILY_VALUES["gemma3_text"], "model_type": "gemma3_text"}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    theirs = transformers.Gemma3ForConditionalGeneration(config).float().eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    before = hf.read_config(tmp_path)
+    assert before["model_type"] == "gemma3_text" and before["sliding_window"] == 5
+    renames = {"model.language_model.": "language_model.model.", "model.vision": "vision", "model.multi": "multi"}
+    if names == "v4":  # as on the hub
+
+        def older(tensors):
+            for name in list(tensors):
+                for new, old in renames.items():
+                    if name.startswith(new):
+                        tensors[old + name.removeprefix(new)] = tensors.pop(name)
+
+        edit(tmp_path, older)
+    ours, graphdef, params, head = open_checkpoint(tmp_path)
+    assert head == "new" and re.search(r"is multimodal: its text model is loaded, \d+ tensors", caplog.text)
+    decoder = heads.merge(graphdef, params).decoder
+    one = tree_rows([[[CONVERSATIONS[0]]]], len(CONVERSATIONS[0]))
+    hidden = decoder.norm(decoder(*(one[name] for name in ("tokens", "positions", "visible_from", "visible_until"))))
+    with torch.no_grad():
+        expected = theirs.model.language_model(torch.tensor([CONVERSATIONS[0]])).last_hidden_state[0]
+    np.testing.assert_allclose(hidden[0], expected, atol=1e-4, rtol=0)
+    # What is written is a text model of its own.
+    export(tmp_path / "export", tmp_path, params, ours)
 
 
 @pytest.mark.parametrize("form", ["v4", "v5"])

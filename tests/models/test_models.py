@@ -30,6 +30,10 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}
 UPPER = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+TWO_ROPES = {
+    "full_attention": LINEAR,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
 CASES = {
     "qwen2": ("qwen2", {}),
     "qwen2 with a window on its upper layers": ("qwen2", {**UPPER, "tie_word_embeddings": True}),
@@ -38,6 +42,10 @@ CASES = {
     "llama with yarn": ("llama", {"rope_parameters": YARN, "tie_word_embeddings": True}),
     "llama with linear scaling": ("llama", {"rope_parameters": LINEAR, "num_key_value_heads": 1}),
     "mistral": ("mistral", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3_text", {"rope_parameters": TWO_ROPES}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"rope_parameters": {**TWO_ROPES, "full_attention": YARN}}),
 }
 PAIRS = random_groups(seed=1, groups=5)
 ROWS = [PAIRS[:3], PAIRS[3:]]  # the second row ends in padding and has fewer scored tokens
@@ -334,6 +342,35 @@ def test_windows_are_those_of_transformers(config, windows):
     assert from_hf({**TINY, **config}).windows == windows
 
 
+GEMMA3 = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+OLMO3 = {"rope_theta": 5e5, "rope_scaling": {**YARN, "rope_theta": 5e5, "original_max_position_embeddings": 8192}}
+
+
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [("gemma3_text", {}), ("gemma3_text", GEMMA3), ("olmo3", {}), ("olmo3", OLMO3), ("gemma2", {}), ("olmo2", {})],
+)
+def test_ropes_and_windows_by_type_are_those_of_transformers(family, given):
+    import copy
+
+    import transformers
+
+    theirs = transformers.AutoConfig.for_model(family, **{**TINY, "num_hidden_layers": 8, **copy.deepcopy(given)})
+    forms = ({**TINY, "num_hidden_layers": 8, **given}, theirs.to_dict())
+    for form in forms:
+        ours = from_hf({**form, "model_type": family})
+        assert [window is not None for window in ours.windows] == [
+            kind == "sliding_attention" for kind in getattr(theirs, "layer_types", ["full_attention"] * 8)
+        ]
+        assert set(ours.windows) - {None} <= {getattr(theirs, "sliding_window", None)}
+        said = theirs.rope_parameters
+        for window, kind in ((None, "full_attention"), (1, "sliding_attention")):
+            rope, wanted = ours.rope_of(window), said.get(kind, said)
+            assert (rope.type, rope.theta) == (wanted["rope_type"], wanted["rope_theta"])
+            assert rope.factor == wanted.get("factor", 1.0)
+        assert ours.tied == theirs.tie_word_embeddings and ours.norm_eps == theirs.rms_norm_eps
+
+
 def test_defaults_of_a_config():
     llama = from_hf({**TINY, "model_type": "llama", "num_key_value_heads": None})
     assert (llama.kv_heads, llama.head_dim, llama.rope.theta, llama.norm_eps) == (4, 12, 10_000.0, 1e-6)
@@ -346,9 +383,11 @@ def test_defaults_of_a_config():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma2"}, "'gemma2' is not supported.*qwen2, qwen3, llama, mistral"),
+        ({"model_type": "bloom"}, "'bloom' is not supported.*qwen2, qwen3, llama, mistral"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": -1}, "query_pre_attn_scalar -1"),
         ({"hidden_size": None, "vocab_size": None}, "lacks vocab_size, hidden_size"),
-        ({"hidden_act": "gelu"}, "'gelu' is not supported.*'silu'"),
+        ({"hidden_act": "gelu"}, "activation 'gelu' .* is not supported; expected one of 'silu', 'gelu_pytorch_tanh'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 must be a multiple of num_key_value_heads 3"),
         ({"head_dim": 9}, "head_dim 9 must be even"),

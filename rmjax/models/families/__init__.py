@@ -1,11 +1,16 @@
 """The families of models, a file each with all that belongs to it; a new one is its file and its name here."""
 
 from rmjax.models.families.base import Family
+from rmjax.models.families.gemma2 import GEMMA2
+from rmjax.models.families.gemma3 import GEMMA3
 from rmjax.models.families.llama import LLAMA
 from rmjax.models.families.mistral import MISTRAL
+from rmjax.models.families.olmo2 import OLMO2
+from rmjax.models.families.olmo3 import OLMO3
 from rmjax.models.families.qwen2 import QWEN2
 from rmjax.models.families.qwen3 import QWEN3
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2, QWEN3, LLAMA, MISTRAL)}
+ALL = (QWEN2, QWEN3, LLAMA, MISTRAL, GEMMA2, GEMMA3, OLMO2, OLMO3)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in ALL}
 
 __all__ = ["FAMILIES", "Family"]

@@ -1,8 +1,10 @@
 """What a family of models is made of: its defaults, what its config.json decides, and its weights' names."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from rmjax.models.rope import Rope, rope_from_hf
 
 SCORE, SCORE_BIAS = "score.weight", "score.bias"
 LM_HEAD = "lm_head.weight"
@@ -46,6 +48,12 @@ class Family:
     # A row for every parameter that a model of the family can have; a row counts where the model has it
     table: tuple[Row, ...]
     owns: Callable[[Collection[str]], bool]  # whether the names of a checkpoint's tensors can be the family's
+    writer_prefix: str = ""  # of the class for causal language models, where it is another one
+    multimodal: str = ""  # `model_type` of models whose `text_config` is of this family
+
+    def architecture(self, kind: str) -> str:
+        """The class of transformers for "SequenceClassification", "TokenClassification" or "CausalLM"."""
+        return f"{(self.writer_prefix if kind == 'CausalLM' else '') or self.class_prefix}For{kind}"
 
 
 def in_layers(ours: str, theirs: str, transposed: bool = False) -> tuple[Row, Row]:
@@ -63,16 +71,28 @@ def projections(block: str, names: str) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-# The parameters of Llama, which most families share.
-LLAMA_TABLE = (
+# The parameters that most families share, and those of Llama.
+WITHOUT_NORMS = (
     Row("decoder/embed/embedding", "model.embed_tokens.weight"),
-    *in_layers("attention_norm/scale", "input_layernorm.weight"),
     *projections("self_attn", "q k v o"),
-    *in_layers("mlp_norm/scale", "post_attention_layernorm.weight"),
     *projections("mlp", "gate up down"),
     Row("decoder/norm/scale", "model.norm.weight"),
     Row("score/kernel", SCORE, transposed=True),
     Row("lm_head/embedding", LM_HEAD),
+)
+LLAMA_TABLE = (
+    *WITHOUT_NORMS,
+    *in_layers("attention_norm/scale", "input_layernorm.weight"),
+    *in_layers("mlp_norm/scale", "post_attention_layernorm.weight"),
+)
+# Those of families whose norms stand after the two parts of a layer, before they are added.
+NORMS_AFTER = (
+    *in_layers("attention_out_norm/scale", "post_attention_layernorm.weight"),
+    *in_layers("mlp_out_norm/scale", "post_feedforward_layernorm.weight"),
+)
+QK_NORMS = (
+    *in_layers("q_norm/scale", "self_attn.q_norm.weight"),
+    *in_layers("k_norm/scale", "self_attn.k_norm.weight"),
 )
 
 
@@ -89,6 +109,11 @@ def is_llama_like(names: Collection[str]) -> bool:
     return "q_proj.weight" in parts and "q_norm.weight" not in parts and not biased
 
 
+def every(n: int, layers: int) -> list[str]:
+    """Types of layers of which every n-th has no window."""
+    return ["full_attention" if (layer + 1) % n == 0 else "sliding_attention" for layer in range(layers)]
+
+
 def windows_by_type(config: HfConfig) -> tuple[int | None, ...]:
     """Each layer's window by `layer_types`, or by `max_window_layers`, as transformers 5 decides it for Qwen."""
     layers, window = config["num_hidden_layers"], config.get("sliding_window")
@@ -97,6 +122,11 @@ def windows_by_type(config: HfConfig) -> tuple[int | None, ...]:
     types = config.get("layer_types")
     if types is None:
         return tuple(window if layer >= config["max_window_layers"] else None for layer in range(layers))
+    return windows_of(types, layers, window)
+
+
+def windows_of(types: Sequence[str], layers: int, window: int | None) -> tuple[int | None, ...]:
+    """Each layer's window by its type; ValueError for other types, another number of them, or no window."""
     if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
         raise ValueError(
             f"layer_types has {len(types)} entries of {sorted(set(types))}; expected one of full_attention, "
@@ -105,3 +135,25 @@ def windows_by_type(config: HfConfig) -> tuple[int | None, ...]:
     if window is None and "sliding_attention" in types:
         raise ValueError("layer_types names sliding_attention, but use_sliding_window or sliding_window is unset")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def ropes_by_type(config: HfConfig, theta: float, local_theta: float) -> dict[str, Rope]:
+    """The rotary embeddings `rope` and `local_rope` of layers without and with a window, as transformers 5 reads them.
+
+    v5 gives `rope_parameters` by the type of layer; in v4 `rope_scaling` is of layers without a window alone.
+
+    Args:
+        theta, local_theta: where the config says none.
+    """
+    given = config.get("rope_parameters") or {}
+    if any(isinstance(value, Mapping) for value in given.values()):
+        parts = [given.get(kind) or {} for kind in ("full_attention", "sliding_attention")]
+    else:
+        scaling = config.get("rope_scaling") or given
+        local = config.get("rope_local_base_freq") or config.get("rope_theta") or local_theta
+        parts = [{"rope_theta": config.get("rope_theta"), **scaling}, {"rope_theta": local}]
+    plain = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta")}
+    of = lambda part, base: rope_from_hf(
+        {**plain, "rope_parameters": {**part, "rope_theta": part.get("rope_theta") or base}}
+    )
+    return {"rope": of(parts[0], theta), "local_rope": of(parts[1], local_theta)}
