@@ -23,16 +23,28 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+CAPS = {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}
 TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 16},  # 4 * 16 is not 48
     "llama": {"rms_norm_eps": 1e-5},
     "mistral": {"sliding_window": 5},
-    "gemma2": {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 4.0},
+    "gemma2": {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24, **CAPS},
     "gemma3_text": {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24, "layer_types": TYPES},
     "olmo2": {},
     "olmo3": {"sliding_window": 5, "layer_types": TYPES},
+    "phi3": {"sliding_window": 7, "partial_rotary_factor": 0.5},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+}
+WRITERS = {  # with those that transformers has no classifier of
+    **FAMILIES,
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+    },
 }
 
 
@@ -50,7 +62,7 @@ def make_hf_model(
     Every parameter is random, norms and biases too, so that none can be left out without being seen.
 
     Args:
-        family: a key of FAMILIES.
+        family: a key of WRITERS.
         directory: where to save it.
         head: with a score head of one label; else a causal language model.
         seed: of the weights.
@@ -59,7 +71,7 @@ def make_hf_model(
     """
     import torch
 
-    values = {**SIZES, **FAMILIES[family], **overrides}
+    values = {**SIZES, **WRITERS[family], **overrides}
     config = transformers.AutoConfig.for_model(family, **values, **({"num_labels": 1} if head else {}))
     kind = transformers.AutoModelForSequenceClassification if head else transformers.AutoModelForCausalLM
     model = kind.from_config(config, attn_implementation="eager").float()

@@ -18,7 +18,10 @@ MOST = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
     **{"hidden_size": 2**20, "intermediate_size": 2**24, "vocab_size": 2**28},
 }
-NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range", "query_pre_attn_scalar")
+NUMBERS = (
+    *("rms_norm_eps", "rope_theta", "initializer_range", "query_pre_attn_scalar", "embedding_multiplier"),
+    *("logits_scaling", "residual_multiplier", "attention_multiplier", "partial_rotary_factor"),
+)
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # of transformers, and ours (decoder.ACTIVATIONS)
 SIZES = (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 
@@ -35,7 +38,7 @@ class ModelConfig:
     kv_heads: int  # M, key/value heads; N is a multiple of it
     head_dim: int  # H, width of one head; N * H need not be D
     mlp: int  # F, width of the gated MLP
-    rope: Rope  # rotary position embedding, of layers with a window only where there is no `local_rope`
+    ropes: tuple[Rope, ...]  # rotary position embedding of each layer
     # Of each layer: how many keys a query sees along its path, itself included; None is all
     windows: tuple[int | None, ...]
     norm_eps: float = 1e-6  # epsilon of every RMSNorm
@@ -50,13 +53,10 @@ class ModelConfig:
     attention_scale: float | None = None  # what logits of attention are multiplied by; None is H**-0.5
     softcap: float | None = None  # c of attention's logits x, that become c tanh(x / c)
     logit_softcap: float | None = None  # the same of a language model's logits
-    local_rope: Rope | None = None  # of layers with a window
+    residual_scale: float = 1.0  # what the two parts of a layer are multiplied by before they are added
+    output_scale: float = 1.0  # what a language model's logits are multiplied by
     init_std: float = 0.02  # standard deviation of newly initialised kernels
     tied: bool = False  # whether a language model's output embedding is its input embedding
-
-    def rope_of(self, window: int | None) -> Rope:
-        """The rotary embedding of layers with this window."""
-        return self.rope if window is None else self.local_rope or self.rope
 
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
@@ -92,14 +92,15 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}, "
             f"and head_dim {head_dim} must be even"
         )
-    features = {"windows": (None,) * config["num_hidden_layers"], **FAMILIES[family].features(config)}
-    if "rope" not in features:
-        features["rope"] = rope_from_hf(config)
+    layers, features = config["num_hidden_layers"], FAMILIES[family].features(config)
+    features.setdefault("windows", (None,) * layers)
+    if "ropes" not in features:
+        features["ropes"] = (rope_from_hf(config),) * layers
     return ModelConfig(
         family=family,
         vocab=config["vocab_size"],
         width=width,
-        layers=config["num_hidden_layers"],
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -127,6 +127,7 @@ class Layer(nnx.Module):
         self.head_dim, self.form, self.softcap, self.activation = c.head_dim, attention, c.softcap, c.activation
         # Attention divides logits by the root of H, whatever the model's scale is.
         self.q_factor = 1.0 if c.attention_scale is None else c.attention_scale * c.head_dim**0.5
+        self.residual_scale = c.residual_scale
         self.attention_norm = around("before", "both")
         self.q = linear(c.width, c.heads * c.head_dim, c.qkv_bias)
         self.k = linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
@@ -152,13 +153,14 @@ class Layer(nnx.Module):
     def finish(self, x_BED: jax.Array, attended_BEA: jax.Array) -> jax.Array:
         """The residual stream after the layer, from that before it and what was attended, [B, E, N * H]."""
         normed = lambda norm, x: x if norm is None else norm(x)
-        x_BED = constrain(x_BED + normed(self.attention_out_norm, self.o(attended_BEA)), BATCH, None, None)
+        added = lambda norm, x: normed(norm, x) if self.residual_scale == 1 else normed(norm, x) * self.residual_scale
+        x_BED = constrain(x_BED + added(self.attention_out_norm, self.o(attended_BEA)), BATCH, None, None)
         x_BED = checkpoint_name(x_BED, "mid")
         y_BED = normed(self.mlp_norm, x_BED)
         gate_BEF = checkpoint_name(self.gate(y_BED), "gate")
         up_BEF = checkpoint_name(self.up(y_BED), "up")
         out_BED = self.down(ACTIVATIONS[self.activation](gate_BEF) * up_BEF)
-        return constrain(x_BED + normed(self.mlp_out_norm, out_BED), BATCH, None, None)
+        return constrain(x_BED + added(self.mlp_out_norm, out_BED), BATCH, None, None)
 
     def project(
         self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], at: jax.Array | None = None
@@ -250,36 +252,35 @@ class Decoder(nnx.Module):
         find = functools.partial(visible, visible_from, visible_until, positions, block=block)
         # Layers are alike but for their window: what is seen is found once for each, and one program serves all.
         seen_by_window = [find(NO_WINDOW if w is None and len(windows) > 1 else w) for w in windows]
-        angles_of = functools.cache(lambda rope: rope_angles(rope, self.config.head_dim, positions))
-        angles_by_window = [angles_of(self.config.rope_of(window)) for window in windows]
-        which_L = [windows.index(window) for window in self.config.windows]
+        ropes = list(dict.fromkeys(self.config.ropes))
+        angles_by_rope = [rope_angles(rope, self.config.head_dim, positions) for rope in ropes]
+        window_L = [windows.index(window) for window in self.config.windows]
+        rope_L = [ropes.index(rope) for rope in self.config.ropes]
 
         # Inside a scan, XLA cannot undo the recomputation, so the barriers that would stop it only cost.
         wrapped = functools.partial(rematerialized, remat=remat, prevent_cse=not scan)
         x_BTD = constrain(self.embed.begin(tokens, self.compute_dtype), BATCH, None, None)
         if self.layers is not None:
             graphdef, layers = nnx.split(self.layers)
-            # Angles that are the same of all are not stacked.
-            several, two_ropes = len(windows) > 1, len({self.config.rope_of(window) for window in windows}) > 1
-            stack = lambda found, varies: jax.tree.map(lambda *x: jnp.stack(x), *found) if varies else found[0]
-            seen_W, angles_W = stack(seen_by_window, several), stack(angles_by_window, two_ropes)
+            stack = lambda found: jax.tree.map(lambda *x: jnp.stack(x), *found) if len(found) > 1 else found[0]
+            seen_W, angles_R = stack(seen_by_window), stack(angles_by_rope)
 
             @wrapped
-            def apply(x_BTD: jax.Array, layer_and_window: tuple[Any, Any]) -> tuple[jax.Array, None]:
-                params, which = layer_and_window
-                pick = lambda found, varies: jax.tree.map(lambda x: x[which], found) if varies else found
-                angles, seen = pick(angles_W, two_ropes), pick(seen_W, several)
+            def apply(x_BTD: jax.Array, layer: tuple[Any, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+                params, window, rope = layer
+                pick = lambda found, which, several: jax.tree.map(lambda x: x[which], found) if several else found
+                angles, seen = pick(angles_R, rope, len(ropes) > 1), pick(seen_W, window, len(windows) > 1)
                 return nnx.merge(graphdef, params)(x_BTD, angles, seen), None
 
-            xs = (nnx.to_pure_dict(layers), jnp.array(which_L[:-1]))
+            xs = (nnx.to_pure_dict(layers), jnp.array(window_L[:-1]), jnp.array(rope_L[:-1]))
             if scan:
                 x_BTD = jax.lax.scan(apply, x_BTD, xs)[0]
             else:
                 for index in range(self.config.layers - 1):
                     x_BTD, _ = apply(x_BTD, jax.tree.map(lambda leaf, index=index: leaf[index], xs))
         graphdef_last, last = nnx.split(self.last)
-        last_one = angles_by_window[which_L[-1]], seen_by_window[which_L[-1]]
-        apply_last = lambda params, x_BTD: nnx.merge(graphdef_last, params)(x_BTD, *last_one, at)
+        of_last = angles_by_rope[rope_L[-1]], seen_by_window[window_L[-1]]
+        apply_last = lambda params, x_BTD: nnx.merge(graphdef_last, params)(x_BTD, *of_last, at)
         return rematerialized(apply_last, remat=remat, prevent_cse=True)(nnx.to_pure_dict(last), x_BTD)
 
 

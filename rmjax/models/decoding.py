@@ -19,6 +19,7 @@ from rmjax.kernels.cross_entropy import soft_capped
 from rmjax.kernels.decode import decode_attention
 from rmjax.kernels.tree_attention import block_of
 from rmjax.kernels.visible import NO_WINDOW, visible
+from rmjax.models import heads
 from rmjax.models.config import ModelConfig
 from rmjax.models.decoder import Embed, Layer, RMSNorm
 from rmjax.models.heads import Params
@@ -60,10 +61,11 @@ class Writer:
         embed, layer, norm = (nnx.split(nnx.eval_shape(make))[0] for make in makes)
         return embed, layer, norm
 
-    def _angles(self, positions: jax.Array) -> dict[int | None, tuple[jax.Array, jax.Array]]:
-        """The rotary embedding's angles by a layer's window."""
+    def _angles(self, positions: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        """The rotary embedding's angles for each layer."""
         c = self.config
-        return {window: rope_angles(c.rope_of(window), c.head_dim, positions) for window in set(c.windows)}
+        angles = {rope: rope_angles(rope, c.head_dim, positions) for rope in set(c.ropes)}
+        return [angles[rope] for rope in c.ropes]
 
     def read_prompts(self, params: Params, tokens: jax.Array, lengths: jax.Array) -> list[KeysValues]:
         """Keys and values [P, M, T, H] of each layer; what stands after the lengths [P] of tokens [P, T] is no token's.
@@ -83,9 +85,9 @@ class Writer:
         angles = self._angles(positions)
         x_PTD = nnx.merge(embed, params["decoder"]["embed"]).begin(tokens, self.dtype)
         found = []
-        for each, window in zip(params["decoder"]["each"], self.config.windows):
+        for each, window, rotated in zip(params["decoder"]["each"], self.config.windows, angles):
             layer = nnx.merge(graph, each)
-            q, k, v = layer.project(x_PTD, angles[window])
+            q, k, v = layer.project(x_PTD, rotated)
             found.append((jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)))
             if len(found) < self.config.layers:  # of the last layer nobody reads more
                 x_PTD = layer.finish(x_PTD, layer.attend(q, k, v, seen[window], None))
@@ -127,15 +129,15 @@ class Writer:
         x_S1D = nnx.merge(embed, params["decoder"]["embed"]).begin(tokens[:, None], self.dtype)
         grown = []
         put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, jnp.moveaxis(y, 1, 2), new_keys, axis=2)
-        layers = zip(params["decoder"]["each"], self.config.windows, prompt, own, new)
-        for each, window, of_prompt, of_own, (keys, values) in layers:
+        layers = zip(params["decoder"]["each"], self.config.windows, angles, prompt, own, new)
+        for each, window, rotated, of_prompt, of_own, (keys, values) in layers:
             layer = nnx.merge(graph, each)
-            q, k, v = layer.project(x_S1D, angles[window])
+            q, k, v = layer.project(x_S1D, rotated)
             grown.append((put(keys, k), put(values, v)))
             parts = of_prompt, prompt_keys, of_own, own_keys, grown[-1], new_keys + 1
             attended = decode_attention(q[:, 0], *parts, window=window, softcap=self.config.softcap)
             x_S1D = layer.finish(x_S1D, attended.reshape(slots, 1, -1))
-        hidden_SD = nnx.merge(norm, params["decoder"]["norm"])(x_S1D[:, 0])
+        hidden_SD = heads.scaled(nnx.merge(norm, params["decoder"]["norm"])(x_S1D[:, 0]), self.config)
         table_VD = params.get("lm_head", params["decoder"]["embed"])["embedding"]
         logits = jnp.einsum("sd,vd->sv", hidden_SD, table_VD.astype(self.dtype), preferred_element_type=jnp.float32)
         return soft_capped(logits, self.config.logit_softcap), grown

@@ -62,7 +62,6 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32, **options: Any):
         self.decoder = Decoder(config, rngs=rngs, param_dtype=param_dtype, **options)
-        self.logit_softcap = config.logit_softcap
         self.lm_head = None if config.tied else Embed(config, rngs=rngs, dtype=param_dtype)
 
     def __call__(
@@ -81,10 +80,16 @@ class LanguageModel(nnx.Module):
         x_BTD = self.decoder(*(batch[name] for name in WHERE), remat=remat, scan=scan)
         targets_BT = jnp.roll(batch["tokens"], -1, axis=1)
         table_VD = (self.lm_head or self.decoder.embed).embedding[...]
+        config, hidden_BTD = self.decoder.config, self.decoder.norm(x_BTD)
         nll_BT, correct_BT = cross_entropy(
-            self.decoder.norm(x_BTD), table_VD, targets_BT, batch["loss_weight"], softcap=self.logit_softcap
+            *(scaled(hidden_BTD, config), table_VD, targets_BT, batch["loss_weight"]), softcap=config.logit_softcap
         )
         return {"nll": nll_BT, "correct": correct_BT}
+
+
+def scaled(hidden: jax.Array, config: ModelConfig) -> jax.Array:
+    """Normed hidden states whose products with the output embedding are a language model's logits."""
+    return hidden if config.output_scale == 1 else hidden * config.output_scale
 
 
 def inference_outputs(model: Scorer | LanguageModel, batch: Mapping[str, jax.Array]) -> jax.Array:

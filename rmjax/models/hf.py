@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from rmjax.models import weight_files
 from rmjax.models.config import ModelConfig
 from rmjax.models.families import FAMILIES
-from rmjax.models.families.base import LM_HEAD, SCORE, SCORE_BIAS, Row
+from rmjax.models.families.base import LM_HEAD, PART, SCORE, SCORE_BIAS, Row
 from rmjax.models.hf_export import config_json, convert, expected_rows, save
 from rmjax.models.weight_files import DTYPES, INDEX, WEIGHTS, Tensor
 from rmjax.runtime import notes
@@ -187,7 +187,8 @@ def _open(
     directory: str | Path, abstract: Any, config: ModelConfig, require_head: bool
 ) -> tuple[dict[str, Tensor], dict[Row, Any], str]:
     """The checkpoint's tensors, the rows of the model's parameters, and "kept" or "new" for the score head."""
-    tensors, rows = _tensors(directory), expected_rows(abstract, config)
+    rows = expected_rows(abstract, config)
+    tensors = _in_parts(_tensors(directory), rows, config)
     score = next((row for row in rows if row.name == SCORE), None)
     head = _score_head(directory, tensors, rows[score].shape[-1], require_head) if score else "kept"
     wanted = {row: leaf for row, leaf in rows.items() if row != score or head == "kept"}
@@ -196,6 +197,26 @@ def _open(
             tensors.pop(name, None)
     _check(directory, tensors, wanted, config)
     return tensors, rows, head
+
+
+def _in_parts(tensors: dict[str, Tensor], rows: Mapping[Row, Any], config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors with fused ones as their parts; what does not have the parts' size together stays as it is."""
+    parts: dict[str, list[tuple[str, int]]] = {}
+    for row, leaf in rows.items():
+        for name in row.names(config.layers):
+            if PART in name:
+                parts.setdefault(name.partition(PART)[0], []).append((name, row.shape(leaf)[0]))
+    for whole, of_one in parts.items():
+        tensor = tensors.get(whole)
+        if tensor is None or not tensor.shape or tensor.shape[0] != sum(size for _, size in of_one):
+            continue
+        del tensors[whole]
+        start, row_bytes = 0, len(tensor.data) // tensor.shape[0]
+        for name, size in of_one:
+            data = tensor.data[start * row_bytes : (start + size) * row_bytes]
+            tensors[name] = Tensor(tensor.dtype, (size, *tensor.shape[1:]), data)
+            start += size
+    return tensors
 
 
 def _score_head(directory: str | Path, tensors: Mapping[str, Tensor], wanted: int, require: bool) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from jax.typing import DTypeLike
 
 from rmjax.models.config import ModelConfig
 from rmjax.models.families import FAMILIES
-from rmjax.models.families.base import SCORE, SCORE_BIAS, Row
+from rmjax.models.families.base import PART, SCORE, SCORE_BIAS, Row
+from rmjax.models.rope import NONE, Rope
 from rmjax.models.weight_files import INDEX
 from rmjax.runtime import agreement, ownership, processes
 from rmjax.sharding import path_name
@@ -141,16 +143,17 @@ def config_json(
 
 
 def _rope(hf_config: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The rotary embedding in the forms of transformers v4 and v5; of a model with two of them, as it was given."""
-    if config.local_rope is not None:
+    """The rotary embedding in the forms of transformers v4 and v5; of a family with several, as it was given."""
+    if FAMILIES[config.family].ropes_by_type:
         return {}
-    rope = {**(hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}), "rope_type": config.rope.type}
+    of_all = next((rope for rope in config.ropes if rope.type != NONE), Rope())
+    rope = {**(hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}), "rope_type": of_all.type}
     for name in ("type", "rope_theta"):  # `type` is what v4 used first; two names for one thing can disagree
         rope.pop(name, None)
     return {
-        "rope_theta": config.rope.theta,
-        "rope_scaling": None if config.rope.type == "default" else rope,
-        "rope_parameters": {**rope, "rope_theta": config.rope.theta},
+        "rope_theta": of_all.theta,
+        "rope_scaling": None if of_all.type == "default" else rope,
+        "rope_parameters": {**rope, "rope_theta": of_all.theta},
     }
 
 
@@ -190,7 +193,22 @@ def _tensors(rows: Mapping[Row, Any], config: ModelConfig, dtype: np.dtype) -> d
         for layer, name in enumerate(row.names(config.layers)):
             pieces = functools.partial(_pieces, row, leaf, layer, stored)
             tensors[name] = Tensor(row.shape(leaf), stored, pieces)
-    return tensors
+    return _fused(tensors)
+
+
+def _fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the parts of fused ones joined along their first axis."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        whole = name.partition(PART)[0]
+        if (before := found.get(whole)) is not None:
+            shape = before.shape[0] + tensor.shape[0], *tensor.shape[1:]
+            both = functools.partial(
+                lambda *parts: itertools.chain(*(part() for part in parts)), before.pieces, tensor.pieces
+            )
+            tensor = Tensor(shape, tensor.dtype, both)
+        found[whole] = tensor
+    return found
 
 
 def _write_weights(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: float) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+NONE = "none"  # of layers that rotate nothing
 TYPES = ("default", "linear", "llama3", "yarn")
 NUMBERS = (
     *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -25,7 +26,7 @@ RUN_TIME_TYPES = ("dynamic", "longrope")
 class Rope:
     """Rotary embedding of one model; the fields after `factor` are read by the types that are named."""
 
-    type: str = "default"  # one of TYPES
+    type: str = "default"  # one of TYPES, or NONE
     theta: float = 10_000.0  # base of the wavelengths
     factor: float = 1.0  # by how much the context is stretched (all but `default`)
     original_length: int = 0  # context before the stretching, tokens (`llama3`, `yarn`)
@@ -35,6 +36,7 @@ class Rope:
     beta_slow: float = 1.0  # rotations up to which it is stretched in full (`yarn`)
     truncate: bool = True  # whether the two bounds are rounded to whole dimensions (`yarn`)
     attention_factor: float = 1.0  # what cosine and sine are multiplied by (`yarn`)
+    partial: float = 1.0  # of a head's dimensions so many are rotated, the first ones
 
 
 def rope_from_hf(config: Mapping[str, Any]) -> Rope:
@@ -96,8 +98,11 @@ def _yarn_attention_factor(given: Mapping[str, Any]) -> float:
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """float32 [head_dim / 2]: radians per position of each pair of dimensions."""
+    """float32 [head_dim / 2], or of so many as are rotated: radians per position of each pair of dimensions."""
+    head_dim = int(head_dim * rope.partial)
     frequency = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    if rope.type == NONE:
+        return 0 * frequency
     if rope.type == "default":
         return frequency
     if rope.type == "linear":
@@ -127,14 +132,18 @@ def _yarn_keep(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def rope_angles(rope: Rope, head_dim: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, float32 [B, T, 1, head_dim / 2] each, to be applied to all heads of a token."""
+    """Cosine and sine, float32 [B, T, 1, rotated / 2] each, to be applied to all heads of a token."""
     angles = positions_BT[..., None, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
 def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates dimension i of each head against dimension i + H / 2, in float32; the dtype stays."""
+    """Rotates dimension i of each head against dimension i + R / 2, in float32; the dtype stays.
+
+    R is twice the last axis of the angles; what is beyond it stays as it is.
+    """
     cos, sin = angles
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTNH.dtype)
+    r = 2 * cos.shape[-1]
+    first, second = jnp.split(x_BTNH[..., :r].astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    return rotated if r == x_BTNH.shape[-1] else jnp.concatenate([rotated, x_BTNH[..., r:]], axis=-1)

@@ -31,7 +31,7 @@ from rmjax.objectives.bradley_terry import BradleyTerry
 from rmjax.train import training
 
 ROOT = Path(__file__).parents[2]
-FAMILIES = list(tiny_models.FAMILIES)
+FAMILIES = ["qwen2", "qwen3", "llama", "mistral"]
 CLOCK = (
     "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     "{{ '<|im_start|>system\nToday is ' + date_string + '<|im_end|>\n' }}" + CHATML

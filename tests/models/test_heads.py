@@ -68,8 +68,9 @@ def auto(architecture, directory):
     return model.eval()
 
 
-MODELS = [("qwen2", True), ("qwen3", False), ("llama", True), ("mistral", False)]
-MODELS = [pytest.param(*m, marks=[] if m[0] == "qwen2" or m[0] == "mistral" else [pytest.mark.slow]) for m in MODELS]
+MODELS = [("qwen2", True), ("mistral", False), ("gemma2", True), ("granite", False)]
+SLOW_MODELS = [("qwen3", False), ("llama", True), ("gemma3_text", True)]
+MODELS += [pytest.param(*model, marks=pytest.mark.slow) for model in SLOW_MODELS]
 
 
 @pytest.mark.parametrize(("family", "tied"), MODELS)
@@ -131,7 +132,10 @@ CLASSIFIERS = [
     pytest.param("mistral", "TokenClassification", 1, marks=pytest.mark.slow),
     *(pytest.param(f, "TokenClassification", 2, marks=pytest.mark.slow) for f in ("qwen3", "llama")),
     *(pytest.param(f, "SequenceClassification", 3, marks=pytest.mark.slow) for f in ("qwen2", "llama", "mistral")),
-    *(pytest.param(f, "SequenceClassification", 5, marks=pytest.mark.slow) for f in tiny_models.FAMILIES),
+    *(
+        pytest.param(f, "SequenceClassification", 5, marks=pytest.mark.slow)
+        for f in ("qwen2", "qwen3", "llama", "phi3")
+    ),
 ]
 
 

@@ -89,6 +89,8 @@ EXPORTED = {
     "gemma3_text": {},
     "olmo2": {},
     "olmo3": {},
+    "phi3": {},
+    "smollm3": {},
 }
 
 

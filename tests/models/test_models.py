@@ -45,6 +45,8 @@ CASES = {
     "gemma2": ("gemma2", {}),
     "gemma3": ("gemma3_text", {"rope_parameters": TWO_ROPES}),
     "olmo2": ("olmo2", {}),
+    "phi3": ("phi3", {}),
+    "smollm3": ("smollm3", {}),
     "olmo3": ("olmo3", {"rope_parameters": {**TWO_ROPES, "full_attention": YARN}}),
 }
 PAIRS = random_groups(seed=1, groups=5)
@@ -55,9 +57,21 @@ STEPS = 10
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 
 
+def in_parts(named, rows, layers=3):
+    """The tensors with fused ones as the parts that the table names."""
+    found, starts = dict(named), {}
+    for row, leaf in rows.items():
+        for name in row.names(layers):
+            if (whole := name.partition("#")[0]) != name:
+                size, start = row.shape(leaf)[0], starts.get(whole, 0)
+                found[name], starts[whole] = named[whole][start : start + size], start + size
+    assert all(starts[whole] == len(found.pop(whole)) for whole in starts)
+    return found
+
+
 def from_torch(named, rows, layers=3):
     """Our parameter paths from a dict of torch tensors by checkpoint name, by the table alone."""
-    params = {}
+    params, named = {}, in_parts(named, rows, layers)
     for row in rows:
         tensors = [named[name].detach().numpy() for name in row.names(layers)]
         array = np.stack(tensors) if row.stacked else tensors[0]
@@ -110,7 +124,9 @@ class Case:
 
 
 SLOW = ("qwen2", "llama with linear scaling")  # what they add is in the other cases, or in the rope test
-IDS = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
+RELEASE = ("olmo2",)  # olmo3 is that and more
+marks = lambda name: [pytest.mark.slow] * (name in SLOW) + [pytest.mark.release] * (name in RELEASE)
+IDS = [pytest.param(name, marks=marks(name)) for name in CASES]
 
 
 @pytest.fixture(scope="module", params=IDS)
@@ -141,7 +157,7 @@ def test_gradients(case):
     named = {name: parameter.grad for name, parameter in case.torch_model.named_parameters()}
     expected = from_torch(named, case.rows)
     assert expected.keys() == case.grads.keys()
-    assert len(named) == sum(len(row.names(case.config.layers)) for row in case.rows)
+    assert len(in_parts(named, case.rows)) == sum(len(row.names(case.config.layers)) for row in case.rows)
     for path, reference in expected.items():
         largest = np.abs(reference).max()
         assert largest > 0, path
@@ -315,8 +331,8 @@ def test_rope_frequencies_are_those_of_transformers(rope):
     older = {"rope_theta": rope["rope_theta"], "rope_scaling": {**scaling, "type": rope["rope_type"]}}
     for form in ({"rope_parameters": rope}, older):
         ours = from_hf({**TINY, "model_type": "llama", "head_dim": 64, **form})
-        np.testing.assert_allclose(rope_frequencies(ours.rope, 64), expected, rtol=1e-6)
-        assert ours.rope.attention_factor == pytest.approx(factor, rel=1e-12)
+        np.testing.assert_allclose(rope_frequencies(ours.ropes[0], 64), expected, rtol=1e-6)
+        assert ours.ropes[0].attention_factor == pytest.approx(factor, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -364,8 +380,8 @@ def test_ropes_and_windows_by_type_are_those_of_transformers(family, given):
         ]
         assert set(ours.windows) - {None} <= {getattr(theirs, "sliding_window", None)}
         said = theirs.rope_parameters
-        for window, kind in ((None, "full_attention"), (1, "sliding_attention")):
-            rope, wanted = ours.rope_of(window), said.get(kind, said)
+        for rope, window in zip(ours.ropes, ours.windows):
+            wanted = said.get("full_attention" if window is None else "sliding_attention", said)
             assert (rope.type, rope.theta) == (wanted["rope_type"], wanted["rope_theta"])
             assert rope.factor == wanted.get("factor", 1.0)
         assert ours.tied == theirs.tie_word_embeddings and ours.norm_eps == theirs.rms_norm_eps
@@ -373,7 +389,7 @@ def test_ropes_and_windows_by_type_are_those_of_transformers(family, given):
 
 def test_defaults_of_a_config():
     llama = from_hf({**TINY, "model_type": "llama", "num_key_value_heads": None})
-    assert (llama.kv_heads, llama.head_dim, llama.rope.theta, llama.norm_eps) == (4, 12, 10_000.0, 1e-6)
+    assert (llama.kv_heads, llama.head_dim, llama.ropes[0].theta, llama.norm_eps) == (4, 12, 10_000.0, 1e-6)
     assert not (llama.qkv_bias or llama.o_bias or llama.mlp_bias or llama.qk_norm)
     qwen2 = from_hf({**TINY, "model_type": "qwen2"})
     assert qwen2.qkv_bias and not qwen2.o_bias

@@ -3,14 +3,17 @@
 from rmjax.models.families.base import Family
 from rmjax.models.families.gemma2 import GEMMA2
 from rmjax.models.families.gemma3 import GEMMA3
+from rmjax.models.families.granite import GRANITE
 from rmjax.models.families.llama import LLAMA
 from rmjax.models.families.mistral import MISTRAL
 from rmjax.models.families.olmo2 import OLMO2
 from rmjax.models.families.olmo3 import OLMO3
+from rmjax.models.families.phi3 import PHI3
 from rmjax.models.families.qwen2 import QWEN2
 from rmjax.models.families.qwen3 import QWEN3
+from rmjax.models.families.smollm3 import SMOLLM3
 
-ALL = (QWEN2, QWEN3, LLAMA, MISTRAL, GEMMA2, GEMMA3, OLMO2, OLMO3)
+ALL = (QWEN2, QWEN3, LLAMA, MISTRAL, GEMMA2, GEMMA3, OLMO2, OLMO3, PHI3, SMOLLM3, GRANITE)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in ALL}
 
 __all__ = ["FAMILIES", "Family"]

@@ -11,10 +11,14 @@ LM_HEAD = "lm_head.weight"
 HfConfig = Mapping[str, Any]  # values of a config.json
 
 
+PART = "#"  # between the name of a fused tensor and that of a part of it, "qkv_proj.weight#q"
+
+
 class Row(NamedTuple):
     """One parameter: our path, its name in a checkpoint, and whether its last two axes swap places.
 
-    PyTorch stores a kernel as [out, in]; it is transposed on the device.
+    PyTorch stores a kernel as [out, in]; it is transposed on the device. Parts of a fused tensor stand in the table in
+    the order in which the tensor has them along its first axis.
     """
 
     path: str
@@ -50,6 +54,7 @@ class Family:
     owns: Callable[[Collection[str]], bool]  # whether the names of a checkpoint's tensors can be the family's
     writer_prefix: str = ""  # of the class for causal language models, where it is another one
     multimodal: str = ""  # `model_type` of models whose `text_config` is of this family
+    ropes_by_type: bool = False  # whether layers with a window have a rotary embedding of their own in config.json
 
     def architecture(self, kind: str) -> str:
         """The class of transformers for "SequenceClassification", "TokenClassification" or "CausalLM"."""
@@ -137,8 +142,10 @@ def windows_of(types: Sequence[str], layers: int, window: int | None) -> tuple[i
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def ropes_by_type(config: HfConfig, theta: float, local_theta: float) -> dict[str, Rope]:
-    """The rotary embeddings `rope` and `local_rope` of layers without and with a window, as transformers 5 reads them.
+def ropes_by_type(
+    config: HfConfig, windows: Sequence[int | None], theta: float, local_theta: float
+) -> tuple[Rope, ...]:
+    """The rotary embedding of each layer: one of layers without a window, one of those with it, as in transformers 5.
 
     v5 gives `rope_parameters` by the type of layer; in v4 `rope_scaling` is of layers without a window alone.
 
@@ -156,4 +163,5 @@ def ropes_by_type(config: HfConfig, theta: float, local_theta: float) -> dict[st
     of = lambda part, base: rope_from_hf(
         {**plain, "rope_parameters": {**part, "rope_theta": part.get("rope_theta") or base}}
     )
-    return {"rope": of(parts[0], theta), "local_rope": of(parts[1], local_theta)}
+    full, local = of(parts[0], theta), of(parts[1], local_theta)
+    return tuple(full if window is None else local for window in windows)

@@ -18,8 +18,9 @@ TABLE = (*gemma2.TABLE, *QK_NORMS)
 
 
 def _features(config: HfConfig) -> dict[str, Any]:
-    ropes = ropes_by_type(config, theta=1e6, local_theta=1e4)
-    return {**gemma2.features(config, config.get("sliding_window_pattern") or 6), "qk_norm": "head", **ropes}
+    shared = gemma2.features(config, config.get("sliding_window_pattern") or 6)
+    ropes = ropes_by_type(config, shared["windows"], theta=1e6, local_theta=1e4)
+    return {**shared, "qk_norm": "head", "ropes": ropes}
 
 
 def _owns(names: Collection[str]) -> bool:

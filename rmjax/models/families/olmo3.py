@@ -11,7 +11,8 @@ DEFAULTS = {**olmo2.DEFAULTS, "sliding_window": 4096, "rope_theta": 500_000.0}
 def _features(config: HfConfig) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
     windows = windows_of(config.get("layer_types") or every(4, layers), layers, config["sliding_window"])
-    return {**olmo2.features(config), "windows": windows, **ropes_by_type(config, theta=5e5, local_theta=5e5)}
+    ropes = ropes_by_type(config, windows, theta=5e5, local_theta=5e5)
+    return {**olmo2.features(config), "windows": windows, "ropes": ropes}
 
 
-OLMO3 = Family("olmo3", "Olmo3", DEFAULTS, _features, olmo2.TABLE, olmo2.owns)
+OLMO3 = Family("olmo3", "Olmo3", DEFAULTS, _features, olmo2.TABLE, olmo2.owns, ropes_by_type=True)
