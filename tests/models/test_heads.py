@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-import tiny_models
 import transformers
 from safetensors.numpy import load_file, save_file
 from tiny_models import PAD, SIZES, make_hf_model, random_groups, tree_rows
