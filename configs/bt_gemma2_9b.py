@@ -2,8 +2,8 @@ r"""Bradley-Terry from Gemma-2-9b-it on Skywork-Reward-Preference-80K-v0.2: `bt_
 
     python -m rmjax.main --config=configs/bt_gemma2_9b.py --workdir=runs/gemma2
 
-Gemma 2 takes the assistant for a `model` and knows no system message: rows that have one are refused by its template and
-counted. Its context is 8,192 tokens, half of its layers see 4,096.
+Gemma 2 knows no system message: rows that have one are refused by its template, and counted. Its context is 8,192
+tokens, of which half of its layers see 4,096.
 
 Hardware: 8 H100 (--topology=h100:8) or 8 TPU v5p (--topology=v5p:2x2x2); parameters, gradients and moments are float32
 (16 bytes a parameter, 18 GB a device).

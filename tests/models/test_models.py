@@ -364,7 +364,15 @@ OLMO3 = {"rope_theta": 5e5, "rope_scaling": {**YARN, "rope_theta": 5e5, "origina
 
 @pytest.mark.parametrize(
     ("family", "given"),
-    [("gemma3_text", {}), ("gemma3_text", GEMMA3), ("olmo3", {}), ("olmo3", OLMO3), ("gemma2", {}), ("olmo2", {})],
+    [
+        ("gemma3_text", {}),
+        ("gemma3_text", GEMMA3),
+        ("gemma3_text", {"rope_theta": 2e6}),
+        ("olmo3", {}),
+        ("olmo3", OLMO3),
+        ("gemma2", {}),
+        ("olmo2", {}),
+    ],
 )
 def test_ropes_and_windows_by_type_are_those_of_transformers(family, given):
     import copy

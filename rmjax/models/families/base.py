@@ -150,15 +150,14 @@ def ropes_by_type(
     v5 gives `rope_parameters` by the type of layer; in v4 `rope_scaling` is of layers without a window alone.
 
     Args:
-        theta, local_theta: where the config says none.
+        theta, local_theta: of the two, where `rope_parameters`, and for the first `rope_theta`, say none.
     """
     given = config.get("rope_parameters") or {}
     if any(isinstance(value, Mapping) for value in given.values()):
         parts = [given.get(kind) or {} for kind in ("full_attention", "sliding_attention")]
     else:
         scaling = config.get("rope_scaling") or given
-        local = config.get("rope_local_base_freq") or config.get("rope_theta") or local_theta
-        parts = [{"rope_theta": config.get("rope_theta"), **scaling}, {"rope_theta": local}]
+        parts = [{"rope_theta": config.get("rope_theta"), **scaling}, {}]
     plain = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta")}
     of = lambda part, base: rope_from_hf(
         {**plain, "rope_parameters": {**part, "rope_theta": part.get("rope_theta") or base}}

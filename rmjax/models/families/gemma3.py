@@ -19,7 +19,7 @@ TABLE = (*gemma2.TABLE, *QK_NORMS)
 
 def _features(config: HfConfig) -> dict[str, Any]:
     shared = gemma2.features(config, config.get("sliding_window_pattern") or 6)
-    ropes = ropes_by_type(config, shared["windows"], theta=1e6, local_theta=1e4)
+    ropes = ropes_by_type(config, shared["windows"], theta=1e6, local_theta=config.get("rope_local_base_freq") or 1e4)
     return {**shared, "qk_norm": "head", "ropes": ropes}
 
 

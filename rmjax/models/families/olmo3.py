@@ -11,7 +11,7 @@ DEFAULTS = {**olmo2.DEFAULTS, "sliding_window": 4096, "rope_theta": 500_000.0}
 def _features(config: HfConfig) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
     windows = windows_of(config.get("layer_types") or every(4, layers), layers, config["sliding_window"])
-    ropes = ropes_by_type(config, windows, theta=5e5, local_theta=5e5)
+    ropes = ropes_by_type(config, windows, theta=5e5, local_theta=config["rope_theta"])
     return {**olmo2.features(config), "windows": windows, "ropes": ropes}
 
 
