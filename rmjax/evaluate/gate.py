@@ -52,7 +52,7 @@ def judge(gate: Values, evaluation: Values, lines: Sequence[Values]) -> dict[str
         "ece": lambda: _calibration(gate["ece"], sets),
     }
     # the validation set, or "sampled" beside it
-    written = next((name for name, x in sets.items() if x["kind"] == "judgements"), "")
+    written = next((name for name, x in sets.items() if x.get("kind") == "judgements"), "")
     if written == "validation":  # a loss that rewards make does not fall, and nothing is said of lengths
         asked = {name: asked[name] for name in ("accuracy", "gap")}
     if written:

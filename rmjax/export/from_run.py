@@ -31,7 +31,7 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
         ValueError: something is missing or wrong.
     """
     if not args.run or not args.output:
-        raise ValueError("--run and --output are required, or --verify; --help shows commands that run")
+        raise ValueError("--run and --output are required, or --average, or --verify; --help shows commands that run")
     place = runs.find(args.run)
     if place is None:
         what = "no run of rmjax, nor a checkpoint of one (there is no config.json of a run)"
