@@ -79,7 +79,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
     if activation not in ACTIVATIONS:
         raise ValueError(
-            f"the MLP's activation {activation!r} (hidden_act) is not supported; expected one of "
+            f"hidden_act {activation!r} is not supported; the MLP's activation must be one of "
             f"{', '.join(map(repr, ACTIVATIONS))}"
         )
     if config.get("quantization_config"):
