@@ -6,9 +6,9 @@
 
 The weights are random, bfloat16, and the same for both; vLLM 0.33 has an environment and a process of its own, in which
 prompts are token ids. Nothing stops before its last token. `--work` is PROMPTxTOKENSxRESPONSES: tokens of a prompt, of
-a response, and responses to a prompt. The first round of each is not counted. A step reads every weight, each prompt's
-keys and values once, and those that the slots wrote; its share of the limit is these bytes over --bandwidth over the
-time that the step took.
+a response, and responses to a prompt. The first round of each is not counted. A step is timed apart, with prompts of
+two tokens: it reads every weight, and the keys and values that the slots wrote. Its share of the limit is the time that
+--bandwidth needs for these bytes over the time that it took.
 """
 
 import argparse
@@ -56,7 +56,7 @@ json.dump({"seconds": seconds[1:], "version": vllm.__version__}, open(sys.argv[2
 
 def make(name: str, directory: Path) -> tuple[ModelConfig, Any, jax.sharding.Mesh]:
     """A model of random weights in a Hugging Face directory, and on the devices."""
-    values = {**SHARED, **MODELS[name], "torch_dtype": "bfloat16", "architectures": ["Qwen2ForCausalLM"]}
+    values = {**SHARED, **MODELS[name], "torch_dtype": "bfloat16"}
     config = from_hf(values)
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
     _, shapes = heads.abstract(config, 0, "bfloat16", "bfloat16", architecture="CausalLM")
@@ -81,7 +81,7 @@ def ours(
         done = dict(sampler.responses(prompts))
         seconds.append(time.perf_counter() - begin)
         assert all(len(one.tokens) == asked["tokens"] for of_one in done.values() for one in of_one)
-    # A round more of prompts of one token, which are read in no time: what is left are the steps.
+    # Prompts of two tokens are read in no time: what is left are the steps.
     short = [Prompt(prompt.tokens[:2], prompt.row) for prompt in prompts[:groups]]
     dict(sampler.responses(short))
     begin = time.perf_counter()

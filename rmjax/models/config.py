@@ -22,7 +22,7 @@ NUMBERS = (
     *("rms_norm_eps", "rope_theta", "initializer_range", "query_pre_attn_scalar", "embedding_multiplier"),
     *("logits_scaling", "residual_multiplier", "attention_multiplier", "partial_rotary_factor"),
 )
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # of transformers, and ours (decoder.ACTIVATIONS)
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # by their names in transformers; decoder.ACTIVATIONS has the functions
 SIZES = (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 
 
@@ -48,7 +48,7 @@ class ModelConfig:
     qk_norm: str = ""  # whether queries and keys are normalised: by "head", "all" heads together, or "" not
     norms: str = "before"  # where the two parts of a layer have norms: "before", "after", or "both"
     one_plus: bool = False  # whether norms multiply by 1 + scale
-    activation: str = "silu"  # of the MLP's gate: a key of decoder.ACTIVATIONS
+    activation: str = "silu"  # of the MLP's gate: one of ACTIVATIONS
     embed_scale: float = 1.0  # what embeddings are multiplied by, rounded to the type of the computation
     attention_scale: float | None = None  # what logits of attention are multiplied by; None is H**-0.5
     softcap: float | None = None  # c of attention's logits x, that become c tanh(x / c)
@@ -105,7 +105,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         kv_heads=kv_heads,
         head_dim=head_dim,
         mlp=config["intermediate_size"],
-        activation=ACTIVATIONS[activation],
+        activation=activation,
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         init_std=float(config.get("initializer_range") or 0.02),
         tied=bool(config.get("tie_word_embeddings")),

@@ -34,7 +34,7 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike)
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 
 

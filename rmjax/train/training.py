@@ -179,8 +179,6 @@ def _run(
         sets["train_slice"] = train_groups.sample(config.eval.train_groups, config.seed)
     passed = {} if objective.draws else sets
     drawn = _sampled(config, objective, model, chat, sets)
-    for of_set in drawn.values():
-        questions.check_room(values, of_set.groups, config_lib.answer_tokens(config), "config.eval.max_tokens")
     with agreement.first_then_others("benchmarks"):
         tests = evaluating.read_benchmarks(config, chat, objective.task)
     for test, test_groups in tests:
@@ -196,6 +194,8 @@ def _run(
     else:
         plan = prepare.plan_training(config, train_groups)
         print("\n".join(prepare.describe_plan(train_groups, plan)), flush=True)
+    for of_set in drawn.values():
+        questions.check_room(values, of_set.groups, config_lib.answer_tokens(config), "config.eval.max_tokens")
 
     # ---- Compile
     if dry_run:
