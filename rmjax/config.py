@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from rmjax.suggestions import did_you_mean
 
@@ -104,6 +105,7 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.init_from = ""  # Hugging Face directory or hub id; "" trains from scratch, see `scratch`
+    model.base = ""  # of an init_from that is a PEFT adapter: directory or hub id of its base; "" is what it names
     model.scratch = ConfigDict()  # for init_from="": values of a Hugging Face config.json, with `model_type`
     model.tokenizer = ""  # directory or hub id; "" is init_from; "synthetic" makes the demo's own
     model.param_dtype = "float32"  # float32, or bfloat16 (rounded stochastically); the score head is float32 always
@@ -112,6 +114,17 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     # or "auto": as little as fits the devices, by the compiler's account (rmjax/hardware/memory.py).
     model.remat = "auto"
     model.attention = "auto"  # its form: gpu, tpu (Pallas kernels), xla (any device), or auto: the device's own
+
+    # Adapters of low rank beside a frozen base (LoRA): they, the score head and what an objective itself learns are all
+    # that is trained, and that a checkpoint holds. Without a rank every parameter is trained.
+    config.lora = lora = ConfigDict()
+    lora.rank = placeholder(int)  # of each adapter, 8 to 64
+    lora.alpha = placeholder(float)  # adapters are scaled by alpha / rank; without one it is twice the rank
+    lora.root_scale = False  # scaled by alpha / sqrt(rank) instead (rsLoRA), for large ranks
+    lora.targets = (r"decoder/.*/kernel",)  # regexes over parameter paths: the kernels that get an adapter
+    # How the frozen kernels are kept: float32, bfloat16, int8 or nf4 (4.5 bits a number), or auto: in the compute
+    # dtype, to which they are cast anyway.
+    lora.base = "auto"
 
     config.data = data = ConfigDict()
     data.train = ""  # files, globs, hf://datasets/OWNER/NAME/..., separated by commas
@@ -148,7 +161,7 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     #   muon      4+4+0 or 2+2+0 for the kernels of the layers, as adamw for the rest
     config.optim = optim = ConfigDict()
     optim.name = "adamw"  # adamw, adafactor or muon; one learning rate and weight decay serve all three alike
-    optim.learning_rate = 1e-5  # the peak
+    optim.learning_rate = placeholder(float)  # the peak; without one 1e-5, or 1e-4 of adapters (config.lora)
     optim.schedule = "cosine"  # cosine, linear, constant or wsd (warm-up, stable, decay)
     optim.warmup = "3%"
     optim.decay = "20%"  # the last part of a wsd schedule
@@ -162,7 +175,7 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     optim.weight_decay = 0.0
     # Ordered (regex over the parameter path, value); the first match wins and an uncovered name is an error.
     optim.decays = ((r".*/(kernel|embedding)", True), (r".*", False))
-    optim.freezes = ((r".*", False),)
+    optim.freezes = NOTHING_FROZEN  # has no gradient, no moments and, where it is read from init_from, no checkpoint
     optim.lr_factors = ((r".*", 1.0),)
 
     if objective == "grpo":
@@ -226,6 +239,7 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
 
     config.export = export = ConfigDict()
     export.step = "best"  # "best" by checkpoint.metric, or "last"
+    export.adapter = False  # a PEFT adapter of the base (config.lora) in place of a whole model
     export.dtype = "auto"  # float32, bfloat16, float16, or auto: that of init_from, else of the parameters
     config.lock()
     return config
@@ -261,11 +275,28 @@ def demo(objective: str = "bradley_terry") -> ConfigDict:
     return config
 
 
+LEARNING_RATE, OF_ADAPTERS = 1e-5, 1e-4
+TRAINED_BESIDE_A_BASE = r".*/lora_[ab]|(score|objective)/.*"
+
+
+def filled(config: ConfigDict) -> ConfigDict:
+    """The config with the values that stand for "by the others": the learning rate, and what adapters freeze."""
+    config = config.copy_and_resolve_references()
+    adapts = config.lora.rank is not None
+    if config.optim.learning_rate is None:
+        config.optim.learning_rate = OF_ADAPTERS if adapts else LEARNING_RATE
+    if adapts and tuple(map(tuple, config.optim.freezes)) == NOTHING_FROZEN:
+        config.optim.freezes = ((TRAINED_BESIDE_A_BASE, False), (r".*", True))
+    return config
+
+
+NOTHING_FROZEN = ((r".*", False),)
 CHOICES = {
     "on_nonfinite": ("stop", "skip", "rollback"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "gpu", "tpu"),
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
+    "lora.base": ("auto", "float32", "bfloat16", "int8", "nf4"),
     "rollout.truncated": ("wrong", "drop"),
     "rollout.dead": ("skip", "resample"),
     "data.over_long": ("drop", "truncate_prompt", "truncate_response"),
@@ -314,7 +345,9 @@ def check(config: ConfigDict) -> None:
         problems.append("config.model.init_from is empty; give a Hugging Face directory or hub id")
     if not config.model.init_from and not config.model.tokenizer and not config.start:
         problems.append("config.model.tokenizer is empty and there is no init_from to take it from")
-    positive = ["plan.row_tokens", "plan.window", "optim.learning_rate", "optim.eps", "checkpoint.keep_latest"]
+    problems += _lora_problems(config)
+    positive = ["plan.row_tokens", "plan.window", "optim.eps", "checkpoint.keep_latest"]
+    positive += ["optim.learning_rate"] * (config.optim.learning_rate is not None)
     if objective == "grpo":
         positive += [f"rollout.{key}" for key in ("prompts_per_step", "max_tokens", "most_mismatch")]
     not_negative = (
@@ -369,6 +402,39 @@ def check(config: ConfigDict) -> None:
         problems.append(f"config.log.wandb={config.log.wandb!r} needs the package wandb: pip install 'rmjax[wandb]'")
     if problems:
         raise ValueError("the config cannot be used:\n  " + "\n  ".join(problems))
+
+
+def _lora_problems(config: ConfigDict) -> list[str]:
+    lora, default = config.lora, defaults().lora
+    if lora.rank is None:
+        changed = [key for key in default if key != "rank" and _plain(lora[key]) != _plain(default[key])]
+        problems = [f"config.lora.{key}={lora[key]!r} does nothing without config.lora.rank" for key in changed]
+        return problems + ["config.export.adapter needs config.lora.rank"] * config.export.adapter
+    problems = []
+    if config.export.adapter and not config.model.init_from:
+        problems.append(
+            "config.export.adapter: an adapter needs a base that others can load; give config.model.init_from"
+        )
+    if lora.rank < 1:
+        problems.append(
+            f"config.lora.rank={lora.rank} must be at least 1; leave it out to train every parameter, or set "
+            'config.optim.freezes=(("score/.*", False), (".*", True)) to train the head alone'
+        )
+    if lora.alpha is not None and not lora.alpha > 0:
+        problems.append(f"config.lora.alpha={lora.alpha} must be above 0")
+    if isinstance(lora.targets, str) or not lora.targets:
+        problems.append(f"config.lora.targets={lora.targets!r} is no list of regexes; the default is every kernel")
+        return problems
+    for target in lora.targets:
+        try:
+            re.compile(target)
+        except (TypeError, re.error) as error:
+            problems.append(f"config.lora.targets: {target!r} is no regex: {error}")
+    return problems
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _rollout_problems(config: ConfigDict) -> list[str]:

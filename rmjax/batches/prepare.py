@@ -54,7 +54,7 @@ def check_sources(config: ConfigDict, others: Sequence[str] = ()) -> None:
 
 def open_chat(config: ConfigDict, workdir: Path) -> Chat:
     """Loads the tokenizer and its template; "synthetic" makes the demo's own in the workdir."""
-    source = config.model.tokenizer or hf.resolve(config.model.init_from)
+    source = config.model.tokenizer or hf.tokenizer_of(hf.resolve(config.model.init_from), config.model.base)
     if source == "synthetic":
         source = workdir / "tokenizer"
         synthetic.make_tokenizer(source)

@@ -91,7 +91,7 @@ def resolved(config: ConfigDict, values: dict[str, Any], steps: int) -> ConfigDi
         )
     if config.debug:
         raise ValueError("config.debug compiles nothing, so there is nothing to measure; leave it out")
-    config = config.copy_and_resolve_references()
+    config = config_lib.filled(config)
     with config.unlocked():
         config.model.init_from, config.model.scratch = "", ConfigDict(values)
     config.model.tokenizer = config.data.train = "random"
@@ -184,7 +184,7 @@ class Side:
         random = make_groups(self.config, triples[trees <= row], WARMUP + steps, self.model.vocab)
         self.groups = cast(Groups, random)  # they have all that planning and loading read
         self.plan = prepare.plan_training(self.config, self.groups)
-        params = parameters.model_params(self.abstract.shapes)
+        params = parameters.model_params(self.abstract.plain.shapes)
         self.parameters = model_config.parameter_count(params)
         useful = flops.useful(self.model, params, random.conversations)
         hardware = flops.hardware(self.model, params, random.lengths, random.ends, random.visible_pairs)
@@ -207,7 +207,8 @@ class Side:
             with jax.set_mesh(self.mesh):
                 params, _ = parameters.init_params(self.config, self.abstract)
                 tx = optim.make(self.config.optim, self.config.seed)
-                opt = jax.jit(tx.init, out_shardings=program.shardings["opt"])(params)
+                trained, _ = parameters.split(self.config, params)
+                opt = jax.jit(tx.init, out_shardings=program.shardings["opt"])(trained)
                 self._held = {"state": {"params": params, "opt": opt}}
         rows = sharding.named(self.mesh, sharding.BATCH)
         self._ahead = loader.batches(self.groups, self.plan, self.shape, rows)
@@ -259,11 +260,10 @@ class Side:
             return {"params": params, "opt": opt}, move.norm
 
         several = self.shape.micro > 1  # then gradients are added in float32
-        ones = lambda: jax.tree.map(
-            lambda x: jnp.ones(x.shape, jnp.float32 if several else x.dtype), self.abstract.shapes
-        )
+        trained, _ = parameters.split(self.config, self.abstract.shapes)
+        ones = lambda: jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32 if several else x.dtype), trained)
         with jax.set_mesh(self.mesh):
-            grads = jax.jit(ones, out_shardings=shardings["params"])()
+            grads = jax.jit(ones, out_shardings=parameters.split(self.config, shardings["params"])[0])()
             one, rate = np.float32(1), np.float32(self.config.optim.learning_rate)
             move = Move(*(jax.device_put(x, place) for x in (one, one, rate, np.int32(0), np.bool_(True))))
             compiled = jax.jit(second_half, donate_argnums=0, out_shardings=(shardings, place))

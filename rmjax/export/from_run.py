@@ -75,9 +75,13 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
         if measured["step"] == opened.step:
             quality = json.loads((workdir / "quality.json").read_text())
             evaluation = measured
+    model, params = opened.model, opened.params
+    if not config.export.adapter:
+        params, model = model.merged(params, export.dtype_of(config, model.values)), model.plain
     export.write_export(
         Path(args.output),
-        opened.params,
+        params,
+        adapters=model.adapters,
         objective=opened.model.objective,
         config=config,
         values=opened.model.values,

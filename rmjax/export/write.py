@@ -17,8 +17,9 @@ from rmjax.batches.chat import PROBE, Chat, load_tokenizer
 from rmjax.batches.groups import Groups
 from rmjax.inference import contract
 from rmjax.inference.reward_model import RewardModel
-from rmjax.models import hf
+from rmjax.models import hf, peft
 from rmjax.models.config import ModelConfig
+from rmjax.models.lora import Lora
 from rmjax.objectives.base import Objective
 from rmjax.report import card
 from rmjax.runtime import agreement, files, processes
@@ -52,6 +53,7 @@ def write_export(
     stops: Sequence[int] = (),
     max_shard_bytes: float = 5e9,
     run: str = "",
+    adapters: Lora | None = None,
 ) -> None:
     """Exports parameters with tokenizer and contract; the directory appears whole or not at all.
 
@@ -73,13 +75,12 @@ def write_export(
         stops: of a model that writes, the ids that end what it writes beside those of tokenizer and template.
         max_shard_bytes: size of the largest weight file.
         run: id of the run, for the export's marker.
+        adapters: those among the parameters, of which a PEFT directory is made; None exports a whole model.
 
     Raises:
         ValueError: with `unit_std`, rewards that are not linear in the head, or whose deviation is not known.
     """
-    dtype = config.export.dtype
-    if dtype == "auto":
-        dtype = values.get("dtype") or values.get("torch_dtype") or config.model.param_dtype
+    dtype = dtype_of(config, values)
     parts = {**evaluation["sets"], **evaluation["benchmarks"]} if evaluation else {}
     terms = contract.make(
         chat,
@@ -129,6 +130,21 @@ def write_export(
             (partial / "README.md").write_text(text)
 
     arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    if adapters:
+        base = base_name(config)
+        terms["base"] = {"name": base, "kept_as": adapters.base}
+        hf.save_adapter(
+            directory,
+            {name: x for name, x in params.items() if name != "objective"},
+            model,
+            adapters,
+            base=base,
+            root_scale=config.lora.root_scale,
+            architecture=objective.architecture,
+            also=complete,
+            run=run,
+        )
+        return
     hf.save(
         directory,
         {name: x for name, x in params.items() if name != "objective"},
@@ -143,6 +159,21 @@ def write_export(
         max_shard_bytes=max_shard_bytes,
         run=run,
     )
+
+
+def dtype_of(config: ConfigDict, values: Mapping[str, Any]) -> str:
+    """The dtype of a run's export, by its config and the values of its model's config.json."""
+    automatic = values.get("dtype") or values.get("torch_dtype") or config.model.param_dtype
+    return automatic if config.export.dtype == "auto" else config.export.dtype
+
+
+def base_name(config: ConfigDict) -> str:
+    """What a run's adapters belong to: a hub id, or an absolute path."""
+    start = config.model.init_from
+    directory = hf.resolve(start)
+    if peft.is_adapter(directory):
+        start = config.model.base or str(peft.read_config(directory)["base_model_name_or_path"])
+    return str(Path(start).absolute()) if Path(start).is_dir() else start
 
 
 def generation_config(chat: Chat, stops: Sequence[int]) -> dict[str, Any]:

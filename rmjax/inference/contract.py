@@ -94,6 +94,11 @@ def make(
     }
 
 
+def base_kept_as(terms: Mapping[str, Any] | None) -> str:
+    """How the base of an adapter was kept while that was trained ("nf4"); "" of what is no adapter's contract."""
+    return str((terms or {}).get("base", {}).get("kept_as", ""))
+
+
 def golden_rows(chat: Chat, sequences: Sequence[tuple[Tokens, Sequence[int]]]) -> list[dict[str, Any]]:
     """Rendered text, token ids and scored tokens of a made-up conversation and of these sequences, without outputs.
 

@@ -4,7 +4,7 @@ Token ids go in; token ids, log-probabilities and how each answer ended come out
 which gives other tokens than those that were drawn.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,10 +84,12 @@ class Recorded:
 class Drawer:
     """The sampler of this package, on the devices of this process."""
 
-    def __init__(self, sampler: Sampler):
-        self._sampler = sampler
+    def __init__(self, sampler: Sampler, merged: Callable[[Any], Any] = lambda params: params):
+        """`merged` makes of the parameters that are trained those of a model without adapters."""
+        self._sampler, self._merged = sampler, merged
 
     def load(self, params: Any) -> None:
+        params = self._merged(params)
         self._sampler.load(params if jax.process_count() == 1 else local_params(params, self._sampler.mesh))
 
     def responses(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, list[Response]]]:

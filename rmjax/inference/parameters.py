@@ -1,19 +1,27 @@
 """A config becomes a model: its Hugging Face values, the shapes of its parameters, and their first values."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from rmjax import sharding
 from rmjax.kernels import tree_attention
 from rmjax.models import config as model_config
-from rmjax.models import heads, hf
+from rmjax.models import heads, hf, lora, peft, quantized
 from rmjax.models.config import ModelConfig
+from rmjax.models.lora import Lora
 from rmjax.objectives.base import Objective
+from rmjax.sharding import path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +36,9 @@ class AbstractModel:
         graph: of `nnx.split`.
         shapes: of all parameters, the objective's under "objective", with their shardings.
         stops: of a language model, the token ids that end a response; see `generation_stops`.
+        adapters: what is trained beside a frozen base; None where there are none.
+        merged_graph: `graph` of the model into which the adapters are merged.
+        merged_shapes: `shapes` of that.
     """
 
     objective: Objective
@@ -37,6 +48,57 @@ class AbstractModel:
     graph: Any
     shapes: Any
     stops: tuple[int, ...] = ()
+    adapters: Lora | None = None
+    merged_graph: Any = None
+    merged_shapes: Any = None
+
+    @property
+    def plain(self) -> "AbstractModel":
+        """The model into which the adapters are merged; itself where there are none."""
+        if self.adapters is None:
+            return self
+        return dataclasses.replace(
+            self, graph=self.merged_graph, shapes=self.merged_shapes, adapters=None, merged_graph=None
+        )
+
+    def merged(self, params: Any, dtype: DTypeLike) -> Any:
+        """The parameters of `plain`, in this dtype (a score head and what an objective learns stay float32).
+
+        The same parameters where there are no adapters.
+        """
+        if self.adapters is None:
+            return params
+        return self._merges(jnp.dtype(dtype))(params)
+
+    @functools.cached_property
+    def _merges(self) -> Callable[[Any], Callable[[Any], Any]]:
+        """For a dtype what merges, compiled once."""
+        shapes, scale = self.merged_shapes, cast(Lora, self.adapters).scale
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+
+        @functools.cache
+        def merge(dtype: Any) -> Callable[[Any], Any]:
+            stays = lambda path: re.fullmatch(r"(score|objective)/.*", path_name(path))
+            dtypes = jax.tree_util.tree_map_with_path(lambda path, x: x.dtype if stays(path) else dtype, shapes)
+            return jax.jit(functools.partial(lora.merged, scale=scale, dtypes=dtypes), out_shardings=shardings)
+
+        return merge
+
+
+def lora_of(config: ConfigDict, platform: str) -> Lora | None:
+    """What `config.lora` asks for on this platform; None without a rank."""
+    wanted = config.lora
+    if wanted.rank is None:
+        return None
+    alpha = 2 * wanted.rank if wanted.alpha is None else wanted.alpha
+    dtype = heads.compute_dtype(config.model.compute_dtype, platform)
+    return Lora(
+        rank=wanted.rank,
+        scale=alpha / (wanted.rank**0.5 if wanted.root_scale else wanted.rank),
+        targets=tuple(wanted.targets),
+        base=dtype if wanted.base == "auto" else wanted.base,
+        dtype=dtype,
+    )
 
 
 def model_values(config: ConfigDict, tokenizer: Any) -> dict[str, Any]:
@@ -46,7 +108,7 @@ def model_values(config: ConfigDict, tokenizer: Any) -> dict[str, Any]:
         ValueError: the tokenizer has ids that the model's embedding lacks.
     """
     if config.model.init_from:
-        values = hf.read_config(hf.resolve(config.model.init_from))
+        values = hf.read_config(hf.resolve(config.model.init_from), config.model.base)
     else:
         values = {"vocab_size": len(tokenizer), **config.model.scratch.to_dict()}
     longest, positions = config.data.max_length or config.plan.row_tokens, values.get("max_position_embeddings")
@@ -70,7 +132,7 @@ def generation_stops(config: ConfigDict, objective: Objective, values: Mapping[s
     if objective.architecture != "CausalLM":
         return ()
     start = config.model.init_from
-    return hf.generation_stops(hf.resolve(start) if start else None, values)
+    return hf.generation_stops(hf.base_of(hf.resolve(start), config.model.base) if start else None, values)
 
 
 def tokens_without_row(tokenizer: Any, rows: int) -> str:
@@ -105,7 +167,8 @@ def abstract_model(
         logging.warning("attention falls back to the form for any device (xla): %s", why)
     if why := tree_attention.whole_heads(model.heads, model.kv_heads, mesh.shape["tensor"]):
         logging.warning("%s", why)
-    graph, shapes = heads.abstract(
+    abstract = functools.partial(
+        heads.abstract,
         model,
         len(objective.labels),
         config.model.param_dtype,
@@ -114,24 +177,129 @@ def abstract_model(
         attention=form,
     )
     own = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in objective.params().items()}
-    shapes = with_own(shapes, own)
-    shapes = sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
-    return AbstractModel(objective, mesh, values, model, graph, shapes, stops)
+
+    def placed(shapes: Any) -> Any:
+        shapes = with_own(shapes, own)
+        return sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
+
+    graph, shapes = abstract()
+    adapters = lora_of(config, platform)
+    if adapters is None:
+        return AbstractModel(objective, mesh, values, model, graph, placed(shapes), stops)
+    adapted_graph, adapted = abstract(adapters=adapters)
+
+    def of_base(path: tuple, x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, adapters.frozen_dtype(path_name(path), x.dtype))
+
+    adapted = jax.tree_util.tree_map_with_path(of_base, adapted)
+    return AbstractModel(
+        objective, mesh, values, model, adapted_graph, placed(adapted), stops, adapters, graph, placed(shapes)
+    )
 
 
 def init_params(config: ConfigDict, model: AbstractModel) -> tuple[Any, str]:
     """Loads or initialises the parameters, sharded from the start; the second says where the head came from."""
-    objective, shapes = model.objective, model_params(model.shapes)
+    objective, shapes = model.objective, model_params(model.plain.shapes)
     first = objective.params()
     own = {name: sharding.place(x, model.shapes["objective"][name].sharding) for name, x in first.items()}
+    kept = _of_base(model)
     if config.model.init_from:
-        params, head = hf.load(hf.resolve(config.model.init_from), shapes, model.config, seed=config.seed)
+        directory = hf.resolve(config.model.init_from)
+        goes_on = model.adapters is not None and peft.is_adapter(directory)  # with its adapters, not merged
+        options = {"base": config.model.base, "merges": not goes_on, "kept": kept}
+        params, head = hf.load(directory, _read_as(model), model.config, seed=config.seed, **options)
+        found = _adapters_in(config, model) if goes_on else {}
     else:
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
         kind = {"seed": config.seed, "architecture": objective.architecture}
         init = lambda: heads.init(model.config, len(objective.labels), config.model.param_dtype, **kind)
         params, head = jax.jit(init, out_shardings=shardings)(), "new"
-    return with_own(params, own), head
+        params = jax.tree_util.tree_map_with_path(lambda path, x: kept(path_name(path), x), params)
+        found = {}
+    return with_own(_with_adapters(params, model, config.seed, found), own), head
+
+
+def _adapters_in(config: ConfigDict, model: AbstractModel) -> dict[str, np.ndarray]:
+    """The adapters of the PEFT directory that a run goes on with, by their paths.
+
+    Raises:
+        ValueError: they are not those that config.lora asks for.
+    """
+    directory = hf.resolve(config.model.init_from)
+    rows = hf.expected_rows(model_params(model.plain.shapes), model.config)
+    found, wanted = hf.adapters_of(directory, rows, model.config), model.adapters
+    assert wanted is not None
+    kernels = {path for path in (row.path for row in rows) if re.fullmatch(lora.KERNELS, path) and wanted.adapts(path)}
+    alike = kernels == set(found) and all(
+        (x.ranks == wanted.rank).all() and np.allclose(x.scale, wanted.scale) for x in found.values()
+    )
+    if not alike:
+        terms = peft.read_config(directory)
+        raise ValueError(
+            f"{directory} is an adapter of rank {terms['r']} and alpha {terms.get('lora_alpha', 8)} on "
+            f"{', '.join(sorted(found))}, and config.lora asks for another. To train it on, set config.lora.rank="
+            f"{terms['r']}, config.lora.alpha={float(terms.get('lora_alpha', 8))}, config.lora.root_scale="
+            f"{bool(terms.get('use_rslora'))} and config.lora.targets to those kernels; or merge it first: "
+            "without config.lora.rank it is merged and every parameter is trained"
+        )
+    factors = {path.removesuffix("kernel"): x for path, x in found.items()}
+    return {f"{path}{name}": value for path, x in factors.items() for name, value in ((lora.A, x.a), (lora.B, x.b))}
+
+
+def _of_base(model: AbstractModel) -> Callable[[str, jax.Array], Any]:
+    """What is kept of a parameter that was read, by its path: itself, or, of a frozen base, itself in another dtype."""
+    adapters = model.adapters
+    if adapters is None:
+        return lambda path, x: x
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes):
+        name = path_name(path)
+        if "/kernel/" in name:  # the parts of a quantized one
+            leaves.setdefault(name.rpartition("/")[0], {})[name.rpartition("/")[2]] = leaf
+        else:
+            leaves[name] = leaf
+
+    def kept(path: str, x: jax.Array) -> Any:
+        leaf = leaves[path]
+        if isinstance(leaf, dict):
+            made = functools.partial(quantized.quantize, kind=adapters.base)
+            return jax.jit(made, out_shardings={name: part.sharding for name, part in leaf.items()})(x)
+        return x if x.dtype == leaf.dtype else jax.jit(lambda x: x.astype(leaf.dtype))(x)
+
+    return kept
+
+
+def _read_as(model: AbstractModel) -> Any:
+    """Shapes of the base's parameters as they are read: in the dtype that they keep, or are quantized from."""
+    shapes = model_params(model.plain.shapes)
+    if (adapters := model.adapters) is None:
+        return shapes
+
+    def one(path: tuple, x: Any) -> Any:
+        name = path_name(path)
+        quantizes = adapters.quantizes and re.fullmatch(lora.KERNELS, name)
+        dtype = x.dtype if quantizes else adapters.frozen_dtype(name, x.dtype)
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def _with_adapters(params: Any, model: AbstractModel, seed: int, found: Mapping[str, np.ndarray]) -> Any:
+    """The parameters with the adapters that were found, or with new ones."""
+    if model.adapters is None:
+        return params
+
+    def first(path: tuple, leaf: Any) -> jax.Array:
+        if found:
+            return sharding.place(found[path_name(path)], leaf.sharding)
+        return jax.jit(functools.partial(lora.new, path, leaf, seed), out_shardings=leaf.sharding)()
+
+    own = {
+        tuple(path_name(path).split("/")): first(path, leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes)
+        if re.fullmatch(lora.OWN, path_name(path))
+    }
+    return unflatten_dict({**flatten_dict(params), **own})
 
 
 def with_own(params: Any, own: Mapping[str, Any]) -> Any:
@@ -142,3 +310,33 @@ def with_own(params: Any, own: Mapping[str, Any]) -> Any:
 def model_params(params: Any) -> Any:
     """The model's parameters without the objective's."""
     return {name: x for name, x in params.items() if name != "objective"}
+
+
+def split(config: ConfigDict, params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters that are trained and those that `config.optim.freezes` keeps, each a nested dict of its own."""
+    trained: dict[tuple, Any] = {}
+    frozen: dict[tuple, Any] = {}
+    for keys, x in flatten_dict(params).items():
+        keeps = sharding.first_match(config.optim.freezes, "/".join(keys), "freezes")
+        (frozen if keeps else trained)[keys] = x
+    return unflatten_dict(trained), unflatten_dict(frozen)
+
+
+def join(trained: Any, frozen: Any) -> dict[str, Any]:
+    """The inverse of `split`."""
+    return unflatten_dict({**flatten_dict(frozen), **flatten_dict(trained)})
+
+
+def saved(config: ConfigDict, params: Any) -> Any:
+    """What a checkpoint holds of the parameters of a run (or of their shapes): those that are trained.
+
+    Of a model without init_from it is all of them, since the others could not be read again.
+    """
+    return split(config, params)[0] if config.model.init_from else params
+
+
+def whole(config: ConfigDict, model: AbstractModel, held: Any) -> Any:
+    """All parameters, from those that a checkpoint held (`saved`) and the base that the run started from."""
+    if flatten_dict(held).keys() == flatten_dict(model.shapes).keys():
+        return held
+    return join(held, init_params(config, model)[0])

@@ -21,7 +21,7 @@ from rmjax.data.records import BadRow, Conversation, check_conversation
 from rmjax.inference import contract, parameters
 from rmjax.inference.engine import LONGEST_ROW, Inference
 from rmjax.judging.verdicts import Judgements
-from rmjax.models import heads, hf
+from rmjax.models import heads, hf, lora
 from rmjax.models.config import ModelConfig, from_hf
 from rmjax.objectives.base import Objective
 from rmjax.objectives.pairwise import average_orders
@@ -100,7 +100,7 @@ class RewardModel:
         kind = Kind.of(directory, values, writes)
         if kind.contract:
             template_kwargs = contract.template_kwargs(kind.contract, template_kwargs)
-        chat = Chat(load_tokenizer(directory), template_kwargs=template_kwargs)
+        chat = Chat(load_tokenizer(hf.tokenizer_of(directory)), template_kwargs=template_kwargs)
         if why := parameters.tokens_without_row(chat.tokenizer, config.vocab):
             notes.tell(f"{directory}: {why}; conversations with these tokens are refused")
         if kind.contract:
@@ -110,7 +110,8 @@ class RewardModel:
         _, shapes = heads.abstract(config, len(kind.labels), dtype, dtype, architecture=kind.architecture)
         shardings = sharding.param_shardings(mesh, shapes)
         shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-        params, _ = hf.load(directory, shapes, config, seed=0, require_head=True)
+        base = contract.base_kept_as(kind.contract)
+        params, _ = hf.load(directory, shapes, config, seed=0, require_head=True, kept=lora.rounded_as(base))
         return cls(chat, config, params, mesh, dtype, kind)
 
     def drop_params(self) -> None:
@@ -428,6 +429,8 @@ class Kind:
         named = str(next(iter(values.get("architectures") or ()), "ForSequenceClassification")).rpartition("For")[2]
         architecture = named if named in ARCHITECTURES else "SequenceClassification"
         names = _labels(values) or {str(i): f"LABEL_{i}" for i in range(_outputs(directory, values))}
+        if terms and terms.get("labels"):  # an adapter has no config.json that says them
+            names = {str(i): name for i, name in enumerate(terms["labels"])}
         labels = () if architecture == "CausalLM" else tuple(names[i] for i in sorted(names, key=int))
         if terms is None and writes:
             return cls("CausalLM", (), None, None, {}, hf.generation_stops(directory, values), longest)

@@ -91,13 +91,15 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def settled(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """The config of a run as it is run in a workdir: one with `start` begins with the export of that.
+    """The config of a run as it is run in a workdir: with what stands for "by the others" filled in; one with `start`
+    begins with the export of that.
 
     Until there is one, its model is that of `start`, as far as shapes go.
     """
+    config = config_lib.filled(config)
     if not config.start:
         return config
-    config, export = config.copy_and_resolve_references(), workdir / START / "export"
+    export = workdir / START / "export"
     if export.exists():
         config.model.init_from = str(export)
         return config
@@ -128,10 +130,10 @@ def open_checkpoint(place: Place, mesh: jax.sharding.Mesh | None = None) -> Open
     model = parameters.abstract_model(config, objective, mesh, values, stops)
     checkpointer, step = _find_step(config, place)
     try:
-        state, _ = checkpointer.restore_step(step, {"params": model.shapes})
+        state, _ = checkpointer.restore_step(step, {"params": parameters.saved(config, model.shapes)})
     except RuntimeError as error:
         raise ValueError(str(error)) from error
-    return Opened(place.workdir, config, step, chat, model, state["params"])
+    return Opened(place.workdir, config, step, chat, model, parameters.whole(config, model, state["params"]))
 
 
 def identity(place: Place) -> dict[str, Any]:
@@ -179,6 +181,7 @@ def reward_model(model: AbstractModel, chat: Chat, params: Any, dtype: str = "au
     own = jax.device_get(params.get("objective", {}))
     kind = Kind.trained(model.objective.exported, own, model.stops, longest_context(model.values))
     dtype = heads.compute_dtype(dtype, model.mesh.devices.flat[0].platform)
+    params = model.merged(params, dtype)
     return RewardModel(chat, model.config, parameters.model_params(params), model.mesh, dtype, kind)
 
 

@@ -6,7 +6,7 @@ H head width, L layers. The parameters of all layers but the last are stacked on
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from rmjax.kernels.tree_attention import block_of, tree_attention
 from rmjax.kernels.visible import NO_WINDOW, Visible, visible
+from rmjax.models import quantized
 from rmjax.models.config import ModelConfig
 from rmjax.models.rope import rope_angles, rotate
 from rmjax.sharding import BATCH, constrain
@@ -96,16 +97,38 @@ def _product_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tupl
 product.defvjp(_product_forward, _product_backward)
 
 
+class Quantized(nnx.Module):
+    """A frozen kernel in the parts of `quantized.quantize`, by their names."""
+
+    def __init__(self, parts: Mapping[str, jax.ShapeDtypeStruct]):
+        self.names = tuple(parts)
+        for name, part in parts.items():
+            setattr(self, name, nnx.Param(jnp.zeros(part.shape, part.dtype)))
+
+    def __call__(self, dtype: DTypeLike) -> jax.Array:
+        """The kernel [in, out] in this dtype."""
+        return quantized.dequantize({name: getattr(self, name)[...] for name in self.names}, dtype)
+
+
 class Linear(nnx.Module):
-    """x @ kernel + bias, both cast to the dtype of x."""
+    """x @ kernel + bias, both cast to the dtype of x; with an adapter (lora.py) also scale (x @ A) @ B."""
 
     def __init__(self, kernel: nnx.Param, bias: bool):
-        self.kernel = kernel
+        self.kernel: nnx.Param | Quantized = nnx.data(kernel)
         self.bias = nnx.Param(jnp.zeros((*kernel.shape[:-2], kernel.shape[-1]), kernel.dtype)) if bias else None
+        self.lora_a: nnx.Param | None = nnx.data(None)
+        self.lora_b: nnx.Param | None = nnx.data(None)
+        self.scale = 0.0
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = product(x, self.kernel[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        kernel = self.kernel
+        y = product(x, kernel(x.dtype) if isinstance(kernel, Quantized) else kernel[...].astype(x.dtype))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora_a is None or self.lora_b is None:
+            return y
+        low = product(x, self.lora_a[...].astype(x.dtype))
+        return y + self.scale * product(low, self.lora_b[...].astype(x.dtype))
 
 
 class Layer(nnx.Module):

@@ -12,8 +12,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from rmjax.kernels.cross_entropy import cross_entropy
+from rmjax.models import lora
 from rmjax.models.config import ModelConfig
 from rmjax.models.decoder import Decoder, Embed, normal
+from rmjax.models.lora import Lora
 
 Params = dict[str, Any]  # plain nested dict of arrays, or of jax.ShapeDtypeStruct
 WHERE = ("tokens", "positions", "visible_from", "visible_until")  # what the decoder reads of a batch
@@ -125,10 +127,15 @@ def abstract(
     compute_dtype: DTypeLike = jnp.float32,
     architecture: str = "SequenceClassification",
     attention: str = "xla",
+    adapters: Lora | None = None,
 ) -> tuple[Any, Params]:
     """The graphdef for `merge` and the parameters as a nested dict of jax.ShapeDtypeStruct; nothing is allocated."""
     dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
-    build = lambda: make(config, outputs, architecture, rngs=nnx.Rngs(0), attention=attention, **dtypes)
+
+    def build() -> Scorer | LanguageModel:
+        model = make(config, outputs, architecture, rngs=nnx.Rngs(0), attention=attention, **dtypes)
+        return lora.adapt(model, adapters) if adapters else model
+
     graphdef, state = nnx.split(nnx.eval_shape(build))
     return graphdef, nnx.to_pure_dict(state)
 

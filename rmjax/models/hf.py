@@ -7,27 +7,28 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from rmjax.models import weight_files
+from rmjax.models import peft, weight_files
 from rmjax.models.config import ModelConfig
 from rmjax.models.families import FAMILIES
 from rmjax.models.families.base import LM_HEAD, PART, SCORE, SCORE_BIAS, Row
-from rmjax.models.hf_export import config_json, convert, expected_rows, save
+from rmjax.models.hf_export import config_json, convert, expected_rows, save, save_adapter
 from rmjax.models.weight_files import DTYPES, INDEX, WEIGHTS, Tensor
 from rmjax.runtime import notes
 from rmjax.sharding import path_name
 
-__all__ = ["INDEX", "WEIGHTS", "check", "config_json", "expected_rows", "generation_stops"]
-__all__ += ["load", "read_config", "resolve", "save"]
+__all__ = ["INDEX", "WEIGHTS", "adapters_of", "base_of", "check", "config_json", "expected_rows", "generation_stops"]
+__all__ += ["load", "read_config", "resolve", "save", "save_adapter", "tokenizer_of"]
 
 HEADS = (SCORE, SCORE_BIAS, LM_HEAD)  # of no use to a model without them
 GENERATION_CONFIG = "generation_config.json"
@@ -74,28 +75,64 @@ def resolve(path_or_id: str | Path, *, weights: bool = True) -> Path:
 
 
 def _whole_model(directory: Path, path_or_id: str | Path) -> Path:
-    """The directory; a ValueError if it is an adapter, or, without a config.json, anything but a model's."""
+    """The directory; a ValueError where it is both a model's and an adapter's, or, without a config.json, neither's."""
     names = sorted(file.name for file in directory.iterdir()) if directory.is_dir() else []
     if directory != Path(path_or_id) and "config.json" not in names:
         with contextlib.suppress(Exception):  # files of other kinds are not downloaded
-            names = huggingface_hub.list_repo_files(str(path_or_id))
-    if "adapter_config.json" in names:
-        beside = f"; or delete adapter_config.json if {WEIGHTS} is the merged model" if WEIGHTS in names else ""
-        raise ValueError(f"{path_or_id}: {weight_files.advice(names, _base_of(directory))}{beside}")
-    if "config.json" not in names and (advice := weight_files.advice(names)) != weight_files.advice([]):
+            names = [*{*names, *huggingface_hub.list_repo_files(str(path_or_id))}]
+    if peft.CONFIG in names and WEIGHTS in names:
+        raise ValueError(
+            f"{path_or_id} has {peft.CONFIG} and {WEIGHTS}: delete {peft.CONFIG} if {WEIGHTS} is the merged model, or "
+            f"{WEIGHTS} if it is an adapter"
+        )
+    advice = weight_files.advice(names)
+    if not {"config.json", peft.CONFIG} & {*names} and advice != weight_files.advice([]):
         raise ValueError(f"{path_or_id} has no config.json but {', '.join(names[:8])}: {advice}")
     return directory
 
 
-def _base_of(directory: Path) -> str:
-    """The base model of an adapter, as its adapter_config.json names it."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        return str(json.loads((directory / "adapter_config.json").read_bytes())["base_model_name_or_path"])
-    return "a base model"
+def tokenizer_of(directory: str | Path, base: str = "") -> Path:
+    """Where the tokenizer of a directory is: of an adapter that has none, with its base."""
+    directory = Path(directory)
+    has_own = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return directory if has_own or not peft.is_adapter(directory) else base_of(directory, base)
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """The config.json of a checkpoint directory; a ValueError if there is none, or it is not JSON."""
+def base_of(directory: str | Path, base: str = "") -> Path:
+    """The directory itself; of a PEFT adapter that of its base.
+
+    Args:
+        base: directory or hub id of it; "" is what adapter_config.json names.
+
+    Raises:
+        ValueError: an adapter that is not read, a base that is not there, or one for a model that is no adapter.
+    """
+    directory = Path(directory)
+    if not peft.is_adapter(directory):
+        if base:
+            raise ValueError(f"config.model.base={base!r} is for adapters, and {directory} has no {peft.CONFIG}")
+        return directory
+    named = base or peft.read_config(directory).get("base_model_name_or_path")
+    try:
+        found = resolve(named or "")
+    except ValueError as error:
+        raise ValueError(
+            f"{directory} is an adapter of {named!r}, which cannot be had: {error}. config.model.base, or "
+            f"base_model_name_or_path in its {peft.CONFIG}, names the base"
+        ) from None
+    if peft.is_adapter(found):
+        raise ValueError(f"the base of {directory} is {found}, an adapter itself. {peft.MERGE}")
+    return found
+
+
+def read_config(directory: str | Path, base: str = "") -> dict[str, Any]:
+    """The config.json of a checkpoint directory, or of an adapter's base (see `base_of`), with the labels of its head.
+
+    Raises:
+        ValueError: there is none, or it is not JSON.
+    """
+    if (found := base_of(directory, base)) != Path(directory):
+        return _with_head_of(Path(directory), read_config(found))
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no config.json; expected a Hugging Face model directory")
@@ -106,6 +143,19 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected an object")
     return _text_config(values)
+
+
+def _with_head_of(adapter: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a base's config.json as the class and the head of its adapter want them."""
+    kind = next((kind for kind, task in peft.TASKS.items() if task == peft.read_config(adapter).get("task_type")), "")
+    family = FAMILIES.get(str(values.get("model_type")))
+    head = peft.read(adapter).head
+    if kind and family:
+        values = {**values, "architectures": [family.architecture(kind)]}
+    if SCORE in head and len(values.get("id2label") or ()) != (labels := head[SCORE].shape[0]):
+        plain = {name: x for name, x in values.items() if name not in ("id2label", "label2id")}
+        values = {**plain, "num_labels": labels}
+    return values
 
 
 def _text_config(values: dict[str, Any]) -> dict[str, Any]:
@@ -137,8 +187,14 @@ def generation_stops(directory: Path | None, values: Mapping[str, Any]) -> tuple
     return tuple(ids)
 
 
-def _tensors(directory: str | Path) -> dict[str, Tensor]:
-    """The tensors of a directory by name; names always start with `model.`, those of heads apart."""
+def _tensors(directory: str | Path, base: str = "") -> dict[str, Tensor]:
+    """The tensors of a directory by name; names always start with `model.`, those of heads apart.
+
+    Of an adapter those of its base, with its own head.
+    """
+    if peft.is_adapter(Path(directory)):
+        head = peft.read(Path(directory)).head
+        return {**_tensors(base_of(directory, base)), **head}
     tensors = weight_files.open_tensors(Path(directory))
     if others := [name for name in tensors if OTHER_SENSES.match(name)]:
         notes.tell(f"{directory} is multimodal: its text model is loaded, {len(others)} tensors of others are not")
@@ -151,7 +207,15 @@ def _tensors(directory: str | Path) -> dict[str, Tensor]:
 
 
 def load(
-    directory: str | Path, abstract: Any, config: ModelConfig, *, seed: int, require_head: bool = False
+    directory: str | Path,
+    abstract: Any,
+    config: ModelConfig,
+    *,
+    seed: int,
+    require_head: bool = False,
+    base: str = "",
+    merges: bool = True,
+    kept: Callable[[str, jax.Array], Any] = lambda path, x: x,
 ) -> tuple[dict[str, Any], str]:
     """Loads a checkpoint into the shape, dtype and sharding of every leaf of `abstract`.
 
@@ -159,6 +223,9 @@ def load(
         directory: Hugging Face directory: safetensors in one file or several with an index, float32, bfloat16
             or float16, saved from any class of the family.
         abstract: nested dict of jax.ShapeDtypeStruct, with or without sharding.
+        base: of an adapter, see `base_of`.
+        merges: whether an adapter is merged into its base, in float32, or only its head is taken.
+        kept: what is kept of each parameter of the base, by its path, before the next one is read.
 
     Returns:
         Parameters like `abstract`; and "kept" if the head is the checkpoint's, "new" if it has no score head
@@ -169,28 +236,61 @@ def load(
         ValueError: unreadable or missing files; a score head with a bias that is not 0; or all unknown, missing and
             mis-shaped names in one message.
     """
-    tensors, rows, head = _open(directory, abstract, config, require_head)
+    tensors, rows, head = _open(directory, abstract, config, require_head, base)
+    adapters = adapters_of(directory, rows, config) if merges else {}
     leaves = {}
     if head == "new":
         row = next(row for row in rows if row.name == SCORE)
         leaves[row.path] = _new_head(rows.pop(row), config, seed)
-    leaves |= {row.path: _read(tensors, row, leaf, config) for row, leaf in rows.items()}
+    for row, leaf in rows.items():
+        leaves[row.path] = kept(row.path, _read(tensors, row, leaf, config))
+        if row.path in adapters:
+            leaves[row.path] = _merged(leaves[row.path], adapters[row.path])
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], abstract), head
 
 
-def check(directory: str | Path, abstract: Any, config: ModelConfig) -> str:
+def adapters_of(directory: str | Path, rows: Mapping[Row, Any], config: ModelConfig) -> dict[str, peft.Factors]:
+    """The adapters of a directory by the paths of kernels; {} of one that is no adapter's."""
+    if not peft.is_adapter(Path(directory)):
+        return {}
+    shapes = {row.path: leaf.shape for row, leaf in rows.items()}
+    return peft.read(Path(directory)).factors(list(rows), shapes, config.layers)
+
+
+def _add(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    added = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST) * scale[..., None, None]
+    return (kernel.astype(jnp.float32) + added).astype(kernel.dtype)
+
+
+def _merged(kernel: jax.Array, adapter: peft.Factors) -> jax.Array:
+    """A kernel with its adapter, computed in float32."""
+    merged = jax.jit(_add, out_shardings=kernel.sharding)(kernel, adapter.a, adapter.b, adapter.scale)
+    return jax.block_until_ready(merged)
+
+
+def check(directory: str | Path, abstract: Any, config: ModelConfig, base: str = "") -> str:
     """Refuses what `load` would refuse, from the files' headers alone; returns what it says of the score head."""
-    return _open(directory, abstract, config, require_head=False)[2]
+    _, rows, head = _open(directory, abstract, config, require_head=False, base=base)
+    adapters_of(directory, rows, config)
+    return head
 
 
 def _open(
-    directory: str | Path, abstract: Any, config: ModelConfig, require_head: bool
+    directory: str | Path, abstract: Any, config: ModelConfig, require_head: bool, base: str
 ) -> tuple[dict[str, Tensor], dict[Row, Any], str]:
     """The checkpoint's tensors, the rows of the model's parameters, and "kept" or "new" for the score head."""
     rows = expected_rows(abstract, config)
-    tensors = _in_parts(_tensors(directory), rows, config)
+    tensors = _in_parts(_tensors(directory, base), rows, config)
     score = next((row for row in rows if row.name == SCORE), None)
     head = _score_head(directory, tensors, rows[score].shape[-1], require_head) if score else "kept"
+    if head == "new" and peft.is_adapter(Path(directory)):
+        task = peft.read_config(Path(directory)).get("task_type")
+        if task in (peft.TASKS["SequenceClassification"], peft.TASKS["TokenClassification"]):
+            raise ValueError(
+                f"{directory} is a {task} adapter without a head of this many labels: no {SCORE} in its "
+                f"{peft.WEIGHTS}, so what was trained beside it is lost. Train it with modules_to_save=['score'], or "
+                "give a base and train anew"
+            )
     wanted = {row: leaf for row, leaf in rows.items() if row != score or head == "kept"}
     for name in HEADS:
         if name not in {row.name for row in wanted}:
@@ -277,7 +377,7 @@ def _check(directory: str | Path, tensors: Mapping[str, Tensor], rows: Mapping[R
     owners = [name for name, family in FAMILIES.items() if family.owns(tensors)]
     strange = [name for name in tensors if name not in expected]
     if any("lora_" in name or ".base_layer." in name for name in strange):
-        lines.append("They hold a PEFT adapter: merge it with PeftModel.merge_and_unload, and save_pretrained that.")
+        lines.append(f"They hold a PEFT adapter in a file of its base's. {peft.MERGE}.")
     elif [problem for problem, names in problems.items() if names] == ["unknown"] and not _of_decoder(strange):
         lines.append(
             "All others fit, so this is a head of another kind, which is not read: if it is one row without a bias, "

@@ -17,9 +17,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from rmjax.models import peft
 from rmjax.models.config import ModelConfig
 from rmjax.models.families import FAMILIES
 from rmjax.models.families.base import PART, SCORE, SCORE_BIAS, Row
+from rmjax.models.lora import Lora
 from rmjax.models.rope import NONE, Rope
 from rmjax.models.weight_files import INDEX
 from rmjax.runtime import agreement, ownership, processes
@@ -108,6 +110,46 @@ def save(
             agreement.barrier("weights written")
             also(partial)
             agreement.barrier("export complete")
+
+
+def save_adapter(
+    directory: str | Path,
+    params: Any,
+    config: ModelConfig,
+    lora: Lora,
+    *,
+    base: str,
+    root_scale: bool,
+    architecture: str,
+    also: Callable[[Path], None],
+    run: str = "",
+) -> None:
+    """Writes what is trained beside a base as a PEFT directory, whole and synced, or not at all; see `save`.
+
+    Args:
+        params: all parameters of the model, adapters and base.
+        base: directory or hub id of the base, for adapter_config.json.
+        root_scale: whether alpha is divided by the root of the rank.
+    """
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    has = lambda path: path in leaves or any(name.startswith(f"{path}/") for name in leaves)  # or is quantized
+    rows = [row for row in FAMILIES[config.family].table if has(row.path)]
+    tensors = _tensors(dict(peft.tensor_rows(rows, leaves)), config, jnp.dtype("float32"))
+    if architecture == "TokenClassification":  # transformers' have a bias
+        zero = np.zeros(leaves["score/kernel"].shape[-1], np.float32)
+        tensors[peft.PREFIX + SCORE_BIAS] = Tensor(zero.shape, zero.dtype, lambda: iter([zero]))
+    adapted = peft.adapted_rows(rows, leaves)
+    alpha = lora.scale * (lora.rank**0.5 if root_scale else lora.rank)
+    terms = peft.adapter_config(
+        lora, adapted, config.layers, alpha=alpha, root_scale=root_scale, base=base, architecture=architecture
+    )
+    with _new_export(Path(directory).resolve(), run) as partial:
+        _write_file(partial / peft.WEIGHTS, tensors)
+        if processes.is_first():
+            (partial / peft.CONFIG).write_text(json.dumps(terms, indent=2) + "\n")
+        agreement.barrier("weights written")
+        also(partial)
+        agreement.barrier("export complete")
 
 
 def config_json(

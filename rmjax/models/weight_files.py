@@ -46,12 +46,17 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of a directory's safetensors by name."""
     tensors: dict[str, Tensor] = {}
     for path in _files(directory):
-        try:
-            safe_open(path, framework="numpy")  # checks the header against the file's length
-            tensors.update(_tensors(path))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); is it a whole download?") from error
+        tensors.update(open_file(path))
     return tensors
+
+
+def open_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file by name."""
+    try:
+        safe_open(path, framework="numpy")  # checks the header against the file's length
+        return dict(_tensors(path))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); is it a whole download?") from error
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -97,13 +102,8 @@ def _names_single(index: Path) -> bool:
         return False
 
 
-def advice(names: Collection[str], adapter: str = "a base model") -> str:
+def advice(names: Collection[str]) -> str:
     """What a model directory without safetensors of a whole model is, by its files' names, and what to do."""
-    if "adapter_config.json" in names:
-        return (
-            f"it is a PEFT adapter of {adapter}, which is not read; merge it into its base model with "
-            "PeftModel.merge_and_unload, and save_pretrained that"
-        )
     if any(name.endswith(".gguf") for name in names):
         return (
             "GGUF files are weights quantized for llama.cpp, which are not read; take the Hugging Face directory that "

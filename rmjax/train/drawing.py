@@ -22,7 +22,8 @@ def make_engine(config: ConfigDict, model: AbstractModel, chat: Chat, train: Gro
     """What answers the questions of a run; see `make_sampler`."""
     if config.rollout.source:
         return Recorded(config.rollout.source)
-    return Drawer(make_sampler(config, model, chat, train, state, limit))
+    sampler = make_sampler(config, model, chat, train, state, limit)
+    return Drawer(sampler, lambda params: model.merged(params, sampler.dtype))
 
 
 def make_sampler(
@@ -41,7 +42,9 @@ def make_sampler(
     mesh = model.mesh if jax.process_count() == 1 else engines.local_mesh(model.mesh)
     dtype = heads.compute_dtype(config.model.compute_dtype, mesh.devices.flat[0].platform)
     item, row_devices = jnp.dtype(dtype).itemsize, mesh.shape["data"] * mesh.shape["fsdp"]
-    params = sum(x.size for x in jax.tree.leaves(parameters.model_params(model.shapes))) * item // mesh.shape["tensor"]
+    params = (
+        sum(x.size for x in jax.tree.leaves(parameters.model_params(model.plain.shapes))) * item // mesh.shape["tensor"]
+    )
     kept = params + sum(sharding.bytes_per_device(state[part]) for part in ("params", "opt"))
     own_keys = room(rollout.max_tokens) + min(CHUNK, rollout.max_tokens)
     keys = room(int(train.longest.max())) + rollout.samples * own_keys
@@ -66,7 +69,7 @@ def make_sampler(
 
 def compiled(sampler: Sampler, model: AbstractModel, train: Groups) -> dict[str, Any]:
     """The sampler's programs by name, for the longest question and answers; see `Sampler.programs`."""
-    return sampler.programs(parameters.model_params(model.shapes), int(train.longest.max()))
+    return sampler.programs(parameters.model_params(model.plain.shapes), int(train.longest.max()))
 
 
 def describe_sampler(sampler: Sampler, programs: Mapping[str, Any], limit: int) -> list[str]:

@@ -125,9 +125,9 @@ def report(name: str, config: ConfigDict, model: AbstractModel, program: Program
     found, unknown = collectives(program.step.as_text(), mesh.size)
     links = {group: topology.link(name, [devices[i] for i in group]) for group in {x.group for x in found}}
     work = Work(
-        flops=step_flops(model.config, program.state["params"], *first_groups(config, model, train)) / mesh.size,
+        flops=step_flops(model.config, model.plain.shapes, *first_groups(config, model, train)) / mesh.size,
         peak=cast(float, flops.peak(devices[0].device_kind)),
-        traffic=traffic(config, mesh, model.config, program, train),
+        traffic=traffic(config, model, program, train),
         bandwidth=topology.bandwidth(name),
         network=sum(x.times * x.sent / links[x.group] for x in found),
     )
@@ -196,9 +196,10 @@ def collective_lines(found: list[Collective], links: dict[tuple[int, ...], float
     return lines
 
 
-def traffic(config: ConfigDict, mesh: jax.sharding.Mesh, model: ModelConfig, program: Program, train: Split) -> Traffic:
+def traffic(config: ConfigDict, model: AbstractModel, program: Program, train: Split) -> Traffic:
     """What a device reads and writes in a step."""
-    params, tensor = parameters.model_params(program.state["params"]), mesh.shape["tensor"]
+    mesh, params = model.mesh, parameters.model_params(model.plain.shapes)
+    tensor = mesh.shape["tensor"]
     platform = mesh.devices.flat[0].platform
     item = jnp.dtype(heads.compute_dtype(config.model.compute_dtype, platform)).itemsize
     rows = train.shape.rows // (mesh.shape["data"] * mesh.shape["fsdp"])
@@ -206,7 +207,7 @@ def traffic(config: ConfigDict, mesh: jax.sharding.Mesh, model: ModelConfig, pro
     return Traffic(
         state=sum(sharding.bytes_per_device(program.state[part]) for part in ("params", "opt")),
         weights=parameter_count(params)[1] * item // tensor,
-        kept=memory.kept(model, program.remat) * (model.layers - 1) * tokens * item // tensor,
+        kept=memory.kept(model.config, program.remat) * (model.config.layers - 1) * tokens * item // tensor,
         micro=train.shape.micro,
     )
 

@@ -94,8 +94,12 @@ def write(
     found = (x for x in reversed(lines) if x["step"] == step and evaluating.is_evaluation(x))
     metrics = next(found, {"step": step, **saved})
     metrics = agreement.agree("metrics", metrics)
+    if not config.export.adapter:
+        params, model = model.merged(params, export.dtype_of(config, model.values)), model.plain
     judged = runs.reward_model(model, chat, params, config.model.compute_dtype)
     evaluation = measure(judged, sets, tests, workdir / "export", step)
+    size = sum(x.size for x in jax.tree.leaves(model.plain.shapes))
+    del judged
     verdict = agreement.agree("quality", gate.judge(config.gate.to_dict(), evaluation, lines))  # lines are the first's
     if processes.is_first():
         files.write_json(workdir / "evaluation.json", evaluation)
@@ -117,9 +121,10 @@ def write(
         evaluation=evaluation,
         quality=verdict,
         card_name=name.replace("_", "-"),
-        parameters=sum(x.size for x in jax.tree.leaves(params)),
+        parameters=size,
         stops=model.stops,
         run=run,
+        adapters=model.adapters,
     )
     if processes.is_first() and config.log.report:
         run_report.write_report(workdir, run_report.read_parts(workdir))

@@ -6,12 +6,14 @@ for each parameter's update.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 from optax import MaskedNode
 
+from rmjax.inference import parameters
 from rmjax.sharding import path_name
 from rmjax.train.optim import parameter_of
 
@@ -46,12 +48,14 @@ class HostStep:
         updates: by the name of the parameter, jitted, their first two arguments donated.
         on_device: shardings of the optimizer state while it is used.
         home: shardings of the optimizer state between steps.
+        split: parameters into what is trained and what is frozen.
     """
 
     gradients: Any
     updates: Mapping[str, Any]
     on_device: Any
     home: Any
+    split: Callable[[Any], tuple[Any, Any]]
 
     @classmethod
     def wrap(cls, step: Any, params: Any, shardings: dict[str, Any], replicated: Any) -> tuple["HostStep", Any]:
@@ -65,17 +69,19 @@ class HostStep:
         Returns:
             The step, and the shardings of {"params", "opt"} between steps.
         """
-        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        of_params, on_device = shardings["params"], shardings["opt"]
-        home = on_host(on_device, params)
+        trained, _ = parameters.split(step.config, params)
+        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trained)]
+        of_params, on_device = parameters.split(step.config, shardings["params"])[0], shardings["opt"]
+        home = on_host(on_device, trained)
         jitted = lambda name: jax.jit(
             step.update,
             donate_argnums=(0, 1),
             out_shardings=(only(of_params, name, names), only(on_device, name, names)),
         )
         gradients = jax.jit(step.gradients, out_shardings=(of_params, replicated, replicated, replicated))
-        wrapped = cls(gradients, {name: jitted(name) for name in names}, on_device, home)
-        return wrapped, {"params": of_params, "opt": home}
+        split = functools.partial(parameters.split, step.config)
+        wrapped = cls(gradients, {name: jitted(name) for name in names}, on_device, home, split)
+        return wrapped, {"params": shardings["params"], "opt": home}
 
     def lower(self, state: Any, *rest: Any) -> "HostStep":
         """With the gradients lowered for these arguments."""
@@ -95,11 +101,11 @@ class HostStep:
     def __call__(self, state: Any, *rest: Any) -> tuple[Any, Any, Any]:
         """One step; the state is donated."""
         grads, sums, halted, move = self.gradients(state["params"], *rest)
+        trained, frozen = self.split(state["params"])
         parts = []
         for name, update in self.updates.items():
             params, opt, grad, here, home = (
-                only(tree, name, self.updates)
-                for tree in (state["params"], state["opt"], grads, self.on_device, self.home)
+                only(tree, name, self.updates) for tree in (trained, state["opt"], grads, self.on_device, self.home)
             )
             # Step counts are copied too: every part needs them, and donates what it is given.
             params, new = update(params, jax.device_put(opt, here, may_alias=False), grad, move)
@@ -108,4 +114,5 @@ class HostStep:
             held = [x for x in jax.tree.leaves(opt) if x.sharding.memory_kind == "pinned_host"]
             for x in (*held, *jax.tree.leaves(grad)):
                 x.delete()
-        return together(parts), sums, halted
+        state = together(parts)
+        return {**state, "params": parameters.join(state["params"], frozen)}, sums, halted

@@ -14,7 +14,8 @@ from rmjax.train import low_memory
 
 Schedule = Callable[[Any], jax.Array]
 
-MATRICES = r".*/(kernel|embedding)"  # their last two axes are a layer's matrix; of others the last is a layer's vector
+# Their last two axes are a layer's matrix; of others the last is a layer's vector.
+MATRICES = r".*/(kernel|embedding|lora_[ab])"
 HIDDEN = r"decoder/.*/kernel"  # what Muon steps
 
 
@@ -64,8 +65,7 @@ def make(config: ConfigDict, seed: int = 0) -> optax.GradientTransformation:
     `config.name`; decoupled weight decay where `decays` says (Loshchilov and Hutter 2019, arXiv:1711.05101: a decayed
     parameter loses rate x weight_decay of itself in a step, whatever the optimizer); per-parameter factors. It computes
     in float32 whatever the dtype of parameters and gradients. Nothing here depends on more than one parameter, so trees
-    of some of them (`optax.MaskedNode` for the others) get the same updates. Frozen parameters have no state, and their
-    update is their gradient, which `trainable` has made 0.
+    of some of them get the same updates; frozen ones (`parameters.split`) are not in them.
     """
     factors = by_rules(config.lr_factors, "lr_factors")
     scale = lambda updates, _: jax.tree.map(lambda u, f: u * jnp.asarray(f, u.dtype), updates, factors(updates))
@@ -74,8 +74,7 @@ def make(config: ConfigDict, seed: int = 0) -> optax.GradientTransformation:
         optax.add_decayed_weights(config.weight_decay, mask=by_rules(config.decays, "decays")),
         optax.stateless(scale),
     )
-    frozen = by_rules(config.freezes, "freezes")
-    chain = optax.masked(chain, lambda tree: jax.tree.map(lambda f: not f, frozen(tree)))
+    chain = optax.masked(chain, lambda tree: jax.tree.map(lambda _: True, tree))  # names checkpoints as they were
     return optax.GradientTransformation(
         lambda params: chain.init(low_memory.widen(params)),
         lambda updates, state, params: chain.update(low_memory.widen(updates), state, low_memory.widen(params)),
@@ -163,12 +162,6 @@ def state_shardings(state: Any, params: Any, replicated: Any) -> Any:
         return known[name].sharding if name is not None and known[name].shape == leaf.shape else replicated
 
     return jax.tree_util.tree_map_with_path(one, state)
-
-
-def trainable(config: ConfigDict, grads: Any) -> Any:
-    """Gradients with those of frozen parameters set to 0, so that XLA never computes them."""
-    frozen = by_rules(config.freezes, "freezes")(grads)
-    return jax.tree.map(lambda g, f: jnp.zeros_like(g) if f else g, grads, frozen)
 
 
 def clipped(config: ConfigDict, grads: Any, norm: jax.Array) -> Any:

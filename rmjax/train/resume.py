@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from rmjax.batches.packing import Plan
 from rmjax.checkpoint import Checkpointer
 from rmjax.inference import parameters, runs
 from rmjax.inference.parameters import AbstractModel
-from rmjax.models import hf, hf_export, weight_files
+from rmjax.models import hf, hf_export, peft, weight_files
 from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.sums import Sums
 from rmjax.runtime import agreement, files, ownership, processes
@@ -45,6 +46,7 @@ CHANGES = (
     (r".*", REFUSED),
 )
 
+SAMPLED = 4096  # bytes of each tensor of a frozen base that tell it from others
 WHOLE = "what the objective makes of the data (its template)"  # changes with data and tokenizer as well
 
 
@@ -164,8 +166,15 @@ def identity(
     """What a run is made of, by fingerprints; `values` are the Hugging Face config values of its model.
 
     Weights are told apart by names, shapes, dtypes and sizes of files; to read them would take as long as a start.
+    Those of a base that is frozen, which no checkpoint holds, by the first numbers of each tensor too.
     """
-    weights = _weights(hf.resolve(config.model.init_from)) if config.model.init_from else None
+    reads_again = bool(config.model.init_from) and any(frozen for _, frozen in config.optim.freezes)
+    weights: Any = None
+    if config.model.init_from:
+        start = hf.resolve(config.model.init_from)
+        weights = _weights(start, reads_again)
+        if (base := hf.base_of(start, config.model.base)) != start:
+            weights = [weights, _weights(base, reads_again)]
     return {
         "the training data": train.origin,
         "the validation data": validation.origin,
@@ -176,10 +185,13 @@ def identity(
     }
 
 
-def _weights(path: Path) -> dict[str, Any]:
-    tensors = weight_files.open_tensors(path)
+def _weights(path: Path, sampled: bool) -> dict[str, Any]:
+    """Of a base that is read again with each start a few numbers of each tensor count too."""
+    adapter = peft.is_adapter(path)
+    tensors = weight_files.open_file(path / peft.WEIGHTS) if adapter else weight_files.open_tensors(path)
     sizes = {file.name: file.stat().st_size for file in path.glob("*.safetensors")}
-    return {**sizes, **{name: [tensor.dtype, tensor.shape] for name, tensor in tensors.items()}}
+    some = lambda tensor: [zlib.crc32(tensor.data[:SAMPLED].tobytes())] if sampled else []
+    return {**sizes, **{name: [tensor.dtype, tensor.shape, *some(tensor)] for name, tensor in tensors.items()}}
 
 
 def _digest(value: Any) -> str:
@@ -299,11 +311,13 @@ def restore_or_init(
     Raises:
         ValueError: the checkpoint was made from something else.
     """
-    restored = checkpointer.restore(program.state)
+    shapes = program.state["params"]
+    restored = checkpointer.restore({**program.state, "params": parameters.saved(config, shapes)})
     if restored is not None:
         start, state, values = restored
         host = Host.from_json(values)
         host.check(made_from, plan, start)
+        state = {**state, "params": parameters.whole(config, model, state["params"])}
         rule = config.checkpoint
         host.stopped = host.ends(rule.mode, rule.patience, rule.goal)
         print(f"continuing from step {start}", flush=True)
@@ -312,7 +326,8 @@ def restore_or_init(
         if "score" in params:
             print(f"score head: {head}, norm {float(jnp.linalg.norm(params['score']['kernel'])):.4g}", flush=True)
         tx = optim.make(config.optim, config.seed)
-        opt = jax.jit(tx.init, out_shardings=program.shardings["opt"])(params)
+        trained, _ = parameters.split(config, params)
+        opt = jax.jit(tx.init, out_shardings=program.shardings["opt"])(trained)
         start, state, host = 0, {"params": params, "opt": opt}, Host(made_from)
     if bad is not None:
         host.leave_out(start, bad, plan.steps)

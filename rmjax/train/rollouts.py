@@ -261,10 +261,10 @@ def reference_log_probs(config: ConfigDict, model: AbstractModel) -> Callable[[A
     dtype = heads.compute_dtype(config.model.compute_dtype, model.mesh.devices.flat[0].platform)
     params, _ = parameters.init_params(config, model)
     cast = jax.jit(lambda params: jax.tree.map(lambda x: x.astype(dtype), params))
-    first = cast(parameters.model_params(params))
+    first = cast(parameters.model_params(model.merged(params, dtype)))
 
     def log_probs(params: Any, batch: Any) -> jax.Array:
-        one = lambda micro: -heads.merge(model.graph, params)(micro, remat="none")["nll"]
+        one = lambda micro: -heads.merge(model.plain.graph, params)(micro, remat="none")["nll"]
         return jax.lax.map(one, batch)
 
     compiled = jax.jit(log_probs, out_shardings=sharding.named(model.mesh, None, sharding.BATCH))

@@ -143,9 +143,10 @@ class Step:
     def gradients(
         self, params: Any, batch: Any, number: jax.Array, halted: jax.Array
     ) -> tuple[Any, Sums, jax.Array, Move]:
-        """The first half: summed gradients, and what `update` needs to know. Counts what is not finite."""
-        grads, sums = accumulate(self.loss, params, batch, varies=self.varies)
-        grads = optim.trainable(self.config.optim, grads)
+        """The first half: summed gradients of what is trained, and what `update` needs. Counts what is not finite."""
+        trained, frozen = parameters.split(self.config, params)
+        loss = lambda trained, micro: self.loss(parameters.join(trained, frozen), micro)
+        grads, sums = accumulate(loss, trained, batch, varies=self.varies)
         weight = jnp.maximum(sums["loss"][1], jnp.finfo(jnp.float32).tiny)
         norm, lr = optax.tree.norm(mean(grads, weight)), self.rate(number)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"][0])
@@ -158,12 +159,15 @@ class Step:
     def update(self, params: Any, opt: Any, grads: Any, move: Move) -> tuple[Any, Any]:
         """The second half: moves parameters and optimizer state, or leaves both as they were.
 
-        All three trees may be parts, see `optim.make`; `grads` and `move` are those of `gradients`.
+        `params` may have frozen ones among them, which are not touched. All three trees may be parts, see `optim.make`;
+        `grads` and `move` are those of `gradients`.
         """
+        trained, frozen = parameters.split(self.config, params)
         grads = optim.clipped(self.config.optim, mean(grads, move.weight), move.norm)
-        updates, moved_opt = self.tx.update(grads, opt, params)
-        moved = optim.apply(params, updates, move.rate, self.config.seed, move.step)
-        return jax.tree.map(lambda a, b: jnp.where(move.goes_on, a, b), (moved, moved_opt), (params, opt))
+        updates, moved_opt = self.tx.update(grads, opt, trained)
+        moved = optim.apply(trained, updates, move.rate, self.config.seed, move.step)
+        kept = jax.tree.map(lambda a, b: jnp.where(move.goes_on, a, b), (moved, moved_opt), (trained, opt))
+        return parameters.join(kept[0], frozen), kept[1]
 
 
 def mean(grads: Any, weight: jax.Array) -> Any:
@@ -216,10 +220,11 @@ def build_program(config: ConfigDict, model: AbstractModel, plan: Plan) -> Progr
     """Builds the jitted step and evaluation; `config.model.remat` is not "auto"."""
     halves = make_step(config, model, plan)
     replicated = sharding.named(model.mesh)
-    opt = jax.eval_shape(halves.tx.init, model.shapes)
+    trained, _ = parameters.split(config, model.shapes)
+    opt = jax.eval_shape(halves.tx.init, trained)
     shardings = {
         "params": jax.tree.map(lambda x: x.sharding, model.shapes),
-        "opt": optim.state_shardings(opt, model.shapes, replicated),
+        "opt": optim.state_shardings(opt, trained, replicated),
     }
     step: Any = halves.train_step
     evaluate = lambda params, batch: halves.loss(params, jax.tree.map(lambda x: x[0], batch))

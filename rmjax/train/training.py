@@ -34,6 +34,7 @@ from rmjax.export import write as export
 from rmjax.hardware import memory
 from rmjax.inference import parameters, runs
 from rmjax.inference.parameters import AbstractModel, abstract_model
+from rmjax.inference.reward_model import RewardModel
 from rmjax.judging.asked import Questions
 from rmjax.judging.writing import check_judge
 from rmjax.models import decoder, hf
@@ -164,7 +165,8 @@ def _run(
     if config.model.remat != "auto":
         decoder.saved_names(config.model.remat)
     if config.model.init_from and not topology:
-        hf.check(hf.resolve(config.model.init_from), parameters.model_params(model.shapes), model.config)
+        directory, shapes = hf.resolve(config.model.init_from), parameters.model_params(model.plain.shapes)
+        hf.check(directory, shapes, model.config, config.model.base)
     shown = "sharding" if dry_run else False
     print(parameter_overview.get_parameter_overview(model.shapes, include_stats=shown))
 
@@ -243,7 +245,7 @@ def _run(
             work = questions.work_of_steps(config, train)
         else:
             source = PlannedBatches(train.groups, train.plan, train.shape, rows)
-            work = work_of_steps(train, model.config, parameters.model_params(model.shapes))
+            work = work_of_steps(train, model.config, parameters.model_params(model.plain.shapes))
         rollbacks: collections.Counter[int] = collections.Counter()
         while True:
             watch = Watch.open(config, workdir, work, objective.shown, mesh)
@@ -357,10 +359,12 @@ class Run:
             if metrics is None:
                 return None
             values |= {f"{name}/{key}": value for key, value in metrics.items()}
-        model = runs.reward_model(self.model, self.chat, state["params"], self.config.model.compute_dtype)
+        model: RewardModel | None = None  # made where there is a benchmark: adapters are merged for it
         for test, groups in self.tests:
             if self.stop.agreed():
                 return None
+            params, dtype = state["params"], self.config.model.compute_dtype
+            model = runs.reward_model(self.model, self.chat, params, dtype) if model is None else model
             values |= evaluating.flat(test, evaluating.run_benchmark(model, test, groups))
         if step == 0:
             host.rewards = {name: value for name, value in values.items() if name.endswith("/reward_mean")}
@@ -404,7 +408,8 @@ class Run:
         """Starts saving the state after `done` steps, and the values of its evaluation if there was one."""
         host.rows = self.source.digest(done)
         self.writers.sync()  # the next start goes on with the lines up to here
-        self.checkpointer.save(done, state, host.to_json(), values)
+        kept = {**state, "params": parameters.saved(self.config, state["params"])}
+        self.checkpointer.save(done, kept, host.to_json(), values)
 
     def not_finite(self, state: dict[str, Any], host: Host, step: int) -> None:
         """Handles a step that is not finite as config.on_nonfinite says: stop, skip, or roll back."""
@@ -522,13 +527,14 @@ def conclude(run: Run, workdir: Path, last: int, run_id: str) -> None:
     """
     best = run.checkpointer.best_step() if run.config.export.step == "best" else None
     step = last if best is None else best
-    state, _ = run.checkpointer.restore_step(step, {"params": run.program.state["params"]})
+    shapes = parameters.saved(run.config, run.program.state["params"])
+    state, _ = run.checkpointer.restore_step(step, {"params": shapes})
     verdict, metrics = finish.write(
         run.config,
         workdir,
         run.model,
         run.chat,
-        state["params"],
+        parameters.whole(run.config, run.model, state["params"]),
         step,
         run.evaluations,
         run.tests,
