@@ -98,7 +98,12 @@ def renamed(old: str, new: str) -> Change:
     return header(lambda entries: entries.update({new: entries.pop(old)}))
 
 
-ADAPTER = write("adapter_config.json", '{"base_model_name_or_path": "o/n"}')
+def adapter(**values: Any) -> Change:
+    """The adapter_config.json of an adapter of o/n."""
+    terms = {"peft_type": "LORA", "r": 4, "task_type": "SEQ_CLS", "base_model_name_or_path": "o/n", **values}
+    return write("adapter_config.json", json.dumps(terms))
+
+
 EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 
@@ -141,9 +146,22 @@ WEIGHT_FILES = [
     ),
     model("pickled weights are not read", lambda at: (at / WEIGHTS).rename(at / "pytorch_model.bin")),
     model("pickled weights are not read", lambda at: (at / WEIGHTS).rename(at / "model.pt"), TRAIN),
-    model("it is a PEFT adapter of o/n, which is not read; merge it", both(remove(WEIGHTS, "config.json"), ADAPTER)),
-    model("it is a PEFT adapter of o/n", both(remove(WEIGHTS, "config.json"), ADAPTER), TRAIN),
-    model("or delete adapter_config.json if model.safetensors is the merged model", ADAPTER),
+    model("model is an adapter of 'o/n', which cannot be had", both(remove(WEIGHTS, "config.json"), adapter())),
+    model("model is an adapter of 'o/n', which cannot be had", both(remove(WEIGHTS, "config.json"), adapter()), TRAIN),
+    model("delete adapter_config.json if model.safetensors is the merged model", adapter()),
+    model("peft_type 'IA3'; only LORA is read", both(remove(WEIGHTS), adapter(peft_type="IA3"))),
+    model("LoRA adapter with use_dora=True, which is not read", both(remove(WEIGHTS), adapter(use_dora=True)), TRAIN),
+    model("r is 0, expected a rank of at least 1", both(remove(WEIGHTS), adapter(r=0))),
+    model(
+        "config.lora.targets: 'decoder/.*/queries' matches no kernel of a layer",
+        lambda at: None,
+        (*TRAIN, "--config.lora.rank=4", "--config.lora.targets=('decoder/.*/queries',)"),
+    ),
+    model("config.lora.base='int4' is none of", lambda at: None, (*TRAIN, "--config.lora.rank=4", "--config.lora.base=int4")),
+    model("config.lora.rank=0 must be at least 1", lambda at: None, (*TRAIN, "--config.lora.rank=0")),
+    model("config.lora.alpha=8.0 does nothing without", lambda at: None, (*TRAIN, "--config.lora.alpha=8")),
+    model("config.model.base='x' is for adapters", lambda at: None, (*TRAIN, "--config.model.base=x")),
+    model("config.export.adapter needs config.lora.rank", lambda at: None, (*TRAIN, "--config.export.adapter=True")),
     model("GGUF files are weights quantized", both(remove(WEIGHTS), write("q4.gguf", "GGUF"))),
     model("GGUF files are weights quantized", both(remove("config.json"), write("q4.gguf", "GGUF")), TRAIN),
     model(

@@ -15,6 +15,7 @@ from rmjax import config as config_lib
 from rmjax import objectives, sharding
 from rmjax.batches import loader, prepare
 from rmjax.batches.random_groups import RandomGroups
+from rmjax.inference import parameters
 from rmjax.inference.parameters import abstract_model
 from rmjax.kernels import tree_attention
 from rmjax.models import heads
@@ -29,9 +30,15 @@ UNEVEN = {"hidden_size": 36, "intermediate_size": 50, "num_attention_heads": 6, 
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(sizes) == 8]
 
 
-def train(sizes, *, rows=8, vocabulary=96, **shape):
-    """Losses of a few steps [STEPS] and the parameters after them, by name, on data x fsdp x tensor devices."""
+def train(sizes, *, rows=8, vocabulary=96, base="", **shape):
+    """Losses of a few steps [STEPS] and the parameters after them, by name, on data x fsdp x tensor devices.
+
+    `base` is what a frozen one is kept as; "" trains all parameters.
+    """
     config = config_lib.demo()
+    if base:
+        config.lora.rank, config.lora.base = 4, base
+        config = config_lib.filled(config)
     config.model.tokenizer = config.data.train = "random"
     config.model.remat = "q,k,v,attention,mid"
     config.plan.row_tokens, config.plan.rows_per_step, config.duration = 64, rows, f"{STEPS} steps"
@@ -48,9 +55,13 @@ def train(sizes, *, rows=8, vocabulary=96, **shape):
     batches = prepare.batch_shape(groups, plan, sizes[0] * sizes[1], 4)
     with jax.set_mesh(mesh):
         program = build_program(config, model, plan)
-        params = jax.device_put(START(model.config), program.shardings["params"])
+        if base:
+            params, _ = parameters.init_params(config, model)
+        else:
+            params = jax.device_put(START(model.config), program.shardings["params"])
         tx = optim.make(config.optim, config.seed)
-        opt = jax.jit(tx.init, out_shardings=program.shardings["opt"])(params)
+        trained, _ = parameters.split(config, params)
+        opt = jax.jit(tx.init, out_shardings=program.shardings["opt"])(trained)
         step = program.lower(batches, mesh).compile()
         everywhere = sharding.named(mesh)
         state, halted, losses = {"params": params, "opt": opt}, jax.device_put(np.bool_(False), everywhere), []
@@ -80,6 +91,12 @@ PARTS = {
     "kinds": lambda: [same(mesh, **EVEN) for mesh in ((8, 1, 1), (1, 8, 1), (2, 2, 2))],
     "uneven_kinds": lambda: [same(mesh, vocabulary=97, **UNEVEN) for mesh in ((1, 2, 4),)],
     "few_rows_kinds": lambda: [same(mesh, rows=3, **EVEN) for mesh in ((8, 1, 1),)],
+    "adapters_kinds": lambda: [same(mesh, base="nf4", **EVEN) for mesh in ((2, 2, 2),)],
+    "adapters": lambda: [
+        same(mesh, base=base, **EVEN)
+        for base in ("float32", "int8", "nf4")
+        for mesh in ((8, 1, 1), (1, 8, 1), (1, 1, 8), (1, 4, 2))
+    ],
     "every_mesh": lambda: [same(mesh, **EVEN) for mesh in MESHES],
     "uneven": lambda: [same(mesh, vocabulary=97, **UNEVEN) for mesh in ((1, 8, 1), (1, 2, 4), (1, 1, 8))],
     "few_rows": lambda: [same(mesh, rows=3, **EVEN) for mesh in ((8, 1, 1), (1, 4, 2))],
@@ -89,8 +106,12 @@ PARTS = {
 @pytest.mark.parametrize(
     ("parts", "count"),
     [
-        pytest.param(("kinds", "uneven_kinds", "few_rows_kinds"), 3 + 1 + 1, marks=pytest.mark.slow),
-        pytest.param(("every_mesh", "uneven", "few_rows"), len(MESHES) + 3 + 2, marks=pytest.mark.release),
+        pytest.param(
+            ("kinds", "uneven_kinds", "few_rows_kinds", "adapters_kinds"), 3 + 1 + 1 + 1, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ("every_mesh", "uneven", "few_rows", "adapters"), len(MESHES) + 3 + 2 + 12, marks=pytest.mark.release
+        ),
     ],
 )
 def test_a_mesh_trains_as_one_device_does(parts, count):

@@ -186,8 +186,10 @@ class Side:
         self.plan = prepare.plan_training(self.config, self.groups)
         params = parameters.model_params(self.abstract.plain.shapes)
         self.parameters = model_config.parameter_count(params)
-        useful = flops.useful(self.model, params, random.conversations)
-        hardware = flops.hardware(self.model, params, random.lengths, random.ends, random.visible_pairs)
+        useful = flops.useful(self.model, params, random.conversations, self.abstract.flops_each)
+        hardware = flops.hardware(
+            self.model, params, random.lengths, random.ends, random.visible_pairs, self.abstract.flops_each
+        )
         self.work = Work(np.ones(len(random)), random.lengths, random.unshared, useful, hardware)
 
     def compile(self) -> str:

@@ -12,7 +12,8 @@ import numpy as np
 from rmjax.export import vllm_replay
 from rmjax.inference import contract
 from rmjax.inference.reward_model import RewardModel
-from rmjax.models import hf
+from rmjax.models import hf, peft, quantized
+from rmjax.runtime import notes
 
 Outputs = list[np.ndarray]  # of each golden row [scored tokens, A]
 
@@ -34,7 +35,8 @@ def verify(directory: Path) -> list[str]:
         raise ValueError("--verify replays through transformers, which needs torch: pip install 'rmjax[verify]'")
     architecture = str(hf.read_config(directory)["architectures"][0]).rpartition("For")[2]
     # The others first: on a GPU JAX takes most of the memory as soon as it begins.
-    others = {name: replay(directory, terms["golden"]) for name, replay in other_replays(architecture).items()}
+    replays = other_replays(architecture, directory, contract.base_kept_as(terms))
+    others = {name: replay(directory, terms["golden"]) for name, replay in replays.items()}
     model = RewardModel.load(directory, dtype="float32")
     contract.check_weights(terms, model.norms())
     outputs: dict[str, Outputs] = {"rmjax": model.replay(terms["golden"]), **others}
@@ -52,8 +54,24 @@ def verify(directory: Path) -> list[str]:
     return _table(outputs, differences)
 
 
-def other_replays(architecture: str) -> dict[str, Callable[[Path, Sequence[Any]], Outputs]]:
-    """What else can replay here, by name and version; vLLM is asked about sequence classifiers only."""
+def other_replays(
+    architecture: str, directory: Path, base_kept_as: str = ""
+) -> dict[str, Callable[[Path, Sequence[Any]], Outputs]]:
+    """What else can replay here, by name and version; vLLM is asked about sequence classifiers only.
+
+    Adapters are replayed by PEFT. Of a base that is kept in 4 or 8 bits they are not: transformers would read it whole,
+    so its outputs are others.
+
+    Raises:
+        ValueError: an adapter, and no PEFT.
+    """
+    if peft.is_adapter(directory):
+        if base_kept_as in quantized.BASES:
+            notes.tell(f"the adapter was trained on a base in {base_kept_as}: only rmjax reads it so, and replays it")
+            return {}
+        if importlib.util.find_spec("peft") is None:
+            raise ValueError("--verify replays adapters through PEFT: pip install 'rmjax[verify]'")
+        return {f"peft {version_of('peft')}": _by_transformers}
     names = ["transformers"]
     if architecture == "SequenceClassification" and importlib.util.find_spec("vllm") is not None:
         names.append("vllm")
@@ -72,18 +90,26 @@ def _by_transformers(directory: Path, golden: Sequence[Any]) -> Outputs:
     import torch
     import transformers
 
-    architecture = str(hf.read_config(directory)["architectures"][0]).rpartition("For")[2]
+    values = hf.read_config(directory)
+    architecture = str(values["architectures"][0]).rpartition("For")[2]
     kind = getattr(transformers, f"AutoModelFor{architecture}")
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = kind.from_pretrained(str(directory), dtype=torch.float32).train(False)
+        if peft.is_adapter(directory):
+            from peft import PeftModel
+
+            head = {"num_labels": values["num_labels"]} if "num_labels" in values else {}
+            base = kind.from_pretrained(str(hf.base_of(directory)), dtype=torch.float32, **head)
+            model = PeftModel.from_pretrained(base, str(directory)).train(False)
+        else:
+            model = kind.from_pretrained(str(directory), dtype=torch.float32).train(False)
     finally:
         transformers.utils.logging.enable_progress_bar()
     outputs = []
     for row in golden:
         ids = torch.tensor([row["token_ids"]])
         with torch.no_grad():
-            logits = model(ids).logits[0].double()
+            logits = model(input_ids=ids).logits[0].double()
         if architecture == "CausalLM":  # the mean negative log-likelihood of the tokens after the first
             likely = torch.log_softmax(logits[:-1], -1).gather(1, ids[0, 1:, None])
             outputs.append(-likely[: row["at"][-1]].mean().numpy().reshape(1, 1))

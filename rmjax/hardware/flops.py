@@ -32,11 +32,16 @@ PEAKS: tuple[tuple[str, float], ...] = (
     (r"NVIDIA (H100|H200|GH200).*", 989e12),
     (r"NVIDIA A100.*", 312e12),
     (r"NVIDIA L40S.*", 362e12),
+    (r"NVIDIA GeForce RTX 4090.*", 165e12),
+    (r"NVIDIA L4", 121e12),
     (r"TPU v6 lite", 918e12),  # v6e
     (r"TPU v5 lite", 197e12),  # v5e
     (r"TPU v5p?", 459e12),  # v5p
     (r"TPU v4", 275e12),
 )
+
+
+TRAINED, FROZEN = 6, 4  # FLOPs of a token and a parameter: its product, and the gradients of its input and of itself
 
 
 def peak(device_kind: str) -> float | None:
@@ -57,10 +62,13 @@ def parameters(params: Mapping[str, Any]) -> tuple[int, int]:
     return every, parameter_count(params)[1] - every
 
 
-def useful(model: ModelConfig, params: Mapping[str, Any], lengths: np.ndarray) -> np.ndarray:
-    """FLOPs of each group, its conversations apart: float64 [n], by int [n, K] tokens of each conversation."""
+def useful(model: ModelConfig, params: Mapping[str, Any], lengths: np.ndarray, each: int = TRAINED) -> np.ndarray:
+    """FLOPs of each group, its conversations apart: float64 [n], by int [n, K] tokens of each conversation.
+
+    `each` is FROZEN where adapters are trained; the base's `params` count, the adapters do not.
+    """
     tokens = lengths.astype(np.float64)
-    return 6 * parameter_count(params)[1] * tokens.sum(1) + attention(model, lambda w: causal(tokens, w).sum(1))
+    return each * parameter_count(params)[1] * tokens.sum(1) + attention(model, lambda w: causal(tokens, w).sum(1))
 
 
 def hardware(
@@ -69,6 +77,7 @@ def hardware(
     tokens: np.ndarray,
     scored: np.ndarray,
     pairs: Callable[[int | None], np.ndarray],
+    each: int = TRAINED,
 ) -> np.ndarray:
     """FLOPs of each group as a tree: float64 [n].
 
@@ -77,9 +86,10 @@ def hardware(
         params: of the Scorer or the LanguageModel, or their shapes.
         tokens, scored: int [n] tokens of each tree, and scored ones, or those whose next one is learnt.
         pairs: for a layer's window, int [n] pairs of a query and a key that it sees.
+        each: as for `useful`.
     """
     every, at_scored = parameters(params)
-    return 6.0 * (every * tokens + at_scored * scored) + attention(model, pairs)
+    return float(each) * (every * tokens + at_scored * scored) + attention(model, pairs)
 
 
 def attention(model: ModelConfig, pairs: Callable[[int | None], np.ndarray]) -> np.ndarray:

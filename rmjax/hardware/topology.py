@@ -45,12 +45,21 @@ class Tpu:
 
 
 # https://www.nvidia.com/en-us/data-center/h200/, .../h100/ and .../a100/ (SXM boards; they give NVLink's two directions
-# together). Adapters: https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html (400 Gb/s) and
+# together); .../l4/ and .../geforce/graphics-cards/40-series/rtx-4090/, which send over PCIe. Memory of the smaller
+# ones is what PyTorch's messages say of them (21.95, 23.64 and 39.39 GiB). Adapters:
+# https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html (400 Gb/s) and
 # .../dgxa100-user-guide/introduction-to-dgxa100.html (200 Gb/s); other servers have others, or none.
 GPUS = {
     "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 150_754_820_096, 4.8e12, 450e9, 50e9, 50 << 20, 228 << 10, 1.98),
     "h100": Gpu(
         "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 84_942_979_072, 3.35e12, 450e9, 50e9, 50 << 20, 228 << 10, 1.98
+    ),
+    "rtx4090": Gpu(
+        "NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 25_386_352_640, 1.008e12, 32e9, 25e9, 72 << 20, 100 << 10, 2.52
+    ),
+    "l4": Gpu("NVIDIA L4", (8, 9), 58, 128, 23_568_861_594, 0.3e12, 32e9, 25e9, 48 << 20, 100 << 10, 2.04),
+    "a100_40gb": Gpu(
+        "NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 42_298_834_944, 1.555e12, 300e9, 25e9, 40 << 20, 164 << 10, 1.41
     ),
     "a100": Gpu(
         "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 85_100_068_864, 2.04e12, 300e9, 25e9, 40 << 20, 164 << 10, 1.41

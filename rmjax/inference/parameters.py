@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from rmjax import sharding
+from rmjax.hardware import flops
 from rmjax.kernels import tree_attention
 from rmjax.models import config as model_config
 from rmjax.models import heads, hf, lora, peft, quantized
@@ -60,6 +61,11 @@ class AbstractModel:
         return dataclasses.replace(
             self, graph=self.merged_graph, shapes=self.merged_shapes, adapters=None, merged_graph=None
         )
+
+    @property
+    def flops_each(self) -> int:
+        """FLOPs that training costs for a token and a parameter of `plain`; see hardware/flops.py."""
+        return flops.FROZEN if self.adapters else flops.TRAINED
 
     def merged(self, params: Any, dtype: DTypeLike) -> Any:
         """The parameters of `plain`, in this dtype (a score head and what an objective learns stay float32).

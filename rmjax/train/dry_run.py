@@ -30,7 +30,7 @@ from rmjax.hardware.collectives import Collective, collectives
 from rmjax.inference import parameters
 from rmjax.inference.parameters import AbstractModel
 from rmjax.models import heads, hf
-from rmjax.models.config import ModelConfig, parameter_count
+from rmjax.models.config import parameter_count
 from rmjax.train import questions
 from rmjax.train.step import Program
 
@@ -125,7 +125,7 @@ def report(name: str, config: ConfigDict, model: AbstractModel, program: Program
     found, unknown = collectives(program.step.as_text(), mesh.size)
     links = {group: topology.link(name, [devices[i] for i in group]) for group in {x.group for x in found}}
     work = Work(
-        flops=step_flops(model.config, model.plain.shapes, *first_groups(config, model, train)) / mesh.size,
+        flops=step_flops(model, *first_groups(config, model, train)) / mesh.size,
         peak=cast(float, flops.peak(devices[0].device_kind)),
         traffic=traffic(config, model, program, train),
         bandwidth=topology.bandwidth(name),
@@ -225,8 +225,9 @@ def first_groups(config: ConfigDict, model: AbstractModel, train: Split) -> tupl
     return asked, steps
 
 
-def step_flops(model: ModelConfig, params: Any, chosen: Sequence[Group], steps: int) -> float:
+def step_flops(model: AbstractModel, chosen: Sequence[Group], steps: int) -> float:
     """FLOPs of a step on all devices, the mean of so many that have these groups."""
+    params = parameters.model_params(model.plain.shapes)
     trees = [group.tree for group in chosen]
     tokens = np.array([len(tree) for tree in trees])
     scored = np.array([len(tree.end) for tree in trees])
@@ -237,4 +238,5 @@ def step_flops(model: ModelConfig, params: Any, chosen: Sequence[Group], steps: 
         seen = (tree.positions.astype(np.int64) + 1 for tree in trees)  # a token sees its path, itself included
         return np.array([(x if window is None else np.minimum(x, window)).sum() for x in seen])
 
-    return float(flops.hardware(model, parameters.model_params(params), tokens, scored, pairs).sum() / steps)
+    found = flops.hardware(model.config, params, tokens, scored, pairs, model.flops_each)
+    return float(found.sum() / steps)

@@ -245,7 +245,7 @@ def _run(
             work = questions.work_of_steps(config, train)
         else:
             source = PlannedBatches(train.groups, train.plan, train.shape, rows)
-            work = work_of_steps(train, model.config, parameters.model_params(model.plain.shapes))
+            work = work_of_steps(train, model)
         rollbacks: collections.Counter[int] = collections.Counter()
         while True:
             watch = Watch.open(config, workdir, work, objective.shown, mesh)

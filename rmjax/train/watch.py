@@ -27,7 +27,8 @@ from rmjax import config as config_lib
 from rmjax.batches.groups import Groups
 from rmjax.batches.prepare import Split
 from rmjax.hardware import flops
-from rmjax.models.config import ModelConfig
+from rmjax.inference import parameters
+from rmjax.inference.parameters import AbstractModel
 from rmjax.runtime import processes
 from rmjax.runtime.progress import Progress
 
@@ -266,7 +267,7 @@ class Profile:
         )
 
 
-def work_of_steps(split: Split, model: ModelConfig, params: Any) -> dict[str, np.ndarray]:
+def work_of_steps(split: Split, model: AbstractModel) -> dict[str, np.ndarray]:
     """What each step of a plan holds and costs, in the terms of `rmjax.benchmark`.
 
     Returns:
@@ -274,12 +275,15 @@ def work_of_steps(split: Split, model: ModelConfig, params: Any) -> dict[str, np
         `unshared_tokens`, of all conversations, each whole; `useful_flops`, see flops.py.
     """
     groups, plan = split.groups, split.plan
+    params = parameters.model_params(model.plain.shapes)
     lengths, begin = conversation_lengths(groups)
     of_group = {
         "pairs" if (groups.responses == 2).all() else "groups": np.ones(len(groups)),
         "tokens": groups.lengths,
         "unshared_tokens": groups.unshared,
-        "useful_flops": np.add.reduceat(flops.useful(model, params, lengths[:, None]), begin[:-1]),
+        "useful_flops": np.add.reduceat(
+            flops.useful(model.config, params, lengths[:, None], model.flops_each), begin[:-1]
+        ),
     }
     starts = plan.row_start[plan.step_start[:-1]]
     return {name: np.add.reduceat(x[plan.groups].astype(np.float64), starts) for name, x in of_group.items()}

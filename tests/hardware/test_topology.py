@@ -19,6 +19,7 @@ import pytest
 from rmjax import objectives, sharding
 from rmjax.batches import prepare
 from rmjax.batches.random_groups import RandomGroups
+from rmjax.config import filled
 from rmjax.hardware import memory, topology
 from rmjax.inference.parameters import abstract_model
 from rmjax.kernels.tree_attention import block_of, tree_attention
@@ -216,7 +217,7 @@ GROUPS = {
 def large(path):
     """A config of one of MODELS, and the hardware that its docstring names."""
     names = re.findall(r"--topology=(\w+:\w+)", re.search(r"Hardware: ([^.;]*)", path.read_text())[1])
-    return runpy.run_path(str(path))["get_config"](), names
+    return filled(runpy.run_path(str(path))["get_config"]()), names
 
 
 CASES = [

@@ -418,7 +418,8 @@ def test_work_of_steps_is_that_of_their_conversations(name, tmp_path, tmp_path_f
     lengths, begin = conversation_lengths(groups)
     assert [lengths[a:b].tolist() for a, b in itertools.pairwise(begin)] == expected
     assert [sum(each) for each in expected] == groups.unshared.tolist()
-    work = work_of_steps(prepare.Split(groups, plan, None), model, shapes)
+    said = SimpleNamespace(config=model, plain=SimpleNamespace(shapes=shapes), flops_each=flops.TRAINED)
+    work = work_of_steps(prepare.Split(groups, plan, None), said)
     count, *_ = work
     assert count == ("groups" if name == "bt_rankings_tiny" or set(groups.responses) != {2} else "pairs")
     for step in range(plan.steps):
