@@ -1,6 +1,6 @@
 """The demo of adapters: a model that has learnt one rule learns another with a sixth of its parameters.
 
-    python -m rmjax.main --config=configs/bt_lora_tiny.py --workdir=runs/lora_tiny
+python -m rmjax.main --config=configs/bt_lora_tiny.py --workdir=runs/lora_tiny
 """
 
 import runpy

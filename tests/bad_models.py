@@ -157,7 +157,11 @@ WEIGHT_FILES = [
         lambda at: None,
         (*TRAIN, "--config.lora.rank=4", "--config.lora.targets=('decoder/.*/queries',)"),
     ),
-    model("config.lora.base='int4' is none of", lambda at: None, (*TRAIN, "--config.lora.rank=4", "--config.lora.base=int4")),
+    model(
+        "config.lora.base='int4' is none of",
+        lambda at: None,
+        (*TRAIN, "--config.lora.rank=4", "--config.lora.base=int4"),
+    ),
     model("config.lora.rank=0 must be at least 1", lambda at: None, (*TRAIN, "--config.lora.rank=0")),
     model("config.lora.alpha=8.0 does nothing without", lambda at: None, (*TRAIN, "--config.lora.alpha=8")),
     model("config.model.base='x' is for adapters", lambda at: None, (*TRAIN, "--config.model.base=x")),

@@ -30,6 +30,7 @@ TEXTS = (  # flags that take a text: name, what it is, help
 )
 SWITCHES = (
     ("unit_std", "divide the head by the standard deviation of rewards on the validation set"),
+    ("adapter", "write a PEFT adapter of the run's base (config.lora), in place of a whole model"),
     ("private", "make a new repository of --push_to private"),
 )
 

@@ -76,7 +76,9 @@ def export_checkpoint(args: argparse.Namespace) -> runs.Opened:
             quality = json.loads((workdir / "quality.json").read_text())
             evaluation = measured
     model, params = opened.model, opened.params
-    if not config.export.adapter:
+    if args.adapter and model.adapters is None:
+        raise ValueError(f"--adapter: {workdir} trained every parameter (config.lora.rank is not set); leave it out")
+    if not args.adapter:
         params, model = model.merged(params, export.dtype_of(config, model.values)), model.plain
     export.write_export(
         Path(args.output),

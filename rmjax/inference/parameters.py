@@ -333,6 +333,16 @@ def join(trained: Any, frozen: Any) -> dict[str, Any]:
     return unflatten_dict({**flatten_dict(frozen), **flatten_dict(trained)})
 
 
+def describe_trained(config: ConfigDict, model: AbstractModel) -> str:
+    """A line that says how many parameters are trained; "" where all are."""
+    trained, frozen = ([x.size for x in jax.tree.leaves(part)] for part in split(config, model.shapes))
+    if not frozen:
+        return ""
+    total = sum(x.size for x in jax.tree.leaves(model.plain.shapes))
+    how = f" in a base that is kept as {model.adapters.base}" if model.adapters else ""
+    return f"trained: {sum(trained):,} parameters beside {total:,}{how}; the others are frozen\n"
+
+
 def saved(config: ConfigDict, params: Any) -> Any:
     """What a checkpoint holds of the parameters of a run (or of their shapes): those that are trained.
 

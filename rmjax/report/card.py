@@ -18,7 +18,7 @@ from rmjax.models import hf
 from rmjax.report import card_usage, show
 from rmjax.report.evaluation import benchmark, failing, key_numbers, shown_sets, verdict
 from rmjax.report.naming import flat, metric
-from rmjax.report.section import Items, Markdown, Section, Table
+from rmjax.report.section import Items, Markdown, Part, Section, Table
 
 Values = Mapping[str, Any]
 HUB_DATA = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
@@ -108,7 +108,7 @@ def text(
     return head + show.to_markdown(
         [
             Section("", words, *verdict(quality, advice=False)),
-            Section("How to use it", *card_usage.parts(objective, name)),
+            Section("How to use it", *_usage(objective, name, contract, base_model)),
             *_metrics(evaluation),
             Section("Architecture", Table(_architecture(model, contract, parameters))),
             Section("Data", Table(_data(config, contract))),
@@ -116,6 +116,11 @@ def text(
             Section("Limits", Items(_limits(objective, contract, evaluation))),
         ]
     )
+
+
+def _usage(objective: str, name: str, contract: Values, base_model: str) -> list[Part]:
+    base = (base_model or "DIRECTORY_OF_THE_BASE") if contract.get("base") else ""  # of an adapter
+    return card_usage.parts(objective, name, base, len(contract["labels"]))
 
 
 def base_model(config: ConfigDict) -> str:

@@ -20,19 +20,28 @@ RMJAX = {  # what follows `model = rmjax.RewardModel.load(NAME)`
 }
 
 
-def parts(objective: str, name: str) -> list[Part]:
-    """Code for rmjax, transformers and, where it pools the scored token, vLLM."""
+def parts(objective: str, name: str, base: str = "", labels: int = 1) -> list[Part]:
+    """Code for rmjax, transformers and, where it pools the scored token, vLLM.
+
+    Of an adapter of a `base` it is for PEFT, which serves no classifier in vLLM.
+    """
     if objective == "sft":
-        return [_transformers("AutoModelForCausalLM", name, GENERATE), VERDICT, Code("bash", f"vllm serve {name}")]
+        served = f"vllm serve {base} --enable-lora --lora-modules judge={name}" if base else f"vllm serve {name}"
+        return [_transformers("AutoModelForCausalLM", name, GENERATE, base), VERDICT, Code("bash", served)]
     ours: Part = Code("python", f'import rmjax\n\nmodel = rmjax.RewardModel.load("{name}")\n{RMJAX[objective]}')
     if objective == "prm":
-        return [ours, STEP_OUTPUTS, _transformers("AutoModelForTokenClassification", name, STEPS)]
+        return [ours, STEP_OUTPUTS, _transformers("AutoModelForTokenClassification", name, STEPS, base, labels)]
     if objective == "pairwise":
         return [ours, JUDGE]
-    return [
+    found: list[Part] = [
         ours,
-        "With transformers:",
-        _transformers("AutoModelForSequenceClassification", name, f"{CONVERSATIONS}\n{SCORES}"),
+        "With transformers and PEFT:" if base else "With transformers:",
+        _transformers("AutoModelForSequenceClassification", name, f"{CONVERSATIONS}\n{SCORES}", base, labels),
+    ]
+    if base:
+        return found
+    return [
+        *found,
         f"With vLLM, from whole renderings of the chat template, without adding special tokens. {RAW[objective]}: no "
         "sigmoid, no softmax.",
         Code("bash", VLLM.format(name=name)),
@@ -64,9 +73,14 @@ curl localhost:8000/classify -H 'Content-Type: application/json' \\
   -d '{{"model": "{name}", "input": "TEXT OF THE RENDERING", "add_special_tokens": false}}'"""
 
 
-def _transformers(auto: str, name: str, code: str) -> Code:
+def _transformers(auto: str, name: str, code: str, base: str = "", labels: int = 0) -> Code:
+    peft, model = "", f'model = {auto}.from_pretrained("{name}")'
+    if base:
+        head = f", num_labels={labels}" * bool(labels)
+        peft = "from peft import PeftModel\n"
+        model = f'base = {auto}.from_pretrained("{base}"{head})\nmodel = PeftModel.from_pretrained(base, "{name}")'
     return Code(
         "python",
-        f"import torch\nfrom transformers import {auto}, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\nmodel = {auto}.from_pretrained("{name}")\n{code}',
+        f"import torch\n{peft}from transformers import {auto}, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n{model}\n{code}',
     )

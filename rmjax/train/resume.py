@@ -185,7 +185,7 @@ def identity(
     }
 
 
-def _weights(path: Path, sampled: bool) -> dict[str, Any]:
+def _weights(path: Path, sampled: bool = False) -> dict[str, Any]:
     """Of a base that is read again with each start a few numbers of each tensor count too."""
     adapter = peft.is_adapter(path)
     tensors = weight_files.open_file(path / peft.WEIGHTS) if adapter else weight_files.open_tensors(path)

@@ -169,6 +169,7 @@ def _run(
         hf.check(directory, shapes, model.config, config.model.base)
     shown = "sharding" if dry_run else False
     print(parameter_overview.get_parameter_overview(model.shapes, include_stats=shown))
+    print(parameters.describe_trained(config, model), end="")
 
     # ---- Data
     with agreement.first_then_others("data"):

@@ -397,7 +397,7 @@ def test_directories_without_weights(tmp_path):
     with pytest.raises(ValueError, match="pickled weights are not read"):
         load()
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "adapter_config.json")
-    with pytest.raises(ValueError, match="adapter_config.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not valid JSON"):
         load()
     with pytest.raises(ValueError, match=r"has no config\.json"):
         hf.read_config(tmp_path / "nothing")
