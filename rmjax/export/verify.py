@@ -98,7 +98,10 @@ def _by_transformers(directory: Path, golden: Sequence[Any]) -> Outputs:
         if peft.is_adapter(directory):
             from peft import PeftModel
 
-            head = {"num_labels": values["num_labels"]} if "num_labels" in values else {}
+            # A base may have a head of other labels, which the adapter's takes the place of.
+            head = (
+                {"num_labels": values["num_labels"], "ignore_mismatched_sizes": True} if "num_labels" in values else {}
+            )
             base = kind.from_pretrained(str(hf.base_of(directory)), dtype=torch.float32, **head)
             model = PeftModel.from_pretrained(base, str(directory)).train(False)
         else:
