@@ -268,7 +268,7 @@ def _of_base(model: AbstractModel) -> Callable[[str, jax.Array], Any]:
     def kept(path: str, x: jax.Array) -> Any:
         leaf = leaves[path]
         if isinstance(leaf, dict):
-            made = functools.partial(quantized.quantize, kind=adapters.base)
+            made = functools.partial(lora.by_layer, functools.partial(quantized.quantize, kind=adapters.base))
             return jax.jit(made, out_shardings={name: part.sharding for name, part in leaf.items()})(x)
         return x if x.dtype == leaf.dtype else jax.jit(lambda x: x.astype(leaf.dtype))(x)
 
@@ -278,13 +278,15 @@ def _of_base(model: AbstractModel) -> Callable[[str, jax.Array], Any]:
 def _read_as(model: AbstractModel) -> Any:
     """Shapes of the base's parameters as they are read: in the dtype that they keep, or are quantized from."""
     shapes = model_params(model.plain.shapes)
+    stored = model.values.get("dtype") or model.values.get("torch_dtype")
     if (adapters := model.adapters) is None:
         return shapes
 
     def one(path: tuple, x: Any) -> Any:
         name = path_name(path)
-        quantizes = adapters.quantizes and re.fullmatch(lora.KERNELS, name)
-        dtype = x.dtype if quantizes else adapters.frozen_dtype(name, x.dtype)
+        dtype = adapters.frozen_dtype(name, x.dtype)
+        if adapters.quantizes and re.fullmatch(lora.KERNELS, name):
+            dtype = "bfloat16" if stored == "bfloat16" else x.dtype
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
     return jax.tree_util.tree_map_with_path(one, shapes)

@@ -94,9 +94,18 @@ def adapt(model: Any, lora: Lora) -> Any:
 
 def rounded_as(base: str) -> Callable[[str, jax.Array], jax.Array]:
     """What a frozen base that is kept as nf4 or int8 makes of the parameters that it reads; others change nothing."""
-    quantize = lambda x: quantized.dequantize(quantized.quantize(x, base), x.dtype)
+    one = lambda x: quantized.dequantize(quantized.quantize(x, base), x.dtype)
+    read_back = lambda x: by_layer(one, x)
     changes = lambda path: base in quantized.BASES and re.fullmatch(KERNELS, path)
-    return lambda path, x: jax.jit(quantize, out_shardings=x.sharding)(x) if changes(path) else x
+    return lambda path, x: jax.jit(read_back, out_shardings=x.sharding)(x) if changes(path) else x
+
+
+def by_layer(function: Callable[[Any], Any], kernels: Any) -> Any:
+    """A function of a kernel [in, out] (or of its parts and adapters) on one, or on each of a stack.
+
+    One layer after the other, so that what is float32 in between is of one alone.
+    """
+    return jax.lax.map(function, kernels) if jax.tree.leaves(kernels)[0].ndim == 3 else function(kernels)
 
 
 def new(path: tuple, leaf: Any, seed: int) -> jax.Array:
@@ -120,8 +129,7 @@ def merged(params: Mapping[str, Any], scale: float, dtypes: Mapping[str, Any]) -
         if name == "kernel" and (isinstance(value, Mapping) or A in params):
             parts = {"kernel": value} | {key: params[key] for key in (A, B) if key in params}
             one = functools.partial(_kernel, scale=scale, dtype=dtypes[name])
-            stacked = jax.tree.leaves(value)[0].ndim == 3
-            found[name] = jax.lax.map(one, parts) if stacked else one(parts)  # one layer at a time in float32
+            found[name] = by_layer(one, parts)
         elif isinstance(value, Mapping):
             found[name] = merged(value, scale, dtypes[name])
         else:
