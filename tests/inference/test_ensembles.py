@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -149,6 +150,20 @@ def test_combinations_that_mean_nothing(models, combine, says):
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model=a,b", "--combine=meen"], "did you mean 'mean'?"),
+        (["--model=a", "--combine=min"], "--combine=min is for several models"),
+        (["--model=a,b", "--normalize"], "--normalize goes with --combine"),
+        (["--model=a,b", "--combine=min", "--samples=8"], "--samples is for judges that write"),
+    ],
+)
+def test_flags_of_evaluate_that_do_not_go_together(flags, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        evaluate.checked(evaluate.parser().parse_args([*flags, "--data=synthetic://pairs?n=4&seed=1"]))
+
+
 def test_names_of_models(tmp_path, monkeypatch):
     (tmp_path / "a,b").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -265,9 +280,6 @@ def test_evaluate_puts_the_ensemble_beside_its_members(three, tmp_path, capsys):
     metrics = [x["sets"]["pairs"]["metrics"] for x in (whole, *members)]
     assert all(x["accuracy"]["value"] is not None and x["ece"]["value"] is not None for x in metrics)
     assert "error_auc_spread" in metrics[0] and "error_auc_spread" not in metrics[1]
-    with pytest.raises(SystemExit):
-        evaluate.main([f"--model={three[0]}", "--normalize", f"--data={data}"])
-    assert "--normalize goes with --combine" in capsys.readouterr().err
 
 
 def test_serve_answers_with_the_spread_beside_the_reward(three, capsys):
