@@ -270,7 +270,7 @@ def test_evaluate_puts_the_ensemble_beside_its_members(three, tmp_path, capsys):
     out, data = tmp_path / "found.json", "synthetic://pairs?n=40&seed=1"
     evaluate.main([f"--model={listed(three)}", "--combine=median", f"--data={data}", f"--output={out}"])
     printed = capsys.readouterr().out
-    assert "median of 3" in printed and "Errors told by the spread" in printed
+    assert "median of 3" in printed and "Errors told by" in printed
     whole, *members = json.loads(out.read_text())["models"]
     assert whole["model"] == "median of 3" and whole["members"] == list(map(str, three)) == [
         x["model"] for x in members
