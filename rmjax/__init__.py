@@ -7,13 +7,17 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
-__all__ = ["RewardModel"]
+__all__ = ["Ensemble", "RewardModel"]
 
 
 def __getattr__(name: str) -> Any:
-    """`rmjax.RewardModel`, imported on first use so that `import rmjax` stays quick."""
+    """`rmjax.RewardModel` and `rmjax.Ensemble`, imported on first use so that `import rmjax` stays quick."""
     if name == "RewardModel":
         from rmjax.inference.reward_model import RewardModel
 
         return RewardModel
+    if name == "Ensemble":
+        from rmjax.inference.ensembles import Ensemble
+
+        return Ensemble
     raise AttributeError(f"module 'rmjax' has no attribute {name!r}")

@@ -268,7 +268,11 @@ TOKENIZERS = [
 ]
 
 CONTRACT = "reward_contract.json"
+PAIR_OF_MODELS = (*SCORE[:1], "--model=model,{model}", *SCORE[2:])
 CONTRACTS = [
+    model("they differ in the chat template", template(EACH + "x"), PAIR_OF_MODELS),
+    model("compares two responses", edit(CONTRACT, objective={"name": "pairwise"}), PAIR_OF_MODELS),
+    model("no score contract", remove(CONTRACT), (*PAIR_OF_MODELS, "--normalize"), name="a member to normalize"),
     model(f"{CONTRACT} is not JSON", write(CONTRACT, "{")),
     model(f"{CONTRACT} is of version 99", edit(CONTRACT, version=99)),
     model(f"{CONTRACT} is of version 'list'", write(CONTRACT, "[]")),

@@ -3,11 +3,17 @@
     python -m rmjax.evaluate --model=runs/tiny/export --data=heldout.jsonl
     python -m rmjax.evaluate --model=runs/7b/export --benchmark=reward_bench,rm_bench
     python -m rmjax.evaluate --model=runs/7b/checkpoints/1200,Skywork/Skywork-Reward-V2-Qwen3-8B --benchmark=judge_bench
+    python -m rmjax.evaluate --model=A,B,C --combine=mean --data=heldout.jsonl
     python -m rmjax.evaluate --model=runs/proxy/export --gold=gold_scores.jsonl --train_data=pairs.jsonl
 
 A model is an export, a run, one of its checkpoints, or any Hugging Face sequence classifier of a supported family (a
 directory or a hub id). Several models, separated by commas, stand side by side in one table. The responses of a prompt
 are computed as one tree. Judges, pairwise or written, see each pair in both orders.
+
+With --combine, several models of one reward are also measured as one: the mean of their rewards, the least (min), the
+mean minus the standard deviation (mean_minus_std), or the median. The ensemble stands beside its members, and "errors
+told" says whether its wrong pairs can be seen by a small margin, by the spread of the members' rewards, or by the
+spread of the margins that they find.
 
 --benchmark takes the names in docs/evaluation.md and reads each from its usual place on the hub; NAME=SOURCE reads a
 local copy. --data takes any source that training reads, and measures several, separated by commas, each on its own.
@@ -22,7 +28,7 @@ cut off, length. Of ratings the errors and correlations of one and of the mean.
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +46,7 @@ MOST_SAMPLES = 64
 CHUNK = 512  # records of --gold that are scored together
 TEXTS = (  # flags that take a text: name, what it is, help
     ("model", "PATH[,PATH]", "models to measure: exports, hub ids, runs or checkpoints"),
+    ("combine", "NAME", "also measures several models as one reward: mean, min, mean_minus_std or median of theirs"),
     ("benchmark", "NAME[,NAME]", "benchmarks to run, by name; NAME=SOURCE reads a local copy"),
     ("data", "SOURCE[,SOURCE]", "held-out data to measure on, in any format"),
     ("format", "NAME", "format of --data; default: detected from the columns"),
@@ -72,6 +79,8 @@ def parser() -> Parser:
     command.add_argument("--max_tokens", type=int, default=1024, metavar="N", help=most)
     dtype = "number type of the computation; auto is float32 on CPUs, else bfloat16"
     command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help=dtype)
+    normalize = "with --combine: subtract the contract's mean from each model's rewards and divide by its deviation"
+    command.add_argument("--normalize", action="store_true", help=normalize)
     command.set_defaults(format="auto")
     return command
 
@@ -84,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         processes.start()
         compile_cache.keep_programs()
-        reports = {name: evaluate(name, args) for name in args.models}
+        reports = evaluate_together(args) if args.combine else {name: evaluate(name, args) for name in args.models}
         if processes.is_first():
             print("\n".join(lines(reports)), flush=True)
             if args.output:
@@ -96,10 +105,17 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments, when all sources are there, else ValueError or FileNotFoundError; before a model is loaded."""
     from rmjax.data import reading, sources
     from rmjax.evaluate import benchmarks
+    from rmjax.inference import ensembles
 
-    args.models = [name for name in args.model.split(",") if name]
+    args.models = ensembles.named_models(args.model) if args.model else []
     if not args.models:
         raise ValueError("--model is required; --help shows commands that run")
+    if args.combine:
+        ensembles.combination(args.models, args.combine)
+    elif args.normalize:
+        raise ValueError("--normalize goes with --combine: what is measured of one model has no scale")
+    if args.combine and args.samples:
+        raise ValueError("--samples is for judges that write, --combine for models of one reward; give one of them")
     if not (args.benchmark or args.data or args.gold):
         raise ValueError("nothing to measure: name --benchmark, --data or --gold; --help shows commands that run")
     for name, least in (("train_rows", 1), ("samples", 0), ("max_tokens", 1)):
@@ -153,14 +169,48 @@ def load(path: str, args: argparse.Namespace) -> "tuple[RewardModel, int | None]
 
 def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for of one model, as evaluation.json has it; with --gold also "gold"."""
+    from rmjax.data import sources
+
+    model, step = load(path, args)
+    report = {"version": 1, "model": path, "step": step, **measure({path: model}, args)[path]}
+    if args.samples:
+        judge = sampled_judge(model, args)
+        for item in _split(args.data):
+            report["sets"][f"{sources.source_name(item)} ({args.samples} samples)"] = judged(judge, item, args)
+    return report | ({"gold": against_gold(model, args.gold, args.columns, report["sets"])} if args.gold else {})
+
+
+def evaluate_together(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The same of the ensemble of all models, by its title, and of each member; the gold model is compared with the
+    ensemble alone."""
+    from rmjax.inference import ensembles, runs
+
+    if not any(map(runs.find, args.models)):
+        ensembles.check(args.models, normalize=args.normalize, template_kwargs=args.template_kwargs)
+    members, steps = zip(*(load(name, args) for name in args.models))
+    whole = ensembles.Ensemble(members, args.models, args.combine, args.normalize)
+    measured = measure({whole.title: whole, **dict(zip(args.models, members))}, args)
+    of_whole = {"members": args.models, "combine": args.combine, "normalize": args.normalize}
+    said = {whole.title: {"version": 1, "model": whole.title, "step": None, **of_whole}}
+    said |= {name: {"version": 1, "model": name, "step": step} for name, step in zip(args.models, steps)}
+    reports = {name: {**said[name], **measured[name]} for name in said}
+    if args.gold:
+        sets = reports[whole.title]["sets"]
+        reports[whole.title]["gold"] = against_gold(whole, args.gold, args.columns, sets)
+    return reports
+
+
+def measure(models: Mapping[str, "RewardModel"], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """ "sets" and "benchmarks" of models by their names, which are asked what the first one is, and tokenize alike."""
     from rmjax.data import ledger, sources
     from rmjax.evaluate import evaluating
 
-    model, step = load(path, args)
+    first, model = next(iter(models.items()))
+    found: dict[str, dict[str, Any]] = {name: {"sets": {}, "benchmarks": {}} for name in models}
+    told = lambda name, label, total: progress(label, total) if name == first else lambda done: None
     learnt = model.objective.task if model.objective else None
     data = [("train", item, "auto", args.train_rows) for item in _split(args.train_data)]
     data += [(sources.source_name(item), item, args.format, None) for item in _split(args.data)]
-    sets: dict[str, Any] = {}
     trained: list[Groups] = []
 
     def warn(name: str, groups: "Groups") -> None:
@@ -179,18 +229,16 @@ def evaluate(path: str, args: argparse.Namespace) -> dict[str, Any]:
                 warn(name, groups)
             groups = groups.sample(rows, 0) if rows else groups
             label = f"{name} ({kind})" if len(tasks) > 1 else name
-            sets[label] = evaluating.measured(model, groups, task, progress=progress(label, len(groups)))
-    tests = {}
+            for by, each in models.items():
+                shown = told(by, label, len(groups))
+                found[by]["sets"][label] = evaluating.measured(each, groups, task, progress=shown)
     for test, source in args.tests:
         groups = evaluating.read_benchmark(test, source, model.chat, learnt)
         warn(test.name, groups)
-        tests[test.name] = evaluating.run_benchmark(model, test, groups, progress=progress(test.name, len(groups)))
-    report = {"version": 1, "model": path, "step": step, "sets": sets, "benchmarks": tests}
-    if args.samples:
-        judge = sampled_judge(model, args)
-        for item in _split(args.data):
-            sets[f"{sources.source_name(item)} ({args.samples} samples)"] = judged(judge, item, args)
-    return report | ({"gold": against_gold(model, args.gold, args.columns, sets)} if args.gold else {})
+        for by, each in models.items():
+            shown = told(by, test.name, len(groups))
+            found[by]["benchmarks"][test.name] = evaluating.run_benchmark(each, test, groups, progress=shown)
+    return found
 
 
 def _split(spec: str) -> list[str]:

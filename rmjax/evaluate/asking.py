@@ -18,6 +18,7 @@ from rmjax.batches import measure
 from rmjax.batches.groups import Groups
 from rmjax.batches.tasks import Attributes, Preferences, Task
 from rmjax.evaluate.scored import Scored
+from rmjax.inference.ensembles import MEMBERS, Ensemble
 from rmjax.inference.reward_model import RewardModel
 from rmjax.judging.questions import Ratings, Verdicts
 from rmjax.judging.verdicts import Judgements
@@ -59,8 +60,9 @@ def ask(model: RewardModel, groups: Groups, progress: Callable[[int], None] = la
     outputs = model.answers(groups, progress)  # of a language model the mean negative log-likelihood after token 1
     if isinstance(task, Preferences):
         scores = _split(model.decode(np.concatenate(outputs))["score"], outputs)
+        members = [x[:, MEMBERS:] for x in outputs] if isinstance(model, Ensemble) else None
         log_odds = (model.contract or {}).get("reward_scale", 1.0)
-        return _with_scores(groups, scores, measure.response_tokens(groups), log_odds)
+        return _with_scores(groups, scores, measure.response_tokens(groups), log_odds, members)
     if isinstance(task, Ratings):  # the texts' lengths are characters, as a question holds more than the response
         levels = np.array(task.ratings, np.float64)
         ratings = [softmax(x.reshape(-1, len(levels))) @ levels for x in _log_likelihoods(groups, outputs)]
@@ -83,9 +85,14 @@ def _log_likelihoods(groups: Groups, outputs: Sequence[np.ndarray]) -> list[np.n
 
 
 def _with_scores(
-    groups: Groups, scores: Sequence[np.ndarray], lengths: tuple[np.ndarray, np.ndarray], log_odds: float = 1.0
+    groups: Groups,
+    scores: Sequence[np.ndarray],
+    lengths: tuple[np.ndarray, np.ndarray],
+    log_odds: float = 1.0,
+    members: Sequence[np.ndarray] | None = None,
 ) -> list[Scored]:
-    """Scores [K] of each group beside its labels; `lengths` of all responses, and where each group's begin."""
+    """Scores [K] of each group beside its labels; `lengths` of all responses, and where each group's begin; rewards
+    [K, M] of an ensemble's members."""
     sizes, begin = lengths
     columns = {name: groups.column(f"label/{name}") for name in ("wins", "ties", "margin")}
 
@@ -101,6 +108,7 @@ def _with_scores(
             tokens=sizes[begin[n] : begin[n] + len(values)],
             scores=np.asarray(values, np.float64),
             log_odds=log_odds,
+            members=members[n] if members else None,
         )
         for n, values in enumerate(scores)
     ]

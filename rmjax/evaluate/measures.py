@@ -36,8 +36,8 @@ def preferences(groups: Sequence[Scored], worst: int = WORST) -> dict[str, Any]:
     Metrics: accuracy (found equal: a half); nll, nats a label: the mean of -q log p over all labels, soft ones by their
     shares q, ties as half a preference each way; ece, of the probability of the side that the model prefers;
     tie_rate, found equal; longer_is_better and coin, two baselines; top1_accuracy with more than two responses. Of
-    rewards also margin, mean, standard deviation and correlation with the length, over all responses. Of judges
-    consistency, conflict_rate and cycle_rate (see judges.py).
+    rewards also margin, mean, standard deviation and correlation with the length, over all responses. Of an ensemble
+    error_auc_*, see _add_errors_told. Of judges consistency, conflict_rate and cycle_rate (see judges.py).
 
     Returns:
         Values of kind "preferences": also "pairs", "reliability", "margins", "chosen", "rejected" (not of judges),
@@ -59,6 +59,8 @@ def preferences(groups: Sequence[Scored], worst: int = WORST) -> dict[str, Any]:
         judges.add_self_agreement(estimates, parts)
     else:
         _add_rewards(estimates, parts, compared)
+    if parts[0].members is not None:
+        _add_errors_told(estimates, compared)
     names = estimates.keys
     curve, slices = best_of_n.add_curve(estimates, parts), pairs.add_slices(estimates, compared, groups)
     measured = estimates.all()
@@ -116,6 +118,19 @@ def _add_rewards(estimates: Estimates, parts: Sequence[Stack], compared: Pairs) 
     moments.add_correlation(estimates, "reward_length_correlation", at, reward, tokens)
     estimates.mean("reward_mean", at, reward, np.ones(len(at)))
     moments.add_deviation(estimates, "reward_std", at, reward)
+
+
+def _add_errors_told(estimates: Estimates, compared: Pairs) -> None:
+    """Adds what tells an ensemble's wrong pairs from its right ones, as areas under the ROC curve; those it finds equal
+    are left out. A small margin tells errors of any model, so a spread is worth its members where it tells more."""
+    at = np.flatnonzero(compared.right != 0.5)
+    signs = {
+        "margin": -np.abs(compared.chosen - compared.beaten),
+        "spread": compared.spread,
+        "margin_spread": compared.margin_spread,
+    }
+    for name, sign in signs.items():
+        _add_auc(estimates, compared.group[at], sign[at], compared.right[at] < 0.5, f"error_auc_{name}")
 
 
 def _histograms(compared: Pairs) -> dict[str, Any]:
@@ -182,8 +197,8 @@ def add_steps(
     return first
 
 
-def _add_auc(estimates: Estimates, at: np.ndarray, p: np.ndarray, right: np.ndarray) -> None:
-    """Adds auc as the sum of both sides' means of their placements, minus the area of all, which each of them is."""
+def _add_auc(estimates: Estimates, at: np.ndarray, p: np.ndarray, right: np.ndarray, key: str = "auc") -> None:
+    """Adds the area as the sum of both sides' means of their placements, minus the area of all, which each is."""
     all_ranks, own = statistics.ranks(p), np.zeros(len(p))
     for side in (right, ~right):
         own[side] = statistics.ranks(p[side])
@@ -193,7 +208,7 @@ def _add_auc(estimates: Estimates, at: np.ndarray, p: np.ndarray, right: np.ndar
     placed = np.where(right, placed, 1 - placed)
     area = placed[right].mean() if n else np.nan
     sums = [estimates.per_prompt(at[side], x) for side in (right, ~right) for x in (placed[side], np.ones(side.sum()))]
-    estimates.add("auc", lambda t: t[..., 0] / t[..., 1] + t[..., 2] / t[..., 3] - area, *sums, shares=2)
+    estimates.add(key, lambda t: t[..., 0] / t[..., 1] + t[..., 2] / t[..., 3] - area, *sums, shares=2)
 
 
 def tokens(

@@ -35,6 +35,10 @@ class Pairs:
     beaten: np.ndarray  # float64, reward of the other one
     margin: np.ndarray  # float64, the label's, in the source's units; NaN where it is not known
     longer: np.ndarray  # int64, tokens of the preferred response minus those of the other
+    # float64, of an ensemble's members, NaN of one model: the mean of both responses' spreads; and the spread of what
+    # each member finds between them, in which members' offsets cancel.
+    spread: np.ndarray
+    margin_spread: np.ndarray
 
     def __len__(self) -> int:
         return len(self.group)
@@ -50,6 +54,7 @@ def of_stack(stack: Stack) -> Pairs:
     asked = np.isfinite(stack.verdicts) if stack.scores is None else True
     n, i, j = np.nonzero(stack.decided & asked)
     scores = np.full(stack.tokens.shape, np.nan) if stack.scores is None else stack.scores
+    first, second = np.full((2, len(n), 1), np.nan) if stack.members is None else stack.members[n, [i, j]]
     return Pairs(
         group=stack.at[n],
         preferred=i,
@@ -61,6 +66,8 @@ def of_stack(stack: Stack) -> Pairs:
         beaten=scores[n, j],
         margin=stack.margin[n, i, j],
         longer=stack.tokens[n, i] - stack.tokens[n, j],
+        spread=(first.std(1) + second.std(1)) / 2,
+        margin_spread=(first - second).std(1),
     )
 
 

@@ -4,7 +4,8 @@ A model that scores responses gives `scores`. A judge compares two of them at a 
 `orders`. Benchmarks' rules go through groups one by one (Scored); metrics take all groups with the same number of
 responses as arrays (Stack), so that 100,000 of them are measured in a few operations.
 
-Shape letters: N groups of a stack, K responses, C verdicts of a judge (A, B and perhaps tie).
+Shape letters: N groups of a stack, K responses, C verdicts of a judge (A, B and perhaps tie), M members of an
+ensemble.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ class Scored:
     # Times a difference of scores, the log-odds of a preference; not 1 where an export has scaled its rewards
     # ("reward_scale" of its contract).
     log_odds: float = 1.0
+    members: np.ndarray | None = None  # float [K, M], of an ensemble: the rewards that the scores are combined from
 
     def __post_init__(self) -> None:
         if (self.scores is None) == (self.orders is None):
@@ -64,6 +66,7 @@ class Stack:
     scores: np.ndarray | None = None
     orders: np.ndarray | None = None
     log_odds: float = 1.0  # of all groups
+    members: np.ndarray | None = None  # [N, K, M]
 
     @property
     def decided(self) -> np.ndarray:
@@ -134,15 +137,16 @@ def stacks(groups: Sequence[Scored]) -> Iterator[Stack]:
 
 
 def _stack(groups: Sequence[Scored], at: np.ndarray) -> Stack:
-    members = [groups[n] for n in at.tolist()]
-    joined = lambda name: np.array([getattr(g, name) for g in members], np.float64)
-    scores, orders = (None, joined("orders")) if members[0].scores is None else (joined("scores"), None)
+    picked = [groups[n] for n in at.tolist()]
+    joined = lambda name: np.array([getattr(g, name) for g in picked], np.float64)
+    scores, orders = (None, joined("orders")) if picked[0].scores is None else (joined("scores"), None)
     if scores is not None and not np.isfinite(scores).all():
-        bad = members[int(np.flatnonzero(~np.isfinite(scores).all(1))[0])]
+        bad = picked[int(np.flatnonzero(~np.isfinite(scores).all(1))[0])]
         raise ValueError(f"{bad.id}: its scores {bad.scores} are not all finite; the model cannot be measured")
-    tokens = np.array([g.tokens for g in members], np.int64)
+    tokens = np.array([g.tokens for g in picked], np.int64)
     wins, ties, margin = (joined(name) for name in ("wins", "ties", "margin"))
-    return Stack(at, wins, ties, margin, tokens, joined("weight"), scores, orders, members[0].log_odds)
+    rewards = None if picked[0].members is None else joined("members")
+    return Stack(at, wins, ties, margin, tokens, joined("weight"), scores, orders, picked[0].log_odds, rewards)
 
 
 def _swap(x: np.ndarray) -> np.ndarray:

@@ -69,6 +69,7 @@ class RewardModel:
         self.objective, self.own = kind.objective, kind.own
         self.stops, self.longest = kind.stops, kind.longest
         self.inference = Inference(config, params, mesh, dtype, kind.architecture, len(kind.labels))
+        self._answered: tuple[Groups, list[np.ndarray]] | None = None
 
     @classmethod
     def load(
@@ -366,12 +367,17 @@ class RewardModel:
 
         Args:
             groups: read with this model's tokenizer and template.
-            progress: is told now and then how many groups are done.
+            progress: is told now and then how many groups are done. Asked about the same groups again, as a member
+                is after its ensemble, the model remembers what it said.
         """
+        if self._answered is not None and self._answered[0] is groups:
+            progress(len(groups))
+            return self._answered[1]
         outputs: list[np.ndarray] = []
         for start in range(0, len(groups), GROUPS):
             trees = [groups.group(i).tree for i in range(start, min(start + GROUPS, len(groups)))]
             outputs += self.inference.trees(trees, lambda done: progress(start + done))  # noqa: B023
+        self._answered = groups, outputs
         return outputs
 
     def outcomes(self, groups: Groups) -> dict[str, np.ndarray]:

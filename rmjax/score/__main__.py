@@ -2,6 +2,7 @@
 
     python -m rmjax.score --model=runs/tiny/export --input=conversations.jsonl --output=scores.jsonl
     python -m rmjax.score --model=... --input=responses.jsonl --output=best.jsonl --best_of_n
+    python -m rmjax.score --model=A,B,C --combine=min --input=conversations.jsonl --output=scores.jsonl
     python -m rmjax.score --model=... --input=responses.jsonl --output=pairs.jsonl --pairs=best_worst
     python -m rmjax.score --model=... --input=pairs.parquet --output=clean.parquet --relabel --min_margin=0.5
 
@@ -35,7 +36,13 @@ text. A score that is not finite becomes null. Options make other rows from the 
     --relabel             `chosen` and `rejected` (and columns named after them) change places where the rejected
                           response has the higher score; `preference` and `preference_strength` become null
     --min_margin, --max_margin, --tie_threshold    drop pairs by chosen_score - rejected_score, which becomes `margin`
-    --normalize           rewards minus their mean, divided by their deviation, both from the export's contract
+    --normalize           rewards minus their mean, divided by their deviation, both from the export's contract; of
+                          several models each by its own, before they are combined
+
+Several models, separated by commas, are combined to one reward by --combine: the mean of theirs, which is the default,
+the least of them (min), their mean minus their standard deviation (mean_minus_std), or their median. `score` is then
+the combined reward, and `spread` the standard deviation of the members' rewards (a list beside `scores`, and
+`chosen_spread` and `rejected_spread` of pairs). The models must give one reward each, and render and tokenize alike.
 
 The last line counts the rows that were dropped, the pairs that changed places and the tokens that were computed;
 --summary=FILE writes these counts as JSON. The whole input is checked before the model is loaded, and an input that
@@ -66,7 +73,14 @@ from rmjax.score.judgements import Sampling
 from rmjax.score.making import Options
 from rmjax.score.survey import Survey
 
-MODEL = flags.DEFINE_string("model", "", "Reward model: a Hugging Face directory or hub id.")
+MODEL = flags.DEFINE_string(
+    "model", "", "Reward model: a Hugging Face directory or hub id; several, separated by commas, are combined."
+)
+COMBINE = flags.DEFINE_string(
+    "combine",
+    "",
+    "How the rewards of several models become one: mean (the default), min, mean_minus_std or median.",
+)
 INPUT = flags.DEFINE_string("input", "", "Rows to score: JSONL, JSON, Parquet or Arrow file, glob, or hf:// source.")
 FORMAT = flags.DEFINE_string(
     "format", "auto", "Format of the rows, a name of the table in docs/data.md; auto sees it in their columns."
@@ -85,7 +99,9 @@ TEMPLATE_KWARGS = flags.DEFINE_string(
     "template_kwargs", "", "JSON object: arguments of the chat template, for a model without contract."
 )
 NORMALIZE = flags.DEFINE_bool(
-    "normalize", False, "Subtract the contract's mean from rewards and divide by its deviation."
+    "normalize",
+    False,
+    "Subtract the contract's mean from rewards and divide by its deviation; of each of several models.",
 )
 BEST_OF_N = flags.DEFINE_bool("best_of_n", False, "Keep the best of `responses`, as `response` with its score.")
 PAIRS = flags.DEFINE_enum(
@@ -120,11 +136,14 @@ def run(
     columns: str = "",
     sampling: Sampling | None = None,
     summary: Path | None = None,
+    combine: str = "",
 ) -> tuple[int, dict[str, int]]:
     """Scores every row of `source` into `output`, or goes on with it.
 
     Args:
+        model_path: a model, or several, separated by commas.
         summary: file of the counts, see `_as_json`; written by the first process.
+        combine: how the rewards of several models become one, a name of `ensembles.COMBINATIONS`.
 
     Returns:
         The number of rows of the input; and, on the first process, "rows" written and counts of other outcomes.
@@ -134,7 +153,7 @@ def run(
         RuntimeError: the input was changed meanwhile; no output is written, and finished parts are kept.
         OSError: a file that cannot be read or written.
     """
-    from rmjax.inference import contract, reward_model
+    from rmjax.inference import contract, ensembles
     from rmjax.models import heads, hf
     from rmjax.runtime import processes
 
@@ -142,19 +161,24 @@ def run(
     options = options or Options()
     if summary:
         check_summary(source, output, summary)
-    if normalize:
+    models = ensembles.named_models(model_path)
+    if combine := ensembles.combination(models, combine):
+        ensembles.check(models, normalize=normalize, template_kwargs=template_kwargs)
+    elif normalize:
         mean, std = contract.normalization(contract.find(model_path))
         options = dataclasses.replace(options, mean=mean, std=std)
     input = Input(source, format, columns)
-    surveyed = survey.survey_input(model_path, input, output, options, sampling)
+    surveyed = survey.survey_input(models, input, output, options, sampling)
     if processes.is_first():
+        if combine:
+            print(ensembles.words(models, combine), flush=True)
         if surveyed.unread:
             print(f"not read: {', '.join(ledger.unread_texts(surveyed.unread))}", flush=True)
         for reason, told in surveyed.unscored.items():
             print(f"no score: {reason} {told}", flush=True)
-    directory = hf.resolve(model_path)
+    identities = [jobs.model_identity(hf.resolve(model)) for model in models]
     what = {
-        "model": jobs.model_identity(directory),
+        "model": dict(enumerate(identities, 1)) if combine else identities[0],
         "input": surveyed.read.digest,
         "dtype": heads.compute_dtype(dtype),
         "template_kwargs": dict(template_kwargs or {}),
@@ -162,6 +186,7 @@ def run(
         "columns": input.columns,
         "sampling": dataclasses.asdict(sampling) if sampling else {},
         "options": {name: str(value) for name, value in dataclasses.asdict(options).items()},
+        **({"combine": combine, "normalize": normalize} if combine else {}),
     }
 
     def tell(counts: jobs.Counts) -> None:
@@ -173,7 +198,8 @@ def run(
     # Opened before the model is loaded, so that a bad place is found at once.
     with jobs.open_job("rmjax.score", output, surveyed.schema, what, len(surveyed.read.parts)) as job:
         if missing := job.missing():
-            model = reward_model.load_checked(model_path, dtype=dtype, template_kwargs=template_kwargs)
+            loading = {"dtype": dtype, "template_kwargs": template_kwargs}
+            model = ensembles.load_checked(models, combine, normalize=normalize, **loading)
             score = lambda part: _scored(model, part, surveyed, options, model_path)
             read_again = lambda: rows.open_source(input, surveyed.kind)
             inputs.make_missing(job, missing, surveyed.read, source, read_again, score)
@@ -231,6 +257,7 @@ def main(_: Sequence[str]) -> None:
                 columns=COLUMNS.value,
                 sampling=sampling,
                 summary=Path(SUMMARY.value).expanduser() if SUMMARY.value else None,
+                combine=COMBINE.value,
             )
             if processes.is_first():
                 print(_summary(done, counts, OUTPUT.value), flush=True)

@@ -2,12 +2,13 @@
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from rmjax.inference import contract
+from rmjax.inference import contract, ensembles
 from rmjax.jobs import inputs
 from rmjax.jobs.inputs import Input
 from rmjax.jobs.parts import Row
@@ -30,10 +31,17 @@ class Survey:
     unread: dict[str, str]  # the columns and keys that nobody reads, each with an example
 
 
-def survey_input(model: str, input: Input, output: Path, options: Options, sampling: Sampling | None = None) -> Survey:
-    """Reads every row, and keeps none; ValueError for an unusable row or output, and unsuitable options."""
+def survey_input(
+    models: Sequence[str], input: Input, output: Path, options: Options, sampling: Sampling | None = None
+) -> Survey:
+    """Reads every row, and keeps none; ValueError for an unusable row or output, and unsuitable options.
+
+    Several models are one ensemble, whose members were checked.
+    """
     inputs.check_output(input.source, output)
-    kind = kind_of(model, sampling)
+    kind = kind_of(models[0], sampling)
+    if len(models) > 1:
+        kind = dataclasses.replace(kind, names=[ensembles.SCORE, ensembles.SPREAD])
     unread: dict[str, str] = {}
     first, asked = inputs.first_of(rows.open_source(input, kind, unread))
     shape = kind.shape(first.format)

@@ -1,6 +1,7 @@
 """Serves a reward model over HTTP, with the requests and answers of vLLM's pooling servers: raw rewards, no sigmoid.
 
     python -m rmjax.serve --model=runs/tiny/export --port=8000
+    python -m rmjax.serve --model=A,B,C --combine=mean_minus_std
     curl localhost:8000/score -d '{"text_1": "Tell me about the river.", "text_2": ["A river is deep.", "A garden."]}'
     curl localhost:8000/classify -d '{"input": "<|im_start|>user..."}'
 
@@ -10,6 +11,9 @@ rmjax/serve/app.py says what a request may contain. On SIGTERM the server answer
 with exit code 0, on Ctrl-C with 130; later requests get 503, and so do those that cannot be computed within
 --drain_seconds. With --api_key, requests must have it. The server has no TLS: put a proxy that has it in front of any
 address beyond this machine.
+
+Several models, separated by commas, are combined to one reward by --combine. Where an answer has room for more than
+the reward, `spread` stands beside it: the standard deviation of the members' rewards.
 """
 
 import argparse
@@ -61,14 +65,19 @@ REWARD_HELP = (
     "the one value that every answer is (score, an attribute, a verdict); default: all outputs, where asked for"
 )
 KEY_HELP = "key that requests must have; default: the environment's RMJAX_API_KEY, which other users here cannot see"
+MODEL_HELP = (
+    "model to serve: an export, or the hub id of a sequence classifier; several, separated by commas, are combined"
+)
+COMBINE_HELP = "how the rewards of several models become one: mean (the default), min, mean_minus_std or median"
 KWARGS_HELP = "arguments of the chat template, for a model without contract"
-NORMALIZE_HELP = "subtract the contract's mean from rewards and divide by its deviation"
+NORMALIZE_HELP = "subtract the contract's mean from rewards and divide by its deviation; of each of several models"
 
 
 def parser() -> Parser:
     command = command_line.parser("rmjax.serve", __doc__)
     add = command.add_argument
-    add("--model", default="", metavar="PATH", help="model to serve: an export, or the hub id of a sequence classifier")
+    add("--model", default="", metavar="PATH[,PATH]", help=MODEL_HELP)
+    add("--combine", default="", metavar="NAME", help=COMBINE_HELP)
     add("--host", default="127.0.0.1", help=HOST_HELP)
     add("--name", default="", help="name of the model in answers; default: its path")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help=DTYPE_HELP)
@@ -192,27 +201,30 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _service(args: argparse.Namespace) -> "Service":
     from rmjax.batches.chat import Chat, load_tokenizer
-    from rmjax.inference import contract
-    from rmjax.inference.reward_model import load_checked
-    from rmjax.models import hf
+    from rmjax.inference import contract, ensembles
     from rmjax.serve.service import Service
 
     arguments = command_line.json_object(args.template_kwargs, "--template_kwargs")
-    normalize = contract.normalization(contract.find(args.model)) if args.normalize else None
-    model = load_checked(args.model, dtype=args.dtype, template_kwargs=arguments)
+    models = ensembles.named_models(args.model)
+    combine = ensembles.combination(models, args.combine)
+    if combine:
+        print(ensembles.words(models, combine), flush=True)
+    normalize = contract.normalization(contract.find(args.model)) if args.normalize and not combine else None
+    model = ensembles.load_checked(
+        models, combine, normalize=args.normalize, dtype=args.dtype, template_kwargs=arguments
+    )
     if model.architecture != "SequenceClassification":
         raise ValueError(
             f"{args.model} is a {model.architecture}; only sequence classifiers are served, see rmjax.score"
         )
     if normalize and len(model.labels) > 1:
         raise ValueError(f"--normalize is for one reward; {args.model} has the outputs {', '.join(model.labels)}")
-    max_length = args.max_length or (model.contract or {}).get("max_length")
-    max_length = max_length or hf.read_config(hf.resolve(args.model)).get("max_position_embeddings")
+    max_length = args.max_length or (model.contract or {}).get("max_length") or model.longest
     policy = Chat(load_tokenizer(args.policy_tokenizer)) if args.policy_tokenizer else None
     return Service(
         model,
         args.name or args.model,
-        max_length=max_length or 0,
+        max_length=max_length,
         queue=args.queue,
         batch_tokens=args.batch_tokens,
         max_wait=args.max_wait_ms / 1000,
@@ -220,7 +232,7 @@ def _service(args: argparse.Namespace) -> "Service":
         complete=args.complete,
         over_long=args.over_long,
         policy=policy,
-        reward=args.reward,
+        reward=args.reward or (ensembles.SCORE if combine else ""),
     )
 
 

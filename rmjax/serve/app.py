@@ -8,6 +8,8 @@
     POST /get_reward or /   {"query": [...], "prompts": [...]} (OpenRLHF) or {"prompt": ..., "response": ...} (slime)
     GET /health, /metrics (Prometheus), /v1/models
 
+An ensemble's answers have `spread` beside each reward, but for slime, to which a number is answered.
+
 `input` is a whole rendering of the chat template, its BOS included, tokenized without adding special tokens (vLLM adds
 them unless told not to). One that does not begin or end as renderings do is refused, or completed ("complete": true).
 `messages` and prompts with their responses go through the model's own template. /classify also takes SGLang's
@@ -30,7 +32,6 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
-import numpy as np
 import prometheus_client
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -41,7 +42,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rmjax.serve.bodies import Bodies
 from rmjax.serve.connections import Gate
 from rmjax.serve.inputs import STOPPING, Asked, Body, Refused, responses
-from rmjax.serve.service import Service
+from rmjax.serve.service import Answers, Service
 
 T = TypeVar("T")
 
@@ -71,8 +72,8 @@ class Desk:
         finally:
             self.bodies.release(data)
 
-    async def values(self, request: Request, asked: Asked, activation: bool | None = None, *, one: bool) -> np.ndarray:
-        """float32 [n, A], or [n, 1] if `one` reward is wanted: the answers to these sequences."""
+    async def answers(self, request: Request, asked: Asked, activation: bool | None = None, *, one: bool) -> Answers:
+        """The answers to these sequences, of one value each if `one` reward is wanted."""
         return await self.service.answers(asked, request.is_disconnected, activation, one=one)
 
 
@@ -116,60 +117,67 @@ async def classify(desk: Desk, request: Request) -> Any:
         return *_plain(service, body), functools.partial(_as_vllm, service)
 
     asked, activation, answer = await desk.read(request, read)
-    return answer(asked, await desk.values(request, asked, activation, one=False))
+    return answer(asked, await desk.answers(request, asked, activation, one=False))
 
 
-def _as_vllm(service: Service, asked: Asked, outputs: np.ndarray) -> Any:
+def _as_vllm(service: Service, asked: Asked, answers: Answers) -> Any:
     labels = service.labels
     data = [
-        {"index": i, "label": labels[int(row.argmax())], "probs": row.tolist(), "num_classes": len(row)}
-        for i, row in enumerate(outputs)
+        {"index": i, "label": labels[int(row.argmax())], "probs": row.tolist(), "num_classes": len(row), **beside}
+        for i, (row, beside) in enumerate(zip(*answers))
     ]
     return _answer(service, "classify", data, asked)
 
 
-def _as_sglang(several: bool, asked: Asked, outputs: np.ndarray) -> Any:
+def _as_sglang(several: bool, asked: Asked, answers: Answers) -> Any:
     """One object for a single text, a list for a list."""
-    answers = [
-        {"embedding": row.tolist(), "meta_info": {"id": uuid.uuid4().hex, "prompt_tokens": length}}
-        for row, length in zip(outputs, asked.lengths)
+    objects = [
+        {"embedding": row.tolist(), "meta_info": {"id": uuid.uuid4().hex, "prompt_tokens": length, **beside}}
+        for row, beside, length in zip(*answers, asked.lengths)
     ]
-    return answers if several else answers[0]
+    return objects if several else objects[0]
 
 
 async def pooling(desk: Desk, request: Request) -> Any:
     asked, activation = await desk.read(request, functools.partial(_plain, desk.service))
-    outputs = await desk.values(request, asked, activation, one=False)
-    data = [{"index": i, "object": "pooling", "data": row.tolist()} for i, row in enumerate(outputs)]
+    answers = await desk.answers(request, asked, activation, one=False)
+    data = [
+        {"index": i, "object": "pooling", "data": row.tolist(), **beside}
+        for i, (row, beside) in enumerate(zip(*answers))
+    ]
     return _answer(desk.service, "pool", data, asked)
 
 
 async def _rewards(
     desk: Desk, request: Request, read: Callable[[Body], T], repeats: Callable[[Body], int] = lambda _: 1
-) -> tuple[T, list[float]]:
-    """What was asked, an Asked or a tuple that begins with one, and the one reward of each sequence."""
+) -> tuple[T, list[float], list[dict[str, Any]]]:
+    """What was asked, an Asked or a tuple that begins with one; the one reward of each sequence, and what is beside."""
     given: Any = await desk.read(request, lambda body: (desk.service.activation(body), read(body))[1], repeats)
     asked = given[0] if isinstance(given, tuple) else given
-    return given, (await desk.values(request, asked, one=True))[:, 0].tolist()
+    answers = await desk.answers(request, asked, one=True)
+    return given, answers.values[:, 0].tolist(), answers.beside
 
 
 async def score(desk: Desk, request: Request) -> Any:
-    asked, rewards = await _rewards(desk, request, desk.service.reader.pairs, responses)
-    data = [{"index": i, "object": "score", "score": reward} for i, reward in enumerate(rewards)]
+    asked, rewards, beside = await _rewards(desk, request, desk.service.reader.pairs, responses)
+    data = [{"index": i, "object": "score", "score": reward, **beside[i]} for i, reward in enumerate(rewards)]
     return _answer(desk.service, "score", data, asked)
 
 
 async def rerank(desk: Desk, request: Request) -> Any:
-    (asked, documents, top), rewards = await _rewards(desk, request, desk.service.reader.ranked, responses)
+    (asked, documents, top), rewards, beside = await _rewards(desk, request, desk.service.reader.ranked, responses)
     best = sorted(range(len(rewards)), key=lambda i: -rewards[i])[:top]
-    results = [{"index": i, "document": {"text": documents[i]}, "relevance_score": rewards[i]} for i in best]
+    results = [
+        {"index": i, "document": {"text": documents[i]}, "relevance_score": rewards[i], **beside[i]} for i in best
+    ]
     answer = _answer(desk.service, "rerank", [], asked)
     return {**{name: answer[name] for name in ("id", "model", "usage")}, "results": results}
 
 
 async def embeddings(desk: Desk, request: Request) -> Any:
-    asked, rewards = await _rewards(desk, request, functools.partial(desk.service.reader.inputs, complete=True))
-    data = [{"index": i, "object": "embedding", "embedding": [reward]} for i, reward in enumerate(rewards)]
+    complete = functools.partial(desk.service.reader.inputs, complete=True)
+    asked, rewards, beside = await _rewards(desk, request, complete)
+    data = [{"index": i, "object": "embedding", "embedding": [reward], **beside[i]} for i, reward in enumerate(rewards)]
     return _answer(desk.service, "embd", data, asked)
 
 
@@ -179,8 +187,9 @@ async def rollouts(desk: Desk, request: Request) -> Any:
     def read(body: Body) -> tuple[Asked, bool]:
         return desk.service.reader.rollouts(body), "response" in body
 
-    (_, of_slime), rewards = await _rewards(desk, request, read)
-    return rewards[0] if of_slime else {"rewards": rewards, "scores": rewards, "extra_logs": {}}
+    (_, of_slime), rewards, beside = await _rewards(desk, request, read)
+    lists = {name: [one[name] for one in beside] for name in next(iter(beside), {})}
+    return rewards[0] if of_slime else {"rewards": rewards, "scores": rewards, "extra_logs": {}, **lists}
 
 
 def _error(code: int, detail: str, *, close: bool = False) -> JSONResponse:

@@ -8,8 +8,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ import prometheus_client
 
 from rmjax.batches.chat import Chat
 from rmjax.inference import engine
+from rmjax.inference.ensembles import SPREAD, Ensemble
 from rmjax.inference.reward_model import RewardModel
 from rmjax.serve import REFUSE
 from rmjax.serve.batching import Batcher, QueueFull
@@ -32,6 +33,13 @@ ACTIVATION = ("use_activation", "activation", "softmax")
 T = TypeVar("T")
 
 log = logging.getLogger("rmjax.serve")
+
+
+class Answers(NamedTuple):
+    """The answers to the sequences of a request."""
+
+    values: np.ndarray  # float32 [n, A]
+    beside: list[dict[str, Any]]  # of each, what stands beside its values: an ensemble's spread
 
 
 class Service:
@@ -196,8 +204,8 @@ class Service:
 
     async def answers(
         self, asked: Asked, gone: Callable[[], Awaitable[bool]], activation: bool | None = None, *, one: bool = False
-    ) -> np.ndarray:
-        """float32 [n, A]: what all outputs mean, or [n, 1] if `one` reward is wanted, or the server gives but one.
+    ) -> Answers:
+        """What all outputs mean, or one value of each if `one` reward is wanted, or the server gives but one.
 
         Refused: the model has no single reward, the queue is full, the server stops, or the client has gone.
         """
@@ -212,10 +220,15 @@ class Service:
             outputs[asked.scored] = answer
         values = self.rewards(outputs)[:, None] if one or self._reward else self._activated(outputs, activation)
         values = np.array(values, np.float32)
-        values[[i for i, ids in enumerate(asked.sequences) if ids is None]] = (
-            np.nan if isinstance(self._over_long, str) else self._over_long
-        )
-        return values
+        fixed = [i for i, ids in enumerate(asked.sequences) if ids is None]
+        values[fixed] = np.nan if isinstance(self._over_long, str) else self._over_long
+        return Answers(values, self._beside(outputs, fixed))
+
+    def _beside(self, outputs: np.ndarray, fixed: Sequence[int]) -> list[dict[str, Any]]:
+        if not isinstance(self.model, Ensemble):
+            return [{} for _ in outputs]
+        spreads = self.model.decode(outputs)[SPREAD].tolist()
+        return [{SPREAD: None if i in fixed else spread} for i, spread in enumerate(spreads)]
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -2,24 +2,16 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
-import tiny_models
+import tiny_exports
 from safetensors.numpy import load_file
+from tiny_exports import TALK
 
-from rmjax import objectives
-from rmjax.batches.chat import Chat, load_tokenizer
-from rmjax.config import defaults
 from rmjax.data import synthetic
 from rmjax.export import __main__ as command
-from rmjax.export import write as export
 from rmjax.inference import contract
 from rmjax.inference.reward_model import RewardModel, load_checked
-from rmjax.models import config as model_config
-from rmjax.models import heads
-
-TALK = [{"role": "user", "content": "Tell me of trees."}, {"role": "assistant", "content": "They grow."}]
 
 
 @pytest.fixture(scope="module")
@@ -29,34 +21,9 @@ def make(tmp_path_factory):
     synthetic.make_tokenizer(tokenizer)
 
     def made(name, seed=0, kind="bradley_terry", template="", unit_std=False, **sizes):
-        directory = tmp_path_factory.mktemp(name) / "export"
-        chat, config = Chat(load_tokenizer(tokenizer)), defaults(kind)
-        chat.tokenizer.chat_template += template
-        values = {**tiny_models.SIZES, "model_type": "qwen2", "num_hidden_layers": 1, **sizes}
-        values["vocab_size"] = len(chat.tokenizer)
-        if kind == "bradley_terry":
-            config.objective.ties = "skip" if unit_std else "davidson"
-        objective, model = objectives.make(config.objective), model_config.from_hf(values)
-        outputs = len(objective.labels)
-        _, shapes = heads.abstract(model, outputs, "float32", "float32", architecture=objective.architecture)
-        rng = np.random.default_rng(seed)
-        params = jax.tree.map(lambda x: (0.2 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
-        own = {name: np.float32(seed) for name in objective.params()}
-        ids = chat.encode([chat.render(TALK)])[0]
-        export.write_export(
-            directory,
-            {**params, "objective": own},
-            objective=objective,
-            config=config,
-            values=values,
-            model=model,
-            chat=chat,
-            metrics={"validation/reward_mean": 1.0, "validation/reward_std": 2.0},
-            data=name,
-            golden=[(ids, [len(ids) - 1])],
-            unit_std=unit_std,
-        )
-        return directory
+        objective = {"ties": "skip" if unit_std else "davidson"} if kind == "bradley_terry" else {}
+        more = {"kind": kind, "template": template, "unit_std": unit_std, "objective": objective}
+        return tiny_exports.write(tmp_path_factory.mktemp(name) / "export", tokenizer, seed, **more, **sizes)
 
     return made
 
@@ -78,7 +45,7 @@ def test_every_weight_is_the_mean(three, tmp_path, capsys):
         np.testing.assert_allclose(found, np.mean([x[name] for x in weights[:3]], 0), atol=1e-6)
     model = load_checked(tmp_path / "average")  # replays its golden rows
     terms, of_one = contract.read(tmp_path / "average"), contract.read(three[0])
-    assert terms["reward_mean"] is None and terms["metrics"] == {} and terms["data_fingerprint"] == "m1 + m2 + m3"
+    assert terms["reward_mean"] is None and terms["metrics"] == {} and terms["data_fingerprint"] == "of 1 + of 2 + of 3"
     assert terms["objective_params"] == dict.fromkeys(of_one["objective_params"], 2.0) != {}
     assert len(terms["golden"]) == 2 and terms["max_length"] == of_one["max_length"]
     scores = [RewardModel.load(place).score([TALK])[0] for place in three]
