@@ -19,6 +19,7 @@ from rmjax.batches.trees import Tree, parts
 from rmjax.kernels.tree_attention import choose
 from rmjax.models import heads
 from rmjax.models.config import ModelConfig
+from rmjax.models.lora import Lora
 from rmjax.objectives.base import Objective
 
 LONGEST_ROW = 8_192  # tokens of a row, unless one conversation alone is longer
@@ -59,6 +60,7 @@ class Inference:
         params: its parameters, sharded over `mesh`.
         dtype: of the computation, float32 or bfloat16.
         labels: outputs of the head, A.
+        adapters: those among the parameters; None where there are none.
         work: of `trees` so far.
     """
 
@@ -68,6 +70,7 @@ class Inference:
     dtype: str
     architecture: str
     labels: int
+    adapters: Lora | None = None
     work: Work = dataclasses.field(default_factory=Work)
 
     def trees(self, trees: Sequence[Tree], progress: Callable[[int], None] = lambda done: None) -> list[np.ndarray]:
@@ -153,7 +156,7 @@ class Inference:
         placed = sharding.named(self.mesh, sharding.BATCH)
         form, _ = choose("auto", self.mesh.devices.flat[0].platform, self.config.head_dim, self.dtype)
         static = {"config": self.config, "dtype": self.dtype, "labels": self.labels, "attention": form}
-        static |= {"architecture": self.architecture, "out": sharding.named(self.mesh)}
+        static |= {"architecture": self.architecture, "out": sharding.named(self.mesh), "adapters": self.adapters}
         with jax.set_mesh(self.mesh):
             for step in range(plan.steps):
                 batch = {name: x[0] for name, x in batches[step].items()}
@@ -171,7 +174,9 @@ def _few_shapes(shape: loader.Shape, devices: int) -> loader.Shape:
     return dataclasses.replace(shape, rows=rows, groups=max(shape.groups, least), ends=max(shape.ends, least))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "labels", "architecture", "attention", "out"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "dtype", "labels", "architecture", "attention", "out", "adapters")
+)
 def _forward(
     params: Any,
     batch: Any,
@@ -182,9 +187,10 @@ def _forward(
     architecture: str,
     attention: str,
     out: jax.sharding.Sharding,
+    adapters: Lora | None,
 ) -> jax.Array:
     """What `heads.inference_outputs` makes of a batch; models of one config share what is compiled."""
-    graph, _ = heads.abstract(config, labels, dtype, dtype, architecture=architecture, attention=attention)
+    graph, _ = heads.abstract(config, labels, dtype, dtype, architecture, attention, adapters)
     # Accelerators round float32 products to TF32 or bfloat16 unless told otherwise.
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
         outputs = heads.inference_outputs(heads.merge(graph, params), batch)
@@ -192,7 +198,7 @@ def _forward(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("objective", "config", "dtype", "labels", "architecture", "attention", "out")
+    jax.jit, static_argnames=("objective", "config", "dtype", "labels", "architecture", "attention", "out", "adapters")
 )
 def _outcomes(
     params: Any,
@@ -206,9 +212,10 @@ def _outcomes(
     architecture: str,
     attention: str,
     out: jax.sharding.Sharding,
+    adapters: Lora | None,
 ) -> dict[str, jax.Array]:
     """The objective's outcomes of a labelled batch."""
-    graph, _ = heads.abstract(config, labels, dtype, dtype, architecture=architecture, attention=attention)
+    graph, _ = heads.abstract(config, labels, dtype, dtype, architecture, attention, adapters)
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
         outputs = heads.merge(graph, params)(batch, remat="none")
     return jax.lax.with_sharding_constraint(objective.outcomes(outputs, batch, own), out)

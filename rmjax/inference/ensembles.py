@@ -22,7 +22,7 @@ from rmjax.batches.chat import Chat, load_tokenizer
 from rmjax.batches.groups import Groups
 from rmjax.batches.tasks import Attributes
 from rmjax.batches.trees import Tokens
-from rmjax.inference import contract, reward_model
+from rmjax.inference import adapted, contract, reward_model
 from rmjax.inference.reward_model import Kind, RewardModel
 from rmjax.judging.verdicts import Judgements
 from rmjax.models import hf
@@ -90,7 +90,7 @@ def check(
     for directory in map(hf.resolve, paths):
         kinds.append(kind := Kind.of(directory, hf.read_config(directory)))
         of_contract = kind.contract["template_kwargs"] if kind.contract else template_kwargs
-        chats.append(Chat(load_tokenizer(directory), template_kwargs=of_contract))
+        chats.append(Chat(load_tokenizer(hf.tokenizer_of(directory)), template_kwargs=of_contract))
     _require_alike(paths, kinds, chats)
     for path, kind in zip(paths, kinds):
         _scale(path, kind.contract, normalize)
@@ -214,7 +214,8 @@ def _loaded(
 ) -> Ensemble:
     combine = combination(paths, combine)
     check(paths, normalize=normalize, template_kwargs=options.get("template_kwargs"))
-    return Ensemble([load(path, **options) for path in paths], paths, combine, normalize)
+    members = adapted.load_sharing(lambda path: load(path, **options), paths)
+    return Ensemble(members, paths, combine, normalize)
 
 
 def _require_alike(names: Sequence[str | Path], kinds: Sequence[Kind | RewardModel], chats: Sequence[Chat]) -> None:

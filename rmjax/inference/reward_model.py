@@ -23,6 +23,7 @@ from rmjax.inference.engine import LONGEST_ROW, Inference
 from rmjax.judging.verdicts import Judgements
 from rmjax.models import heads, hf, lora
 from rmjax.models.config import ModelConfig, from_hf
+from rmjax.models.lora import Lora
 from rmjax.objectives.base import Objective
 from rmjax.objectives.pairwise import average_orders
 from rmjax.runtime import notes
@@ -63,12 +64,22 @@ class RewardModel:
         longest: tokens that the model knows positions for; 0 where config.json does not say it.
     """
 
-    def __init__(self, chat: Chat, config: ModelConfig, params: Any, mesh: Any, dtype: str, kind: "Kind"):
+    def __init__(
+        self,
+        chat: Chat,
+        config: ModelConfig,
+        params: Any,
+        mesh: Any,
+        dtype: str,
+        kind: "Kind",
+        adapters: Lora | None = None,
+    ):
+        """`adapters` are those among the parameters, which are not merged."""
         self.chat, self.config, self.params, self.mesh, self.dtype = chat, config, params, mesh, dtype
         self.contract, self.architecture, self.labels = kind.contract, kind.architecture, kind.labels
         self.objective, self.own = kind.objective, kind.own
         self.stops, self.longest = kind.stops, kind.longest
-        self.inference = Inference(config, params, mesh, dtype, kind.architecture, len(kind.labels))
+        self.inference = Inference(config, params, mesh, dtype, kind.architecture, len(kind.labels), adapters)
         self._answered: tuple[Groups, list[np.ndarray]] | None = None
 
     @classmethod

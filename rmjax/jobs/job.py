@@ -28,12 +28,16 @@ import pyarrow as pa
 from rmjax.jobs import notes
 from rmjax.jobs.notes import AGAIN, Note, Seal
 from rmjax.jobs.parts import Row, cut_by, join_parts, write_rows
+from rmjax.models import hf
 from rmjax.runtime import agreement, command_line, exits, files, processes, signals
 
 CHUNK = 1024  # rows of a part, at most; they are in memory
 CHARACTERS = 16_000_000  # of a part, about; long rows and many responses make smaller parts
 VERSION = 4  # of the parts
-IDENTITY = ("config.json", "reward_contract.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
+IDENTITY = (
+    *("config.json", "adapter_config.json", "reward_contract.json"),
+    *("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"),
+)
 SAMPLES, SAMPLE = 16, 65_536  # pieces of a file of weights that are compared, and the bytes of each
 
 Counts = collections.Counter[str]
@@ -48,7 +52,10 @@ def cut_rows(rows: Iterable[Any], characters: Callable[[Any], int]) -> Iterator[
 def model_identity(directory: Path) -> dict[str, str]:
     """Digests of a model's small files, and of weights the size and pieces from all over, by file name."""
     digests = {path.name: _digest(path, SAMPLES) for path in sorted(directory.glob("*.safetensors*"))}
-    return {**digests, **{name: _digest(directory / name) for name in IDENTITY if (directory / name).is_file()}}
+    digests |= {name: _digest(directory / name) for name in IDENTITY if (directory / name).is_file()}
+    if (base := hf.base_of(directory)) != directory:
+        digests |= {f"base/{name}": digest for name, digest in model_identity(base).items()}
+    return digests
 
 
 def _digest(path: Path, samples: int = 0) -> str:

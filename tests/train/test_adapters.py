@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -12,6 +13,7 @@ from small_runs import SMALL, Started, checkpoints, column, same_run
 
 from rmjax.export import verify
 from rmjax.inference import runs
+from rmjax.inference.ensembles import Ensemble
 from rmjax.inference.reward_model import RewardModel
 from rmjax.models import peft
 
@@ -124,13 +126,23 @@ def test_an_adapter_is_trained_on_and_merged(base, cache_dir, tmp_path):
     short = {"duration": "4 steps", "eval__every": "4 steps"}
     Started(tmp_path / "first", cache_dir, **adapted(base, export__adapter=True, **short)).finish()
     adapter = tmp_path / "first" / "export"
-    text = Started(tmp_path / "on", cache_dir, **adapted(base, model__init_from=adapter, **short)).finish()
+    on = adapted(base, model__init_from=adapter, export__adapter=True, **short)
+    text = Started(tmp_path / "on", cache_dir, **on).finish()
     assert "score head: kept" in text
     merged = {"model__init_from": adapter, "optim__learning_rate": 1e-3, **short}
     text += Started(tmp_path / "merged", cache_dir, **merged).finish()
     ended = column(tmp_path / "first", "validation/loss")[-1]
     for name in ("on", "merged"):
         assert column(tmp_path / name, "validation/loss")[0] == pytest.approx(ended, abs=1e-6)
+
+    # Both are adapters of one base, which an ensemble of them holds once.
+    both = [adapter, tmp_path / "on" / "export"]
+    ensemble = Ensemble.load(both, combine="mean", dtype="float32")
+    shared = [jax.tree.leaves(member.params["decoder"]["last"]["q"]["kernel"])[0] for member in ensemble.members]
+    assert shared[0] is shared[1]
+    apart = [RewardModel.load(path, dtype="float32").score(CONVERSATIONS) for path in both]
+    assert np.abs(np.subtract(*apart)).max() > 1e-4
+    np.testing.assert_allclose(ensemble.score(CONVERSATIONS), np.mean(apart, 0), atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["sft", "prm", "pairwise", "pointwise"])
