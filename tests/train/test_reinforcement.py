@@ -188,18 +188,19 @@ def test_a_reward_of_ones_own_reads_columns_and_a_benchmark_may_be_of_the_traini
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     questions = [row["prompt"] for row in rows[:6]] + ["Why not?", "And then?"]
     values = {"data.train": str(tmp_path / "rows.jsonl"), "objective.reward": "expected", "duration": "2 steps"}
+    values["log.report"] = False
     values["eval.benchmarks"] = f"judge_bench={small_sets.judge_bench(tmp_path / 'bench.jsonl', questions)}"
     workdir = begun(done, tmp_path / "run")
-    text = run(workdir, cache, spoil=the_expected_is_worth_more, **{**values, "eval.every": "1 steps"}).finish()
+    text = run(workdir, cache, spoil=the_expected_is_worth_more, **{**values, "eval.every": "2 steps"}).finish()
     assert "judge_bench: 6 of its 8 prompts are in the training data, so its numbers mislead" in text
     lines = [json.loads(line) for step in range(2) for line in rollouts(workdir)[f"{step}.jsonl"].splitlines()]
     found = [(line["label"], response) for line in lines for response in line["responses"] if response["readable"]]
     assert all(r["reward"] == 0.5 * (r["verdict"] == 6 - label) for label, r in found)
     assert {r["reward"] for _, r in found} == {0.0, 0.5}
-    assert small_runs.column(workdir, "judge_bench/overall").size == 3
+    assert small_runs.column(workdir, "judge_bench/overall").size == 2
     assert "expected" not in rewards.REWARDS
     exported = tmp_path / "export"
-    from_run.export_and_push(export_command(f"--run={workdir}", f"--output={exported}", "--step=1"))
+    from_run.export_and_push(export_command(f"--run={workdir}", f"--output={exported}"))
     assert "validation/accuracy" in contract.read(exported)["metrics"]
 
 
