@@ -64,7 +64,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "ties": True,  # of "pair": whether a verdict may be "tie"; if not, ties are skipped (counted)
         "both_orders": True,  # of "pair": both orders are one group of samples, else one is drawn by a hash
         # better, consistent (both orders right), exact, closeness, linear, decay, or one of your own
-        # (rmjax/judging/rewards.py); "" is better of pairs, closeness of scores
+        # (rmjax/judging/rewards.py), which may read further columns of its row; "" is better of pairs, closeness of
+        # scores
         "reward": "",
         "unreadable": 0.0,  # reward of an answer without a verdict
         "baseline": "others",  # the mean reward of the "others", or of the whole "group", itself included

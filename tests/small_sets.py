@@ -29,6 +29,18 @@ def write(folder: Path) -> Path:
     return folder
 
 
+def judge_bench(path: Path, questions: list[str]) -> Path:
+    """A benchmark of these questions, in JudgeBench's columns."""
+    subsets = ("mmlu-pro-law", "livebench-reasoning", "livebench-math", "livecodebench")
+    rows = [
+        {"pair_id": f"p{i}", "source": subsets[i % 4], "question": question, "label": "A>B"}
+        | {"response_A": said(GOOD, i), "response_B": said(BAD, i)}
+        for i, question in enumerate(questions)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def said(templates, i, topics=TOPICS):
     return templates[i % len(templates)].format(topics[i % len(topics)])
 

@@ -4,8 +4,9 @@
 """
 
 import dataclasses
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,30 @@ NUMBERS = {  # one number per group, see Groups
 # characters: of the text of each response of the record.
 LISTS = ("tokens", "runs", "scored", "characters")
 HISTORIES = "histories"  # of the record as it was read (data/prompts.py): two hashes of each
+COLUMNS = "columns"  # Record.columns as JSON, where the task has some
 
 
 def schema(task: Task) -> pa.Schema:
     """The columns of a cache file; the task's label fields are lists of float32 in C order."""
     lists = dict.fromkeys(LISTS, INTS) | {f"label/{name}": FLOATS for name in task.fields} | {HISTORIES: HASHES}
-    return pa.schema({"id": pa.string(), "source": pa.string(), **lists, **NUMBERS})
+    columns = {COLUMNS: pa.large_string()} if carried(task) else {}
+    return pa.schema({"id": pa.string(), "source": pa.string(), **lists, **NUMBERS, **columns})
+
+
+def carried(task: Task) -> tuple[str, ...]:
+    """The columns of the row that a task wants beside its labels."""
+    return getattr(task, "columns", ())
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One group: tree, float32 labels by the fields of its task (without G), weight, row id."""
+    """One group: tree, float32 labels by the fields of its task (without G), weight, row id, columns of the task."""
 
     tree: Tree
     labels: dict[str, np.ndarray]
     weight: float
     id: str
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Groups:
@@ -147,7 +156,7 @@ class Store:
     """A cache file, memory-mapped: the numbers of all groups in memory, the rest as views of the map."""
 
     def __init__(self, path: Path, task: Task):
-        self.fields = dict(task.fields)
+        self.fields, self._carries = dict(task.fields), bool(carried(task))
         self._path, self._file = path, open(path, "rb")  # noqa: SIM115  (as long as the map)
         self._bytes = os.fstat(self._file.fileno()).st_size
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -200,7 +209,9 @@ class Store:
             name: cells[f"label/{name}"].reshape([axis_size.get(axis, axis) for axis in axes if axis != "G"])
             for name, axes in self.fields.items()
         }
-        return Group(tree, labels, float(self.numbers["weights"][index]), *self.ids(np.array([index])))
+        columns = json.loads(self._table[COLUMNS].chunk(batch)[row].as_py()) if self._carries else {}
+        (name,) = self.ids(np.array([index]))
+        return Group(tree, labels, float(self.numbers["weights"][index]), name, columns)
 
 
 def for_training(groups: Groups) -> Groups:

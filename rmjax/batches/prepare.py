@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,26 @@ def check_sources(config: ConfigDict, others: Sequence[str] = ()) -> None:
             sources.parts(item)
 
 
+def check_columns(config: ConfigDict, task: Task) -> None:
+    """Checks by the first rows of each training source that it has the columns that the task wants beside its labels.
+
+    Raises:
+        ValueError: it has not; says which there are.
+    """
+    for item in sources.split_spec(config.data.train) if groups_lib.carried(task) else ():
+        rows = [row for _, row in itertools.islice(sources.open_source(item), formats.LOOK)]
+        try:
+            formats.check_carried(rows, groups_lib.carried(task), config.data.columns)
+        except ValueError as error:
+            reads = f"config.objective.reward={config.objective.reward!r} reads {', '.join(groups_lib.carried(task))}"
+            raise ValueError(f"{item}: {error}; {reads} (config.data.columns says which column is what)") from None
+
+
+def without_columns(task: Task) -> Task:
+    """The task for data that is only measured, which may lack the columns that rewards read."""
+    return dataclasses.replace(task, columns=()) if groups_lib.carried(task) else task  # type: ignore[type-var]
+
+
 def open_chat(config: ConfigDict, workdir: Path) -> Chat:
     """Loads the tokenizer and its template; "synthetic" makes the demo's own in the workdir."""
     source = config.model.tokenizer or hf.tokenizer_of(hf.resolve(config.model.init_from), config.model.base)
@@ -71,7 +92,14 @@ def open_chat(config: ConfigDict, workdir: Path) -> Chat:
 
 
 def build_groups(
-    config: ConfigDict, chat: Chat, task: Task, source: str, *, augmentations: Sequence[str] = (), file: Any = None
+    config: ConfigDict,
+    chat: Chat,
+    task: Task,
+    source: str,
+    *,
+    augmentations: Sequence[str] = (),
+    carried: Sequence[str] = (),
+    file: Any = None,
 ) -> Groups:
     """Reads and tokenizes a source; progress is shown on `file`, standard output by default."""
     return token_cache.build(
@@ -80,6 +108,7 @@ def build_groups(
         task,
         format=config.data.format,
         columns=config.data.columns,
+        carried=carried,
         on_bad_row=config.data.on_bad_row,
         max_bad_fraction=config.data.max_bad_fraction,
         workers=config.data.workers,
@@ -93,15 +122,17 @@ def read_groups(config: ConfigDict, chat: Chat, task: Task) -> tuple[Groups, Gro
     """Reads, tokenizes, filters and splits the data; groups that no row can hold are counted and left out.
 
     What is split off for validation is neither augmented nor sampled, so it is the same whatever training takes.
+    `config.data.validation` may lack the columns that the task wants beside its labels: they serve rewards.
     """
 
-    def read(source: str, augmentations: Sequence[str] = ()) -> Groups:
-        groups = build_groups(config, chat, task, source, augmentations=augmentations)
+    def read(task: Task, source: str, **options: Sequence[str]) -> Groups:
+        groups = build_groups(config, chat, task, source, **options)
         return select.filtered(groups.fitting(config.plan.row_tokens), config.data.filter)
 
-    groups = read(config.data.train, augment.parse(config.data.augment))
+    groups = read(task, config.data.train, augmentations=augment.parse(config.data.augment))
     if config.data.validation:
-        train, validation = groups_lib.for_training(groups), read(config.data.validation)
+        train = groups_lib.for_training(groups)
+        validation = read(without_columns(task), config.data.validation, carried=groups_lib.carried(task))
     else:
         train, validation = groups_lib.split(groups, config.data.validation_fraction, config.seed)
     train = select.sampled(train, config.data.sample, config.seed)

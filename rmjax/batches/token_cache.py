@@ -29,11 +29,12 @@ import tokenizers
 import transformers
 from absl import logging
 
+from rmjax.batches import groups as groups_lib
 from rmjax.batches import token_files
 from rmjax.batches.augment import EVALUATION, augment
 from rmjax.batches.chat import Chat, Labelled, conversation_key
 from rmjax.batches.encoding import json_digest
-from rmjax.batches.groups import HISTORIES, Groups, Store, schema
+from rmjax.batches.groups import COLUMNS, HISTORIES, Groups, Store, schema
 from rmjax.batches.tasks import Example, Task
 from rmjax.batches.token_files import Result
 from rmjax.data import formats, sources
@@ -60,6 +61,7 @@ def build(
     *,
     format: str = "auto",
     columns: str = "",
+    carried: Sequence[str] = (),
     on_bad_row: str = "skip",
     max_bad_fraction: float = 0.05,
     workers: int = -1,
@@ -72,6 +74,7 @@ def build(
     Args:
         format: a name in formats.FORMATS, or "auto" for each source.
         columns: what columns are, see config.data.columns.
+        carried: further columns of the rows that go into Record.columns where they are, beside those of the task.
         on_bad_row: "error" stops at the first; "skip" counts; "keep" counts and keeps those in
             records.KEEPABLE.
         max_bad_fraction: more unusable rows than this are an error; ties are a choice and not among them.
@@ -88,6 +91,9 @@ def build(
         raise ValueError(f"on_bad_row={on_bad_row!r} is none of error, skip, keep")
     options = [format, type(task).__name__, repr(task), on_bad_row == "keep", *augmentations]
     options += [{"columns": columns}] * bool(columns)  # so that the data of earlier runs, which had none, is the same
+    kept = groups_lib.carried(task)
+    carried = tuple(dict.fromkeys((*kept, *carried)))
+    options += [{"carried": carried, "kept": kept}] * bool(carried)
     witness = sources.Witness(spec)
     origin = witness.fingerprint
     fingerprint = json_digest([origin, chat.fingerprint(), options])[:32]
@@ -96,7 +102,7 @@ def build(
     cached = _cached(path, task)
     if cached is None:
         work = functools.partial(_tokenize, task=task, keep=on_bad_row == "keep", augmentations=tuple(augmentations))
-        jobs, columns = _jobs(spec, format, columns), schema(task)
+        jobs, columns = _jobs(spec, format, columns, carried), schema(task)
         unused: list[_Job] = []
         with token_files.partials(path, CHUNK, WorkerDied) as (partial, left):
             done = _done(token_files.intact_results(left[0], columns) if left else iter(()), jobs, unused)
@@ -119,9 +125,9 @@ class _Job:
     rows: list[tuple[str, sources.Row]]
 
 
-def _jobs(spec: str, format: str, columns: str) -> Iterator[_Job]:
+def _jobs(spec: str, format: str, columns: str, carried: Sequence[str]) -> Iterator[_Job]:
     for item in sources.split_spec(spec):
-        layout, rows = open_rows(item, format, columns)
+        layout, rows = open_rows(item, format, columns, carried=carried)
         while chunk := list(itertools.islice(rows, CHUNK)):
             yield _Job(layout, sources.source_name(item), chunk)
 
@@ -273,6 +279,7 @@ def _columns(record: Record, example: Example, group: Labelled, shares: int) -> 
         "agreements": record.agreement,
         "response_sets": _hash(json.dumps([example.name, *sorted(keys)])),
         "label_ids": _label_id(record, preferred, np.argsort(np.array(keys, object), kind="stable")),
+        COLUMNS: json.dumps(record.columns),
     }
 
 

@@ -53,13 +53,17 @@ def records(
 
 
 def open_rows(
-    item: str, format: str, columns: str = "", unlabelled: Sequence[str] | None = None
+    item: str,
+    format: str,
+    columns: str = "",
+    unlabelled: Sequence[str] | None = None,
+    carried: Sequence[str] = (),
 ) -> tuple[formats.Layout, Rows]:
     """How one source is read, by its first rows (`formats.detect`), and all its rows; errors as of `records`."""
     rows = sources.open_source(item)
     first = list(itertools.islice(rows, formats.LOOK))
     try:
-        layout = formats.detect([row for _, row in first], format, columns, unlabelled)
+        layout = formats.detect([row for _, row in first], format, columns, unlabelled, carried)
     except ValueError as error:
         raise ValueError(f"{item}: {error}") from None
     return layout, itertools.chain(first, rows)

@@ -54,6 +54,7 @@ REASONS = {
     "out_of_scale": "a score outside its attribute's scale (objective.scales)",
     "no_assistant_turn": "the conversation does not end with an assistant turn",
     "labelled_bad": "a response that was judged bad, which is not imitated",
+    "no_column": "a column that the reward reads is missing or null",
     "no_label": "it says nothing that the objective learns from",
     "not_answered": "a task that nobody answered: skipped, or not yet labelled",
     "template_error": "the chat template refuses the conversation, or does not show its last turn",
@@ -101,6 +102,8 @@ class Record:
     attributes: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     steps: tuple[tuple[Step, ...], ...] = ()  # for each response its steps in order; () where no steps were judged
     agreement: float = math.nan  # share of the annotators who gave the label; NaN where it is not known
+    # Cells of the row that were asked for by name (`formats.Layout.carried`), as JSON has them; none is null.
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         k = len(self.conversations)

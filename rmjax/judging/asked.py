@@ -97,6 +97,8 @@ class Questions:
     """
 
     writing: Writing  # what the judge writes; its target is "pair" or "score"
+    # Of the row, that stay with the group, for the reward. Not in `repr`, which names the cache of those without, too.
+    columns: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def orders(self) -> int:
@@ -117,6 +119,8 @@ class Questions:
         return dict.fromkeys(("value", "mask"), ("G", "K", 1))
 
     def examples(self, record: Record) -> Sequence[Example | BadRow]:
+        if missing := [name for name in self.columns if name not in record.columns]:
+            raise BadRow("no_column", f"there is no {', '.join(missing)}")
         by_place: dict[int, list[Question]] = {}
         bad: list[BadRow] = []
         for question in questions_about(record, self.writing):

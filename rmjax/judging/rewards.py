@@ -10,13 +10,20 @@ in the file of its config, whose `config.objective.reward = "short"` names it. A
 answer that is not to be trained on. It is not asked about an answer that cannot be read, or was cut off
 (`config.objective.unreadable`, `config.rollout.truncated`).
 
+One that reads further columns of the row names them, and has their cells in `answer.columns`:
+
+    @rewards.register("found", columns=("reference",))
+    def found(answer):
+        return rewards.better(answer) + 0.5 * (answer.columns["reference"] in answer.text)
+
 Sources: `closeness` is the reward of OpenJudge's pointwise judge, `decay` that of RM-Gallery, `consistent` that of J1,
 arXiv:2505.10320.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from rmjax.judging.verdicts import Verdict
 from rmjax.suggestions import did_you_mean
@@ -35,18 +42,27 @@ class Answer(NamedTuple):
     tokens: int  # that it wrote
     finish: str  # "stop", or "length" where it was cut off
     other: Verdict | None  # of the same sample about the other order of a pair
+    columns: Mapping[str, Any] = MappingProxyType({})  # those that the reward was registered with, as the row has them
 
 
 Reward = Callable[[Answer], float]
 REWARDS: dict[str, Reward] = {}
+COLUMNS: dict[str, tuple[str, ...]] = {}  # of the row, that a reward reads
 DEFAULTS = {"pair": "better", "score": "closeness"}  # by what is judged
 
 
-def register(name: str) -> Callable[[Reward], Reward]:
-    """Names a reward for `config.objective.reward`."""
+def register(name: str, columns: Sequence[str] = ()) -> Callable[[Reward], Reward]:
+    """Names a reward for `config.objective.reward`.
+
+    Args:
+        name: of it.
+        columns: of the row, that it reads; "meta.tests" is the key `tests` of an object in the column `meta`. A row in
+            which one is missing or null is not trained on, and counts as `no_column`.
+    """
+    names = (columns,) if isinstance(columns, str) else tuple(columns)
 
     def remember(reward: Reward) -> Reward:
-        REWARDS[name] = reward
+        REWARDS[name], COLUMNS[name] = reward, names
         return reward
 
     return remember
@@ -57,8 +73,16 @@ def named(name: str, target: str) -> Reward:
     name = name or DEFAULTS[target]
     if name not in REWARDS:
         hint = did_you_mean(name, REWARDS)
-        raise ValueError(f"reward={name!r} is none of {', '.join(REWARDS)}{hint}; rewards.register adds one")
+        raise ValueError(
+            f"config.objective.reward={name!r} is none of {', '.join(REWARDS)}{hint}; rewards.register adds one"
+        )
     return REWARDS[name]
+
+
+def columns_of(name: str, target: str) -> tuple[str, ...]:
+    """The columns that the reward of that name reads; errors as of `named`."""
+    named(name, target)
+    return COLUMNS.get(name or DEFAULTS[target], ())
 
 
 def of(reward: Reward, answer: Answer) -> float:

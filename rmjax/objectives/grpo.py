@@ -64,10 +64,6 @@ class GRPO(Objective):
         self._require("updates", self.updates >= 1, "must be at least 1")
         low_and_high = len(self.clip) == 2 and 0 < self.clip[0] <= 1 and self.clip[1] > 0
         self._require("clip", low_and_high, "must be two numbers above 0, the first at most 1")
-        try:
-            rewards.named(self.reward, self.target)
-        except ValueError as error:
-            raise ValueError(f"config.objective.{error}") from None
         object.__setattr__(self, "template", self.exported.template)  # its text, with which the run is exported
 
     @property
@@ -86,7 +82,8 @@ class GRPO(Objective):
 
     @property
     def task(self) -> Questions:
-        return Questions(self.exported.task)
+        """ValueError where there is no such reward: what a run has trained is opened without the reward of its own."""
+        return Questions(self.exported.task, rewards.columns_of(self.reward, self.target))
 
     @property
     def fields(self) -> Mapping[str, Axes]:

@@ -148,13 +148,16 @@ def read_sets(config: ConfigDict, chat: Chat, task: Task, *, as_run: bool) -> di
         if as_run:
             train, validation = prepare.read_groups(config, chat, task)
             return {"training": train, "validation": validation}
-        read = lambda source, augmentations=(): select.filtered(
-            prepare.build_groups(config, chat, task, source, augmentations=augmentations), config.data.filter
+        read = lambda task, source, **options: select.filtered(
+            prepare.build_groups(config, chat, task, source, **options), config.data.filter
         )
-        train = groups_lib.for_training(read(config.data.train, augment.parse(config.data.augment)))
+        augmentations = augment.parse(config.data.augment)
+        train = groups_lib.for_training(read(task, config.data.train, augmentations=augmentations))
         train = select.sampled(train, config.data.sample, config.seed)
         if config.data.validation:
-            return {"training": train, "validation": read(config.data.validation)}
+            measured = prepare.without_columns(task)
+            validation = read(measured, config.data.validation, carried=groups_lib.carried(task))
+            return {"training": train, "validation": validation}
         return {"data": train}
 
 

@@ -69,6 +69,7 @@ class Judging:
                         tokens=len(response.tokens),
                         finish=response.finish,
                         other=None,
+                        columns=group.columns,
                     )
                     for text, response in zip(texts, of_prompt)
                 ]

@@ -143,11 +143,13 @@ def _run(
     # ---- Config and devices: what is cheap to check is checked first
     given, config = config, runs.settled(config, workdir)
     objective = objectives.make(config.objective)
+    task = objective.task
     config, devices, limit = dry_runs.target(config, topology)
     mesh = sharding.make_mesh(config.mesh, devices)
     if dry_run and config.debug:
         raise ValueError("config.debug compiles nothing, so there is nothing for --dry_run to show; leave one out")
     prepare.check_sources(config, benchmarks.sources_of(config.eval.benchmarks))
+    prepare.check_columns(config, task)
     if config.log.wandb and not dry_run and processes.is_first():
         check_wandb(config.log.wandb)
 
@@ -173,7 +175,7 @@ def _run(
 
     # ---- Data
     with agreement.first_then_others("data"):
-        train_groups, validation_groups = prepare.read_groups(config, chat, objective.task)
+        train_groups, validation_groups = prepare.read_groups(config, chat, task)
     fingerprints = [train_groups.fingerprint, validation_groups.fingerprint]
     agreement.require_same("config and data", [config_lib.to_json(config), *fingerprints], "config or data")
     print("\n".join(ledger.lines(train_groups, validation_groups)), flush=True)
@@ -183,7 +185,7 @@ def _run(
     passed = {} if objective.draws else sets
     drawn = _sampled(config, objective, model, chat, sets)
     with agreement.first_then_others("benchmarks"):
-        tests = evaluating.read_benchmarks(config, chat, objective.task)
+        tests = evaluating.read_benchmarks(config, chat, objective.exported.task)
     for test, test_groups in tests:
         if said := ledger.trained_on(test.name, train_groups, test_groups):
             logging.warning("%s", said)

@@ -94,8 +94,8 @@ def racing(monkeypatch, path, during, after=None):
         during(path)
         return found
 
-    def read(item, *how):
-        layout, rows = open_rows(item, *how)
+    def read(item, *how, **more):
+        layout, rows = open_rows(item, *how, **more)
         return layout, itertools.chain(rows, (row for _ in "x" for row in (after(path) or ())) if after else ())
 
     monkeypatch.setattr(sources, "fingerprint", fingerprint)

@@ -12,12 +12,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import small_sets
 import tiny_models
 import transformers
 
 from rmjax import objectives
 from rmjax.batches.chat import Chat, load_tokenizer
 from rmjax.config import defaults
+from rmjax.data import synthetic
 from rmjax.evaluate import __main__ as evaluate
 from rmjax.export import write as export
 from rmjax.inference import runs
@@ -92,20 +94,25 @@ def test_every_way_to_load_it_knows_its_stops_and_its_context(base, exported):
 
 
 @pytest.mark.slow
-def test_a_run_knows_those_of_what_it_began_from(base, tmp_path):
+def test_a_run_knows_those_of_what_it_began_from(base, tmp_path, caplog):
+    """And judges by sampling the questions that are split off its data; and warns of a benchmark that it trains on."""
     config = runpy.run_path(str(ROOT / "configs" / "sft_tiny.py"))["get_config"]()
     config.duration, config.eval.every, config.data.workers = "1 steps", "1 steps", 0
     config.log.tensorboard, config.log.report, config.eval.train_groups = False, False, 0
-    config.data.train, config.data.validation = "synthetic://ratings?n=40", "synthetic://ratings?n=10&seed=1"
+    config.data.train, config.data.validation, config.data.validation_fraction = "synthetic://ratings?n=50", "", 0.2
     config.data.cache_dir = str(tmp_path / "cache")
     config.model.init_from, config.model.tokenizer = str(base), ""
     config.eval.samples, config.eval.max_tokens = 2, 8
+    questions = [row["prompt"] for row in synthetic.rows("ratings", n=10)] + ["Why not?", "And then?"]
+    config.eval.benchmarks = f"judge_bench={small_sets.judge_bench(tmp_path / 'bench.jsonl', questions)}"
     training.run(config, tmp_path / "run")
+    said = r"judge_bench: (\d+) of its 12 prompts are in the training data, so its numbers mislead"
+    assert 5 <= int(re.search(said, caplog.text)[1]) <= 10  # the others are split off
     model = open_model(str(tmp_path / "run"))
     assert set(STOPS) < set(model.stops) and model.longest == LONGEST
     assert open_model(str(tmp_path / "run" / "export")).stops == model.stops
     sets = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]
-    assert sets["validation"]["kind"] == "tokens" and sets["sampled"]["groups"] == 10
+    assert sets["validation"]["kind"] == "tokens" and sets["sampled"]["groups"] == sets["validation"]["groups"] == 10
     assert {"accuracy", "accuracy_greedy", "unreadable", "cut_off"} <= set(sets["sampled"]["metrics"])
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "sampled/unreadable" in line] == [0, 1]

@@ -223,3 +223,42 @@ def test_nothing_is_compiled_twice(models):
 def test_wrong_values_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Drawing(**wrong)
+
+
+# Long reasoning
+
+LONG = {
+    "qwen2": {},
+    "gemma3_text": {"sliding_window": 1000, "layer_types": ["sliding_attention", "full_attention"]},
+}
+ROOM = 8_448  # of a row of training, in which prompt and response stand
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", LONG)
+@pytest.mark.parametrize(
+    ("length", "most"), [pytest.param(60, 8_200, marks=pytest.mark.release), (4_000, 4_300), (8_150, 250)]
+)
+def test_long_responses_are_those_of_training(family, length, most, tmp_path):
+    """Of more than 8,192 tokens with their prompts; by the forward pass of training, which recomputes its layers."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "max_position_embeddings": 16_384}
+    make_hf_model(family, tmp_path, head=False, **sizes, **LONG[family])
+    config = from_hf(hf.read_config(tmp_path))
+    graph, shapes = heads.abstract(config, 0, architecture="CausalLM")
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    shapes = sharding.with_shardings(shapes, sharding.param_shardings(mesh, shapes))
+    params, _ = hf.load(tmp_path, shapes, config, seed=0)
+    prompt = Prompt(np.random.default_rng(0).integers(1, 97, length).tolist(), 0)
+    drawing = Drawing(responses=2, max_tokens=most, temperature=5.0)  # else gemma repeats one token for ever
+    one = Sampler(config, params, mesh, "float32", drawing, stops=(), groups=1)
+    ((_, responses),) = one.responses([prompt])
+    assert [len(response.tokens) for response in responses] == [most, most] and length + most > 8_192
+
+    batch = tree_rows([[[[*prompt.tokens, *response.tokens.tolist()]]] for response in responses], ROOM)
+    asked = slice(length - 1, length - 1 + most)  # whose next tokens are the response
+    batch["loss_weight"] = np.zeros((2, ROOM), np.float32)
+    batch["loss_weight"][:, asked] = 1
+    forward = jax.jit(lambda params, batch: heads.merge(graph, params)(batch, remat="full")["nll"])
+    for row, response in zip(forward(params, batch), responses):
+        np.testing.assert_allclose(response.log_probs, -row[asked], rtol=0, atol=1e-4)
+        assert np.ptp(response.log_probs[-200:]) > 1  # the end is no loop of one token

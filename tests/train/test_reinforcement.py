@@ -12,11 +12,16 @@ import numpy as np
 import pytest
 import quick
 import small_runs
+import small_sets
 
 from rmjax.batches.chat import Chat
-from rmjax.inference import runs
+from rmjax.data import synthetic
+from rmjax.export import __main__ as export
+from rmjax.export import from_run
+from rmjax.inference import contract, runs
 from rmjax.inference.generation import GenerativeModel
 from rmjax.inference.sampler import Drawing, Prompt
+from rmjax.judging import rewards
 
 pytestmark = pytest.mark.slow
 
@@ -163,6 +168,57 @@ def nothing_is_worth_anything():
     from rmjax.judging import rewards
 
     rewards.REWARDS["exact"] = lambda answer: 0.0
+
+
+def the_expected_is_worth_more():
+    from rmjax.judging import rewards
+
+    @rewards.register("expected", columns=("expected", "meta.worth"))
+    def expected(answer):
+        return answer.columns["meta.worth"] * (answer.verdict.value == answer.columns["expected"]["score"])
+
+
+def test_a_reward_of_ones_own_reads_columns_and_a_benchmark_may_be_of_the_training_data(done, cache, tmp_path):
+    """What a row expects is the other rating than its label, so the reward cannot be of that; and the run is opened
+    where nobody knows its reward."""
+    rows = [
+        {**row, "expected": {"score": 6 - row["score"], "why": "An expert said so to us."}, "meta": {"worth": 0.5}}
+        for row in synthetic.rows("ratings", n=60)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = [row["prompt"] for row in rows[:6]] + ["Why not?", "And then?"]
+    values = {"data.train": str(tmp_path / "rows.jsonl"), "objective.reward": "expected", "duration": "2 steps"}
+    values["log.report"] = False
+    values["eval.benchmarks"] = f"judge_bench={small_sets.judge_bench(tmp_path / 'bench.jsonl', questions)}"
+    workdir = begun(done, tmp_path / "run")
+    text = run(workdir, cache, spoil=the_expected_is_worth_more, **{**values, "eval.every": "2 steps"}).finish()
+    assert "judge_bench: 6 of its 8 prompts are in the training data, so its numbers mislead" in text
+    lines = [json.loads(line) for step in range(2) for line in rollouts(workdir)[f"{step}.jsonl"].splitlines()]
+    found = [(line["label"], response) for line in lines for response in line["responses"] if response["readable"]]
+    assert all(r["reward"] == 0.5 * (r["verdict"] == 6 - label) for label, r in found)
+    assert {r["reward"] for _, r in found} == {0.0, 0.5}
+    assert small_runs.column(workdir, "judge_bench/overall").size == 2
+    assert "expected" not in rewards.REWARDS
+    exported = tmp_path / "export"
+    from_run.export_and_push(export_command(f"--run={workdir}", f"--output={exported}"))
+    assert "validation/accuracy" in contract.read(exported)["metrics"]
+
+
+def export_command(*argv):
+    return from_run.checked(export.parser().parse_args(list(argv)))
+
+
+def test_another_checkpoint_is_exported_with_the_metrics_of_its_own_evaluation(done, tmp_path):
+    """Not with those of its step's training, which stand in metrics.jsonl as well; and with none where it has none."""
+    best = contract.read(done / "export")["metrics"]
+    (other,) = {3, 6} - {int(best["step"])}
+    said = from_run.export_and_push(export_command(f"--run={done}", f"--output={tmp_path / 'a'}", f"--step={other}"))
+    found = contract.read(tmp_path / "a")["metrics"]
+    (line,) = [x for x in small_runs.metrics(done) if x["step"] == other and "validation/accuracy" in x]
+    assert found == line and found.keys() == best.keys() and not any("was not evaluated" in x for x in said)
+    assert any(x["step"] == other and "train/loss" in x for x in small_runs.metrics(done))
+    said = from_run.export_and_push(export_command(f"--run={done}", f"--output={tmp_path / 'b'}", "--step=2"))
+    assert contract.read(tmp_path / "b")["metrics"] == {"step": 2} and said[1].startswith("step 2 was not evaluated")
 
 
 def test_dead_questions_move_nothing(done, cache, tmp_path):

@@ -3,6 +3,7 @@ up, so that no model is needed."""
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,13 +14,17 @@ from rmjax import config as config_lib
 from rmjax import objectives, sharding
 from rmjax.batches import prepare, token_cache
 from rmjax.batches.prepare import Split
+from rmjax.data import synthetic
+from rmjax.data.formats import columns
+from rmjax.data.records import BadRow
 from rmjax.inference.engines import Recorded
 from rmjax.inference.sampler import LENGTH, STOP, Response
-from rmjax.judging import rewards
+from rmjax.judging import asked, rewards
 from rmjax.judging.rewards import Answer
 from rmjax.judging.verdicts import Verdict
 from rmjax.objectives.grpo import advantages
-from rmjax.train import questions
+from rmjax.report import audit_command
+from rmjax.train import questions, training
 from rmjax.train.rollouts import Judging, Rollouts, SamplerMismatch
 
 
@@ -232,8 +237,6 @@ NONSENSE = [  # what readers of others pay for (OpenJudge's, run on 2026-11-28)
 
 @pytest.mark.parametrize("target, text, thinking", NONSENSE)
 def test_nonsense_earns_what_the_unreadable_earns(tmp_path, target, text, thinking):
-    from rmjax.judging import asked
-
     config = make_config(target, **{"objective.unreadable": -1.0})
     config.objective.scale = (0.0, 4.0)
     objective = objectives.make(config.objective)
@@ -293,6 +296,158 @@ def test_a_reward_of_ones_own(tmp_path):
     source, _ = make(tmp_path, ratings, **{"objective.reward": "test_fails"})
     with pytest.raises(RuntimeError, match=r"the reward 'fails' of an answer about ratings:\d+ failed: KeyError"):
         source.batch(0, None)
+
+
+# Columns of the row that a reward reads
+
+
+@pytest.fixture
+def referring():
+    """The name of a reward that reads two columns of its row, which is unknown again afterwards."""
+
+    @rewards.register("test_refers", columns=("reference", "meta.tests"))
+    def refers(said):
+        return float(said.text.startswith(said.columns["reference"])) + 0.1 * said.columns["meta.tests"][0]
+
+    yield "test_refers"
+    del rewards.REWARDS["test_refers"], rewards.COLUMNS["test_refers"]
+
+
+def refer(row):
+    """A made-up row with what "test_refers" reads, of which the text would be refused if nobody did."""
+    text = f"The experts gave it {row['score']:g} points"
+    return {**row, "reference": text, "meta": {"tests": [3], "url": "x"}}
+
+
+def referring_rows(path, count=24, of=refer):
+    rows = [of(row) for row in synthetic.rows("ratings", n=count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("target", ["score", "pair"])
+def test_a_reward_reads_further_columns_of_its_row(tmp_path, target, referring):
+    said = []
+
+    @rewards.register(referring, columns=("reference", "meta.tests"))
+    def keeps(answer):
+        said.append(answer)
+        return 0.0
+
+    if target == "score":
+        source = referring_rows(tmp_path / "rows.jsonl")
+    else:
+        pairs = [
+            {**row, "reference": f"of {i}", "meta": {"tests": [i]}}
+            for i, row in enumerate(synthetic.rows("pairs", n=24))
+        ]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+        source = str(tmp_path / "rows.jsonl")
+    verdict = "<score>5</score>" if target == "score" else "<better>A</better>"
+    config = {"objective.reward": referring, "data.train": source}
+    rollouts, _ = make(tmp_path, lambda row, k: verdict, target, **config)
+    rollouts.batch(0, None)
+    rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
+    assert len(said) == 4 * 4 * (1 if target == "score" else 2) and len({answer.id for answer in said}) == 4
+    for answer in said:
+        row = rows[int(answer.id.partition(":")[2].partition("#")[0])]
+        assert answer.columns == {"reference": row["reference"], "meta.tests": row["meta"]["tests"]}
+
+
+def test_columns_stay_with_their_rows_through_splits_samples_and_copies(tmp_path, referring):
+    config = make_config(
+        **{"objective.reward": referring, "data.train": referring_rows(tmp_path / "rows.jsonl", 60)},
+        **{"data.validation_fraction": 0.2, "data.sample": "50%", "data.workers": 0},
+        **{"data.cache_dir": str(tmp_path / "cache"), "plan.row_tokens": 512},
+    )
+    chat, task = prepare.open_chat(config, tmp_path), objectives.make(config.objective).task
+    of_rows = [refer(row) for row in synthetic.rows("ratings", n=60)]
+    for _ in range(2):  # built, and mapped again
+        train, validation = prepare.read_groups(config, chat, task)
+        assert len(train) < 40 and len(validation)
+        for groups in (train, validation):
+            for i in range(len(groups)):
+                group = groups.group(i)
+                row = of_rows[int(group.id.partition(":")[2])]
+                assert group.columns == {"reference": row["reference"], "meta.tests": [3]}
+                assert asked.labels_of(group.labels).tolist() == [row["score"]]
+
+
+def test_validation_data_may_lack_the_columns_or_have_them(tmp_path, referring):
+    plain = referring_rows(tmp_path / "plain.jsonl", 8, lambda row: row)
+    keys = {"objective.reward": referring, "data.train": referring_rows(tmp_path / "rows.jsonl")}
+    keys |= {"data.workers": 0, "data.cache_dir": str(tmp_path / "cache")}
+    for name in (plain, keys["data.train"]):
+        config = make_config(**keys, **{"data.validation": name})
+        chat, task = prepare.open_chat(config, tmp_path), objectives.make(config.objective).task
+        train, validation = prepare.read_groups(config, chat, task)
+        assert len(validation) == len(Path(name).read_text().splitlines()) and not validation.group(0).columns
+        assert train.group(0).columns and not {"reference", "meta.tests"} & validation.audit.unread.keys()
+        sets = audit_command.read_sets(config, chat, task, as_run=False)
+        assert len(sets["validation"]) == len(validation)
+
+
+def test_a_column_that_is_not_there_is_an_error_before_anything_is_read(tmp_path, referring):
+    """Of the second source, too; where single rows lack it, they are counted."""
+    good, bad = referring_rows(tmp_path / "good.jsonl"), tmp_path / "bad.jsonl"
+    referring_rows(bad, of=lambda row: {**refer(row), "reference": None, "references": "x"})
+    config = make_config(**{"objective.reward": referring, "data.train": f"{good},{bad}"})
+    said = (
+        rf"{bad}: the column 'reference' is missing or null in its first 24 rows; found prompt, response, score, "
+        r"reference, meta, references; did you mean 'references'\?; config\.objective\.reward='test_refers' reads "
+        r"reference, meta\.tests "
+    )
+    with pytest.raises(ValueError, match=said):
+        training.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+    config.data.columns = "reference=references"  # which the first source needs not
+    task = objectives.make(config.objective).task
+    prepare.check_columns(config, task)
+
+    some = referring_rows(
+        tmp_path / "some.jsonl", of=lambda row: {**refer(row), "meta": {}} if "9" in str(row) else row
+    )
+    rows = [refer(row) for row in synthetic.rows("ratings", n=24)]
+    rows[5]["reference"], rows[6]["meta"] = None, {"url": "x"}
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    some = str(tmp_path / "some.jsonl")
+    config = make_config(**{"objective.reward": referring, "data.train": some, "data.max_bad_fraction": 0.2})
+    config.data.workers, config.data.cache_dir = 0, str(tmp_path / "cache")
+    prepare.check_columns(config, task)
+    groups = prepare.build_groups(config, prepare.open_chat(config, tmp_path), task, some)
+    assert len(groups) == 22 and groups.audit.reasons["no_column"].rows == 2
+    assert groups.audit.reasons["no_column"].example == "some.jsonl:5: there is no reference"
+
+
+def test_without_columns_the_cache_is_the_one_it_was(tmp_path, referring):
+    """A reward that reads none has the cache of `exact`; one that does has its own, and its validation set another."""
+    source, chat = referring_rows(tmp_path / "rows.jsonl"), prepare.open_chat(make_config(), tmp_path)
+    tasks = [objectives.make(make_config(**{"objective.reward": name}).objective).task for name in ("", "exact")]
+    tasks.append(objectives.make(make_config(**{"objective.reward": referring}).objective).task)
+    keys = {"cache_dir": tmp_path / "cache", "workers": 0}
+    first, second, carries = (
+        token_cache.build(source, chat, task, columns="ignore=reference" * (i < 2), **keys)
+        for i, task in enumerate(tasks)
+    )
+    assert repr(tasks[0]) == repr(tasks[2]) and "columns" not in repr(tasks[2])
+    assert first.fingerprint == second.fingerprint != carries.fingerprint and not first.group(0).columns
+    measured = prepare.without_columns(tasks[2])
+    beside = token_cache.build(source, chat, measured, carried=tasks[2].columns, **keys)
+    assert beside.fingerprint != carries.fingerprint and len(beside) == len(carries)
+
+
+@pytest.mark.parametrize("cell", [b"image", {"a": [b"x"]}, 1j])
+def test_a_cell_that_is_no_text_is_not_carried(cell):
+    with pytest.raises(BadRow, match="wrong_type: reference is "):
+        columns.carried({"reference": cell}, ("reference",))
+
+
+def test_a_run_is_opened_without_the_reward_of_its_own():
+    """Its config's file, which registered it, is not read then."""
+    objective = objectives.make({**make_config().objective.to_dict(), "reward": "test_gone"})
+    assert objective.exported.task.target == "score"
+    with pytest.raises(ValueError, match=r"config\.objective\.reward='test_gone' is none of better"):
+        objective.task  # noqa: B018
 
 
 # Config, and answers from elsewhere

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import warnings
@@ -39,9 +40,10 @@ from rmjax.data.formats.kinds import NUMBER, Kind, is_null, is_number, show
 from rmjax.data.records import BadRow, Record
 from rmjax.suggestions import closest, did_you_mean
 
-__all__ = ["FORMATS", "LOOK", "Format", "Kind", "Layout", "detect", "parse_columns"]
+__all__ = ["FORMATS", "LOOK", "Format", "Kind", "Layout", "check_carried", "detect", "parse_columns"]
 
 parse_columns = columns_of.parse
+check_carried = columns_of.check_carried
 
 LOOK = 1000  # rows that decide the format
 
@@ -73,6 +75,7 @@ class Layout:
     seen: tuple[str, ...] | None = None  # the columns that say something there; None looks at no others later
     strict: bool = True  # what is not read and looks like more than a note is refused
     labels: bool = True  # else the columns UNSCORED are not read, unless the format must have them
+    carried: tuple[str, ...] = ()  # columns that go into Record.columns, under the names that config.data.columns gives
 
     def read(
         self,
@@ -90,6 +93,7 @@ class Layout:
         the row (a response of a ranking, a message of a tree) is added to `defects`. A column that is not read and was
         in none of the first rows is added to `unread`, with an example.
         """
+        cells = columns_of.carried(columns_of.renamed(row, self.names), self.carried) if self.carried else {}
         row = self._arranged(row)
         reading = Reading(source, where, keep, self.by_place, self.attributes, defects)
         records = self._records(self._answered(row), reading)
@@ -97,6 +101,8 @@ class Layout:
             self._look_at_late(late, row, records, {} if unread is None else unread)
         if lost := [name for name in self.repeating if not _held(columns_of.cell_at(row, name), records)]:
             raise BadRow("not_read", f"{lost[0]} says more than the conversations; {NAMING}")
+        if cells:
+            records = [dataclasses.replace(record, columns=cells) for record in records]
         return records
 
     def named(self, row: Row) -> Row:
@@ -154,7 +160,11 @@ class Layout:
 
 
 def detect(
-    rows: Sequence[Row], name: str = "auto", columns: str = "", unlabelled: Sequence[str] | None = None
+    rows: Sequence[Row],
+    name: str = "auto",
+    columns: str = "",
+    unlabelled: Sequence[str] | None = None,
+    carried: Sequence[str] = (),
 ) -> Layout:
     """Finds the format of a source from its first rows, or checks the one that is named.
 
@@ -164,6 +174,7 @@ def detect(
         columns: what columns are, "prompt=trajectory,ignore=notes"; see config.data.columns.
         unlabelled: for rows that are to be scored: formats that are tried first, in this order, and recognised by their
             columns alone. Labels are not read then, and may be missing where a format has them in further columns.
+        carried: columns that go into Record.columns where they are.
 
     Raises:
         ValueError: no format fits or several do, a column is wrong throughout, or one that looks like context, a label
@@ -178,7 +189,7 @@ def detect(
     columns_of.check_names(rows, names)
     rows = [columns_of.renamed(row, names) for row in rows]
     form = FORMATS[name] if name != "auto" else _first_fit(rows, unlabelled or ()) or _only_fit(rows)
-    layout = Layout(form.name, names=names, labels=labels)
+    layout = Layout(form.name, names=names, labels=labels, carried=tuple(carried))
     arranged = [layout._arranged(row) for row in rows]
     cells = _cells(arranged)
     _check_columns(form, cells)
@@ -218,7 +229,8 @@ def _unread_cells(
     layout: Layout, rows: Sequence[Row]
 ) -> tuple[dict[str, list[Any]], list[tuple[Row, Sequence[Record]]]]:
     """The cells of rows (arranged) that nobody asks for in any of them, by path; and the readable rows and records."""
-    asked = {*FORMATS[layout.name].declared, *layout.attributes}
+    carried = {path for name in layout.carried for path in itertools.accumulate(name.split("."), "{}.{}".format)}
+    asked = {*FORMATS[layout.name].declared, *layout.attributes, *carried}
     reading = Reading("", "", keep=True, by_place=layout.by_place, attributes=layout.attributes, defects=[])
     readable = []
     for row in rows:

@@ -7,12 +7,15 @@ asked for is noted while the first rows are read (`noted`), so the columns and k
 """
 
 import functools
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from rmjax.data import sources
 from rmjax.data.formats.cells import Row, is_dialogue, is_empty, texts_in
 from rmjax.data.formats.kinds import is_null, is_number, show
+from rmjax.data.records import BadRow
 from rmjax.suggestions import did_you_mean
 
 Names = tuple[tuple[str, str], ...]  # (what a column is, its own name), in the order of config.data.columns
@@ -103,6 +106,42 @@ def renamed(row: Row, names: Names) -> Row:
 def cell_at(row: Row, name: str) -> Any:
     """The cell of a column, or of a key of an object in it: "data.context"; None where it is not there."""
     return _take(row, name)[1]
+
+
+def carried(row: Row, names: Sequence[str]) -> dict[str, Any]:
+    """The cells of these columns that are not null, as JSON has them; BadRow (`wrong_type`) for what it has not.
+
+    >>> carried({"reference": "yes", "meta": {"tests": (1, 2)}}, ("reference", "meta.tests", "note"))
+    {'reference': 'yes', 'meta.tests': [1, 2]}
+    """
+    cells = {name: cell for name in names if not is_null(cell := cell_at(row, name))}
+    for name, cell in cells.items():
+        try:
+            cells[name] = json.loads(json.dumps(cell, default=_plain))
+        except (TypeError, ValueError, RecursionError):
+            raise BadRow("wrong_type", f"{name} is {show(cell)}, expected text, numbers, lists or objects") from None
+    return cells
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        raise TypeError
+    return sources.plain(value)
+
+
+def check_carried(rows: Sequence[Row], names: Sequence[str], columns: str) -> None:
+    """Raises ValueError for columns to be carried that no row has; says which there are.
+
+    `columns` is config.data.columns.
+    """
+    rows = [renamed(row, parse(columns)) for row in rows]
+    for name in names:
+        if all(is_null(cell_at(row, name)) for row in rows):
+            known = dict.fromkeys(name for row in rows for name in row)
+            raise ValueError(
+                f"the column {name!r} is missing or null in its first {len(rows)} rows; found {', '.join(known)}"
+                f"{did_you_mean(name, [column for column in known if column != name])}"
+            )
 
 
 def _take(row: Row, name: str) -> tuple[Row, Any]:
