@@ -285,7 +285,7 @@ class RewardModel:
 
     @property
     def has_spread(self) -> bool:
-        """Whether the reward is made of several (of heads, or members), so that `values` has their `spread` beside it."""
+        """Whether the reward is made of those of several heads or members, so that `values` has their `spread`."""
         return self.objective is not None and self.objective.heads > 1
 
     def member_rewards(self, outputs: np.ndarray) -> np.ndarray:
