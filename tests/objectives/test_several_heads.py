@@ -26,7 +26,6 @@ from rmjax.objectives.bradley_terry import BradleyTerry
 from rmjax.score import __main__ as score
 from rmjax.serve import __main__ as serve
 from rmjax.serve import app
-from rmjax.train import training
 
 HEADS = 3
 WORDS = ["the river is deep", "no", "a garden, and a lake, and a river"]
@@ -172,7 +171,7 @@ def cache_dir(tmp_path_factory):
 def trained(cache_dir, tmp_path_factory):
     """The workdir of a small run with several heads."""
     workdir = tmp_path_factory.mktemp("heads")
-    training.run(small_runs.small(cache_dir, **{"model.heads": HEADS, "eval.every": "10 steps"}), workdir)
+    small_runs.Started(workdir, cache_dir, **{"model.heads": HEADS, "eval.every": "10 steps"}).finish()
     return workdir
 
 
