@@ -109,6 +109,9 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     model.base = ""  # of an init_from that is a PEFT adapter: directory or hub id of its base; "" is what it names
     model.scratch = ConfigDict()  # for init_from="": values of a Hugging Face config.json, with `model_type`
     model.tokenizer = ""  # directory or hub id; "" is init_from; "synthetic" makes the demo's own
+    # Score heads on the one model, of `bradley_terry`: each learns from its own resample of the groups, the reward is
+    # their mean, and their spread is given beside it.
+    model.heads = 1
     model.param_dtype = "float32"  # float32, or bfloat16 (rounded stochastically); the score head is float32 always
     model.compute_dtype = "auto"  # float32, bfloat16, or auto: float32 on CPUs and bfloat16 elsewhere
     # What the backward pass recomputes: "none" (all is saved), "full", names to save ("q,k,v,attention,mid,gate,up"),
@@ -346,6 +349,13 @@ def check(config: ConfigDict) -> None:
         problems.append("config.model.init_from is empty; give a Hugging Face directory or hub id")
     if not config.model.init_from and not config.model.tokenizer and not config.start:
         problems.append("config.model.tokenizer is empty and there is no init_from to take it from")
+    if config.model.heads < 1:
+        problems.append(f"config.model.heads={config.model.heads} must be at least 1")
+    elif config.model.heads > 1 and objective != "bradley_terry":
+        problems.append(
+            f"config.model.heads={config.model.heads} is for `bradley_terry`, whose reward is then their mean; "
+            f"`{objective}` has the outputs that it needs, so leave it out"
+        )
     problems += _lora_problems(config)
     positive = ["plan.row_tokens", "plan.window", "optim.eps", "checkpoint.keep_latest"]
     positive += ["optim.learning_rate"] * (config.optim.learning_rate is not None)

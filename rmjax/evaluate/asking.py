@@ -18,7 +18,6 @@ from rmjax.batches import measure
 from rmjax.batches.groups import Groups
 from rmjax.batches.tasks import Attributes, Preferences, Task
 from rmjax.evaluate.scored import Scored
-from rmjax.inference.ensembles import MEMBERS, Ensemble
 from rmjax.inference.reward_model import RewardModel
 from rmjax.judging.questions import Ratings, Verdicts
 from rmjax.judging.verdicts import Judgements
@@ -60,7 +59,7 @@ def ask(model: RewardModel, groups: Groups, progress: Callable[[int], None] = la
     outputs = model.answers(groups, progress)  # of a language model the mean negative log-likelihood after token 1
     if isinstance(task, Preferences):
         scores = _split(model.decode(np.concatenate(outputs))["score"], outputs)
-        members = [x[:, MEMBERS:] for x in outputs] if isinstance(model, Ensemble) else None
+        members = [model.member_rewards(x) for x in outputs] if model.has_spread else None
         log_odds = (model.contract or {}).get("reward_scale", 1.0)
         return _with_scores(groups, scores, measure.response_tokens(groups), log_odds, members)
     if isinstance(task, Ratings):  # the texts' lengths are characters, as a question holds more than the response

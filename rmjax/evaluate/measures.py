@@ -37,7 +37,7 @@ def preferences(groups: Sequence[Scored], worst: int = WORST) -> dict[str, Any]:
     shares q, ties as half a preference each way; ece, of the probability of the side that the model prefers;
     tie_rate, found equal; longer_is_better and coin, two baselines; top1_accuracy with more than two responses. Of
     rewards also margin, mean, standard deviation and correlation with the length, over all responses. Of an ensemble
-    error_auc_*, see _add_errors_told. Of judges consistency, conflict_rate and cycle_rate (see judges.py).
+    or of several heads what `add_members` adds. Of judges consistency, conflict_rate and cycle_rate (see judges.py).
 
     Returns:
         Values of kind "preferences": also "pairs", "reliability", "margins", "chosen", "rejected" (not of judges),
@@ -60,7 +60,9 @@ def preferences(groups: Sequence[Scored], worst: int = WORST) -> dict[str, Any]:
     else:
         _add_rewards(estimates, parts, compared)
     if parts[0].members is not None:
-        _add_errors_told(estimates, compared)
+        members = [s.members for s in parts if s.members is not None]
+        at = np.concatenate([np.repeat(s.at, s.tokens.shape[1]) for s in parts])
+        add_members(estimates, compared, at, np.concatenate([x.reshape(-1, x.shape[-1]) for x in members]))
     names = estimates.keys
     curve, slices = best_of_n.add_curve(estimates, parts), pairs.add_slices(estimates, compared, groups)
     measured = estimates.all()
@@ -118,6 +120,23 @@ def _add_rewards(estimates: Estimates, parts: Sequence[Stack], compared: Pairs) 
     moments.add_correlation(estimates, "reward_length_correlation", at, reward, tokens)
     estimates.mean("reward_mean", at, reward, np.ones(len(at)))
     moments.add_deviation(estimates, "reward_std", at, reward)
+
+
+def add_members(estimates: Estimates, compared: Pairs, at: np.ndarray, rewards: np.ndarray) -> None:
+    """Adds what several members (models, or heads of one) are worth: reward_spread, the mean over responses of the
+    standard deviation of their rewards; members_accuracy and members_ece, of a member drawn for each pair, to compare
+    the whole with; and what tells wrong pairs from right ones (error_auc_*).
+
+    `rewards` [n, M] are those of all responses, of the groups `at` [n].
+    """
+    estimates.mean("reward_spread", at, rewards.std(1), np.ones(len(at)))
+    m = compared.by_member.shape[1]
+    above = compared.by_member.ravel() - 0.5
+    group, right = np.repeat(compared.group, m), 0.5 + 0.5 * np.sign(above)
+    weight = np.repeat(compared.weight, m) / m
+    estimates.share("members_accuracy", group, right, weight)
+    moments.add_ece(estimates, group, 0.5 + np.abs(above), right, weight, 0.5, "members_ece")
+    _add_errors_told(estimates, compared)
 
 
 def _add_errors_told(estimates: Estimates, compared: Pairs) -> None:

@@ -56,12 +56,18 @@ def add_deviation(estimates: Estimates, key: str, at: np.ndarray, x: np.ndarray)
 
 
 def add_ece(
-    estimates: Estimates, at: np.ndarray, confidence: np.ndarray, right: np.ndarray, weight: np.ndarray, least: float
+    estimates: Estimates,
+    at: np.ndarray,
+    confidence: np.ndarray,
+    right: np.ndarray,
+    weight: np.ndarray,
+    least: float,
+    key: str = "ece",
 ) -> None:
-    """Adds "ece" of cases [n] of the rows `at` [n]; see `reliability`."""
+    """Adds the expected calibration error of cases [n] of the rows `at` [n]; see `reliability`."""
     bin = bins_of(confidence, least)
     gaps = estimates.per_prompt(at, weight * (confidence - right), bin, BINS)
-    estimates.add("ece", ece, gaps, estimates.per_prompt(at, weight, bin, BINS))
+    estimates.add(key, ece, gaps, estimates.per_prompt(at, weight, bin, BINS))
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray, weight: np.ndarray, least: float) -> dict[str, list[Any]]:

@@ -65,7 +65,8 @@ def _count(n: float) -> np.ndarray:
 def _preferences(task: Preferences, outcomes: Outcomes) -> Measured:
     here = outcomes["weight"] > 0
     scores, wins, weight, ties = (outcomes[name][here] for name in ("scores", "wins", "weight", "ties"))
-    stack = _stack(wins, ties, weight, scores=scores)
+    members = outcomes["members"][here] if "members" in outcomes else None
+    stack = _stack(wins, ties, weight, scores=scores, members=members)
     compared, estimates = pairs.of_stack(stack), _without_intervals(len(scores))
     measures.add_pairs(estimates, compared)
     chosen, rejected = compared.chosen, compared.beaten
@@ -74,6 +75,8 @@ def _preferences(task: Preferences, outcomes: Outcomes) -> Measured:
     if scores.shape[1] > 2:
         best_of_n.add_top1(estimates, [stack])
     at, slot = np.nonzero(outcomes["present"][here])
+    if members is not None:
+        measures.add_members(estimates, compared, at, members[at, slot])
     counts = {"pairs_count": _count(len(compared)), **_reward_sums(estimates, at, scores[at, slot])}
     if "tied" in outcomes:
         labelled = wins + 0.5 * ties

@@ -1,6 +1,6 @@
 """The pairs of which one side is labelled better, flat, with what the model said: accuracy, slices, the worst of them.
 
-Shape letter: P pairs.
+Shape letters: P pairs, M members of an ensemble.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rmjax.evaluate.estimates import Estimate, Estimates
-from rmjax.evaluate.scored import Scored, Stack
+from rmjax.evaluate.scored import Scored, Stack, sigmoid
 
 FEW = 5  # different gold margins that are slices of their own
 SOURCES = 20  # sources that are slices of their own, the largest ones
@@ -23,7 +23,7 @@ SliceTables = dict[str, list[dict[str, Any]]]
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """P pairs; every field is [P], those of rewards are NaN of a judge."""
+    """P pairs; every field but `by_member` is [P], those of rewards are NaN of a judge."""
 
     group: np.ndarray  # int64, where the pair's group is in all groups
     preferred: np.ndarray  # int64, the response that is labelled better
@@ -39,6 +39,7 @@ class Pairs:
     # each member finds between them, in which members' offsets cancel.
     spread: np.ndarray
     margin_spread: np.ndarray
+    by_member: np.ndarray  # float64 [P, M], each member's probability that the preferred one is better
 
     def __len__(self) -> int:
         return len(self.group)
@@ -68,6 +69,7 @@ def of_stack(stack: Stack) -> Pairs:
         longer=stack.tokens[n, i] - stack.tokens[n, j],
         spread=(first.std(1) + second.std(1)) / 2,
         margin_spread=(first - second).std(1),
+        by_member=sigmoid(stack.log_odds * (first - second)),
     )
 
 

@@ -104,7 +104,7 @@ class Stack:
     def preference(self) -> np.ndarray:
         """float64 [N, K, K]: the model's probability that i is better than j; a tie counts half each way."""
         if self.scores is not None:
-            return 0.5 + 0.5 * np.tanh(self.log_odds * self.difference / 2)  # a sigmoid that never overflows
+            return sigmoid(self.log_odds * self.difference)
         p = self.averaged
         return p[..., 0] + (p[..., 2] / 2 if p.shape[-1] == 3 else 0.0)
 
@@ -147,6 +147,10 @@ def _stack(groups: Sequence[Scored], at: np.ndarray) -> Stack:
     wins, ties, margin = (joined(name) for name in ("wins", "ties", "margin"))
     rewards = None if picked[0].members is None else joined("members")
     return Stack(at, wins, ties, margin, tokens, joined("weight"), scores, orders, picked[0].log_odds, rewards)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 + 0.5 * np.tanh(x / 2)  # never overflows
 
 
 def _swap(x: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from rmjax.runtime import agreement, files, processes
 
 GOLDEN = 4  # responses whose scores the contract keeps
 # Metrics in the rewards' unit.
-IN_REWARDS = r"(.*/)?(reward_(mean|std|min|max|drift)|margin|(chosen|rejected)(_p\d\d)?)"
+IN_REWARDS = r"(.*/)?(reward_(mean|std|min|max|drift|spread)|margin|(chosen|rejected)(_p\d\d)?)"
 SAMPLES = (  # where normalizers and splitting rules differ
     "It's 12345 + 6,789.50 and they'LL don't stop!!!  Two spaces, a\ttab.\r\n\n\n  if a_b == {c: [1]}:\n        d()\n",
     " résumé re\u0301sume\u0301 ﬁne Ａ½ 日本語のテキスト、한국어 Привет مرحبا 🙂👩‍👩‍👧\u00a0\u200b ",
@@ -202,9 +202,12 @@ def scaled(params: Mapping[str, Any], terms: Mapping[str, Any]) -> tuple[dict[st
         )
     mean, std = contract.normalization(terms)
     head = {**params["score"], "kernel": params["score"]["kernel"] / std}
+    log_odds = "the log-odds that one response is preferred to another are the difference of their"
+    decoding = f"the output is the reward divided by {std:.9g}; {log_odds} outputs times that"
+    if len(terms["labels"]) > 1:
+        decoding = f"{terms['decoding']}; the outputs were divided by {std:.9g}, and {log_odds} rewards times that"
     changed = {
-        "decoding": f"the output is the reward divided by {std:.9g}; the log-odds that one response is preferred to "
-        "another are the difference of their outputs times that",
+        "decoding": decoding,
         "reward_mean": mean / std,
         "reward_std": 1.0,
         "reward_scale": std,

@@ -26,6 +26,7 @@ from rmjax.inference import adapted, contract, reward_model
 from rmjax.inference.reward_model import Kind, RewardModel
 from rmjax.judging.verdicts import Judgements
 from rmjax.models import hf
+from rmjax.objectives.base import SPREAD
 from rmjax.runtime import notes
 from rmjax.suggestions import did_you_mean
 
@@ -36,7 +37,7 @@ COMBINATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of rewards [n
     "median": lambda rewards: np.median(rewards, 1),
 }
 DEFAULT = "mean"
-SCORE, SPREAD = "score", "spread"  # what an ensemble says of a response
+SCORE = "score"  # what an ensemble says of a response, beside the spread
 MEMBERS = 2  # the first column of an ensemble's outputs that is a member's
 UNLIKE_SCALES = 2.0  # a member's deviation over another's, from which on they are told of
 UNLIKE_MEANS = 1.0  # the same of the difference of two means, in the smaller deviation
@@ -172,6 +173,13 @@ class Ensemble(RewardModel):
             ValueError: as RewardModel.load, `combination` and `check`.
         """
         return _loaded(RewardModel.load, paths, combine, normalize, options)
+
+    @property
+    def has_spread(self) -> bool:
+        return True
+
+    def member_rewards(self, outputs: np.ndarray) -> np.ndarray:
+        return outputs[:, MEMBERS:]
 
     @property
     def title(self) -> str:

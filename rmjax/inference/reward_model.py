@@ -171,7 +171,8 @@ class RewardModel:
     def values(
         self, conversations: Sequence[Conversation], *, tools: Sequence[Sequence[Any] | None] | None = None
     ) -> dict[str, np.ndarray]:
-        """Everything the model says of each conversation: `score`, and attributes by name on their scales.
+        """Everything the model says of each conversation: `score`, and attributes by name on their scales, or the
+        `spread` of the heads whose mean the score is.
 
         Args:
             conversations, tools: as for `score`.
@@ -293,6 +294,15 @@ class RewardModel:
         named = {label: outputs[:, i] for i, label in enumerate(self.labels)}
         return {"score": outputs[:, 0]} if len(named) == 1 else named
 
+    @property
+    def has_spread(self) -> bool:
+        """Whether the reward is made of those of several heads or members, so that `values` has their `spread`."""
+        return self.objective is not None and self.objective.heads > 1
+
+    def member_rewards(self, outputs: np.ndarray) -> np.ndarray:
+        """The rewards [n, M] that the score of raw outputs [n, A] is made of, where the model `has_spread`."""
+        return outputs
+
     def outputs(self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None) -> np.ndarray:
         """Raw outputs of token sequences at their last token, whatever they are; `score_tokens` checks them.
 
@@ -323,7 +333,7 @@ class RewardModel:
     def score_tokens(
         self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None, *, complete: bool = False
     ) -> list[float]:
-        """The first output of each token sequence; see `outputs`.
+        """The first output of each token sequence, of several heads their mean; see `outputs`.
 
         Args:
             complete: adds what a sequence lacks of a BOS, an end of turn and what follows it; otherwise it is refused.
@@ -332,7 +342,8 @@ class RewardModel:
             BadConversation: a sequence that does not begin and end as the template's renderings do.
             ValueError: a token that the embedding has no row for.
         """
-        return self.outputs([self._whole(*each, complete) for each in enumerate(sequences)], prompts)[:, 0].tolist()
+        outputs = self.outputs([self._whole(*each, complete) for each in enumerate(sequences)], prompts)
+        return (self.decode(outputs)["score"] if self.has_spread else outputs[:, 0]).tolist()
 
     def score_texts(self, texts: Sequence[str], *, complete: bool = False) -> list[float]:
         """The same for texts, which are tokenized without adding special tokens."""

@@ -120,7 +120,7 @@ def open_checkpoint(place: Place, mesh: jax.sharding.Mesh | None = None) -> Open
         ValueError: there is no such checkpoint, or it is not whole; says which there are.
     """
     config = settled(read_config(place.workdir), place.workdir)
-    objective = objectives.make(config.objective).exported
+    objective = objectives.of_config(config).exported
     mesh = mesh or _mesh(config)
     with tempfile.TemporaryDirectory() as scratch:
         chat = prepare.open_chat(config, Path(scratch))

@@ -40,6 +40,12 @@ def make(values: Mapping[str, Any]) -> Objective:
         raise ValueError(f"config.objective: a value of {name!r} is of the wrong type: {error}") from None
 
 
+def of_config(config: Any) -> Objective:
+    """The objective of a run's config: that of `config.objective`, with the heads of `config.model`."""
+    several = {} if config.model.heads == 1 else {"heads": config.model.heads}
+    return make({**config.objective, **several})
+
+
 def name_of(objective: Objective) -> str:
     """The name of an objective's kind."""
     return next(name for name, kind in OBJECTIVES.items() if kind is type(objective))

@@ -21,6 +21,7 @@ from rmjax.batches.tasks import Task
 Batch = Mapping[str, jax.Array]  # see batches/loader.py: Shape.fields
 Outcomes = dict[str, jax.Array]
 Params = Mapping[str, Any]  # the objective's own parameters, float32; {} for most
+SPREAD = "spread"  # what `decode` calls the standard deviation of the rewards that a score is the mean of
 
 
 class Objective:
@@ -32,6 +33,7 @@ class Objective:
         problem_type: of the export's config.json: "regression" for scores as they are, "single_label_classification"
             for logits of exclusive classes; servers take it as a hint whether to apply a softmax.
         shown: the metrics that progress lines show.
+        heads: score heads that learn apart, of which the score is the mean; see BradleyTerry.
         draws: whether a step learns from what the model itself writes (train/rollouts.py). Then `task` makes questions,
             and the fields of a step's batch are not those of the task.
     """
@@ -39,6 +41,7 @@ class Objective:
     architecture: str = "SequenceClassification"
     problem_type: str = "regression"
     shown: tuple[str, ...] = ("loss", "accuracy")
+    heads: int = 1
     draws: bool = False
 
     @property

@@ -7,14 +7,16 @@ may be, each by its key: see BradleyTerry.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rmjax.batches.resampling import FIELD
 from rmjax.batches.tasks import Preferences
 from rmjax.objectives import likelihoods
-from rmjax.objectives.base import Batch, Objective, Outcomes, Params
+from rmjax.objectives.base import SPREAD, Batch, Objective, Outcomes, Params
 from rmjax.objectives.gather import gather_groups
 
 LEARNED = ("rao_kupper", "davidson")
@@ -29,7 +31,7 @@ EXCLUDES = (
 
 @dataclasses.dataclass(frozen=True)
 class BradleyTerry(Objective):
-    """The objective; every field is a key of `config.objective` with the same name.
+    """The objective; every field is a key of `config.objective` with the same name, `heads` one of `config.model`.
 
     A group of K > 2 is either its labelled pairs, each of which counts once, or one ranking, which counts once
     whatever its K. The formulas of rankings, ties, focal and barrier are in likelihoods.py.
@@ -37,6 +39,14 @@ class BradleyTerry(Objective):
     A tie parameter is learnt as `objective/tie`, from the start where equal rewards tie in a third of the cases. Adam
     moves it by about the learning rate in a step: below 1e-3 give it one of its own, for example
     config.optim.lr_factors = ((r"objective/.*", 1000.0), (r".*", 1.0)).
+
+    With several heads, M columns of the score kernel are drawn independently, and each learns the loss of its own
+    rewards on its own resample of the groups (batches/resampling.py). What is resampled is the group, since the pairs
+    of a group go together. The loss is the mean over heads of the summed losses over the mean of their denominators, so
+    the trunk's gradient is as large as with one head. In evaluation every head counts every group. The reward is the
+    mean over heads, and their population standard deviation the spread. Heads share a trunk, so what that has learnt
+    wrongly shows in no spread; even models of their own that start from one pretraining err alike (Eisenstein et al.
+    2023, arXiv:2312.09244).
     """
 
     # "pairs", the pairwise reduction: every labelled pair on its own, also those of a ranking (Ouyang et al. 2022); or
@@ -61,6 +71,7 @@ class BradleyTerry(Objective):
     # rewards' counts, of a ranking the mean over its pairs. Cai et al. 2024 have 0.02 with the penalty of one reward;
     # their code (InternLM/xtuner, xtuner/model/reward.py, `penalty_weight`) has 0.01 with the sum of both: the same.
     barrier: float = 0.0
+    heads: int = 1  # M, config.model.heads
 
     def __post_init__(self) -> None:
         self._require("rankings", self.rankings in TIES, f"is none of {', '.join(TIES)}")
@@ -70,6 +81,11 @@ class BradleyTerry(Objective):
         self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "must be in [0, 0.5)")
         for name in ("margin_scale", "focal", "center", "barrier"):
             self._require(name, not getattr(self, name) < 0, "must not be negative")
+        if self.heads > 1 and self.ties in LEARNED:
+            raise ValueError(
+                f"config.objective.ties={self.ties!r} learns one parameter beside one head, which does not "
+                f"go with config.model.heads={self.heads}; take 'skip' or 'half', or leave one out"
+            )
         for key, values, others, why in EXCLUDES:
             given = [f"config.objective.{name}={getattr(self, name)}" for name in others if getattr(self, name)]
             if getattr(self, key) in values and given:
@@ -82,13 +98,47 @@ class BradleyTerry(Objective):
     def task(self) -> Preferences:
         return Preferences("skip" if self.ties == "skip" else "keep")
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return super().labels if self.heads == 1 else tuple(f"head_{m}" for m in range(self.heads))
+
+    @property
+    def decoding(self) -> str:
+        if self.heads == 1:
+            return super().decoding
+        return (
+            f"the reward is the mean of the {self.heads} outputs; their standard deviation, the root of their mean "
+            "squared distance from it, is its spread: how far the heads disagree"
+        )
+
+    def terms(self) -> dict[str, Any]:
+        """Without `heads` where there is one, as contracts were before there could be several."""
+        return {name: value for name, value in super().terms().items() if name != "heads" or value > 1}
+
+    def decode(self, outputs: np.ndarray, params: Params) -> dict[str, np.ndarray]:
+        if self.heads == 1:
+            return super().decode(outputs, params)
+        return {"score": outputs.mean(1), SPREAD: outputs.std(1)}
+
     def params(self) -> dict[str, np.ndarray]:
         """`tie`, float32 []: log(theta - 1) of Rao and Kupper, log(nu) of Davidson."""
         return {"tie": np.zeros((), np.float32)} if self.ties in LEARNED else {}
 
     def loss_sums(self, scores_BEA: jax.Array, batch: Batch, params: Params) -> tuple[jax.Array, jax.Array]:
-        """See `loss`. scores_BEA: float32 [B, E, 1]."""
-        return self.loss(self._group_scores(scores_BEA[..., 0], batch), batch, params)
+        """See `loss`. scores_BEA: float32 [B, E, M]; without `bootstrap` in the batch, all heads count all groups."""
+        if self.heads == 1:
+            return self.loss(self._group_scores(scores_BEA[..., 0], batch), batch, params)
+        weight_BG1 = batch["weight"][..., None]
+        weight_BGM = weight_BG1 * batch.get(FIELD, jnp.ones((1, 1, self.heads)))
+        if {scores_BEA.shape[-1], weight_BGM.shape[-1]} != {self.heads}:
+            found = f"scores {scores_BEA.shape} and {FIELD} weights {weight_BGM.shape}"
+            raise ValueError(f"{found}: expected {self.heads} last, one for each head")
+
+        def of_head(scores_BE: jax.Array, weight_BG: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return self.loss(self._group_scores(scores_BE, batch), {**batch, "weight": weight_BG}, params)
+
+        numerators, denominators = jax.vmap(of_head, in_axes=-1)(scores_BEA, weight_BGM)
+        return numerators.mean(), denominators.mean()
 
     def _group_scores(self, scores_BE: jax.Array, batch: Batch) -> jax.Array:
         """[B, G, K]; 0 where there is no response."""
@@ -104,14 +154,18 @@ class BradleyTerry(Objective):
         """`scores` and `present` (1 where there is a response) [B, G, K], `wins`, `ties` [B, G, K, K], `weight` [B, G].
 
         With a tie parameter also `tied` [B, G, K, K], the probability of a tie, and the parameter as published,
-        `rao_kupper_theta` or `davidson_nu` [B].
+        `rao_kupper_theta` or `davidson_nu` [B]. With several heads also `members` [B, G, K, M], of which `scores` are
+        the mean.
         """
-        s_BGK = self._group_scores(scores_BEA[..., 0], batch)
+        own_BGKM = [self._group_scores(scores_BEA[..., m], batch) for m in range(self.heads)]
+        s_BGK = own_BGKM[0] if self.heads == 1 else jnp.mean(jnp.stack(own_BGKM), 0)
         outcomes = {
             "scores": s_BGK,
             "present": self._group_scores(jnp.ones_like(scores_BEA[..., 0]), batch),
             **{name: batch[name] for name in ("wins", "ties", "weight")},
         }
+        if self.heads > 1:
+            outcomes["members"] = jnp.stack(own_BGKM, -1)
         if self.ties in LEARNED:
             name, least = {"rao_kupper": ("theta", 1.0), "davidson": ("nu", 0.0)}[self.ties]
             parameter = least + jnp.exp(params["tie"])

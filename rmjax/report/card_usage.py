@@ -40,9 +40,11 @@ def parts(objective: str, name: str, base: str = "", labels: int = 1) -> list[Pa
     ]
     if base:
         return found
+    several = objective == "bradley_terry" and labels > 1
+    raw = "The outputs are the heads', whose mean is the reward" if several else RAW[objective]
     return [
         *found,
-        f"With vLLM, from whole renderings of the chat template, without adding special tokens. {RAW[objective]}: no "
+        f"With vLLM, from whole renderings of the chat template, without adding special tokens. {raw}: no "
         "sigmoid, no softmax.",
         Code("bash", VLLM.format(name=name)),
     ]

@@ -22,6 +22,7 @@ read. What the model was trained for decides which columns are added:
                                                                       that can be read), or shares of A, B and tie; and
                                                                       `unreadable`, the share of the other judgements
 
+Rewards of several heads (config.model.heads) have `spread` beside them, or `chosen_spread` and `rejected_spread`.
 A response that is empty or null has no score: null, counted on the last line, and nothing is chosen by it. What the
 chat template does not show of rows (system messages, tools, thoughts) is counted there, too, by the names of
 docs/data.md.

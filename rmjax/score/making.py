@@ -23,6 +23,7 @@ SIDES = ("chosen", "rejected")
 STALE = ("preference", "preference_strength")  # columns that say which side is better: null after --relabel
 MOST_PAIRED = 512  # responses of which all pairs are made: 130,816, and four times as many of twice the responses
 REWARDS = ("score", "scores", "chosen_score", "rejected_score")  # what is normalized; attributes have scales
+SPREADS = ("spread", "chosen_spread", "rejected_spread")  # distances of rewards, which have no mean to subtract
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +151,8 @@ def _value(name: str, x: Any, options: Options) -> Any:
         return [_value(name, value, options) for value in x]
     if x is None or not math.isfinite(x):
         return None
+    if name in SPREADS:
+        return x / options.std
     return (x - options.mean) / options.std if name in REWARDS else x
 
 

@@ -217,7 +217,7 @@ def _service(args: argparse.Namespace) -> "Service":
         raise ValueError(
             f"{args.model} is a {model.architecture}; only sequence classifiers are served, see rmjax.score"
         )
-    if normalize and len(model.labels) > 1:
+    if normalize and len(model.labels) > 1 and not model.has_spread:
         raise ValueError(f"--normalize is for one reward; {args.model} has the outputs {', '.join(model.labels)}")
     max_length = args.max_length or (model.contract or {}).get("max_length") or model.longest
     policy = Chat(load_tokenizer(args.policy_tokenizer)) if args.policy_tokenizer else None

@@ -8,7 +8,8 @@
     POST /get_reward or /   {"query": [...], "prompts": [...]} (OpenRLHF) or {"prompt": ..., "response": ...} (slime)
     GET /health, /metrics (Prometheus), /v1/models
 
-An ensemble's answers have `spread` beside each reward, but for slime, to which a number is answered.
+Answers of an ensemble, and of a model with several heads, whose mean is the reward, have `spread` beside each reward,
+but for slime, to which a number is answered.
 
 `input` is a whole rendering of the chat template, its BOS included, tokenized without adding special tokens (vLLM adds
 them unless told not to). One that does not begin or end as renderings do is refused, or completed ("complete": true).

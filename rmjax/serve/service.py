@@ -17,8 +17,8 @@ import prometheus_client
 
 from rmjax.batches.chat import Chat
 from rmjax.inference import engine
-from rmjax.inference.ensembles import SPREAD, Ensemble
 from rmjax.inference.reward_model import RewardModel
+from rmjax.objectives.base import SPREAD
 from rmjax.serve import REFUSE
 from rmjax.serve.batching import Batcher, QueueFull
 from rmjax.serve.bodies import parse
@@ -39,7 +39,7 @@ class Answers(NamedTuple):
     """The answers to the sequences of a request."""
 
     values: np.ndarray  # float32 [n, A]
-    beside: list[dict[str, Any]]  # of each, what stands beside its values: an ensemble's spread
+    beside: list[dict[str, Any]]  # of each, what stands beside its values: the spread of members or heads
 
 
 class Service:
@@ -68,8 +68,8 @@ class Service:
 
         A sequence has at most `max_length` tokens (0 is no limit) and a batch `batch_tokens`; `queue` sequences may
         wait, for others `max_wait` seconds. `normalize` is the mean and the standard deviation of rewards. `reward`
-        names the one value that all answers are; without it /classify and /pooling give all outputs. `complete`,
-        `over_long` and `policy` are as in Reader.
+        names the one value that all answers are; without it that is the score of a model that `has_spread`, and of
+        others /classify and /pooling give all outputs. `complete`, `over_long` and `policy` are as in Reader.
 
         Raises:
             ValueError: the model has no value of that name, or several outputs and `over_long` is one number.
@@ -78,10 +78,10 @@ class Service:
         self.ready = False
         self.failure: Exception | None = None
         self._normalize, self._batch_tokens, self._stopping = normalize, batch_tokens, False
-        self._reward, self._over_long = reward, over_long
-        if reward and reward not in (values := self._values(1)):
+        self._reward, self._over_long = reward or ("score" if model.has_spread else ""), over_long
+        if self._reward and self._reward not in (values := self._values(1)):
             raise ValueError(f"--reward={reward} is none of what this model gives: {', '.join(values)}")
-        if not isinstance(over_long, str) and not reward and len(model.labels) > 1:
+        if not isinstance(over_long, str) and not self._reward and len(model.labels) > 1:
             names = ", ".join(self._values(1))
             raise ValueError(
                 f"--over_long={over_long:g} is one number, this model gives {names}; choose one by --reward"
@@ -225,9 +225,10 @@ class Service:
         return Answers(values, self._beside(outputs, fixed))
 
     def _beside(self, outputs: np.ndarray, fixed: Sequence[int]) -> list[dict[str, Any]]:
-        if not isinstance(self.model, Ensemble):
+        if not self.model.has_spread:
             return [{} for _ in outputs]
-        spreads = self.model.decode(outputs)[SPREAD].tolist()
+        _, std = self._normalize or (0.0, 1.0)
+        spreads = (self.model.decode(outputs)[SPREAD] / std).tolist()
         return [{SPREAD: None if i in fixed else spread} for i, spread in enumerate(spreads)]
 
     @property
@@ -270,7 +271,7 @@ class Service:
                 400, f"the model gives {given}, not one reward; ask /classify, or start it with --reward=NAME"
             )
         mean, std = self._normalize or (0.0, 1.0)
-        return (values[name] - mean) / std
+        return (values[name] - (0.0 if name == SPREAD else mean)) / std
 
     def _values(self, count: int) -> Mapping[str, np.ndarray]:
         return self.model.decode(np.zeros((count, max(1, len(self.model.labels))), np.float32))

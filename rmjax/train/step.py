@@ -17,6 +17,7 @@ from rmjax.batches.groups import Groups
 from rmjax.batches.loader import Shape
 from rmjax.batches.packing import Plan
 from rmjax.batches.prepare import Split
+from rmjax.batches.resampling import Resampled
 from rmjax.hardware import memory
 from rmjax.inference import parameters
 from rmjax.inference.parameters import AbstractModel
@@ -258,6 +259,8 @@ def compile_program(
         ValueError: no settings fit.
     """
     mesh = model.mesh
+    if model.objective.heads > 1:
+        groups = Resampled(groups, model.objective.heads, config.seed)
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     most_rows = -(-_rows_of_steps(config, model.objective, groups, plan) // row_devices)
     choices = memory.candidates(config.model.remat, config.plan.micro_rows, plan.row_tokens, most_rows)

@@ -142,7 +142,7 @@ def _run(
 ) -> None:
     # ---- Config and devices: what is cheap to check is checked first
     given, config = config, runs.settled(config, workdir)
-    objective = objectives.make(config.objective)
+    objective = objectives.of_config(config)
     task = objective.task
     config, devices, limit = dry_runs.target(config, topology)
     mesh = sharding.make_mesh(config.mesh, devices)

@@ -55,9 +55,8 @@ def known(sequence):
 @pytest.fixture
 def stand_in(model):
     """A model with the tokenizer of the real one, whose rewards are known and cost nothing."""
-    kept = {
-        name: getattr(model, name) for name in ("chat", "config", "labels", "objective", "decode", "mesh", "inference")
-    }
+    names = ("chat", "config", "labels", "objective", "decode", "mesh", "inference", "has_spread")
+    kept = {name: getattr(model, name) for name in names}
     return SimpleNamespace(**kept, outputs=lambda sequences, prompts=None: np.array([[known(s)] for s in sequences]))
 
 

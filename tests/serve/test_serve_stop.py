@@ -35,6 +35,7 @@ class Model:
     def __init__(self, tokenizer_dir, seconds=0.0):
         self.chat = Chat(load_tokenizer(tokenizer_dir))
         self.config, self.labels, self.objective = SimpleNamespace(vocab=500), ["reward"], None
+        self.has_spread = False
         self.inference = SimpleNamespace(work=SimpleNamespace(computed=0))
         self.mesh, self.seconds = SimpleNamespace(shape={"data": 1, "fsdp": 1}), seconds
         self.go = threading.Event()
