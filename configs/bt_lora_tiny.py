@@ -1,6 +1,19 @@
-"""The demo of adapters: a model that has learnt one rule learns another with a sixth of its parameters.
+"""The demo of adapters: a model that has learnt one rule learns another one, with a seventh as many parameters.
 
-python -m rmjax.main --config=configs/bt_lora_tiny.py --workdir=runs/lora_tiny
+    python -m rmjax.main --config=configs/bt_lora_tiny.py --workdir=runs/lora_tiny
+
+Hardware: any CPU; here 2 cores.
+Hours: 0.06 (223 seconds from start to report beside other work on 2 cores of an AMD EPYC, 2026-11-30).
+Score: pairs ranked apart on the validation data, in per cent (seed 0, 2026-11-30):
+
+    the base, which has learnt the demo's pairs          74.6
+    with adapters of rank 8 (19,520 numbers trained)     94.0
+    the head alone (64 numbers trained, as long)         80.8
+    all parameters, from scratch (bt_rankings_tiny.py)   94.4
+    best reachable                                       94.7
+
+The base is `bt_tiny.py`'s run (`config.start`): the better reply has the word that the prompt names. The new rule counts
+how many of three words a reply has (`rmjax/data/synthetic/rankings.py`). The base's own kernels stay as they are.
 """
 
 import runpy
@@ -10,7 +23,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Returns the config; takes no argument."""
+    """Returns the config of bt_rankings_tiny.py with what differs; takes no argument."""
     load = lambda name: runpy.run_path(str(Path(__file__).with_name(name)))["get_config"](arg)
     config = load("bt_rankings_tiny.py")
     config.start = load("bt_tiny.py")

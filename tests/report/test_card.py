@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 from made_up_evaluations import KINDS, evaluation
 
-from rmjax.config import OBJECTIVES, defaults
+from rmjax.config import OBJECTIVES, defaults, filled
 from rmjax.evaluate import gate
 from rmjax.report import card
 
@@ -22,7 +22,7 @@ TASK = {"prm": "token-classification", "sft": "text-generation"}
 
 
 def made(objective="bradley_terry", **more):
-    config = defaults(objective).to_dict()
+    config = filled(defaults(objective)).to_dict()
     config["data"]["train"] = (
         "hf://datasets/Anthropic/hh-rlhf/train.parquet,hf://datasets/nvidia/HelpSteer2@main/*,own.jsonl"
     )

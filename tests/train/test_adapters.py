@@ -163,3 +163,10 @@ def test_every_objective_takes_adapters(objective, base, cache_dir, tmp_path):
 
 
 SOURCES = {"sft": "ratings", "prm": "steps", "pairwise": "verdicts", "pointwise": "scores"}
+
+
+@pytest.mark.release
+def test_the_demo_of_adapters_reaches_the_score_that_it_states(tmp_path, cache_dir):
+    Started(tmp_path / "run", cache_dir, config="configs/bt_lora_tiny.py", small={}).finish()
+    accuracy = column(tmp_path / "run", "validation/accuracy")
+    assert 0.6 < accuracy[0] < 0.85 and accuracy[-1] > 0.9

@@ -1,5 +1,8 @@
 """Schedules against torch and transformers; AdamW with regex lists against torch; Adafactor and Muon against optax."""
 
+import functools
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +11,14 @@ import pytest
 import transformers
 
 from rmjax import sharding
-from rmjax.config import defaults
+from rmjax.config import defaults, filled
+from rmjax.inference import parameters
 from rmjax.sharding import path_name
 from rmjax.train import optim
 
 
 def config(**values):
-    c = defaults().optim
+    c = filled(defaults()).optim
     c.update(values)
     return c
 
@@ -81,13 +85,14 @@ def gradients(step, name, shape):
 
 def run(c, steps=5, lr=0.1, p=None):
     tx, p = optim.make(c), params() if p is None else p
-    state = tx.init(p)
+    split = functools.partial(parameters.split, SimpleNamespace(optim=c))
+    state = tx.init(split(p)[0])
 
     @jax.jit
     def update(p, state, grads, step):
-        grads = optim.trainable(c, grads)
-        updates, state = tx.update(optim.clipped(c, grads, optax.tree.norm(grads)), state, p)
-        return optim.apply(p, updates, lr, 0, step), state
+        (trained, frozen), (grads, _) = split(p), split(grads)
+        updates, state = tx.update(optim.clipped(c, grads, optax.tree.norm(grads)), state, trained)
+        return parameters.join(optim.apply(trained, updates, lr, 0, step), frozen), state
 
     for step in range(steps):
         draw = lambda path, x, step=step: gradients(step, path_name(path), x.shape)
