@@ -12,8 +12,9 @@ Score: pairs ranked apart on the validation data, in per cent (seed 0, 2026-11-3
     all parameters, from scratch (bt_rankings_tiny.py)   94.4
     best reachable                                       94.7
 
-The base is `bt_tiny.py`'s run (`config.start`): the better reply has the word that the prompt names. The new rule counts
-how many of three words a reply has (`rmjax/data/synthetic/rankings.py`). The base's own kernels stay as they are.
+The base is `bt_tiny.py`'s run (`config.start`): the better reply has the word that the prompt names. By the new rule
+that reply is better which has more of three words (`rmjax/data/synthetic/rankings.py`). The base's own kernels stay as
+they are.
 """
 
 import runpy

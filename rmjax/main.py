@@ -13,6 +13,7 @@ The same command continues a run that was stopped.
 Every key of the config can be given as --config.SECTION.KEY=VALUE. The sections are:
 
     model         base model, tokenizer, number types, what the backward pass recomputes, attention kernel
+    lora          adapters of low rank beside a frozen base (LoRA, QLoRA)
     data          training and validation data, filters, samples, weights of sources, tokenizing
     plan          tokens per row, rows or groups per optimizer step
     objective     options of the loss
