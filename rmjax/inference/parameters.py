@@ -211,7 +211,7 @@ def init_params(config: ConfigDict, model: AbstractModel) -> tuple[Any, str]:
     kept = _of_base(model)
     if config.model.init_from:
         directory = hf.resolve(config.model.init_from)
-        goes_on = model.adapters is not None and peft.is_adapter(directory)  # with its adapters, not merged
+        goes_on = _goes_on(config, model)
         options = {"base": config.model.base, "merges": not goes_on, "kept": kept}
         params, head = hf.load(directory, _read_as(model), model.config, seed=config.seed, **options)
         found = _adapters_in(config, model) if goes_on else {}
@@ -223,6 +223,17 @@ def init_params(config: ConfigDict, model: AbstractModel) -> tuple[Any, str]:
         params = jax.tree_util.tree_map_with_path(lambda path, x: kept(path_name(path), x), params)
         found = {}
     return with_own(_with_adapters(params, model, config.seed, found), own), head
+
+
+def _goes_on(config: ConfigDict, model: AbstractModel) -> bool:
+    """Whether the run trains on the adapters that it starts from, rather than merge them."""
+    return model.adapters is not None and peft.is_adapter(hf.resolve(config.model.init_from))
+
+
+def check_start(config: ConfigDict, model: AbstractModel) -> None:
+    """Refuses adapters to be trained on that are not those of config.lora, as `init_params` would; before any work."""
+    if _goes_on(config, model):
+        _adapters_in(config, model)
 
 
 def _adapters_in(config: ConfigDict, model: AbstractModel) -> dict[str, np.ndarray]:

@@ -169,6 +169,7 @@ def _run(
     if config.model.init_from and not topology:
         directory, shapes = hf.resolve(config.model.init_from), parameters.model_params(model.plain.shapes)
         hf.check(directory, shapes, model.config, config.model.base)
+        parameters.check_start(config, model)
     shown = "sharding" if dry_run else False
     print(parameter_overview.get_parameter_overview(model.shapes, include_stats=shown))
     print(parameters.describe_trained(config, model), end="")
