@@ -433,6 +433,8 @@ def _lora_problems(config: ConfigDict) -> list[str]:
         )
     if lora.alpha is not None and not lora.alpha > 0:
         problems.append(f"config.lora.alpha={lora.alpha} must be above 0")
+    if config.optim.name == "muon":
+        problems.append("config.optim.name='muon' steps kernels, which config.lora freezes; take adamw or adafactor")
     if isinstance(lora.targets, str) or not lora.targets:
         problems.append(f"config.lora.targets={lora.targets!r} is no list of regexes; the default is every kernel")
         return problems

@@ -162,6 +162,20 @@ WEIGHT_FILES = [
         lambda at: None,
         (*TRAIN, "--config.lora.rank=4", "--config.lora.base=int4"),
     ),
+    model(
+        "config.optim.freezes leaves decoder/embed/embedding to be trained, and config.lora freezes the base",
+        lambda at: None,
+        (
+            *TRAIN,
+            "--config.lora.rank=4",
+            "--config.optim.freezes=(('.*embedding', False), ('.*/lora_.', False), ('.*', True))",
+        ),
+    ),
+    model(
+        "config.optim.name='muon' steps kernels, which config.lora freezes",
+        lambda at: None,
+        (*TRAIN, "--config.lora.rank=4", "--config.optim.name=muon"),
+    ),
     model("config.lora.rank=0 must be at least 1", lambda at: None, (*TRAIN, "--config.lora.rank=0")),
     model("config.lora.alpha=8.0 does nothing without", lambda at: None, (*TRAIN, "--config.lora.alpha=8")),
     model("config.model.base='x' is for adapters", lambda at: None, (*TRAIN, "--config.model.base=x")),

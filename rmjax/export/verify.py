@@ -103,6 +103,7 @@ def _by_transformers(directory: Path, golden: Sequence[Any]) -> Outputs:
                 {"num_labels": values["num_labels"], "ignore_mismatched_sizes": True} if "num_labels" in values else {}
             )
             base = kind.from_pretrained(str(hf.base_of(directory)), dtype=torch.float32, **head)
+            base.config.pad_token_id = (contract.read(directory) or {}).get("pad_token_id")
             model = PeftModel.from_pretrained(base, str(directory)).train(False)
         else:
             model = kind.from_pretrained(str(directory), dtype=torch.float32).train(False)

@@ -132,7 +132,7 @@ def write_export(
     arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
     if adapters:
         base = base_name(config)
-        terms["base"] = {"kept_as": adapters.base}
+        terms["base"] = {"kept_as": adapters.base, "rank": adapters.rank}
         hf.save_adapter(
             directory,
             {name: x for name, x in params.items() if name != "objective"},

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import re
+import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -14,11 +16,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
+from rmjax import config as config_lib
 from rmjax import sharding
+from rmjax.batches.encoding import json_digest
 from rmjax.hardware import flops
 from rmjax.kernels import tree_attention
 from rmjax.models import config as model_config
-from rmjax.models import heads, hf, lora, peft, quantized
+from rmjax.models import heads, hf, lora, peft, quantized, weight_files
 from rmjax.models.config import ModelConfig
 from rmjax.models.lora import Lora
 from rmjax.objectives.base import Objective
@@ -230,9 +234,23 @@ def _goes_on(config: ConfigDict, model: AbstractModel) -> bool:
     return model.adapters is not None and peft.is_adapter(hf.resolve(config.model.init_from))
 
 
-def check_start(config: ConfigDict, model: AbstractModel) -> None:
-    """Refuses adapters to be trained on that are not those of config.lora, as `init_params` would; before any work."""
-    if _goes_on(config, model):
+def check_adapters(config: ConfigDict, model: AbstractModel, reads: bool = True) -> None:
+    """Refuses what adapters do not go with, before any work; without `reads` no files are looked at.
+
+    Raises:
+        ValueError: parameters of the base that config.optim.freezes leaves to be trained, or adapters to be trained on
+            that are not those of config.lora.
+    """
+    if model.adapters is None:
+        return
+    trained = map("/".join, flatten_dict(split(config, model.shapes)[0]))
+    if others := [path for path in trained if not re.fullmatch(config_lib.TRAINED_BESIDE_A_BASE, path)]:
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        raise ValueError(
+            f"config.optim.freezes leaves {', '.join(others[:4])}{more} to be trained, and config.lora freezes the "
+            "base: freeze them too, or leave config.lora.rank out"
+        )
+    if reads and config.model.init_from and _goes_on(config, model):
         _adapters_in(config, model)
 
 
@@ -281,9 +299,12 @@ def _of_base(model: AbstractModel) -> Callable[[str, jax.Array], Any]:
         if isinstance(leaf, dict):
             made = functools.partial(lora.by_layer, functools.partial(quantized.quantize, kind=adapters.base))
             return jax.jit(made, out_shardings={name: part.sharding for name, part in leaf.items()})(x)
-        return x if x.dtype == leaf.dtype else jax.jit(lambda x: x.astype(leaf.dtype))(x)
+        return x if x.dtype == leaf.dtype else _cast(x, leaf.dtype)
 
     return kept
+
+
+_cast = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
 
 
 def _read_as(model: AbstractModel) -> Any:
@@ -369,3 +390,34 @@ def whole(config: ConfigDict, model: AbstractModel, held: Any) -> Any:
     if flatten_dict(held).keys() == flatten_dict(model.shapes).keys():
         return held
     return join(held, init_params(config, model)[0])
+
+
+START = "the weights of config.model.init_from"  # their digest, by this name in what a checkpoint remembers
+
+
+def start_digest(config: ConfigDict) -> str:
+    """What tells the weights that a run starts from apart from others; a config as `filled` makes it.
+
+    By names, shapes, dtypes and sizes of files: to read them would take as long as a start. Those of a base that is
+    frozen, which no checkpoint holds, by the first numbers of each tensor too.
+    """
+    weights: Any = None
+    if config.model.init_from:
+        start = hf.resolve(config.model.init_from)
+        reads_again = any(frozen for _, frozen in config.optim.freezes)
+        weights = weights_of(start, reads_again)
+        if (base := hf.base_of(start, config.model.base)) != start:
+            weights = [weights, weights_of(base, reads_again)]
+    return json_digest(weights)[:32]
+
+
+SAMPLED = 4096  # bytes of each tensor that tell it from others
+
+
+def weights_of(directory: Path, sampled: bool = False) -> dict[str, Any]:
+    """The tensors of a model or an adapter in plain values; `sampled` looks at their first numbers."""
+    adapter = peft.is_adapter(directory)
+    tensors = weight_files.open_file(directory / peft.WEIGHTS) if adapter else weight_files.open_tensors(directory)
+    sizes = {file.name: file.stat().st_size for file in directory.glob("*.safetensors")}
+    some = lambda tensor: [zlib.crc32(tensor.data[:SAMPLED].tobytes())] if sampled else []
+    return {**sizes, **{name: [tensor.dtype, tensor.shape, *some(tensor)] for name, tensor in tensors.items()}}

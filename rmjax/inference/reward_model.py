@@ -21,7 +21,7 @@ from rmjax.data.records import BadRow, Conversation, check_conversation
 from rmjax.inference import contract, parameters
 from rmjax.inference.engine import LONGEST_ROW, Inference
 from rmjax.judging.verdicts import Judgements
-from rmjax.models import heads, hf, lora
+from rmjax.models import heads, hf, lora, peft
 from rmjax.models.config import ModelConfig, from_hf
 from rmjax.models.lora import Lora
 from rmjax.objectives.base import Objective
@@ -116,7 +116,9 @@ class RewardModel:
         if why := parameters.tokens_without_row(chat.tokenizer, config.vocab):
             notes.tell(f"{directory}: {why}; conversations with these tokens are refused")
         if kind.contract:
-            contract.check(kind.contract, chat, values)
+            # An adapter has no config.json that could say the pad token, and its base may have another or none.
+            pad = {"pad_token_id": kind.contract["pad_token_id"]} if peft.is_adapter(directory) else {}
+            contract.check(kind.contract, chat, {**values, **pad})
         mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
         dtype = heads.compute_dtype(dtype)
         _, shapes = heads.abstract(config, len(kind.labels), dtype, dtype, architecture=kind.architecture)

@@ -130,9 +130,16 @@ def open_checkpoint(place: Place, mesh: jax.sharding.Mesh | None = None) -> Open
     model = parameters.abstract_model(config, objective, mesh, values, stops)
     checkpointer, step = _find_step(config, place)
     try:
-        state, _ = checkpointer.restore_step(step, {"params": parameters.saved(config, model.shapes)})
+        state, host = checkpointer.restore_step(step, {"params": parameters.saved(config, model.shapes)})
     except RuntimeError as error:
         raise ValueError(str(error)) from error
+    partly = parameters.split(config, model.shapes)[1] and config.model.init_from
+    made_from = host.get("made_from", {}).get(parameters.START)
+    if partly and made_from != parameters.start_digest(config):
+        raise ValueError(
+            f"{parameters.START} changed since the checkpoint of step {step} of {place.workdir} was made, which holds "
+            "only what was trained beside them; put back what was there"
+        )
     return Opened(place.workdir, config, step, chat, model, parameters.whole(config, model, state["params"]))
 
 

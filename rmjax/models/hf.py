@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from rmjax.models import peft, weight_files
+from rmjax.models import lora, peft, weight_files
 from rmjax.models.config import ModelConfig
 from rmjax.models.families import FAMILIES
 from rmjax.models.families.base import LM_HEAD, PART, SCORE, SCORE_BIAS, Row
@@ -117,8 +117,8 @@ def base_of(directory: str | Path, base: str = "") -> Path:
         found = resolve(named or "")
     except ValueError as error:
         raise ValueError(
-            f"{directory} is an adapter of {named!r}, which cannot be had: {error}. config.model.base, or "
-            f"base_model_name_or_path in its {peft.CONFIG}, names the base"
+            f"{directory} is an adapter of {named!r}, which cannot be had: {error}. "
+            f"base_model_name_or_path in its {peft.CONFIG} names the base; in training config.model.base does, too"
         ) from None
     if peft.is_adapter(found):
         raise ValueError(f"the base of {directory} is {found}, an adapter itself. {peft.MERGE}")
@@ -257,15 +257,19 @@ def adapters_of(directory: str | Path, rows: Mapping[Row, Any], config: ModelCon
     return peft.read(Path(directory)).factors(list(rows), shapes, config.layers)
 
 
-def _add(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    added = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST) * scale[..., None, None]
-    return (kernel.astype(jnp.float32) + added).astype(kernel.dtype)
+def _add(parts: Mapping[str, jax.Array]) -> jax.Array:
+    added = jnp.matmul(parts["a"], parts["b"], precision=jax.lax.Precision.HIGHEST) * parts["scale"]
+    return (parts["kernel"].astype(jnp.float32) + added).astype(parts["kernel"].dtype)
+
+
+def _add_each(parts: Mapping[str, jax.Array]) -> jax.Array:
+    return lora.by_layer(_add, parts)
 
 
 def _merged(kernel: jax.Array, adapter: peft.Factors) -> jax.Array:
     """A kernel with its adapter, computed in float32."""
-    merged = jax.jit(_add, out_shardings=kernel.sharding)(kernel, adapter.a, adapter.b, adapter.scale)
-    return jax.block_until_ready(merged)
+    parts = {"kernel": kernel, "a": adapter.a, "b": adapter.b, "scale": adapter.scale}
+    return jax.block_until_ready(jax.jit(_add_each, out_shardings=kernel.sharding)(parts))
 
 
 def check(directory: str | Path, abstract: Any, config: ModelConfig, base: str = "") -> str:

@@ -79,7 +79,8 @@ def adapt(model: Any, lora: Lora) -> Any:
     for target in lora.targets:
         if not any(re.fullmatch(target, path) for path in found):
             raise ValueError(
-                f"config.lora.targets: {target!r} matches no kernel of a layer; they are {', '.join(found)}"
+                f"config.lora.targets: {target!r} matches no kernel of a layer (q_proj is '.*/q/kernel' here); they "
+                f"are {', '.join(found)}"
             )
     for path, linear in found.items():
         *stack, inputs, outputs = cast(nnx.Param, linear.kernel).shape
@@ -93,11 +94,19 @@ def adapt(model: Any, lora: Lora) -> Any:
 
 
 def rounded_as(base: str) -> Callable[[str, jax.Array], jax.Array]:
-    """What a frozen base that is kept as nf4 or int8 makes of the parameters that it reads; others change nothing."""
+    """What a frozen base that is kept as nf4, int8 or bfloat16 makes of parameters that it reads, in their dtype."""
     one = lambda x: quantized.dequantize(quantized.quantize(x, base), x.dtype)
     read_back = lambda x: by_layer(one, x)
-    changes = lambda path: base in quantized.BASES and re.fullmatch(KERNELS, path)
-    return lambda path, x: jax.jit(read_back, out_shardings=x.sharding)(x) if changes(path) else x
+    rounded = lambda x: x.astype(jnp.bfloat16).astype(x.dtype)
+
+    def kept(path: str, x: jax.Array) -> jax.Array:
+        if base in quantized.BASES and re.fullmatch(KERNELS, path):
+            return jax.jit(read_back, out_shardings=x.sharding)(x)
+        if base == "bfloat16" and re.fullmatch(MATRICES, path) and not path.startswith("score/"):
+            return jax.jit(rounded, out_shardings=x.sharding)(x)
+        return x
+
+    return kept
 
 
 def by_layer(function: Callable[[Any], Any], kernels: Any) -> Any:

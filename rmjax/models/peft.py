@@ -30,7 +30,14 @@ TASKS = {
 }
 # What changes a base's own weights, or is no sum of a base and a product of two matrices.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-ASKED = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "layer_replication": None, "lora_bias": False}
+ASKED: dict[str, Any] = {
+    "use_dora": False,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "layer_replication": None,
+    "lora_bias": False,
+}
+ASKED |= {"use_qalora": False, "alora_invocation_tokens": None}
 
 
 class Factors(NamedTuple):
@@ -69,8 +76,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"{directory} is a LoRA adapter with {', '.join(wrong)}, which is not read. {MERGE}")
     rank = values.get("r")
-    if not isinstance(rank, int) or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"{path}: r is {rank!r}, expected a rank of at least 1")
+    pattern = values.get("alpha_pattern") or {}
+    for alpha in (values.get("lora_alpha", 8), *pattern.values()):
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise ValueError(f"{path}: lora_alpha or alpha_pattern has {alpha!r}, expected a number")
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"{path}: alpha_pattern has {key!r}, which is no regex: {error}") from None
     return values
 
 
@@ -253,12 +269,20 @@ def tensor_rows(rows: Sequence[Row], leaves: Mapping[str, Any]) -> Iterator[tupl
         fused = row.stacked, row.name.partition(PART)[0]
         widths[fused] = widths.get(fused, 0) + leaves[row.path.removesuffix("kernel") + A].shape[-1]
     begins = dict.fromkeys(widths, 0)
+    shapes = {path.rpartition("/")[0] if "/kernel/" in path else path: x.shape for path, x in leaves.items()}
     yield from ((Row(x.path, PREFIX + SCORE, x.transposed), leaves[x.path]) for x in rows if x.name == SCORE)
-    for row in adapted:
+    for row in (row for row in rows if row.path.endswith("/kernel")):
         beside = row.path.removesuffix("kernel")
         whole, _, part = row.name.partition(PART)
+        if (row.stacked, whole) not in widths:
+            continue
         module = PREFIX + whole.removesuffix(".weight")
         ending = f"{PART}{part}" * bool(part)
+        if row not in adapted:  # a part of a fused layer, to which the adapters of the others add nothing
+            *stack, _, outputs = shapes[row.path]
+            nothing = jnp.zeros((*stack, widths[row.stacked, whole], outputs))
+            yield Row(beside + B, f"{module}.lora_B.weight{ending}", True), nothing
+            continue
         a, b = leaves[beside + A], leaves[beside + B]
         begin, rank = begins[row.stacked, whole], a.shape[-1]
         begins[row.stacked, whole] += rank

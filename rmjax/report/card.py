@@ -119,8 +119,9 @@ def text(
 
 
 def _usage(objective: str, name: str, contract: Values, base_model: str) -> list[Part]:
-    base = (base_model or "DIRECTORY_OF_THE_BASE") if contract.get("base") else ""  # of an adapter
-    return card_usage.parts(objective, name, base, len(contract["labels"]))
+    adapter = contract.get("base") or {}
+    base = (base_model or "DIRECTORY_OF_THE_BASE") if adapter else ""
+    return card_usage.parts(objective, name, base, len(contract["labels"]), adapter.get("rank", 0))
 
 
 def base_model(config: ConfigDict) -> str:

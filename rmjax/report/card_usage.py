@@ -20,13 +20,14 @@ RMJAX = {  # what follows `model = rmjax.RewardModel.load(NAME)`
 }
 
 
-def parts(objective: str, name: str, base: str = "", labels: int = 1) -> list[Part]:
+def parts(objective: str, name: str, base: str = "", labels: int = 1, rank: int = 0) -> list[Part]:
     """Code for rmjax, transformers and, where it pools the scored token, vLLM.
 
-    Of an adapter of a `base` it is for PEFT, which serves no classifier in vLLM.
+    Of an adapter of this `rank` of a `base` it is for PEFT; vLLM serves no classifier so.
     """
     if objective == "sft":
-        served = f"vllm serve {base} --enable-lora --lora-modules judge={name}" if base else f"vllm serve {name}"
+        adapter = f"--enable-lora --max-lora-rank {rank} --lora-modules judge={name}"
+        served = f"vllm serve {base} {adapter}" if base else f"vllm serve {name}"
         return [_transformers("AutoModelForCausalLM", name, GENERATE, base), VERDICT, Code("bash", served)]
     ours: Part = Code("python", f'import rmjax\n\nmodel = rmjax.RewardModel.load("{name}")\n{RMJAX[objective]}')
     if objective == "prm":
@@ -81,6 +82,7 @@ def _transformers(auto: str, name: str, code: str, base: str = "", labels: int =
         head = f", num_labels={labels}" * bool(labels)
         peft = "from peft import PeftModel\n"
         model = f'base = {auto}.from_pretrained("{base}"{head})\nmodel = PeftModel.from_pretrained(base, "{name}")'
+        model += "\nmodel.config.pad_token_id = tokenizer.pad_token_id"
     return Code(
         "python",
         f"import torch\n{peft}from transformers import {auto}, AutoTokenizer\n\n"

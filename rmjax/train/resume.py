@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from rmjax.batches.packing import Plan
 from rmjax.checkpoint import Checkpointer
 from rmjax.inference import parameters, runs
 from rmjax.inference.parameters import AbstractModel
-from rmjax.models import hf, hf_export, peft, weight_files
+from rmjax.models import hf_export
 from rmjax.objectives import sums as sums_lib
 from rmjax.objectives.sums import Sums
 from rmjax.runtime import agreement, files, ownership, processes
@@ -46,7 +45,6 @@ CHANGES = (
     (r".*", REFUSED),
 )
 
-SAMPLED = 4096  # bytes of each tensor of a frozen base that tell it from others
 WHOLE = "what the objective makes of the data (its template)"  # changes with data and tokenizer as well
 
 
@@ -163,35 +161,15 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
 def identity(
     config: ConfigDict, chat: Chat, values: dict[str, Any], train: Groups, validation: Groups
 ) -> dict[str, str]:
-    """What a run is made of, by fingerprints; `values` are the Hugging Face config values of its model.
-
-    Weights are told apart by names, shapes, dtypes and sizes of files; to read them would take as long as a start.
-    Those of a base that is frozen, which no checkpoint holds, by the first numbers of each tensor too.
-    """
-    reads_again = bool(config.model.init_from) and any(frozen for _, frozen in config.optim.freezes)
-    weights: Any = None
-    if config.model.init_from:
-        start = hf.resolve(config.model.init_from)
-        weights = _weights(start, reads_again)
-        if (base := hf.base_of(start, config.model.base)) != start:
-            weights = [weights, _weights(base, reads_again)]
+    """What a run is made of, by fingerprints; `values` are the Hugging Face config values of its model."""
     return {
         "the training data": train.origin,
         "the validation data": validation.origin,
         **chat.identity(),
         "the model's config": _digest(values),
-        "the weights of config.model.init_from": _digest(weights),
+        parameters.START: parameters.start_digest(config),
         WHOLE: _digest([train.fingerprint, validation.fingerprint]),
     }
-
-
-def _weights(path: Path, sampled: bool = False) -> dict[str, Any]:
-    """Of a base that is read again with each start a few numbers of each tensor count too."""
-    adapter = peft.is_adapter(path)
-    tensors = weight_files.open_file(path / peft.WEIGHTS) if adapter else weight_files.open_tensors(path)
-    sizes = {file.name: file.stat().st_size for file in path.glob("*.safetensors")}
-    some = lambda tensor: [zlib.crc32(tensor.data[:SAMPLED].tobytes())] if sampled else []
-    return {**sizes, **{name: [tensor.dtype, tensor.shape, *some(tensor)] for name, tensor in tensors.items()}}
 
 
 def _digest(value: Any) -> str:

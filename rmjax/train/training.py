@@ -164,12 +164,12 @@ def _run(
     stops = parameters.generation_stops(config, objective, values)
     model = abstract_model(config, objective, mesh, values, stops)
     optim.check(config.optim, model.shapes)
+    parameters.check_adapters(config, model, reads=not topology)
     if config.model.remat != "auto":
         decoder.saved_names(config.model.remat)
     if config.model.init_from and not topology:
         directory, shapes = hf.resolve(config.model.init_from), parameters.model_params(model.plain.shapes)
         hf.check(directory, shapes, model.config, config.model.base)
-        parameters.check_start(config, model)
     shown = "sharding" if dry_run else False
     print(parameter_overview.get_parameter_overview(model.shapes, include_stats=shown))
     print(parameters.describe_trained(config, model), end="")

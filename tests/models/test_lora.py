@@ -212,6 +212,26 @@ def test_fused_layers_are_merged_and_written(tmp_path):
     np.testing.assert_allclose(scores_in_peft(tmp_path / "base", tmp_path / "ours"), score(moved)[1][0], atol=1e-4)
 
 
+@pytest.mark.parametrize("targets", [r".*/(q|v)/kernel", r".*/(k|up)/kernel"])
+def test_a_part_of_a_fused_layer_is_written_as_the_whole(tmp_path, targets):
+    make_hf_model("phi3", tmp_path / "base", head=False, **CASES["phi3"][1])
+    config = config_of(tmp_path / "base", targets=(targets,))
+    model, params, _ = opened(config)
+    draw = lambda path, x: (
+        x if "lora_b" not in hf.path_name(path) else 0.2 * jax.random.normal(jax.random.key(1), x.shape)
+    )
+    params = jax.tree_util.tree_map_with_path(draw, params)
+    case = Case.__new__(Case)
+    case.place, case.params, case.model = tmp_path, params, model
+    save(case, tmp_path / "ours")
+    score = jax.jit(functools.partial(our_pass, graphdef=model.graph), compiler_options=quick.OPTIONS)
+    np.testing.assert_allclose(scores_in_peft(tmp_path / "base", tmp_path / "ours"), score(params)[1][0], atol=1e-4)
+    loaded, _ = hf.load(tmp_path / "ours", model.plain.shapes, model.config, seed=0)
+    merged = flat(model.merged(params, "float32"))
+    for path, x in flat(loaded).items():
+        np.testing.assert_allclose(x, merged[path], atol=1e-6, err_msg=path)
+
+
 @pytest.mark.parametrize("root_scale", [False, True])
 def test_a_new_adapter_begins_with_the_base(tmp_path, root_scale):
     make_hf_model("qwen3", tmp_path / "base")
@@ -259,9 +279,12 @@ def bad(tmp_path, change):
         ({"use_dora": True}, r"use_dora=True, which is not read"),
         ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa', which changes the base"),
         ({"r": 0}, r"r is 0, expected a rank of at least 1"),
+        ({"lora_alpha": None}, r"lora_alpha or alpha_pattern has None, expected a number"),
+        ({"alpha_pattern": {"(q_proj": 4}}, r"alpha_pattern has '\(q_proj', which is no regex"),
+        ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens=\[1, 2\], which is not read"),
         ({"base_model_name_or_path": "/nowhere"}, r"adapter of '/nowhere', which cannot be had.*config.model.base"),
     ],
-    ids=["kind", "dora", "pissa", "rank", "base"],
+    ids=["kind", "dora", "pissa", "rank", "alpha", "pattern", "alora", "base"],
 )
 def test_adapters_that_are_not_read(tmp_path, change, message):
     directory = bad(tmp_path, lambda values: values.update(change))

@@ -78,6 +78,10 @@ def test_a_checkpoint_holds_only_what_is_trained(whole, base):
 
 def test_the_first_loss_is_that_of_the_base_and_another_base_is_refused(base, cache_dir, tmp_path):
     shutil.copytree(base / "export", tmp_path / "start")
+    config = json.loads((tmp_path / "start" / "config.json").read_text())
+    without_pad = {name: value for name, value in config.items() if name != "pad_token_id"}  # as most language models
+    (tmp_path / "start" / "config.json").write_text(json.dumps(without_pad))
+    (tmp_path / "start" / "reward_contract.json").unlink()
     values = adapted(base, model__init_from=tmp_path / "start", export__adapter=True, duration="6 steps")
     Started(tmp_path / "run", cache_dir, **values).finish()
     last = runs.open_checkpoint(runs.Place(base, "best")).step
@@ -94,12 +98,17 @@ def test_the_first_loss_is_that_of_the_base_and_another_base_is_refused(base, ca
     trained = runs.reward_model(opened.model, opened.chat, opened.params, "float32").score(CONVERSATIONS)
     np.testing.assert_allclose(alone, trained, atol=1e-5)
 
-    path = tmp_path / "start" / "model.safetensors"
+    with pytest.raises(ValueError, match=r"changed since the checkpoint of step \d+"):
+        change_weights(tmp_path / "start" / "model.safetensors")
+        runs.open_checkpoint(runs.Place(tmp_path / "run", "best"))
+    code, text = Started(tmp_path / "run", cache_dir, **{**values, "duration": "8 steps"}).end()
+    assert code and "the weights of config.model.init_from changed since the checkpoint" in text
+
+
+def change_weights(path):
     tensors = load_file(path)
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
     save_file(tensors, path, metadata={"format": "pt"})
-    code, text = Started(tmp_path / "run", cache_dir, **{**values, "duration": "8 steps"}).end()
-    assert code and "the weights of config.model.init_from changed since the checkpoint" in text
 
 
 def test_the_head_alone_and_a_state_on_the_host(base, cache_dir, tmp_path):

@@ -16,7 +16,7 @@ from small_runs import Started, checkpoints, column, metrics, same_run, small
 from rmjax import config as config_lib
 from rmjax import objectives
 from rmjax.batches import prepare
-from rmjax.inference import runs
+from rmjax.inference import parameters, runs
 from rmjax.runtime import exits, signals
 from rmjax.train import resume, training
 
@@ -475,7 +475,7 @@ def test_weights_are_told_apart_by_their_tensors_and_files(tmp_path):
     seen = []
     for tensors in ({"a": np.zeros(4)}, {"a": np.zeros((2, 2))}, {"b": np.zeros(4)}, {"a": np.zeros(4, np.float32)}):
         save_file(tensors, tmp_path / "model.safetensors")
-        seen.append(json.dumps(resume._weights(tmp_path), sort_keys=True))
+        seen.append(json.dumps(parameters.weights_of(tmp_path), sort_keys=True))
     assert len(set(seen)) == 4
 
 
