@@ -125,7 +125,7 @@ class _Job:
     rows: list[tuple[str, sources.Row]]
 
 
-def _jobs(spec: str, format: str, columns: str, carried: Sequence[str]) -> Iterator[_Job]:
+def _jobs(spec: str, format: str, columns: str, carried: Sequence[str] = ()) -> Iterator[_Job]:
     for item in sources.split_spec(spec):
         layout, rows = open_rows(item, format, columns, carried=carried)
         while chunk := list(itertools.islice(rows, CHUNK)):
