@@ -102,7 +102,11 @@ class Inner:
         return self.whole(tokens)
 
 
-NAMES = ["qwen3", "gemma2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama3", "olmo3"))]
+NAMES = [
+    *("qwen3", "gemma2"),
+    pytest.param("olmo3", marks=pytest.mark.slow),
+    pytest.param("llama3", marks=pytest.mark.release),
+]
 
 
 @pytest.fixture(scope="module", params=NAMES)

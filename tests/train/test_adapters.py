@@ -154,7 +154,9 @@ def test_an_adapter_is_trained_on_and_merged(base, cache_dir, tmp_path):
     np.testing.assert_allclose(ensemble.score(CONVERSATIONS), np.mean(apart, 0), atol=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["sft", "prm", "pairwise", "pointwise"])
+@pytest.mark.parametrize(
+    "objective", ["sft", "prm", *(pytest.param(name, marks=pytest.mark.release) for name in ("pairwise", "pointwise"))]
+)
 def test_every_objective_takes_adapters(objective, base, cache_dir, tmp_path):
     """Its export as an adapter is replayed by PEFT."""
     small = {
