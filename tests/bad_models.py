@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bad_inputs import GOOD, SMALL, TINY, Case, lines, parquet
+from safetensors.numpy import save_file
 
 ROW = {"prompt": "What is a tree?", "response": "A plant."}
 SCORE = ("rmjax.score", "--model=model", "--input=in.jsonl", "--output=new/out.jsonl")
@@ -104,6 +106,21 @@ def adapter(**values: Any) -> Change:
     return write("adapter_config.json", json.dumps(terms))
 
 
+def adapter_of_base(inputs: int, *changes: Change) -> Change:
+    """The model becomes `base`, which is changed, and its directory that of an adapter of kernels of so many inputs."""
+
+    def change(at: Path) -> None:
+        at.rename(base := at.with_name("base"))
+        at.mkdir()
+        both(*changes)(base)
+        module = "base_model.model.model.layers.0.self_attn.q_proj"
+        halves = {"lora_A": np.zeros((4, inputs), np.float32), "lora_B": np.zeros((64, 4), np.float32)}
+        save_file({f"{module}.{half}.weight": x for half, x in halves.items()}, at / "adapter_model.safetensors")
+        adapter(base_model_name_or_path="base")(at)
+
+    return change
+
+
 EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 
@@ -151,6 +168,12 @@ WEIGHT_FILES = [
     model("delete adapter_config.json if model.safetensors is the merged model", adapter()),
     model("peft_type 'IA3'; only LORA is read", both(remove(WEIGHTS), adapter(peft_type="IA3"))),
     model("LoRA adapter with use_dora=True, which is not read", both(remove(WEIGHTS), adapter(use_dora=True)), TRAIN),
+    model("does not fit its base: model.layers.0.self_attn.q_proj: [4, 99]", adapter_of_base(99)),
+    model(
+        "is a SEQ_CLS adapter without a head of this many labels",
+        adapter_of_base(64, renamed("score.weight", "lm_head.weight")),
+        TRAIN,
+    ),
     model("r is 0, expected a rank of at least 1", both(remove(WEIGHTS), adapter(r=0))),
     model(
         "config.lora.targets: 'decoder/.*/queries' matches no kernel of a layer",
