@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from small_runs import SMALL, Started, checkpoints, column, same_run
+from small_runs import ROOT, SMALL, Started, checkpoints, column, flat, same_run
 
 from rmjax.export import verify
 from rmjax.inference import runs
@@ -174,6 +176,22 @@ def test_every_objective_takes_adapters(objective, base, cache_dir, tmp_path):
 
 
 SOURCES = {"sft": "ratings", "prm": "steps", "pairwise": "verdicts", "pointwise": "scores"}
+
+
+def test_two_processes_train_the_adapter_that_one_trains(base, cache_dir, tmp_path):
+    short = {"export__adapter": True, "lora__base": "nf4", "duration": "4 steps", "eval__every": "4 steps"}
+    values = adapted(base, optim__learning_rate=1e-3, **short)
+    Started(tmp_path / "one", cache_dir, **values).finish()
+    keys = {**SMALL, "data.cache_dir": cache_dir, **flat(values)}
+    flags = [f"--config.{key}={value}" for key, value in keys.items()]
+    env = os.environ | {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [ROOT / "launch" / "local.sh", "2", "configs/bt_tiny.py", f"--workdir={tmp_path / 'two'}", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    one, two = (load_file(tmp_path / name / "export" / peft.WEIGHTS) for name in ("one", "two"))
+    assert one.keys() == two.keys() and any(x.any() for name, x in one.items() if "lora_B" in name)
+    for name, x in one.items():
+        np.testing.assert_allclose(two[name], x, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.release
