@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rmjax import sharding
 from rmjax.inference import contract
-from rmjax.inference.reward_model import Kind, RewardModel
+from rmjax.inference.reward_model import RewardModel
 from rmjax.models import heads, hf, lora, peft
 from rmjax.models.lora import Lora
 
@@ -52,9 +52,7 @@ def _beside(
     directory: Path, model: RewardModel, adapters: Lora, arrays: dict[str, np.ndarray], held: dict[Any, Any]
 ) -> RewardModel:
     """The model with its adapters beside the base; `held` are the parameters of bases, and gets this one's."""
-    kind = Kind(
-        *(model.architecture, model.labels, model.contract, model.objective, model.own, model.stops, model.longest)
-    )
+    kind = model.kind
     _, plain = heads.abstract(model.config, len(kind.labels), model.dtype, model.dtype, architecture=kind.architecture)
     plain = sharding.with_shardings(plain, sharding.param_shardings(model.mesh, plain))
     head = model.params["score"]

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
 from rmjax import sharding
-from rmjax.inference.reward_model import Kind, RewardModel
+from rmjax.inference.reward_model import RewardModel
 from rmjax.inference.sampler import LENGTH, STOP, Prompt, Response, Sampler
 from rmjax.runtime import files
 
@@ -102,9 +102,8 @@ def on_this_process(model: RewardModel) -> RewardModel:
     if jax.process_count() == 1:
         return model
     mesh = local_mesh(model.mesh)
-    said = model.architecture, model.labels, model.contract, model.objective, model.own, model.stops, model.longest
     params = local_params(model.params, mesh)
-    return RewardModel(model.chat, model.config, params, mesh, model.dtype, Kind(*said))
+    return RewardModel(model.chat, model.config, params, mesh, model.dtype, model.kind)
 
 
 def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:

@@ -128,6 +128,12 @@ class RewardModel:
         params, _ = hf.load(directory, shapes, config, seed=0, require_head=True, kept=lora.rounded_as(base))
         return cls(chat, config, params, mesh, dtype, kind)
 
+    @property
+    def kind(self) -> "Kind":
+        """What the model is, without its parameters."""
+        said = self.architecture, self.labels, self.contract, self.objective, self.own, self.stops, self.longest
+        return Kind(*said)
+
     def drop_params(self) -> None:
         """Frees the parameters, where another model took them over; nothing can be computed from here on."""
         self.params, self.inference = None, dataclasses.replace(self.inference, params=None)

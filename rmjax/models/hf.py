@@ -13,7 +13,6 @@ from typing import Any
 
 import huggingface_hub
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -257,19 +256,12 @@ def adapters_of(directory: str | Path, rows: Mapping[Row, Any], config: ModelCon
     return peft.read(Path(directory)).factors(list(rows), shapes, config.layers)
 
 
-def _add(parts: Mapping[str, jax.Array]) -> jax.Array:
-    added = jnp.matmul(parts["a"], parts["b"], precision=jax.lax.Precision.HIGHEST) * parts["scale"]
-    return (parts["kernel"].astype(jnp.float32) + added).astype(parts["kernel"].dtype)
-
-
-def _add_each(parts: Mapping[str, jax.Array]) -> jax.Array:
-    return lora.by_layer(_add, parts)
-
-
 def _merged(kernel: jax.Array, adapter: peft.Factors) -> jax.Array:
     """A kernel with its adapter, computed in float32."""
-    parts = {"kernel": kernel, "a": adapter.a, "b": adapter.b, "scale": adapter.scale}
-    return jax.block_until_ready(jax.jit(_add_each, out_shardings=kernel.sharding)(parts))
+    parts = {"kernel": kernel, lora.A: adapter.a, lora.B: adapter.b * adapter.scale[..., None, None]}
+    one = functools.partial(lora.merged_kernel, scale=1.0, dtype=kernel.dtype)
+    merge = jax.jit(functools.partial(lora.by_layer, one), out_shardings=kernel.sharding)
+    return jax.block_until_ready(merge(parts))
 
 
 def check(directory: str | Path, abstract: Any, config: ModelConfig, base: str = "") -> str:

@@ -137,7 +137,7 @@ def merged(params: Mapping[str, Any], scale: float, dtypes: Mapping[str, Any]) -
             continue
         if name == "kernel" and (isinstance(value, Mapping) or A in params):
             parts = {"kernel": value} | {key: params[key] for key in (A, B) if key in params}
-            one = functools.partial(_kernel, scale=scale, dtype=dtypes[name])
+            one = functools.partial(merged_kernel, scale=scale, dtype=dtypes[name])
             found[name] = by_layer(one, parts)
         elif isinstance(value, Mapping):
             found[name] = merged(value, scale, dtypes[name])
@@ -146,8 +146,8 @@ def merged(params: Mapping[str, Any], scale: float, dtypes: Mapping[str, Any]) -
     return found
 
 
-def _kernel(parts: Mapping[str, Any], scale: float, dtype: DTypeLike) -> jax.Array:
-    """[in, out], merged."""
+def merged_kernel(parts: Mapping[str, Any], scale: float, dtype: DTypeLike) -> jax.Array:
+    """[in, out], from a "kernel" and, if it has one, its adapter; computed in float32 and rounded once."""
     kernel = parts["kernel"]
     wide = quantized.dequantize(kernel, jnp.float32) if isinstance(kernel, Mapping) else kernel.astype(jnp.float32)
     if A in parts:
