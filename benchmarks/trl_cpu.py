@@ -5,14 +5,16 @@ r"""TRL's RewardTrainer against rmjax on a CPU: the same model, pairs, optimizer
 
 (On Linux `--extra-index-url=https://download.pytorch.org/whl/cpu` spares TRL's environment the CUDA libraries.)
 
-The model is a Qwen2 reward model of 4 layers with random weights, made by transformers; the pairs are random tokens of
-the `hh` lengths. Both sides train in float32 without recomputation, with the same AdamW. First each trains three steps
-on the first pairs: if the losses are not equal to 1e-4 it ends there. Then come the rounds, each an epoch of TRL in its
-own process and one of rmjax in its own, one at a time. Every pair of an epoch is trained on once, but for the last
-step of TRL, which it drops where it is not full.
+The model is a Qwen2 reward model of 4 layers with random weights, made by transformers; the pairs are random tokens
+of the `hh` lengths. With --responses=4 or 7 they are all pairs of rankings, whose lengths are drawn (`RANKINGS`):
+rmjax trains on each ranking as one tree, TRL on its pairs. Both sides train in float32 without recomputation, with
+the same AdamW. First each trains three steps on the first pairs: if the losses are not equal to 1e-4 it ends there.
+Then come the rounds, each an epoch of TRL in its own process and one of rmjax in its own, one at a time. Every pair
+of an epoch is trained on once, but for the last step of TRL, which it drops where it is not full.
 
-TRL groups by length. Its steps are 32 pairs, by default in micro-batches of 4: they are padded less, and on a CPU
-that was faster than one batch of 32. Our steps are rows of --row-tokens tokens, as many as hold 32 pairs on average.
+TRL groups by length. Its steps are 32 pairs (of rankings 48 of 4 responses, 84 of 7), by default in micro-batches of
+4: they are padded less, and on a CPU that was faster than one batch of 32. Our steps are rows of --row-tokens tokens,
+as many as hold TRL's pairs on average.
 A rate is the pairs of all steps but the first over their time, data loading included, starting and compiling not. With
 --steps=N a round takes the first N steps of TRL and as many of ours. Take a multiple of 18: TRL sorts 18 steps at a
 time by length, so fewer are not like the rest.
@@ -22,6 +24,7 @@ import argparse
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -29,7 +32,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 START = time.perf_counter()
 SHAPE = {
@@ -47,7 +53,10 @@ SHAPE = {
     "eos_token_id": None,
 }
 OPTIM = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.01, "clip_norm": 1.0}
-PAIRS_PER_STEP = 32
+PAIRS_PER_STEP = {2: 32, 4: 48, 7: 84}  # by responses of a group: whole rankings
+# Mean tokens of prompt and response of rankings of so many responses: estimates of what UltraFeedback (4) and Nectar
+# (7) hold, not counted there. Lengths are log-normal around them.
+RANKINGS = {4: (185, 305), 7: (160, 190)}
 CHECK_STEPS, TOLERANCE = 3, 1e-4
 
 
@@ -56,11 +65,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", help="the Python of an environment that has TRL")
     parser.add_argument("--lengths", default="hh", help="a file of lengths (data/random_groups.py)")
+    parser.add_argument("--responses", type=int, default=2, choices=(2, *RANKINGS), help="of a group; see above")
     parser.add_argument("--pairs", type=int, default=0, help="the first pairs of the file; 0 is all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0, help="steps of a round; 0 is an epoch")
     parser.add_argument("--cores", type=int, default=0, help="cores of both sides; 0 is all there are")
-    parser.add_argument("--row-tokens", type=int, default=1280, help="ours: length of a row")
+    parser.add_argument("--row-tokens", type=int, default=1280, help="ours: length of a row; longer where a tree is")
     parser.add_argument("--micro-rows", type=int, default=2, help="ours: rows of a micro-batch; 0 is all of a step")
     parser.add_argument("--trl-micro", type=int, default=4, help="TRL's: pairs of a micro-batch")
     parser.add_argument("--trl-attention", default="sdpa", help="TRL's: attention implementation")
@@ -88,15 +98,16 @@ def split_of(job: dict[str, Any]) -> Any:
     from rmjax.batches.prepare import Split
     from rmjax.batches.random_groups import RandomGroups
 
-    groups = RandomGroups(np.array(job["triples"])[: job["first"] or None], job["vocabulary"])
+    groups = RandomGroups(np.array(job["sizes"])[: job["first"] or None], job["vocabulary"])
     options = {"row_tokens": job["ours"]["row_tokens"], "epochs": job["epochs"]}
     pack = lambda rows, seed: packing.make_plan(groups.lengths, groups.ends, rows_per_step=rows, seed=seed, **options)
     rows = len(pack(1, job["seed"]).row_start) - 1  # of all epochs
-    wanted = -(-job["pairs_per_step"] * rows // (len(groups) * job["epochs"]))
+    wanted = -(-job["groups_per_step"] * rows // (len(groups) * job["epochs"]))
     plan = pack(rows, None) if job["first"] else pack(wanted, job["seed"])
     plan = plan.first(min(job["steps"] or plan.steps, plan.steps))
     micro_rows = job["ours"]["micro_rows"] or plan.rows_per_step
-    return Split(groups, plan, loader.plan_shape(plan, 2, micro_rows=micro_rows, row_devices=1, labels=groups.fields))
+    shape = loader.plan_shape(plan, int(groups.ends[0]), micro_rows=micro_rows, row_devices=1, labels=groups.fields)
+    return Split(groups, plan, shape)
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +160,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "start_s": clock[0] - START,
         "compile_s": compile_s,
         "seconds": [b - a for a, b in itertools.pairwise(clock)],
-        "pairs": [sum(map(len, plan.rows(number))) for number in range(plan.steps)],
+        "pairs": [job["pairs_of_group"] * sum(map(len, plan.rows(number))) for number in range(plan.steps)],
         "tokens": [shape.micro * shape.rows * shape.tokens] * plan.steps,
         "losses": losses,
         "versions": {name: importlib.metadata.version(name) for name in ("rmjax", "jax", "jaxlib")},
@@ -166,7 +177,7 @@ def rate(result: dict[str, Any], what: str = "pairs") -> float:
     return sum(result[what][1:]) / sum(result["seconds"][1:])
 
 
-def check(trl: dict[str, Any], ours: dict[str, Any]) -> str:
+def check(trl: dict[str, Any], ours: dict[str, Any], pairs: int) -> str:
     """Says that both sides compute the same losses.
 
     Raises:
@@ -185,19 +196,19 @@ def check(trl: dict[str, Any], ours: dict[str, Any]) -> str:
             f"the losses of the first {CHECK_STEPS} steps differ by more than {TOLERANCE:g} "
             f"(TRL and ours: {shown}): the two sides do not train the same"
         )
-    return f"losses of the first steps on the same {PAIRS_PER_STEP} pairs, TRL and ours: {shown}"
+    return f"losses of the first steps on the same {pairs} pairs, TRL and ours: {shown}"
 
 
-def refuse_smaller_steps(result: dict[str, Any]) -> None:
+def refuse_smaller_steps(result: dict[str, Any], expected: int) -> None:
     """Makes sure that a round's steps had enough real pairs: a smaller step has less to learn from.
 
     Raises:
-        ValueError: fewer than PAIRS_PER_STEP on average over the steps that are full.
+        ValueError: fewer than `expected` on average over the steps that are full.
     """
     full = result["pairs"][:-1] or result["pairs"]
-    if statistics.mean(full) < PAIRS_PER_STEP:
+    if statistics.mean(full) < expected:
         raise ValueError(
-            f"a step had {statistics.mean(full):.1f} pairs on average, expected {PAIRS_PER_STEP} at least; "
+            f"a step had {statistics.mean(full):.1f} pairs on average, expected {expected} at least; "
             "choose another --row-tokens"
         )
 
@@ -239,21 +250,48 @@ def describe(side: str, result: dict[str, Any]) -> str:
     )
 
 
-def job_of(given: argparse.Namespace, scratch: Path, triples: list[list[int]]) -> dict[str, Any]:
-    """What both sides are told; `first` pairs in their order, or 0: all, as each side orders them."""
+def sizes_of(given: argparse.Namespace) -> "np.ndarray":
+    """Tokens of the prompt and of each response of every group, int64 [n, 1 + K]; drawn where they are rankings."""
+    import numpy as np
+
+    from rmjax.batches.random_groups import read_lengths
+
+    if given.responses == 2:
+        return read_lengths(given.lengths)[: given.pairs or None]
+    prompt, response = RANKINGS[given.responses]
+    count = (given.pairs or 9000) // math.comb(given.responses, 2)
+    means = np.array([prompt] + [response] * given.responses)
+    spread = 0.6  # of the logarithms: the longest of a hundred is about four times the median
+    drawn = np.random.default_rng(0).lognormal(np.log(means) - spread**2 / 2, spread, (count, len(means)))
+    return np.clip(drawn.round(), 8, 1000).astype(np.int64)
+
+
+def fit_rows(given: argparse.Namespace, sizes: "np.ndarray") -> None:
+    """Makes rows as long as the longest tree, and says so."""
+    longest = int(sizes.sum(1).max()) + given.responses - 1
+    if longest > given.row_tokens:
+        rows = -(-longest // 256) * 256
+        print(f"a tree has {longest:,} tokens: rows of {rows:,} instead of {given.row_tokens:,}", flush=True)
+        given.row_tokens = rows
+
+
+def job_of(given: argparse.Namespace, scratch: Path, sizes: list[list[int]]) -> dict[str, Any]:
+    """What both sides are told; `first` groups in their order, or 0: all, as each side orders them."""
+    pairs_of_group = math.comb(len(sizes[0]) - 1, 2)
     return {
         "do": "train",
         "model": str(scratch / "model"),
         "shape": SHAPE,
         "pairs": str(scratch / "pairs.json"),
         "scratch": str(scratch / "trl"),
-        "triples": triples,
+        "sizes": sizes,
         "vocabulary": SHAPE["pad_token_id"],
         "first": 0,
         "epochs": 1,
         "steps": given.steps,
         "seed": 0,
-        "pairs_per_step": PAIRS_PER_STEP,
+        "pairs_of_group": pairs_of_group,
+        "groups_per_step": PAIRS_PER_STEP[len(sizes[0]) - 1] // pairs_of_group,
         "optim": OPTIM,
         "ours": {"row_tokens": given.row_tokens, "micro_rows": given.micro_rows},
         "trl": {
@@ -265,17 +303,17 @@ def job_of(given: argparse.Namespace, scratch: Path, triples: list[list[int]]) -
     }
 
 
-def write_pairs(path: Path, triples: list[list[int]], vocabulary: int) -> None:
-    """The pairs that our side makes for itself, as [prompt, chosen, rejected] in token ids."""
+def write_pairs(path: Path, sizes: list[list[int]], vocabulary: int) -> None:
+    """The pairs of the groups that our side makes for itself, as [prompt, chosen, rejected] in token ids."""
     import numpy as np
 
     from rmjax.batches.random_groups import RandomGroups
 
-    groups = RandomGroups(np.array(triples), vocabulary)
+    groups = RandomGroups(np.array(sizes), vocabulary)
     pairs = []
-    for index, (prompt, _, _) in enumerate(triples):
-        chosen, rejected = (x.tolist() for x in groups.group(index).tree.sequences())
-        pairs.append([chosen[:prompt], chosen[prompt:], rejected[prompt:]])
+    for index, (prompt, *_) in enumerate(sizes):
+        ranked = [x.tolist() for x in groups.group(index).tree.sequences()]
+        pairs += [[a[:prompt], a[prompt:], b[prompt:]] for a, b in itertools.combinations(ranked, 2)]
     path.write_text(json.dumps(pairs))
 
 
@@ -293,23 +331,24 @@ def run(command: list[str], job: dict[str, Any], scratch: Path) -> dict[str, Any
 
 def compare(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Makes model and pairs, checks that both sides train the same, and measures; prints as it goes."""
-    from rmjax.batches.random_groups import read_lengths
-
-    triples = read_lengths(given.lengths)[: given.pairs or None].tolist()
-    job = job_of(given, scratch, triples)
-    write_pairs(scratch / "pairs.json", triples, job["vocabulary"])
+    sizes = sizes_of(given)
+    fit_rows(given, sizes)
+    job = job_of(given, scratch, sizes.tolist())
+    write_pairs(scratch / "pairs.json", sizes.tolist(), job["vocabulary"])
     commands = {
         "trl": [given.trl_python, str(Path(__file__).with_name("trl_side.py"))],
         "ours": [sys.executable, __file__, "--job"],
     }
     made = run(commands["trl"], {**job, "do": "make"}, scratch)
     cores = len(os.sched_getaffinity(0))
-    print(f"{made['parameters']:,} parameters, {len(triples):,} pairs, {cores} cores", flush=True)
-    first = {**job, "first": PAIRS_PER_STEP, "epochs": CHECK_STEPS, "steps": 0}
+    pairs_per_step = job["groups_per_step"] * job["pairs_of_group"]
+    pairs = len(sizes) * job["pairs_of_group"]
+    print(f"{made['parameters']:,} parameters, {pairs:,} pairs of {len(sizes):,} groups, {cores} cores", flush=True)
+    first = {**job, "first": job["groups_per_step"], "epochs": CHECK_STEPS, "steps": 0}
     checked = {side: run(command, first, scratch) for side, command in commands.items()}
     versions = {**checked["trl"]["versions"], **checked["ours"]["versions"]}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
-    print(check(checked["trl"], checked["ours"]), flush=True)
+    print(check(checked["trl"], checked["ours"], pairs_per_step), flush=True)
     rounds = []
     for number in range(given.rounds):
         print(f"round {number + 1}", flush=True)
@@ -317,7 +356,7 @@ def compare(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         for side, command in commands.items():
             if given.side in ("both", side):
                 rounds[-1][side] = result = run(command, {**job, "seed": number}, scratch)
-                refuse_smaller_steps(result)
+                refuse_smaller_steps(result, pairs_per_step)
                 print(describe(side, result), flush=True)
     figures = {"cores": cores, "versions": versions, "options": {k: str(v) for k, v in vars(given).items()}}
     if given.side == "both":

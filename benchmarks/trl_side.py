@@ -1,8 +1,9 @@
-"""TRL's side of trl_cpu.py, run by TRL's Python: makes the model, or trains it with TRL's own RewardTrainer.
+"""The peers' side of trl_cpu.py and scoring.py, run by their Python: makes the model, trains it with TRL's own
+RewardTrainer, or scores with transformers.
 
     python benchmarks/trl_side.py JOB.json
 
-Prints one line of JSON; what a job holds is in trl_cpu.py. Nothing here needs rmjax.
+Prints one line of JSON; what a job holds is in those files. Nothing here needs rmjax.
 """
 
 import itertools
@@ -18,6 +19,8 @@ START = time.perf_counter()
 import torch  # noqa: E402  the time of these imports is measured
 import transformers  # noqa: E402
 
+TEMPLATE = "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+
 
 def make(job: dict[str, Any]) -> dict[str, Any]:
     """Saves a Qwen2 reward model with random weights, and a tokenizer that holds no more than TRL asks for."""
@@ -28,7 +31,7 @@ def make(job: dict[str, Any]) -> dict[str, Any]:
     model = transformers.Qwen2ForSequenceClassification(config).float()
     model.save_pretrained(job["model"])
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    tokens = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    tokens = {"pad_token": "<pad>", "eos_token": "<eos>", "chat_template": TEMPLATE}
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, **tokens).save_pretrained(job["model"])
     return {"parameters": sum(p.numel() for p in model.parameters())}
 
@@ -62,10 +65,10 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.append(time.perf_counter())
 
-    pairs = json.loads(Path(job["pairs"]).read_text())[: job["first"] or None]
+    pairs = json.loads(Path(job["pairs"]).read_text())[: job["first"] * job["pairs_of_group"] or None]
     rows = [{"chosen_ids": p + c, "rejected_ids": p + r, "length": len(p) + max(len(c), len(r))} for p, c, r in pairs]
     options, optim = job["trl"], job["optim"]
-    pieces = job["pairs_per_step"] // options["micro"]
+    pieces = job["groups_per_step"] * job["pairs_of_group"] // options["micro"]
     config = trl.RewardConfig(
         output_dir=job["scratch"],
         per_device_train_batch_size=options["micro"],
@@ -113,7 +116,31 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def score(job: dict[str, Any]) -> dict[str, Any]:
+    """Scores all conversations, sorted by length, in padded batches; twice, of which the second pass is timed."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    kinds = {"attn_implementation": "sdpa", "dtype": torch.float32}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(job["model"], **kinds).eval()
+    whole = [prompt + response for prompt, responses in job["conversations"] for response in responses]
+    order = sorted(range(len(whole)), key=lambda i: len(whole[i]))
+    batches = [order[i : i + job["batch"]] for i in range(0, len(order), job["batch"])]
+    scores = [0.0] * len(whole)
+    with torch.inference_mode():
+        for _ in range(2):
+            begin = time.perf_counter()
+            for batch in batches:
+                longest = len(whole[batch[-1]])
+                ids = torch.full((len(batch), longest), model.config.pad_token_id)
+                mask = torch.zeros_like(ids)
+                for row, i in enumerate(batch):
+                    ids[row, : len(whole[i])], mask[row, : len(whole[i])] = torch.tensor(whole[i]), 1
+                for i, value in zip(batch, model(ids, attention_mask=mask).logits[:, 0].tolist()):
+                    scores[i] = value
+            seconds = time.perf_counter() - begin
+    return {"seconds": seconds, "scores": scores}
+
+
 if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
     given = json.loads(Path(sys.argv[1]).read_text())
-    print(json.dumps({"make": make, "train": train}[given["do"]](given)))
+    print(json.dumps({"make": make, "train": train, "score": score}[given["do"]](given)))

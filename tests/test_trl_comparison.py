@@ -21,7 +21,7 @@ SMALL |= {"initializer_range": 0.3}
 def job(tmp_path):
     given = trl_cpu.arguments(["--trl-python=python", "--row-tokens=64", "--micro-rows=2"])
     job = trl_cpu.job_of(given, tmp_path, TRIPLES)
-    job |= {"shape": {**trl_cpu.SHAPE, **SMALL}, "vocabulary": SMALL["pad_token_id"], "pairs_per_step": 2}
+    job |= {"shape": {**trl_cpu.SHAPE, **SMALL}, "vocabulary": SMALL["pad_token_id"], "groups_per_step": 2}
     job["optim"] = {**trl_cpu.OPTIM, "learning_rate": 1e-2, "weight_decay": 0.1, "clip_norm": 0.5}
     trl_cpu.write_pairs(Path(job["pairs"]), TRIPLES, job["vocabulary"])
     importlib.import_module("trl_side").make(job)  # which imports torch
@@ -61,8 +61,30 @@ def test_our_side_trains_as_torch_does(job):
 
 def test_a_round_shows_every_pair_once_in_steps_that_are_large_enough(job):
     ours = trl_cpu.train(job)
-    assert sum(ours["pairs"]) == len(TRIPLES) and np.mean(ours["pairs"]) >= job["pairs_per_step"]
+    assert sum(ours["pairs"]) == len(TRIPLES) and np.mean(ours["pairs"]) >= job["groups_per_step"]
     assert set(ours["tokens"]) == {64} and np.isfinite(ours["losses"]).all()
+
+
+def test_a_ranking_is_one_tree_for_us_and_all_its_pairs_for_torch(job, tmp_path):
+    given = trl_cpu.arguments(["--trl-python=python", "--responses=4", "--row-tokens=64", "--micro-rows=2"])
+    sizes = [[9, 4, 7, 3, 5], [3, 2, 6, 8, 1], [12, 5, 5, 9, 4]]
+    of_rankings = trl_cpu.job_of(given, tmp_path, sizes)
+    trl_cpu.write_pairs(tmp_path / "rankings.json", sizes, job["vocabulary"])
+    pairs = json.loads((tmp_path / "rankings.json").read_text())
+    assert [len(chosen) for _, chosen, _ in pairs[:6]] == [4, 4, 4, 7, 7, 3]
+    assert [len(rejected) for *_, rejected in pairs[:6]] == [7, 3, 5, 3, 5, 5]
+    ours = trl_cpu.train({**job, **{k: of_rankings[k] for k in ("sizes", "pairs_of_group")}, "first": 2, "epochs": 3})
+    np.testing.assert_allclose(ours["losses"], losses_of_torch(job, pairs[:12], 3), atol=1e-4, rtol=0)
+    assert ours["pairs"] == [12, 12, 12]
+
+
+def test_lengths_of_rankings_are_drawn_and_rows_hold_the_longest_tree():
+    given = trl_cpu.arguments(["--trl-python=python", "--responses=7"])
+    sizes = trl_cpu.sizes_of(given)
+    assert sizes.shape == (9000 // 21, 8) and np.array_equal(sizes, trl_cpu.sizes_of(given))
+    assert np.abs(sizes[:, 1:].mean() / trl_cpu.RANKINGS[7][1] - 1) < 0.05
+    trl_cpu.fit_rows(given, sizes)
+    assert given.row_tokens % 256 == 0 and 0 <= given.row_tokens - (sizes.sum(1).max() + 6) < 256
 
 
 def test_both_sides_get_the_same_pairs(job):
@@ -79,17 +101,17 @@ def result(losses, pairs=(32, 32, 32), seconds=(9.0, 1.0, 3.0)):
 @pytest.mark.parametrize("losses", [(0.7, 0.6, 0.5002), (0.7, 0.6, float("nan"))])
 def test_other_losses_end_it(losses):
     same = result((0.7, 0.6, 0.5))
-    assert "0.600000 and 0.600000" in trl_cpu.check(same, result((0.70005, 0.6, 0.5)))
+    assert "0.600000 and 0.600000" in trl_cpu.check(same, result((0.70005, 0.6, 0.5)), 32)
     with pytest.raises(ValueError, match="do not train the same"):
-        trl_cpu.check(same, result(losses))
+        trl_cpu.check(same, result(losses), 32)
     with pytest.raises(ValueError, match="TRL did 3 steps on the first pairs and we 2"):
-        trl_cpu.check(same, result(losses[:2]))
+        trl_cpu.check(same, result(losses[:2]), 32)
 
 
 def test_smaller_steps_end_it():
-    trl_cpu.refuse_smaller_steps(result((), pairs=(30, 36, 3)))  # the last step of an epoch may be small
+    trl_cpu.refuse_smaller_steps(result((), pairs=(30, 36, 3)), 32)  # the last step of an epoch may be small
     with pytest.raises(ValueError, match=r"a step had 31\.5 pairs on average, expected 32 at least"):
-        trl_cpu.refuse_smaller_steps(result((), pairs=(32, 31, 32)))
+        trl_cpu.refuse_smaller_steps(result((), pairs=(32, 31, 32)), 32)
 
 
 def test_rates_medians_and_ratios():

@@ -1,4 +1,4 @@
-"""Pairs of random tokens whose lengths follow a file, for measurements that need no data.
+"""Pairs and rankings of random tokens whose lengths follow a file, for measurements that need no data.
 
 A file of lengths is a JSON list of [prompt, chosen, rejected] in tokens. Two come with the package (lengths/):
 
@@ -45,44 +45,46 @@ def visible_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
 
 
 class RandomGroups:
-    """Pairs of which the first response is preferred; a source of groups as `batches/groups.py` has. n pairs.
+    """n groups of K responses, each preferred to all that follow; a source as `batches/groups.py` has.
 
-    A pair is drawn when it is asked for, the same whenever it is. Its responses differ from their first token on.
+    A group is drawn when it is asked for, the same whenever it is. Its responses differ from their first token on.
 
     Attributes:
-        triples: int64 [n, 3] tokens of prompt, chosen and rejected.
-        lengths: int64 [n] tokens of each tree: one more than the triple's, since the last token of the prompt is in
-            both branches (batches/trees.py).
+        sizes: int64 [n, 1 + K] tokens of the prompt and of each response; of a pair [prompt, chosen, rejected].
+        lengths: int64 [n] tokens of each tree: one more than a pair's sizes, since the last token of the prompt is in
+            every branch (batches/trees.py).
     """
 
     fields: Mapping[str, Axes] = Preferences().fields
     sources = ("random",)
 
-    def __init__(self, triples: np.ndarray, vocabulary: int, seed: int = 0):
-        self.triples, self._vocabulary, self._seed = triples, vocabulary, seed
-        self.lengths = triples.sum(1) + 1
-        self.conversations = triples[:, :1] + triples[:, 1:]
+    def __init__(self, sizes: np.ndarray, vocabulary: int, seed: int = 0):
+        self.sizes, self._vocabulary, self._seed = sizes, vocabulary, seed
+        responses = sizes.shape[1] - 1
+        self.lengths = sizes.sum(1) + responses - 1
+        self.conversations = sizes[:, :1] + sizes[:, 1:]
         self.unshared = self.conversations.sum(1)
-        self.source = np.zeros(len(triples), np.int32)
-        self.ends = self.responses = np.full(len(triples), 2)
+        self.source = np.zeros(len(sizes), np.int32)
+        self.ends = self.responses = np.full(len(sizes), responses)
 
     def __len__(self) -> int:
-        return len(self.triples)
+        return len(self.sizes)
 
     def visible_pairs(self, window: int | None) -> np.ndarray:
-        """int64 [n] pairs of a query and a key that it sees: those of both conversations, the shared ones once."""
-        both = visible_pairs(self.conversations, window).sum(1)
-        return both - visible_pairs(self.triples[:, 0] - 1, window)
+        """int64 [n] pairs of a query and a key that it sees: those of all conversations, the shared ones once."""
+        every = visible_pairs(self.conversations, window).sum(1)
+        return every - (self.sizes.shape[1] - 2) * visible_pairs(self.sizes[:, 0] - 1, window)
 
     def group(self, index: int) -> Group:
-        prompt, chosen, rejected = self.triples[index].tolist()
+        prompt, *responses = self.sizes[index].tolist()
         rng = np.random.default_rng((self._seed, index))
-        tokens = rng.integers(0, self._vocabulary, prompt + chosen + rejected, np.int32)
-        first, second, third = np.split(tokens, [prompt, prompt + chosen])
-        third[0] = (second[0] + 1) % self._vocabulary
-        wins = np.array([[0, 1], [0, 0]], np.float32)
+        tokens = rng.integers(0, self._vocabulary, prompt + sum(responses), np.int32)
+        shared, *drawn = np.split(tokens, prompt + np.cumsum([0, *responses[:-1]]))
+        for number, response in enumerate(drawn):
+            response[0] = (drawn[0][0] + number) % self._vocabulary
+        wins = np.triu(np.ones((len(drawn), len(drawn)), np.float32), 1)
         labels = {"wins": wins, "ties": np.zeros_like(wins), "margin": np.where(wins, np.float32(np.nan), wins)}
-        return Group(build_tree([np.concatenate([first, x]) for x in (second, third)]), labels, 1.0, self.id(index))
+        return Group(build_tree([np.concatenate([shared, x]) for x in drawn]), labels, 1.0, self.id(index))
 
     def id(self, index: int) -> str:
         return f"random:{index}"

@@ -3,6 +3,7 @@
 import collections
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -172,14 +173,25 @@ def test_lengths_that_cannot_be_used(tmp_path, text, message):
         read_lengths("hhh")
 
 
-def test_random_groups_have_the_lengths_that_they_promise():
-    groups = RandomGroups(np.array([[9, 4, 7], [1, 1, 1]]), vocabulary=2)
+@pytest.mark.parametrize(("sizes", "window"), [([[9, 4, 7], [1, 1, 1]], None), ([[5, 4, 1, 9], [8, 2, 3, 3]], 4)])
+def test_random_groups_have_the_lengths_that_they_promise(sizes, window):
+    groups = RandomGroups(np.array(sizes), vocabulary=3)
     for i in range(2):
         group = groups.group(i)
         assert len(group.tree) == groups.lengths[i]
         assert [len(sequence) for sequence in group.tree.sequences()] == groups.conversations[i].tolist()
         assert np.array_equal(group.tree.tokens, groups.group(i).tree.tokens)
-        assert group.labels["wins"].tolist() == [[0, 1], [0, 0]]
+        assert np.array_equal(np.argwhere(group.labels["wins"]), np.argwhere(np.triu(group.labels["wins"], 1)))
+        assert group.labels["wins"].sum() == math.comb(len(sizes[i]) - 1, 2)
+        paths = [group.tree.path(int(end)) for end in group.tree.end]  # nodes, from the root on
+        seen = {
+            (path[q], path[k])
+            for path in paths
+            for q in range(len(path))
+            for k in range(q + 1)
+            if q - k < (window or 99)
+        }
+        assert groups.visible_pairs(window)[i] == len(seen)
 
 
 # A run
