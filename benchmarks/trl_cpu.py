@@ -12,6 +12,9 @@ the same AdamW. First each trains three steps on the first pairs: if the losses 
 Then come the rounds, each an epoch of TRL in its own process and one of rmjax in its own, one at a time. Every pair
 of an epoch is trained on once, but for the last step of TRL, which it drops where it is not full.
 
+With --objective=pairwise a judge reads both responses in one context, in both orders: for rmjax one tree, for
+transformers' own Trainer (TRL has no such trainer) two rows, with the cross-entropy of A and B.
+
 TRL groups by length. Its steps are 32 pairs (of rankings 48 of 4 responses, 84 of 7), by default in micro-batches of
 4: they are padded less, and on a CPU that was faster than one batch of 32. Our steps are rows of --row-tokens tokens,
 as many as hold TRL's pairs on average.
@@ -65,6 +68,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", help="the Python of an environment that has TRL")
     parser.add_argument("--lengths", default="hh", help="a file of lengths (data/random_groups.py)")
+    parser.add_argument("--objective", default="bradley_terry", choices=("bradley_terry", "pairwise"))
     parser.add_argument("--responses", type=int, default=2, choices=(2, *RANKINGS), help="of a group; see above")
     parser.add_argument("--pairs", type=int, default=0, help="the first pairs of the file; 0 is all")
     parser.add_argument("--rounds", type=int, default=5)
@@ -72,6 +76,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cores", type=int, default=0, help="cores of both sides; 0 is all there are")
     parser.add_argument("--row-tokens", type=int, default=1280, help="ours: length of a row; longer where a tree is")
     parser.add_argument("--micro-rows", type=int, default=2, help="ours: rows of a micro-batch; 0 is all of a step")
+    parser.add_argument("--host-devices", type=int, default=1, help="ours: devices that JAX makes of the CPU")
     parser.add_argument("--trl-micro", type=int, default=4, help="TRL's: pairs of a micro-batch")
     parser.add_argument("--trl-attention", default="sdpa", help="TRL's: attention implementation")
     parser.add_argument("--trl-optimizer", default="adamw_torch_fused", help="TRL's: `optim` of its config")
@@ -80,6 +85,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
+    if given.objective == "pairwise" and given.responses != 2:
+        parser.error("--objective=pairwise judges two responses")
     if given.side != "ours" and not given.trl_python and not given.job:
         parser.error("--trl-python is missing: the Python of an environment that has TRL")
     return given
@@ -90,23 +97,51 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # ----------------------------------------------------------------------------------------------------
 
 
-def split_of(job: dict[str, Any]) -> Any:
-    """Our pairs, their plan and the shape of its batches: the first pairs in one step an epoch, or all as in a run."""
+def groups_of(job: dict[str, Any]) -> Any:
+    """The groups, or with `pairwise` the same pairs as a judge reads them."""
     import numpy as np
 
+    from rmjax.batches.groups import Group
+    from rmjax.batches.random_groups import RandomGroups
+    from rmjax.batches.trees import build_tree
+    from rmjax.objectives.pairwise import Pairwise
+
+    class InBothOrders(RandomGroups):
+        fields = Pairwise(classes=2).task.fields
+
+        def __init__(self, sizes: np.ndarray, vocabulary: int):
+            super().__init__(sizes, vocabulary)
+            self.lengths = sizes[:, 0] + 2 * sizes[:, 1:].sum(1) + 1
+
+        def group(self, index: int) -> Group:
+            shared = int(self.sizes[index, 0])
+            first, second = super().group(index).tree.sequences()
+            orders = [np.concatenate([first, second[shared:]]), np.concatenate([second, first[shared:]])]
+            labels = {"verdict": np.eye(2, dtype=np.float32), "strength": np.full(1, np.nan, np.float32)}
+            return Group(build_tree(orders), labels, 1.0, self.id(index))
+
+    kind = InBothOrders if job["objective"] == "pairwise" else RandomGroups
+    return kind(np.array(job["sizes"])[: job["first"] or None], job["vocabulary"])
+
+
+def split_of(job: dict[str, Any]) -> Any:
+    """Our pairs, their plan and the shape of its batches: the first pairs in one step an epoch, or all as in a run."""
     from rmjax.batches import loader, packing
     from rmjax.batches.prepare import Split
-    from rmjax.batches.random_groups import RandomGroups
 
-    groups = RandomGroups(np.array(job["sizes"])[: job["first"] or None], job["vocabulary"])
+    groups = groups_of(job)
     options = {"row_tokens": job["ours"]["row_tokens"], "epochs": job["epochs"]}
     pack = lambda rows, seed: packing.make_plan(groups.lengths, groups.ends, rows_per_step=rows, seed=seed, **options)
     rows = len(pack(1, job["seed"]).row_start) - 1  # of all epochs
     wanted = -(-job["groups_per_step"] * rows // (len(groups) * job["epochs"]))
-    plan = pack(rows, None) if job["first"] else pack(wanted, job["seed"])
+    devices = job["ours"]["host_devices"]
+    of_devices = lambda rows: -(-rows // devices) * devices
+    plan = pack(of_devices(rows), None) if job["first"] else pack(of_devices(wanted), job["seed"])
     plan = plan.first(min(job["steps"] or plan.steps, plan.steps))
-    micro_rows = job["ours"]["micro_rows"] or plan.rows_per_step
-    shape = loader.plan_shape(plan, int(groups.ends[0]), micro_rows=micro_rows, row_devices=1, labels=groups.fields)
+    micro_rows = max(1, (job["ours"]["micro_rows"] or plan.rows_per_step) // devices)
+    shape = loader.plan_shape(
+        plan, int(groups.ends[0]), micro_rows=micro_rows, row_devices=devices, labels=groups.fields
+    )
     return Split(groups, plan, shape)
 
 
@@ -132,12 +167,15 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     from rmjax.train import optim
     from rmjax.train.step import build_program
 
-    config, split = config_lib.defaults(), split_of(job)
+    config, split = config_lib.defaults(job["objective"]), split_of(job)
+    if job["objective"] == "pairwise":
+        config.objective.classes = 2
     plan, shape = split.plan, split.shape
     # No matrix product is recomputed, on either side.
     config.model.remat, config.optim.schedule, config.optim.warmup = memory.POLICIES[0], "constant", "0 steps"
     config.optim.update(job["optim"])
-    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    devices = job["ours"]["host_devices"]
+    mesh = sharding.make_mesh({"data": devices, "fsdp": 1, "tensor": 1}, jax.devices()[:devices])
     model = abstract_model(config, objectives.make(config.objective), mesh, hf.read_config(job["model"]))
     with jax.set_mesh(mesh):
         program = build_program(config, model, plan)
@@ -266,9 +304,8 @@ def sizes_of(given: argparse.Namespace) -> "np.ndarray":
     return np.clip(drawn.round(), 8, 1000).astype(np.int64)
 
 
-def fit_rows(given: argparse.Namespace, sizes: "np.ndarray") -> None:
+def fit_rows(given: argparse.Namespace, longest: int) -> None:
     """Makes rows as long as the longest tree, and says so."""
-    longest = int(sizes.sum(1).max()) + given.responses - 1
     if longest > given.row_tokens:
         rows = -(-longest // 256) * 256
         print(f"a tree has {longest:,} tokens: rows of {rows:,} instead of {given.row_tokens:,}", flush=True)
@@ -280,8 +317,9 @@ def job_of(given: argparse.Namespace, scratch: Path, sizes: list[list[int]]) -> 
     pairs_of_group = math.comb(len(sizes[0]) - 1, 2)
     return {
         "do": "train",
+        "objective": given.objective,
         "model": str(scratch / "model"),
-        "shape": SHAPE,
+        "shape": SHAPE | {"num_labels": 2 if given.objective == "pairwise" else 1},
         "pairs": str(scratch / "pairs.json"),
         "scratch": str(scratch / "trl"),
         "sizes": sizes,
@@ -293,7 +331,11 @@ def job_of(given: argparse.Namespace, scratch: Path, sizes: list[list[int]]) -> 
         "pairs_of_group": pairs_of_group,
         "groups_per_step": PAIRS_PER_STEP[len(sizes[0]) - 1] // pairs_of_group,
         "optim": OPTIM,
-        "ours": {"row_tokens": given.row_tokens, "micro_rows": given.micro_rows},
+        "ours": {
+            "row_tokens": given.row_tokens,
+            "micro_rows": given.micro_rows,
+            "host_devices": given.host_devices,
+        },
         "trl": {
             "micro": given.trl_micro,
             "attention": given.trl_attention,
@@ -323,6 +365,8 @@ def run(command: list[str], job: dict[str, Any], scratch: Path) -> dict[str, Any
     path.write_text(json.dumps(job))
     threads = str(len(os.sched_getaffinity(0)))
     env = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    devices = job.get("ours", {}).get("host_devices", 1)
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     done = subprocess.run([*command, str(path)], stdout=subprocess.PIPE, text=True, env={**os.environ, **env})
     if done.returncode:
         raise ValueError(f"{' '.join(command)} ended with status {done.returncode}; what it said is above")
@@ -332,8 +376,9 @@ def run(command: list[str], job: dict[str, Any], scratch: Path) -> dict[str, Any
 def compare(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Makes model and pairs, checks that both sides train the same, and measures; prints as it goes."""
     sizes = sizes_of(given)
-    fit_rows(given, sizes)
     job = job_of(given, scratch, sizes.tolist())
+    fit_rows(given, int(groups_of(job).lengths.max()))
+    job["ours"]["row_tokens"] = given.row_tokens
     write_pairs(scratch / "pairs.json", sizes.tolist(), job["vocabulary"])
     commands = {
         "trl": [given.trl_python, str(Path(__file__).with_name("trl_side.py"))],

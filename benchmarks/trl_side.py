@@ -1,5 +1,5 @@
 """The peers' side of trl_cpu.py and scoring.py, run by their Python: makes the model, trains it with TRL's own
-RewardTrainer, or scores with transformers.
+RewardTrainer (a judge with transformers' Trainer), or scores with transformers.
 
     python benchmarks/trl_side.py JOB.json
 
@@ -36,6 +36,13 @@ def make(job: dict[str, Any]) -> dict[str, Any]:
     return {"parameters": sum(p.numel() for p in model.parameters())}
 
 
+class Padded(transformers.DataCollatorWithPadding):
+    """Pads rows, and leaves out what only the sampler reads."""
+
+    def __call__(self, features: Any) -> Any:
+        return super().__call__([{k: v for k, v in row.items() if k != "length"} for row in features])
+
+
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """Trains on the first pairs in their order, or on all grouped by length; times every optimizer step.
 
@@ -51,10 +58,17 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     clock: list[float] = []
     seen: list[dict[str, float]] = []  # of each micro-batch
 
-    class Watched(trl.RewardTrainer):
+    judging = job["objective"] == "pairwise"
+
+    class Watched(transformers.Trainer if judging else trl.RewardTrainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             ids = inputs["input_ids"]
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if judging:  # a mean over the rows of a micro-batch, as RewardTrainer's is over its pairs
+                self.model_accepts_loss_kwargs = False
+                labels = inputs.pop("labels")
+                loss = torch.nn.functional.cross_entropy(model(**inputs).logits, labels)
+            else:
+                loss = super().compute_loss(model, inputs, *args, **kwargs)
             seen.append({"pairs": len(ids) // 2, "tokens": ids.numel(), "loss": loss.item()})
             return loss
 
@@ -67,11 +81,14 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
     pairs = json.loads(Path(job["pairs"]).read_text())[: job["first"] * job["pairs_of_group"] or None]
     rows = [{"chosen_ids": p + c, "rejected_ids": p + r, "length": len(p) + max(len(c), len(r))} for p, c, r in pairs]
+    if judging:
+        orders = [(p + a + b, label) for p, c, r in pairs for a, b, label in ((c, r, 0), (r, c, 1))]
+        rows = [{"input_ids": ids, "labels": label, "length": len(ids)} for ids, label in orders]
     options, optim = job["trl"], job["optim"]
     pieces = job["groups_per_step"] * job["pairs_of_group"] // options["micro"]
     config = trl.RewardConfig(
         output_dir=job["scratch"],
-        per_device_train_batch_size=options["micro"],
+        per_device_train_batch_size=options["micro"] * (2 if judging else 1),
         gradient_accumulation_steps=pieces,
         num_train_epochs=job["epochs"],
         max_steps=job["steps"] or -1,
@@ -101,9 +118,9 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     attention = {"attn_implementation": options["attention"], "dtype": torch.float32}
     model = transformers.AutoModelForSequenceClassification.from_pretrained(job["model"], **attention)
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
-    trainer = Watched(
-        model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()]
-    )
+    padded = {"data_collator": Padded(tokenizer, return_tensors="pt")} if judging else {}
+    data = Dataset.from_list(rows)
+    trainer = Watched(model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()], **padded)
     trainer.train()
     steps = [seen[i : i + pieces] for i in range(0, len(seen), pieces)]
     return {

@@ -28,8 +28,8 @@ def job(tmp_path):
     return job
 
 
-def losses_of_torch(job, pairs, steps):
-    """What TRL's RewardTrainer does in these steps, each on all pairs, written out."""
+def losses_of_torch(job, pairs, steps, judged=False):
+    """What TRL's RewardTrainer does in these steps, each on all pairs, written out; or a judge's on (tokens, label)."""
     import torch
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(job["model"], dtype=torch.float32)
@@ -40,8 +40,12 @@ def losses_of_torch(job, pairs, steps):
     adam = torch.optim.AdamW(groups, optim["learning_rate"], (optim["b1"], optim["b2"]), optim["eps"])
     losses = []
     for _ in range(steps):
-        rewards = [[model(torch.tensor([p + x])).logits[0, 0] for x in (c, r)] for p, c, r in pairs]
-        loss = -torch.stack([torch.nn.functional.logsigmoid(a - b) for a, b in rewards]).mean()
+        if judged:
+            logits = torch.cat([model(torch.tensor([ids])).logits for ids, _ in pairs])
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor([label for _, label in pairs]))
+        else:
+            rewards = [[model(torch.tensor([p + x])).logits[0, 0] for x in (c, r)] for p, c, r in pairs]
+            loss = -torch.stack([torch.nn.functional.logsigmoid(a - b) for a, b in rewards]).mean()
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim["clip_norm"])
@@ -78,13 +82,24 @@ def test_a_ranking_is_one_tree_for_us_and_all_its_pairs_for_torch(job, tmp_path)
     assert ours["pairs"] == [12, 12, 12]
 
 
+def test_a_judge_reads_a_pair_in_both_orders_as_one_tree(job):
+    job |= {"objective": "pairwise", "shape": {**job["shape"], "num_labels": 2}}
+    importlib.import_module("trl_side").make(job)
+    ours = trl_cpu.train({**job, "first": 3, "epochs": 3, "ours": {**job["ours"], "row_tokens": 128}})
+    pairs = json.loads(Path(job["pairs"]).read_text())[:3]
+    orders = [(p + a + b, label) for p, c, r in pairs for a, b, label in ((c, r, 0), (r, c, 1))]
+    np.testing.assert_allclose(ours["losses"], losses_of_torch(job, orders, 3, judged=True), atol=1e-4, rtol=0)
+    assert ours["pairs"] == [3, 3, 3]
+
+
 def test_lengths_of_rankings_are_drawn_and_rows_hold_the_longest_tree():
     given = trl_cpu.arguments(["--trl-python=python", "--responses=7"])
     sizes = trl_cpu.sizes_of(given)
     assert sizes.shape == (9000 // 21, 8) and np.array_equal(sizes, trl_cpu.sizes_of(given))
     assert np.abs(sizes[:, 1:].mean() / trl_cpu.RANKINGS[7][1] - 1) < 0.05
-    trl_cpu.fit_rows(given, sizes)
-    assert given.row_tokens % 256 == 0 and 0 <= given.row_tokens - (sizes.sum(1).max() + 6) < 256
+    longest = int(sizes.sum(1).max() + 6)
+    trl_cpu.fit_rows(given, longest)
+    assert given.row_tokens % 256 == 0 and 0 <= given.row_tokens - longest < 256
 
 
 def test_both_sides_get_the_same_pairs(job):
