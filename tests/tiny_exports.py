@@ -4,12 +4,13 @@ import jax
 import numpy as np
 import tiny_models
 
-from rmjax import objectives
+from rmjax import objectives, sharding
 from rmjax.batches.chat import Chat, load_tokenizer
-from rmjax.config import defaults
+from rmjax.config import defaults, filled
 from rmjax.export import write as export
+from rmjax.inference import parameters
 from rmjax.models import config as model_config
-from rmjax.models import heads
+from rmjax.models import heads, hf
 
 TALK = [{"role": "user", "content": "Tell me of trees."}, {"role": "assistant", "content": "They grow."}]
 
@@ -48,5 +49,38 @@ def write(
         data=f"of {seed}",
         golden=[(ids, [len(ids) - 1])],
         unit_std=unit_std,
+    )
+    return directory
+
+
+def adapt(directory, base, seed, *, kind="bradley_terry", merged=False):
+    """Exports a random adapter of an export, as a PEFT directory or merged into it; returns its directory."""
+    chat, config = Chat(load_tokenizer(base)), defaults(kind)
+    config.model.init_from, config.lora.rank, config.export.adapter = str(base), 4, not merged
+    config, made = filled(config), objectives.make(config.objective)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    model = parameters.abstract_model(config, made, mesh, hf.read_config(base))
+    params, _ = parameters.init_params(config, model)
+    rng = np.random.default_rng(seed)
+
+    def drawn(path, x):
+        name = sharding.path_name(path)
+        return (0.2 * rng.standard_normal(x.shape)).astype(np.float32) if name.endswith("/lora_b") else x
+
+    params = jax.tree_util.tree_map_with_path(drawn, params)
+    model, params = (model.plain, model.merged(params, "float32")) if merged else (model, params)
+    ids = chat.encode([chat.render(TALK)])[0]
+    export.write_export(
+        directory,
+        params,
+        objective=made,
+        config=config,
+        values=model.values,
+        model=model.config,
+        chat=chat,
+        metrics={"validation/reward_mean": 1.0, "validation/reward_std": 2.0},
+        data=f"of {seed}",
+        golden=[(ids, [len(ids) - 1])],
+        adapters=model.adapters,
     )
     return directory
