@@ -43,11 +43,13 @@ def replay(directory: Path, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
 def main() -> None:
     """In the process: vLLM's offline pooling, by its documentation of pooling models."""
     import vllm
+    from vllm.config import PoolerConfig
 
     directory, output = sys.argv[1:]
     prompts = [{"prompt_token_ids": ids} for ids in json.load(sys.stdin)]
     options = {"runner": "pooling", "dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": MEMORY}
-    model = vllm.LLM(model=directory, **options)
+    last = PoolerConfig(pooling_type="LAST")  # vLLM's class for any model of transformers pools the first by default
+    model = vllm.LLM(model=directory, pooler_config=last, **options)
     found = model.encode(prompts, pooling_params=vllm.PoolingParams(use_activation=False), pooling_task="classify")
     values = [np.asarray(one.outputs.data, np.float64).ravel().tolist() for one in found]
     Path(output).write_text(json.dumps(values))

@@ -11,7 +11,12 @@ import pytest
 from rmjax.export import vllm_replay
 
 STAND_IN = """
-import json, os, pathlib
+import json, os, pathlib, sys, types
+
+class PoolerConfig(dict):
+    pass
+
+sys.modules["vllm.config"] = types.SimpleNamespace(PoolerConfig=PoolerConfig)
 
 class PoolingParams:
     def __init__(self, **options):
@@ -47,6 +52,7 @@ def test_it_has_a_process_and_a_share_of_memory_of_its_own(stand_in):
     seen = json.loads((stand_in / "seen.json").read_text())
     assert seen["pid"] != os.getpid() and seen["gpu_memory_utilization"] == vllm_replay.MEMORY < 0.9
     assert (seen["model"], seen["dtype"], seen["runner"]) == (str(stand_in / "export"), "float32", "pooling")
+    assert seen["pooler_config"] == {"pooling_type": "LAST"}
     assert "vllm" not in sys.modules
 
 
