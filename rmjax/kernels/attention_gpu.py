@@ -19,9 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from rmjax.kernels.visible import Visible, Visits
+
+triton: Any
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # deprecated since JAX 0.11
+    triton = None
 
 HIDDEN = -1e30  # the logit of an invisible key: finite, so that no difference of two logits is NaN
 LOG2E = math.log2(math.e)
@@ -39,6 +44,8 @@ def block(head_dim: int) -> int:
 def refuses(platform: str, head_dim: int, dtype: str) -> str:
     if platform != "gpu":
         return f"its kernels run on gpu, not on {platform}"
+    if triton is None:
+        return "this version of JAX has no Pallas-Triton, in which its kernels are written"
     if head_dim not in HEAD_DIMS:
         return f"its kernels take heads of width {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     if dtype not in DTYPES:
@@ -311,8 +318,8 @@ def _launch(
         in_specs=[spec, *(view for _, view in inputs)],
         out_specs=[view for _, view in outputs],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
-        # A block of keys and values is copied while the one before is used. With two stages two blocks of queries of
-        # width 128 share a core of an A100 (a third would leave one), as on Hopper. 256 takes the registers of 8 warps.
+        # With two stages two blocks of queries of width 128 share a core of an A100 (a third would leave one), as on
+        # Hopper; but no copy goes ahead of its use (benchmarks/kernels.py). 256 takes the registers of 8 warps.
         compiler_params=triton.CompilerParams(num_warps=4 if width <= 128 else 8, num_stages=2),
         interpret=interpret,
         name=name,

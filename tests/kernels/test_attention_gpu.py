@@ -270,6 +270,12 @@ def test_what_is_not_served_is_named(platform, width, dtype, why):
     assert choose("auto", platform, width, dtype)[0] == "xla"
 
 
+def test_without_pallas_triton_a_gpu_has_the_form_of_xla(monkeypatch):
+    monkeypatch.setattr(attention_gpu, "triton", None)
+    form, why = choose("auto", "cuda", 64, "bfloat16")
+    assert form == "xla" and "no Pallas-Triton" in why
+
+
 def test_a_gpu_has_its_own_form():
     for width in (64, 128, 256):
         assert choose("auto", "cuda", width, "bfloat16") == ("gpu", "")
