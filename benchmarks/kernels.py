@@ -14,12 +14,13 @@ Columns, the cycles being estimates by formula for one core (streaming multiproc
                 when it begins to compute; 0 means that every copy is waited for in full
     loads       from global memory into registers within the loop, each of which is waited for
     products    cycles of the tensor core: 2,048 multiply-adds each (989 TFLOP/s at 1.83 GHz on 132 cores)
-    issue       cycles in which each of a core's four schedulers issues an instruction
+    issue       cycles in which each of a core's four schedulers issues an instruction: in a visit of a whole block,
+                and of one that is masked
     special     cycles of the units for exp2, 4 lanes for each scheduler
     KiB         copied from level 2 cache
     FLOP/B      of products for each byte copied
-    of peak     products / the largest of the three: what a core reaches that overlaps everything; and products /
-                (products + issue): one that overlaps nothing
+    of peak     of whole blocks, products / the largest of the three: what a core reaches that overlaps everything; and
+                products / (products + issue): one that overlaps nothing
 """
 
 import argparse
@@ -37,8 +38,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 
+from rmjax import sharding
 from rmjax.hardware import topology
 from rmjax.kernels.tree_attention import block_of, tree_attention
 from rmjax.kernels.visible import visible
@@ -102,10 +103,12 @@ def of_file(path: Path, width: int) -> tuple[Callable[..., Any], int]:
 
 def compiled(function: Callable[..., Any], spans: int, width: int, device: str) -> list[Kernel]:
     """The kernels of a function that multiply matrices."""
-    sharding = SingleDeviceSharding(topology.devices(device)[0])
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, topology.devices(device)[:1])
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
     heads = [array(jnp.bfloat16, ROWS, TOKENS, n, width) for n in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
-    lowered = jax.jit(function).lower(*heads, *[array(jnp.int32, ROWS, TOKENS)] * spans)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(function).lower(*heads, *[array(jnp.int32, ROWS, TOKENS)] * spans)
     with tempfile.TemporaryDirectory() as folder:
         lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         thunks = next(Path(folder).glob("*thunk_sequence.txt")).read_text()
@@ -165,17 +168,20 @@ def loops(lines: Sequence[str], label: str, branch: str, holds: str) -> Iterator
 
 
 def loop_rows(kernel: Kernel, width: int) -> list[list[str]]:
-    """A line of the table for each loop over blocks; one that masks compares most."""
+    """A line of the table for each loop over blocks."""
     of_ptx = list(loops(kernel.ptx, r"(\$L\w+):", r"bra[. \w]*\s(\$L\w+);", MULTIPLIES))
     of_sass = list(loops(kernel.sass, r"\s*(\.L_\w+):", r"BRA.*`\((\.L_\w+)\)", "HGMMA|HMMA"))
     if len(of_ptx) != len(of_sass):
         raise RuntimeError(f"{kernel.name} has {len(of_ptx)} loops over blocks in PTX and {len(of_sass)} in SASS")
-    compares = [sum("ISETP" in line for line in sass) for sass in of_sass]
-    rows = []
-    for ptx, sass, count in zip(of_ptx, of_sass, compares):
-        name = f"{kernel.name}, masked" if count > 30 else kernel.name
-        rows.append([name, str(width), *_loop_cells(kernel, ptx, sass)])
-    return rows
+    return [[kernel.name, str(width), *_loop_cells(kernel, *both)] for both in zip(of_ptx, of_sass)]
+
+
+def _masking(sass: Sequence[str]) -> int:
+    """Instructions of a loop that a whole block jumps over: the longest stretch of its kind that compares a lot."""
+    places = {match[1]: n for n, line in enumerate(sass) if (match := re.match(r"\s*(\.L_\w+):", line))}
+    jumps = [(n, places.get(m[1], 0)) for n, line in enumerate(sass) if (m := re.search(r"BRA.*`\((\.L_\w+)\)", line))]
+    spans = [sass[a + 1 : b] for a, b in jumps if b > a]
+    return max((sum(";" in x for x in span) for span in spans if sum("ISETP" in x for x in span) > 30), default=0)
 
 
 def _loop_cells(kernel: Kernel, ptx: Sequence[str], sass: Sequence[str]) -> list[str]:
@@ -187,11 +193,18 @@ def _loop_cells(kernel: Kernel, ptx: Sequence[str], sass: Sequence[str]) -> list
     macs = sum(int(m[1]) * int(m[2]) * 16 for line in code if (m := re.search(r"HGMMA\.(\d+)x(\d+)x16", line)))
     macs = macs * kernel.threads // 128 + count("HMMA.16816", code) * 2048 * kernel.threads // 32
     each = kernel.threads // 128  # warps of a scheduler
-    products, issue, special = macs / 2048, len(code) * each, count(r"MUFU", code) * 8 * each
+    products, special = macs / 2048, count(r"MUFU", code) * 8 * each
+    issue, masked = (len(code) - _masking(sass)) * each, len(code) * each
     copied = sum(16 if ".128" in x else 8 if ".64 " in x else 4 for x in code if "LDGSTS" in x) * kernel.threads
-    cells = [count("HGMMA", code), count("HMMA", code), count("LDGSTS", code)]
+    cells: list[Any] = [count("HGMMA", code), count("HMMA", code), count("LDGSTS", code)]
     cells += [min(waits, default=0) // max(groups, 1), count(r"\bLDG\.", code), count("LDSM", code)]
-    cells += [count(r"\b(LDS|STS|STSM)\b", code), count(r"BAR\.SYNC", code), round(products), issue, special]
+    cells += [
+        count(r"\b(LDS|STS|STSM)\b", code),
+        count(r"BAR\.SYNC", code),
+        round(products),
+        f"{issue}, {masked}",
+        special,
+    ]
     share = products / max(products, issue, special), products / (products + issue)
     intensity = f"{2 * macs / copied:.0f}" if copied else ""
     return [*map(str, cells), f"{copied / 1024:.1f}", intensity, f"{share[0]:.0%}, {share[1]:.0%}"]
