@@ -102,7 +102,11 @@ class Groups:
 
     def id(self, index: int) -> str:
         """The row a group came from, "file.jsonl:17"."""
-        return self._store.ids(self._indices[[index]])[0]
+        return self._store.id(int(self._indices[index]))
+
+    def ids(self) -> list[str]:
+        """The row of every group."""
+        return self._store.ids(self._indices)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "Groups":
         chosen = self._indices[np.asarray(indices, np.int64)]
@@ -162,7 +166,8 @@ class Store:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         batches = map(reader.get_batch, range(reader.num_record_batches))
         self._table = pa.Table.from_batches([batch for batch in batches if batch.num_rows])
-        self._starts = np.cumsum([0, *map(len, self._table["id"].chunks)])  # of the batches
+        self._ids = self._table["id"].chunks
+        self._starts = np.cumsum([0, *map(len, self._ids)])  # of the batches
         self.numbers = {name: np.array(self._table[name].to_numpy()) for name in NUMBERS}
         views = lambda cells: (cells.offsets.to_numpy(), cells.values.to_numpy())
         names = [*LISTS, HISTORIES, *(f"label/{name}" for name in self.fields)]
@@ -176,7 +181,17 @@ class Store:
         return len(self._table)
 
     def ids(self, indices: np.ndarray) -> list[str]:
+        """The rows of many groups; a call takes time for all that the file holds."""
         return self._table["id"].take(indices).to_pylist()
+
+    def id(self, index: int) -> str:
+        batch, row = self._place(index)
+        return self._ids[batch][row].as_py()
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The batch that a group is in, and where in it."""
+        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return batch, index - int(self._starts[batch])
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All values of a list column, and for each group where its own begin and how many they are."""
@@ -193,8 +208,7 @@ class Store:
                 f"{self._path} was cut off while a run read it; the same command builds it again and goes on from the "
                 "last checkpoint"
             )
-        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row = index - int(self._starts[batch])
+        batch, row = self._place(index)
         # Copied at once: a view is touched later, when the file may be cut off after all.
         views = {name: batches[batch] for name, batches in self._lists.items()}
         cells = {name: x[offsets[row] : offsets[row + 1]].copy() for name, (offsets, x) in views.items()}
@@ -210,8 +224,7 @@ class Store:
             for name, axes in self.fields.items()
         }
         columns = json.loads(self._table[COLUMNS].chunk(batch)[row].as_py()) if self._carries else {}
-        (name,) = self.ids(np.array([index]))
-        return Group(tree, labels, float(self.numbers["weights"][index]), name, columns)
+        return Group(tree, labels, float(self.numbers["weights"][index]), self._ids[batch][row].as_py(), columns)
 
 
 def for_training(groups: Groups) -> Groups:

@@ -94,6 +94,7 @@ def _with_scores(
     [K, M] of an ensemble's members."""
     sizes, begin = lengths
     columns = {name: groups.column(f"label/{name}") for name in ("wins", "ties", "margin")}
+    ids = groups.ids()
 
     def labels(n: int, k: int) -> dict[str, Any]:
         size = int(groups.responses[n])  # K, or K R of which the first K are labelled
@@ -102,7 +103,7 @@ def _with_scores(
 
     return [
         Scored(
-            **_origin(groups, n),
+            **_origin(groups, n, ids[n]),
             **labels(n, len(values)),
             tokens=sizes[begin[n] : begin[n] + len(values)],
             scores=np.asarray(values, np.float64),
@@ -113,9 +114,9 @@ def _with_scores(
     ]
 
 
-def _origin(groups: Groups, n: int) -> dict[str, Any]:
+def _origin(groups: Groups, n: int, id: str) -> dict[str, Any]:
     return {
-        "id": groups.id(n),
+        "id": id,
         "prompt": int(groups.prompt_ids[n]),
         "source": groups.sources[groups.source[n]],
         "weight": float(groups.weights[n]),
@@ -129,9 +130,9 @@ def _from_orders(groups: Groups, orders: Sequence[np.ndarray]) -> Iterator[Score
     verdicts, at = groups.column("label/verdict")
     strengths = groups.column("label/strength")[0]
     records: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
-    for n in range(len(groups)):
-        match = PAIR.fullmatch(groups.id(n))
-        row, i, j = (match[1], int(match[2]), int(match[3])) if match else (groups.id(n), 0, 1)
+    for n, id in enumerate(groups.ids()):
+        match = PAIR.fullmatch(id)
+        row, i, j = (match[1], int(match[2]), int(match[3])) if match else (id, 0, 1)
         records.setdefault((int(groups.source[n]), row), []).append((n, i, j))
     for (_, row), pairs in records.items():
         first = pairs[0][0]
@@ -146,5 +147,5 @@ def _from_orders(groups: Groups, orders: Sequence[np.ndarray]) -> Iterator[Score
             better = (i, j) if said[0] > said[1] else (j, i)
             margin[better] = strengths[n]
             asked[i, j], asked[j, i] = orders[n]
-        tokens, origin = characters[begin[first] : begin[first + 1]], {**_origin(groups, first), "id": row}
+        tokens, origin = characters[begin[first] : begin[first + 1]], _origin(groups, first, row)
         yield Scored(wins=wins, ties=ties, margin=margin, tokens=tokens, orders=asked, **origin)

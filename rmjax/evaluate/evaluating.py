@@ -117,7 +117,7 @@ def measured(
     if isinstance(task, Steps):
         return _steps(model, groups, progress)
     values = measures.preferences(asking.ask(model, groups, progress), worst=worst)
-    rows = {groups.id(n): n for n in range(len(groups))} if values["worst"] else {}
+    rows = {id: n for n, id in enumerate(groups.ids())} if values["worst"] else {}
     for entry in values["worst"]:
         entry |= _texts(model.chat, groups, rows, entry, isinstance(task, Preferences))
     return values
@@ -128,11 +128,12 @@ def _attributes(model: RewardModel, groups: Groups, task: Attributes, progress: 
     decoded, (tokens, begin) = model.decode(outputs), measure.response_tokens(groups)
     index = np.repeat(np.arange(len(groups)), np.diff(begin))
     value, mask = (groups.column(f"label/{name}")[0].reshape(-1, len(task.names)) for name in ("value", "mask"))
+    ids = groups.ids()
     return measures.attributes(
         np.stack([decoded[name] for name in task.names], -1).astype(np.float64),
         np.where(mask > 0, value, np.nan).astype(np.float64),
         prompt=groups.prompt_ids[index],
-        ids=[groups.id(int(i)) for i in index],
+        ids=[ids[i] for i in index.tolist()],
         tokens=tokens,
         rewards=decoded["score"].astype(np.float64),
         names=task.names,

@@ -84,6 +84,14 @@ def test_a_second_build_is_a_memory_map(build, monkeypatch):
     assert second.audit == first.audit
 
 
+def test_one_group_is_read_without_the_rows_of_all_others(build, monkeypatch):
+    monkeypatch.setattr(token_cache, "CHUNK", 7)  # several batches
+    groups = build(GOOD).select(np.arange(29, -1, -1))
+    monkeypatch.setattr(groups_lib.Store, "ids", lambda *_: pytest.fail("looked up in the whole file"))
+    for i in range(30):
+        assert groups.id(i) == groups.group(i).id == f"rows.jsonl:{29 - i}"
+
+
 def racing(monkeypatch, path, during, after=None):
     """Writes to a file when its fingerprint was taken, and once more when its rows were read."""
     real, open_rows = sources.fingerprint, token_cache.open_rows
