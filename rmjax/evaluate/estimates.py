@@ -2,11 +2,13 @@
 
 Groups of one prompt are drawn together, since their scores go together (a cluster bootstrap: Field and Welsh 2007).
 A statistic is a function of sums that every prompt adds to, so that a resample costs a matrix product, and all
-statistics of a set share one draw, which takes as long for 100,000 prompts. Percentile intervals (Efron 1979).
+statistics of a set share one draw. It is made in blocks of prompts: how many of a resample's prompts are of each block
+is multinomial, and within a block all are equally likely, which is to draw from all at once, in time that grows with
+the prompts and memory that does not. Percentile intervals (Efron 1979).
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from rmjax.statistics import TAIL
 Estimate = dict[str, float | None]
 Statistic = Callable[[np.ndarray], np.ndarray]  # totals [..., m] to a statistic [...]
 RESAMPLES = 1001  # so that the quantiles of TAIL are draws
-CHUNK = 4_000_000  # drawn numbers in memory
+BLOCK = 3_996  # prompts: four million counts, one of each prompt in each resample, are in memory
 
 
 def bootstrap(
@@ -52,27 +54,48 @@ def bootstrap(
     prompts, first, inverse = np.unique(prompt, return_index=True, return_inverse=True)
     totals = np.zeros((len(prompts), sums.shape[1]))
     np.add.at(totals, inverse, sums)
-    stratum = np.zeros(len(prompts), np.int64) if strata is None else np.unique(strata[first], return_inverse=True)[1]
-    rng = np.random.default_rng(0)
-    drawn = np.zeros((RESAMPLES, sums.shape[1]))
-    for s in np.unique(stratum):
-        members = totals[stratum == s]
-        step = max(1, CHUNK // len(members))
-        for start in range(0, RESAMPLES, step):
-            rows = min(step, RESAMPLES - start)
-            picks = rng.integers(0, len(members), (rows, len(members))) + len(members) * np.arange(rows)[:, None]
-            counts = np.bincount(picks.ravel(), minlength=rows * len(members)).reshape(rows, -1)
-            drawn[start : start + rows] += counts @ members
-    whole = totals.sum(0)
+    stratum = None if strata is None else np.unique(strata[first], return_inverse=True)[1]
+    return _resampled([totals], statistics, stratum, shares)
+
+
+def _resampled(
+    columns: Sequence[np.ndarray],
+    statistics: Statistic,
+    stratum: np.ndarray | None = None,
+    shares: Sequence[tuple[int, int]] = (),
+) -> list[Estimate]:
+    """`bootstrap` of what each prompt adds, in columns [prompts, m] side by side, that are put together block by block:
+    all at once would take their memory again."""
+    rng, prompts = np.random.default_rng(0), len(columns[0])
+    strata = [np.arange(prompts)] if stratum is None else [np.flatnonzero(stratum == s) for s in np.unique(stratum)]
+    drawn = np.zeros((RESAMPLES, sum(x.shape[1] for x in columns)))
+    for members in strata:
+        for block, counts in _draws(members, rng):
+            drawn += counts @ np.concatenate([x[block] for x in columns], 1)
+    whole, present = (np.concatenate(x) for x in ([x.sum(0) for x in columns], [(x > 0).sum(0) for x in columns]))
     for hits, cases in shares:
         if whole[cases] > 0 and whole[hits] in (0.0, whole[cases]):
             likely = rng.permutation(np.linspace(0, 1, RESAMPLES))  # so that quantiles are those of the distribution
-            share = likely ** (1 / (totals[:, cases] > 0).sum())
+            share = likely ** (1 / present[cases])
             drawn[:, hits] = whole[cases] * (share if whole[hits] else 1 - share)
             drawn[:, cases] = whole[cases]
     with np.errstate(divide="ignore", invalid="ignore"):
         values, resampled = np.atleast_1d(statistics(whole)), statistics(drawn)
-    return [_estimate(*x, len(prompts)) for x in zip(values, resampled.reshape(RESAMPLES, -1).T)]
+    return [_estimate(*x, prompts) for x in zip(values, resampled.reshape(RESAMPLES, -1).T)]
+
+
+def _draws(members: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields blocks of the members and how often each resample has them, [RESAMPLES, b]; as many as there are members
+    in all."""
+    blocks = [members[start : start + BLOCK] for start in range(0, len(members), BLOCK)]
+    sizes = np.array([len(block) for block in blocks])
+    taken = np.full((RESAMPLES, 1), len(members))
+    if len(blocks) > 1:
+        taken = rng.multinomial(len(members), sizes / len(members), RESAMPLES)
+    for block, many in zip(blocks, taken.T):
+        resample = np.repeat(np.arange(RESAMPLES), many)
+        picks = rng.integers(0, len(block), len(resample)) + len(block) * resample
+        yield block, np.bincount(picks, minlength=RESAMPLES * len(block)).reshape(RESAMPLES, -1)
 
 
 def _estimate(value: float, draws: np.ndarray, prompts: int) -> Estimate:
@@ -147,7 +170,7 @@ class Estimates:
         return {name: value for name, value in values.items() if not np.isnan(value)}
 
     def _totals(self) -> np.ndarray:
-        return np.concatenate(self._columns, 1).sum(0)
+        return np.concatenate([x.sum(0) for x in self._columns])
 
     def all(self) -> dict[Hashable, Estimate]:
         """Every statistic by its key: {"value", "low", "high"}, None where it is not defined (see `bootstrap`)."""
@@ -156,5 +179,4 @@ class Estimates:
         entries = self._entries.values()
         statistics = lambda totals: np.stack([x.statistic(totals) for x in entries], -1)
         shares = [pair for x in entries for pair in x.shares]
-        sums = np.concatenate(self._columns, 1)
-        return dict(zip(self._entries, bootstrap(sums, np.arange(self.prompts), statistics, shares=shares)))
+        return dict(zip(self._entries, _resampled(self._columns, statistics, shares=shares)))

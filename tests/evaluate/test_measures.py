@@ -11,7 +11,7 @@ import pytest
 from made_up_answers import group, judged, metrics_of, pairs, rankings, rated, value
 
 from rmjax.data import records
-from rmjax.evaluate import benchmarks, best_of_n, measures, scored, tables
+from rmjax.evaluate import benchmarks, best_of_n, estimates, measures, scored, tables
 from rmjax.evaluate.estimates import Estimates
 from rmjax.evaluate.rules import REWARD_BENCH
 from rmjax.objectives.bradley_terry import BradleyTerry
@@ -157,6 +157,23 @@ def test_accuracy_has_the_width_of_the_binomial_interval_and_of_scipys_bootstrap
     assert found["value"] == verdict.mean()
     assert width == pytest.approx(exact.high - exact.low, rel=0.1)
     assert width == pytest.approx(np.diff(other.confidence_interval)[0], rel=0.1)
+
+
+def test_a_resample_in_blocks_is_one_of_all_prompts(monkeypatch):
+    members, n = np.arange(100, 123), 23
+    monkeypatch.setattr(estimates, "BLOCK", 5)
+    blocks, counts = zip(*estimates._draws(members, np.random.default_rng(0)))
+    counts = np.concatenate(counts, 1)
+    assert np.concatenate(blocks).tolist() == members.tolist() and max(map(len, blocks)) == 5
+    assert (counts.sum(1) == n).all()
+    # A multinomial's: variance 1 - 1/n of each, covariance -1/n, whether two are in one block or not.
+    covariance, error = np.cov(counts.T), 4 / estimates.RESAMPLES**0.5
+    assert np.abs(covariance - np.eye(n) + 1 / n).max() < error * 1.5 and np.abs(counts.mean(0) - 1).max() < error
+    values, prompt = np.random.default_rng(1).random((400, 2)), np.arange(400)
+    small = estimates.bootstrap(values, prompt, estimates.ratio)
+    monkeypatch.undo()
+    (whole,) = estimates.bootstrap(values, prompt, estimates.ratio)
+    assert small[0]["high"] - small[0]["low"] == pytest.approx(whole["high"] - whole["low"], rel=0.1)
 
 
 def test_groups_of_one_prompt_widen_the_interval():
