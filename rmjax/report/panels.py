@@ -15,6 +15,7 @@ from rmjax.report.drawing import FAINT, FILL, SOFT, VALIDATION, Axes, Panel
 
 Values = Mapping[str, Any]
 LONGEST = 30  # characters of a name beside a plot
+PARTS = 1_000  # of a line that has more than twice as many points: more than a plot has dots across
 DASHED: dict[str, Any] = {"color": SOFT, "linewidth": 0.9, "linestyle": (0, (4, 3))}  # what data is compared with
 Mark = tuple[float, str]  # where a line across the panel stands, and its name
 
@@ -47,7 +48,7 @@ def curves(
 
     def paint(axes: Axes) -> None:
         axes.set(xlabel=x, ylabel=y)
-        for line in lines:
+        for line in map(thinned, lines):
             for low, high, opacity in line.bands:
                 axes.fill_between(line.x, low, high, color=line.color, alpha=opacity, linewidth=0)
             look: dict[str, Any] = {"color": line.color, "linewidth": 1.8 if line.bands else 1.0}
@@ -66,6 +67,18 @@ def curves(
             _thousands(axes.xaxis)
 
     return paint
+
+
+def thinned(line: Line) -> Line:
+    """The line, or of a long one the lowest and the highest point of each of PARTS, so that pages do not grow."""
+    if len(line.y) <= 2 * PARTS:
+        return line
+    y = np.array(line.y, float)
+    parts = np.array_split(np.arange(len(y)), PARTS)
+    kept = {0, len(y) - 1, *(int(part[pick(y[part])]) for part in parts for pick in (np.argmin, np.argmax))}
+    of = lambda values: [values[i] for i in sorted(kept)]
+    bands = [(of(low), of(high), opacity) for low, high, opacity in line.bands]
+    return dataclasses.replace(line, x=of(line.x), y=of(line.y), bands=bands)
 
 
 def histograms(sides: Sequence[tuple[str, str, Values]], x: str, y: str, mark: Mark | None = None) -> Panel:

@@ -1,6 +1,5 @@
 """Looks at every row before any is scored: whether it can be, and what the output will have."""
 
-import collections
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +47,7 @@ def survey_input(
     options.check(shape.name)
     added = shape.added(kind.names)
     columns = making.made_columns(added, options)
-    unscored: dict[str, list[str]] = collections.defaultdict(list)
+    unscored: dict[str, tuple[int, str]] = {}  # rows of each reason, and the first of them
 
     def check(one: Asked) -> Row:
         if kind.shape(one.format) is not shape:
@@ -60,12 +59,13 @@ def survey_input(
         inputs.check_free(one.where, kept, columns)
         options.check_row(one.where, kept)
         for bad in one.unscored:
-            unscored[bad.reason].append(f"{one.where}: {bad.detail}")
+            before, example = unscored.get(bad.reason, (0, f"{one.where}: {bad.detail}"))
+            unscored[bad.reason] = before + 1, example
         return kept
 
     read = inputs.survey(asked, check, output.suffix == ".parquet")
     schema = None if read.schema is None else _made_schema(read.schema, added, options)
-    told = {reason: f"{len(x):,} (the first is {x[0]})" for reason, x in unscored.items()}
+    told = {reason: f"{count:,} (the first is {example})" for reason, (count, example) in unscored.items()}
     return Survey(read, kind, added, schema, told, unread)
 
 

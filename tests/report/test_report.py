@@ -375,6 +375,18 @@ def test_long_texts_are_cut_and_texts_unlike_each_other_not_marked():
     assert "".join(text for _, text in first) == "a b, c d e"
 
 
+def test_a_long_line_keeps_its_ends_its_peaks_and_no_more_points_than_can_be_seen():
+    y = np.sin(np.arange(50_000) / 900)
+    y[[12_345, 40_001]] = 9.0, -9.0
+    line = panels.Line("", "red", list(range(50_000)), y.tolist(), bands=[((y - 1).tolist(), (y + 1).tolist(), 0.2)])
+    short = panels.thinned(line)
+    assert len(short.x) <= 2 * panels.PARTS + 2 and short.x == sorted(short.x)
+    assert {0, 12_345, 40_001, 49_999} <= set(short.x) and short.y == y[short.x].tolist()
+    assert all(np.array_equal(side, y[short.x] + shift) for side, shift in zip(short.bands[0], (-1, 1)))
+    few = panels.Line("", None, list(range(2_000)), [0.0] * 2_000)
+    assert panels.thinned(few) is few
+
+
 def test_long_names_keep_both_ends():
     assert panels.cut("a" * 20 + "b" * 20, 10) == "aaaaa…bbbb"
 
