@@ -1,31 +1,53 @@
 """Measures rmjax on the accelerator that is here, and rewrites the measured part of benchmarks/RESULTS.md.
 
     python benchmarks/accelerator.py --workdir=runs/accelerator
+    python benchmarks/accelerator.py --workdir=runs/accelerator --minutes=10     stops by then, with what it has
+    python benchmarks/accelerator.py --workdir=runs/accelerator --page           writes the page of what is there
     python benchmarks/accelerator.py --workdir=runs/smoke --smoke       tiny shapes on any device, to see that it works
 
-What is run, each in a process of its own:
+What is run, each in a process of its own, the most valuable first:
 
     columns   `python -m rmjax.benchmark` for the five columns of the table
     kernel    attention alone, forward and forward with backward: 4 rows x 8,192 tokens, 28/4 heads x 128
+    sampler   `benchmarks/decoding.py` for two models; --bandwidth is that of one device's memory
     flags     two of the columns again with one XLA flag each, and as they are, to show the noise
 
-The figures of each are a JSON file in the workdir; one that is there is not measured again, so a run that was stopped
-goes on. One that fails is named on the page, and the others are measured. With --smoke the page goes into the workdir.
+The figures of each are a JSON file in the workdir as soon as they are there; one that is there is not measured again,
+so a run that was stopped goes on. One that fails is named on the page, and the others are measured. Page and archive
+(WORKDIR/results.tar.gz: page, figures and the end of every log) are written again after each. With --minutes nothing
+begins that has no time left, nothing takes more than a third of the time, and what runs at the end is stopped. SIGTERM
+stops it as well. With --smoke the page goes into the workdir.
+
+On a machine without network, with Python 3.12, jax 0.11.2 and its CUDA plugin: a checkout is enough, rmjax need not be
+installed. What `python -c "import rmjax.benchmark.__main__, rmjax.inference.sampler"` lacks there is carried beside it.
+Of what comes with JAX, Flax and transformers these are missing as a rule, 5 MB together; here
+
+    pip download --no-deps --only-binary=:all: --python-version=3.12 --platform=manylinux_2_28_x86_64 \\
+        --platform=manylinux_2_17_x86_64 --platform=manylinux2014_x86_64 -d wheels \\
+        array_record grain ml_collections portpicker
+
+and there, with the archive alone to be carried back (unpack it into WORKDIR, then --page):
+
+    python -m pip install --no-index --no-deps --target=wheels/site wheels/*.whl
+    PYTHONPATH=wheels/site python benchmarks/accelerator.py --workdir=DIR --minutes=9
 """
 
 import argparse
 import dataclasses
 import datetime
 import json
+import math
 import os
-import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from sessions import Session, write_archive
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "benchmarks" / "RESULTS.md"
@@ -79,6 +101,8 @@ COLUMNS = (
     Column("7B", "hh", LARGE),
     Column("7B", "long", LARGE),
 )
+SAMPLED = ("qwen2.5-0.5b", "qwen3-4b")  # of decoding.MODELS
+SAMPLED_SMALL = ["--work=40x8x4", "--slots=16", "--rounds=1"]
 FLAG_COLUMNS = (COLUMNS[0], COLUMNS[3])  # bound by small kernels and by matrix products
 # What is tried: its name on the page, and the environment that sets it.
 TRIED: tuple[tuple[str, dict[str, str]], ...] = (
@@ -115,45 +139,6 @@ def environment(name: str, values: Mapping[str, str]) -> dict[str, str]:
     flag = {"XLA_FLAGS": f"{given} {name}".strip()} if name.startswith("--") else {}
     # By default JAX takes three quarters of a GPU's memory, and remat="auto" would fit the step into that.
     return {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ, **flag, **values}
-
-
-class Session:
-    """Runs measurements one after the other; shows what is done and how long the rest will take.
-
-    Attributes:
-        workdir: where the figures are.
-        total: measurements that are planned.
-        failures: what failed, by the name of the measurement.
-    """
-
-    def __init__(self, workdir: Path, total: int):
-        self.workdir, self.total, self.failures = workdir, total, dict[str, str]()
-        self._count, self._measured, self._begun = 0, 0, time.monotonic()
-
-    def measure(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> dict[str, Any] | None:
-        """The figures that a command writes to the file behind its last argument; None if it failed."""
-        slug = "".join(c if c.isalnum() or c in ".=" else "_" for c in name)
-        path = self.workdir / f"{slug}.json"
-        left = ""
-        if self._measured:
-            each = (time.monotonic() - self._begun) / self._measured
-            left = f", about {each * (self.total - self._count) / 60:.0f} minutes left"
-        self._count += 1
-        print(f"[{self._count}/{self.total}] {name}{left}", flush=True)
-        if path.exists():
-            return json.loads(path.read_text())
-        partial = path.with_suffix(".partial")
-        command = [*command, f"--json={partial}"]
-        with open(path.with_suffix(".log"), "w") as log:
-            code = subprocess.run(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-        self._measured += 1
-        if code:
-            errors = re.findall(r"^(?:error|\S*Error): .*", path.with_suffix(".log").read_text(), re.MULTILINE)
-            self.failures[name] = errors[-1][:300] if errors else f"exit code {code}, see {path.stem}.log"
-            print(f"  failed: {self.failures[name]}", flush=True)
-            return None
-        partial.replace(path)
-        return json.loads(path.read_text())
 
 
 def benchmark(column: Column, smoke: bool, steps: int) -> list[str]:
@@ -259,15 +244,31 @@ def kernel_table(kernel: Mapping[str, Any] | None) -> list[str]:
     return grid(["", "forward, ms", "with backward, ms", "TFLOP/s forward", "TFLOP/s with backward"], rows)
 
 
+def sampler_table(sampled: Mapping[str, dict[str, Any] | None], failures: Mapping[str, str]) -> list[str]:
+    """Tokens of responses a second, and how near a step is to the time that reading its bytes takes."""
+    rows = []
+    for name in sampled or SAMPLED:
+        for row in (sampled.get(name) or {}).get("rows", ()):
+            cells = [f"{row['tokens_per_s']:,.0f}", f"{1e3 * row['step']:.1f}", f"{row['share']:.0%}"]
+            rows.append([name, row["work"].replace("x", " x "), *cells])
+        if not sampled.get(name):
+            rows.append([name, "", *["failed" if f"sampler {name}" in failures else MISSING] * 3])
+    head = ["", "tokens of a prompt x of a response x responses", "tokens/s", "a step, ms", "of the memory's limit"]
+    return grid(head, rows)
+
+
 def flag_table(
-    plain: Mapping[str, dict[str, Any] | None], tried: Mapping[str, dict[str, Any] | None], names: Sequence[str]
+    plain: Mapping[str, dict[str, Any] | None],
+    tried: Mapping[str, dict[str, Any] | None],
+    failures: Mapping[str, str],
+    names: Sequence[str],
 ) -> list[str]:
     """Pairs per second with each flag, and against the column as it is."""
 
     def cell(flag: str, column: str) -> str:
         here, base = tried.get(f"{column} {flag}"), plain.get(column)
         if not here:
-            return "failed" if f"{column} {flag}" in tried else MISSING
+            return "failed" if f"{column} {flag}" in failures else MISSING
         rate = here["sides"][0]["pairs_per_s"]
         return f"{rate:,.1f}" + (f" ({rate / base['sides'][0]['pairs_per_s'] - 1:+.1%})" if base else "")
 
@@ -281,24 +282,22 @@ def flag_table(
     )
 
 
-def page_part(
-    reports: Mapping[str, dict[str, Any] | None],
-    kernel: Mapping[str, Any] | None,
-    tried: Mapping[str, dict[str, Any] | None],
-    flags_tried: Sequence[str],
-    failures: Mapping[str, str],
-    command: str,
-) -> str:
-    """What stands between the marks."""
+def page_part(found: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str], command: str) -> str:
+    """What stands between the marks; `found` by table and name, those without figures None."""
+    reports, tried = found.get("columns", {}), found.get("flags", {})
     report = next((report for report in reports.values() if report), None)
     where = "No accelerator was at hand when this page was written: nothing in this part is measured yet."
     if report:
         device, versions = report["device"], ", ".join(f"{k} {v}" for k, v in report["versions"].items())
         date = datetime.date.fromisoformat(report["date"][:10])
         where = f"{device['count']} x {device['kind']}; {versions}; {date}; `{command}`."
+    flags = dict.fromkeys(name.split(" ", 2)[2] for name in tried) or [name for name, _ in TRIED]
     lines = [BEGIN, "", where, "", *column_table(reports, failures), ""]
     lines += ["Attention alone, rows of packed pairs with shared prompts; TFLOP/s count visible pairs only:", ""]
-    lines += [*kernel_table(kernel), "", "XLA flags, one at a time:", "", *flag_table(reports, tried, flags_tried), ""]
+    lines += [*kernel_table(found.get("kernel", {}).get("kernel")), ""]
+    lines += ["Sampling, bfloat16, 512 responses at a time (`benchmarks/decoding.py` says what is timed):", ""]
+    lines += [*sampler_table(found.get("sampler", {}), failures), "", "XLA flags, one at a time:", ""]
+    lines += [*flag_table(reports, tried, failures, list(flags)), ""]
     lines += [f"- `{name}` failed: {text}" for name, text in failures.items()]
     return "\n".join([*lines, *([""] if failures else []), END])
 
@@ -316,37 +315,67 @@ def rewritten(page: str, part: str) -> str:
     return before + part + after
 
 
-def run(workdir: Path, smoke: bool, steps: int, more: Sequence[str]) -> dict[str, str]:
-    """Measures everything and writes the page; returns what failed.
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What one process measures, and the table that shows it under the name."""
+
+    table: str
+    name: str
+    command: Sequence[str]
+    env: Mapping[str, str]
+
+    @property
+    def title(self) -> str:
+        """Of its files."""
+        return f"sampler {self.name}" if self.table == "sampler" else self.name
+
+
+def planned(workdir: Path, smoke: bool, steps: int, more: Sequence[str], devices: int, bandwidth: float) -> Any:
+    """All measurements, the most valuable first; `bandwidth` is of one device, GB/s."""
+    here, plain = Path(__file__).resolve(), environment("", {})
+    yield from (Measurement("columns", c.name, benchmark(c, smoke, steps), plain) for c in COLUMNS)
+    this = [sys.executable, str(here), f"--workdir={workdir}", "--kernel", *smoke * ["--smoke"]]
+    yield Measurement("kernel", "kernel", this, plain)
+    for model in ("tiny",) if smoke else SAMPLED:
+        command = [sys.executable, str(here.with_name("decoding.py")), f"--models={model}"]
+        command += [f"--bandwidth={bandwidth * devices}", *(SAMPLED_SMALL if smoke else ())]
+        # A script's own folder is on its path, the checkout is not.
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        yield Measurement("sampler", model, command, plain | {"PYTHONPATH": path})
+    choice = TRIED[:1] + TRIED[4:5] if smoke else TRIED + (TRIED_ON_SEVERAL if devices > 1 else ())
+    for column in FLAG_COLUMNS[:1] if smoke else FLAG_COLUMNS:
+        for name, values in (*choice, *((flag, {}) for flag in more)):
+            command, env = benchmark(column, smoke, steps), environment(name, values)
+            yield Measurement("flags", f"{column.name} {name}", command, env)
+
+
+def run(args: argparse.Namespace) -> dict[str, str]:
+    """Measures everything and writes page and archive after each; returns what failed.
 
     Raises:
         ValueError: no accelerator, or a flag that must not be used.
     """
-    refuse_forbidden([*more, os.environ.get("XLA_FLAGS", "")])
-    platform, devices = backend()
-    if platform == "cpu" and not smoke:
+    refuse_forbidden([*args.xla_flag, os.environ.get("XLA_FLAGS", "")])
+    seconds, begun = args.minutes * 60 or math.inf, time.monotonic()
+    platform, devices = ("", 1) if args.page else backend()
+    if platform == "cpu" and not args.smoke:
         raise ValueError("JAX finds no accelerator here, only CPUs; install rmjax[cuda] or rmjax[tpu], or give --smoke")
-    columns = FLAG_COLUMNS[:1] if smoke else FLAG_COLUMNS
-    choice = TRIED[:1] + TRIED[4:5] if smoke else TRIED + (TRIED_ON_SEVERAL if devices > 1 else ())
-    choice = (*choice, *((flag, {}) for flag in more))
+    workdir = args.workdir.absolute()
     workdir.mkdir(parents=True, exist_ok=True)
-    session = Session(workdir, len(COLUMNS) + 1 + len(columns) * len(choice))
-    plain = environment("", {})
-    reports = {c.name: session.measure(c.name, benchmark(c, smoke, steps), plain) for c in COLUMNS}
-    this = [sys.executable, str(Path(__file__).resolve()), f"--workdir={workdir}", "--kernel"] + smoke * ["--smoke"]
-    kernel = session.measure("kernel", this, plain)
-    tried = {
-        f"{column.name} {name}": session.measure(
-            f"{column.name} {name}", benchmark(column, smoke, steps), environment(name, values)
-        )
-        for column in columns
-        for name, values in choice
-    }
+    plan = list(planned(workdir, args.smoke, args.steps, args.xla_flag, devices, args.bandwidth))
+    session = Session(workdir, len(plan), 0.0 if args.page else seconds - (time.monotonic() - begun))
+    found: dict[str, dict[str, Any]] = {}
     command = shlex.join(["python", *sys.argv])
-    part = page_part(reports, kernel, tried, [name for name, _ in choice], session.failures, command)
-    target = workdir / PAGE.name if smoke else PAGE
-    target.write_text(rewritten(PAGE.read_text(), part))
-    print(f"written: {target}")
+    target = workdir / PAGE.name if args.smoke else PAGE
+    for one in plan:
+        try:
+            found.setdefault(one.table, {})[one.name] = session.measure(one.title, one.command, one.env)
+        finally:
+            target.write_text(rewritten(PAGE.read_text(), page_part(found, session.failures, command)))
+            archive = write_archive(workdir, target)
+    if session.late:
+        print(f"there was no time for {len(session.late)}: {', '.join(session.late)}")
+    print(f"written: {target}\n{archive}: {archive.stat().st_size / 1000:,.0f} kB")
     return session.failures
 
 
@@ -355,7 +384,10 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="where the figures go")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes; the page goes into the workdir")
+    parser.add_argument("--minutes", type=float, default=0.0, help="time for all; default 0, no limit")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page of what is in the workdir")
     parser.add_argument("--steps", type=int, default=30, help="measured steps of each column")
+    parser.add_argument("--bandwidth", type=float, default=4800.0, help="GB/s of a device's memory; default an H200's")
     parser.add_argument("--xla_flag", action="append", default=[], help="one more XLA flag to try, --NAME=VALUE")
     parser.add_argument("--kernel", action="store_true", help=argparse.SUPPRESS)  # the process that times attention
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)  # where it writes its figures
@@ -366,10 +398,12 @@ def main() -> None:
     """Runs the command; an error is one line."""
     args = parser().parse_args()
     if args.kernel:
+        sys.path.insert(0, str(ROOT))
         args.json.write_text(json.dumps(measure_kernel(args.smoke)))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the measurement that runs
     try:
-        failures = run(args.workdir.absolute(), args.smoke, args.steps, args.xla_flag)
+        failures = run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

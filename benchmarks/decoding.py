@@ -54,8 +54,8 @@ json.dump({"seconds": seconds[1:], "version": vllm.__version__}, open(sys.argv[2
 """
 
 
-def make(name: str, directory: Path) -> tuple[ModelConfig, Any, jax.sharding.Mesh]:
-    """A model of random weights in a Hugging Face directory, and on the devices."""
+def make(name: str, directory: Path | None) -> tuple[ModelConfig, Any, jax.sharding.Mesh]:
+    """A model of random weights on the devices, and, for vLLM, in a Hugging Face directory."""
     values = {**SHARED, **MODELS[name], "torch_dtype": "bfloat16"}
     config = from_hf(values)
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
@@ -63,8 +63,9 @@ def make(name: str, directory: Path) -> tuple[ModelConfig, Any, jax.sharding.Mes
     places = sharding.param_shardings(mesh, shapes)
     new = jax.jit(lambda: heads.init(config, 0, "bfloat16", architecture="CausalLM"), out_shardings=places)
     params = new()
-    how = {"dtype": "bfloat16", "pad_token_id": 0, "architecture": "CausalLM"}
-    hf.save(directory, params, values, config, **how)
+    if directory is not None:
+        how = {"dtype": "bfloat16", "pad_token_id": 0, "architecture": "CausalLM"}
+        hf.save(directory, params, values, config, **how)
     return config, params, mesh
 
 
@@ -111,13 +112,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--bandwidth", type=float, required=True, help="GB/s of the devices' memory, all together")
     parser.add_argument("--vllm-python", default="", help="Python of an environment with vLLM; without it only rmjax")
-    parser.add_argument("--output", default="", help="JSON file")
+    parser.add_argument("--output", "--json", default="", help="JSON file")
     args = parser.parse_args()
     rng, rows = np.random.default_rng(0), []
     for name in args.models.split(","):
         with tempfile.TemporaryDirectory() as scratch:
             directory = Path(scratch) / "model"
-            config, params, mesh = make(name, directory)
+            config, params, mesh = make(name, directory if args.vllm_python else None)
             for work in args.work.split(","):
                 prompt, tokens, responses = map(int, work.split("x"))
                 count = 2 * args.slots // responses  # every group twice
@@ -126,15 +127,17 @@ def main() -> None:
                 asked |= {"responses": responses, "tokens": tokens, "rounds": args.rounds}
                 made = count * responses * tokens
                 row = {"model": name, "work": work, **ours(config, params, mesh, asked, args.bandwidth)}
-                said = f"{name} {work}: {made / min(row['seconds']):,.0f} tokens/s, a step {1e3 * row['step']:.1f} ms"
+                row["tokens_per_s"] = made / min(row["seconds"])
+                said = f"{name} {work}: {row['tokens_per_s']:,.0f} tokens/s, a step {1e3 * row['step']:.1f} ms"
                 said += f", {row['share']:.0%} of the memory's limit"
                 if args.vllm_python:
                     row["vllm"] = vllm(args.vllm_python, asked)
                     said += f"; vLLM {made / min(row['vllm']['seconds']):,.0f} tokens/s"
                 rows.append(row)
                 print(said, flush=True)
-    if args.output:
-        Path(args.output).write_text(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}, indent=1))
+                if args.output:  # after each, so that one that is stopped leaves those before
+                    found = {"device": jax.devices()[0].device_kind, "rows": rows}
+                    Path(args.output).write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+import rmjax
 from rmjax.runtime import command_line, config_file, files, passwords
 
 if TYPE_CHECKING:  # imported where it is used, so that --help and a mistyped flag answer at once
@@ -164,7 +165,8 @@ def run(configs: Sequence[ConfigDict], lengths: str, steps: int, peak: float = 0
         results[0] |= {"memory_bytes": max(held), "memory_source": "device"}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in ("rmjax", "jax", "jaxlib")}
+        "versions": {"rmjax": rmjax.__version__}  # its own, as a checkout that was not installed has no metadata
+        | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
         | {"python": platform.python_version()},
         "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
         "peak_flops_per_s": peak or None,

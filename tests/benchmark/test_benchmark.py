@@ -5,8 +5,10 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +40,9 @@ SIZES = {
 
 
 def accelerator():
-    """The script, as a module."""
+    """The script, as a module; what lies beside it is found as it is when it is started."""
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("accelerator", ROOT / "benchmarks" / "accelerator.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["accelerator"] = module  # its dataclasses look for themselves there
@@ -405,11 +409,15 @@ def test_the_command_writes_a_table_and_json(tmp_path):
 # benchmarks/accelerator.py
 
 
+def asked(script, workdir, *arguments):
+    return script.parser().parse_args([f"--workdir={workdir}", *arguments])
+
+
 def test_the_part_between_the_marks_is_rewritten():
     script = accelerator()
     page = script.PAGE.read_text()
-    empty = script.page_part({}, None, {}, [name for name, _ in script.TRIED], {"a": "broke"}, "")
-    assert empty.count(script.MISSING) > 60 and "`a` failed: broke" in empty
+    empty = script.page_part({}, {"a": "broke"}, "")
+    assert empty.count(script.MISSING) > 66 and "`a` failed: broke" in empty
     changed = script.rewritten(page, empty)
     around = lambda text: (text.partition(script.BEGIN)[0], text.partition(script.END)[2])
     assert changed != page and empty in changed and around(changed) == around(page)
@@ -421,10 +429,10 @@ def test_the_part_between_the_marks_is_rewritten():
 def test_flags_that_abort_the_process_are_refused(tmp_path, monkeypatch, name):
     script = accelerator()
     with pytest.raises(ValueError, match=f"--{name} aborts the process"):
-        script.run(tmp_path, True, 1, [f"--{name}=true"])
+        script.run(asked(script, tmp_path, "--smoke", f"--xla_flag=--{name}=true"))
     monkeypatch.setenv("XLA_FLAGS", f"--{name}=true")
     with pytest.raises(ValueError, match=f"--{name} aborts the process"):
-        script.run(tmp_path, True, 1, [])
+        script.run(asked(script, tmp_path, "--smoke"))
     assert not any(name in flag for flag, _ in (*script.TRIED, *script.TRIED_ON_SEVERAL))
 
 
@@ -432,7 +440,7 @@ def test_without_an_accelerator_nothing_is_rewritten(tmp_path):
     script = accelerator()
     before = script.PAGE.read_text()
     with pytest.raises(ValueError, match="finds no accelerator here"):
-        script.run(tmp_path, False, 1, [])
+        script.run(asked(script, tmp_path))
     assert script.PAGE.read_text() == before
 
 
@@ -454,7 +462,57 @@ def test_a_flag_is_added_to_those_that_are_set(monkeypatch):
     assert script.environment("level", {"C": "3"}).items() >= {"XLA_FLAGS": "--a=1", "C": "3"}.items()
 
 
-@pytest.mark.release  # ten processes; the command itself is in the test above
+def command_of(code):
+    return [sys.executable, "-c", f"import pathlib, sys, time; out = pathlib.Path(sys.argv[-1][7:]); {code}"]
+
+
+def test_a_session_stops_what_has_no_time_and_keeps_what_there_is(tmp_path, monkeypatch):
+    accelerator()
+    import sessions
+
+    session, slow = sessions.Session(tmp_path, 9), command_of("out.write_text('[2'); time.sleep(60)")
+    assert session.measure("a b", command_of("out.write_text('[1]')"), os.environ) == [1]
+    assert session.measure("broken", command_of("raise ValueError('no')"), os.environ) is None
+    assert session.failures == {"broken": "ValueError: no"} and not session.late
+    for least, failures, late in ((0.1, {"slow": "stopped after 1 s"}, []), (2.5, {}, ["slow"])):
+        monkeypatch.setattr(sessions, "LEAST_SECONDS", least)
+        session = sessions.Session(tmp_path, 9, 3.0)
+        assert session.measure("slow", slow, os.environ) is None and not (tmp_path / "slow.json").exists()
+        assert (session.failures, session.late) == (failures, late)
+    session = sessions.Session(tmp_path, 9, 0.0)
+    assert session.measure("new", slow, os.environ) is None and session.late == ["new"]
+    assert session.measure("broken", slow, os.environ) is None and session.failures == {"broken": "ValueError: no"}
+    assert session.measure("a b", slow, os.environ) == [1]  # from its file
+
+
+def test_an_archive_has_the_figures_and_the_end_of_each_log(tmp_path):
+    accelerator()
+    import sessions
+
+    for name, text in {"a.json": "{}", "b.failed": "no", "RESULTS.md": "page", "a.log": "x" * 10**6}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "other").mkdir()
+    with tarfile.open(sessions.write_archive(tmp_path, tmp_path / "RESULTS.md")) as archive:
+        sizes = {entry.name: entry.size for entry in archive}
+    assert sizes == {"RESULTS.md": 4, "a.json": 2, "a.log": sessions.LOG_BYTES, "b.failed": 2}
+
+
+def test_the_accelerators_measurements_come_in_the_order_of_their_worth(tmp_path):
+    script = accelerator()
+    tables = [one.table for one in script.planned(tmp_path, False, 30, [], 1, 4800.0)]
+    assert tables == ["columns"] * 5 + ["kernel"] + ["sampler"] * 2 + ["flags"] * 12
+
+
+def test_sigterm_ends_what_runs_and_leaves_page_and_archive(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "accelerator.py"), f"--workdir={tmp_path}", "--smoke"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert "[1/" in running.stdout.readline()
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(60) == 128 + signal.SIGTERM
+    assert "0.5B hh" in (tmp_path / "RESULTS.md").read_text() and (tmp_path / "results.tar.gz").exists()
+
+
+@pytest.mark.release  # eleven processes; the command itself is in the test above
 def test_smoke_fills_the_page(tmp_path):
     script = accelerator()
     before = script.PAGE.read_text()
@@ -469,4 +527,7 @@ def test_smoke_fills_the_page(tmp_path):
     assert all(float(cell) > 0 for name in ("hh", "long") for cell in rows[name])
     assert "1 x cpu" in part and "as it is, again" in part and "failed" not in part
     counts = collections.Counter(path.suffix for path in tmp_path.iterdir())
-    assert counts[".json"] == 8
+    assert counts[".json"] == 9
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        assert {"RESULTS.md", "0.5B_hh.json", "sampler_tiny.json", "kernel.log"} <= set(archive.getnames())
+    assert (tmp_path / "results.tar.gz").stat().st_size < 300_000
