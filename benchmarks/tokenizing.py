@@ -15,12 +15,10 @@ the memory-mapped cache count. On a machine that does other things too, compare 
 """
 
 import json
-import os
 import resource
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
+from peaks import Memory
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("tokenizer", None, "directory or hub id of a tokenizer with a chat template", required=True)
@@ -117,34 +116,6 @@ def cpu_seconds(who: int) -> float:
     """Of this process, or of all its finished children."""
     used = resource.getrusage(who)
     return used.ru_utime + used.ru_stime
-
-
-class Memory(threading.Thread):
-    """Watches the largest resident sets in MiB, as Linux keeps them, of processes.
-
-    (The kernel's `ru_maxrss` begins with that of the process that started this one.)
-    """
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.worker = 0.0
-
-    def run(self) -> None:
-        """Keeps `worker`, that of the largest child so far."""
-        me = os.getpid()
-        while True:
-            children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
-            self.worker = max([self.worker, *map(self.peak, children)])
-            time.sleep(0.2)
-
-    @staticmethod
-    def peak(process: str) -> float:
-        """Of one process; 0 once it is gone."""
-        try:
-            text = Path(f"/proc/{process}/status").read_text()
-        except OSError:
-            return 0.0
-        return float(text.partition("VmHWM:")[2].split()[0]) / 2**10 if "VmHWM:" in text else 0.0
 
 
 def measure(name: str, workdir: Path) -> dict[str, Any]:
