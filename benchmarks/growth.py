@@ -2,6 +2,7 @@
 
     python benchmarks/growth.py --workdir=runs/growth
     python benchmarks/growth.py --workdir=runs/growth --sizes=10000,100000 --phases=score
+    python benchmarks/growth.py --workdir=runs/growth --tokenized=1000000        tokenizes and scores the largest, too
 
 Makes files of preference pairs of random words, a quarter as many as the tokens of `rmjax/batches/lengths/hh.json`,
 over and over, and runs each phase in a process of its own:
@@ -14,14 +15,18 @@ over and over, and runs each phase in a process of its own:
     report     the page of a run of one epoch of 64 pairs a step: a line of metrics for each step, and that evaluation
     score      `python -m rmjax.score` with a model of one layer of width 16
 
-Seconds are those of the phase, without the imports. Memory is the peak of the phase's own process (VmHWM), and of
-its largest worker; `start` is what the process held before the phase began: Python and the imports. Pages of the
+More than --tokenized pairs are neither tokenized nor scored, which are the slowest by far: their cache is written from
+the batches of the largest that is, over and over, with other row names, prompts and hashes each time.
+
+Seconds are those of the phase, without the imports. Memory is the peak of the phase's own process (VmHWM), and of its
+largest worker; `start_mib` is what the process held before the phase began: Python and the imports. Pages of the
 memory-mapped cache count. The figures of each are a JSON file in the workdir; one that is there is not measured again.
 """
 
 import argparse
 import itertools
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -90,6 +95,34 @@ class Work:
         config.data.cache_dir = str(self.cache)
         chat = prepare.open_chat(config, self.workdir)
         return prepare.build_groups(config, chat, tasks.Preferences("keep"), str(self.pairs), file=sys.stderr)
+
+    def copy_of(self, other: "Work") -> None:
+        """Writes the cache of these pairs from that of others."""
+        import pyarrow as pa
+
+        from rmjax.batches import token_cache
+        from rmjax.batches.token_files import Result
+        from rmjax.data.ledger import Audit
+
+        (file,) = other.cache.glob("*.arrow")
+        reader, hashes = pa.ipc.open_file(str(file)), ("response_sets", "label_ids")
+
+        def results(jobs: Any, work: Any, chat: Any, workers: int) -> Any:
+            for copy in range(self.count // other.count):
+                for i in range(reader.num_record_batches):
+                    batch, note = reader.get_batch_with_custom_metadata(i)
+                    columns = {name: batch.column(name) for name in batch.schema.names}
+                    columns["id"] = pa.array([f"{copy}-{id}" for id in columns["id"].to_pylist()])
+                    for name in hashes:
+                        columns[name] = pa.array(columns[name].to_numpy() ^ np.uint64(copy << 32))
+                    prompts = columns["histories"]
+                    changed = prompts.values.to_numpy() ^ np.uint64(copy << 32)
+                    columns["histories"] = pa.ListArray.from_arrays(prompts.offsets, changed)
+                    made = pa.RecordBatch.from_arrays(list(columns.values()), schema=batch.schema)
+                    yield Result(made, Audit.from_json(note[b"audit"].decode()), "")
+
+        token_cache._run = results
+        self.groups()
 
     def tokenize(self) -> dict[str, float]:
         shutil.rmtree(self.cache, ignore_errors=True)
@@ -191,11 +224,25 @@ def in_this_process(phase: str, work: Work) -> dict[str, float]:
     import rmjax.batches.prepare
     import rmjax.evaluate.evaluating  # noqa: F401
 
-    memory = Memory()
+    memory, before = Memory(), cpu_seconds()
     start = memory.peak("self")
     memory.start()
     done = getattr(work, phase)()
+    done["cpu"] = cpu_seconds() - before
     return {**done, "start_mib": start, "peak_mib": memory.peak("self"), "worker_mib": memory.worker}
+
+
+def cpu_seconds() -> float:
+    """Of this process and its finished children, what precedes the timed part included."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(x.ru_utime + x.ru_stime for x in used)
+
+
+def copy_cache(workdir: Path, groups: int, tokenized: int) -> None:
+    """In a process of its own, as what it holds is no phase's."""
+    if not list((workdir / f"cache-{groups}").glob("*.arrow")):
+        command = [sys.executable, __file__, f"--workdir={workdir}", f"--groups={groups}", f"--tokenized={tokenized}"]
+        subprocess.run([*command, "--phase=copy"], check=True)
 
 
 def measure(phase: str, workdir: Path, groups: int) -> dict[str, float]:
@@ -227,7 +274,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", type=Path, required=True, help="where data, caches and figures go")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="pairs of each file, separated by commas")
     parser.add_argument("--phases", default=",".join(PHASES), help=f"of {', '.join(PHASES)}, in this order")
-    parser.add_argument("--phase", default="", choices=["", *PHASES], help=argparse.SUPPRESS)  # of this process
+    parser.add_argument("--tokenized", type=int, default=100_000, help="most pairs that are tokenized and scored")
+    parser.add_argument("--phase", default="", choices=["", "copy", *PHASES], help=argparse.SUPPRESS)  # of this process
     parser.add_argument("--groups", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     return parser
@@ -236,6 +284,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     workdir = args.workdir.absolute()
+    if args.phase == "copy":
+        Work(workdir, args.groups).copy_of(Work(workdir, args.tokenized))
+        return
     if args.phase:
         args.json.write_text(json.dumps(in_this_process(args.phase, Work(workdir, args.groups)), indent=1) + "\n")
         return
@@ -248,11 +299,14 @@ def main() -> None:
     if "score" in phases and not (workdir / "model").exists():
         make_model(workdir / "model", workdir / "tokenizer")
     figures: dict[str, dict[int, dict[str, float]]] = {phase: {} for phase in phases}
-    for n in map(int, args.sizes.split(",")):
+    sizes = sorted(map(int, args.sizes.split(",")))
+    for n in sizes:
         if not (file := workdir / f"{n}.jsonl").exists():
             make_pairs(file.with_suffix(".partial"), n)
             file.with_suffix(".partial").rename(file)
-        for phase in phases:
+        if n > args.tokenized:
+            copy_cache(workdir, n, max(size for size in sizes if size <= args.tokenized))
+        for phase in [phase for phase in phases if n <= args.tokenized or phase not in ("tokenize", "score")]:
             figures[phase][n] = found = measure(phase, workdir, n)
             print(f"{phase} {n:,}: {found['seconds']:.2f} s, {found['peak_mib']:,.0f} MiB", flush=True)
     print(table(figures))

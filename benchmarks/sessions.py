@@ -45,7 +45,6 @@ class Session:
         """The figures that a command writes to the file behind its last argument; None if it failed, or came late."""
         path = self.workdir / f"{_slug(name)}.json"
         self._count += 1
-        print(f"[{self._count}/{self.total}] {name}{self._outlook()}", flush=True)
         if path.exists():
             return json.loads(path.read_text())
         if self.left < LEAST_SECONDS:
@@ -54,6 +53,7 @@ class Session:
             else:
                 self.late.append(name)
             return None
+        print(f"[{self._count}/{self.total}] {name}{self._outlook()}", flush=True)
         partial, limit = path.with_suffix(".partial"), min(self.left, self.seconds / 3)
         with open(path.with_suffix(".log"), "w") as log:
             code = _run([*command, f"--json={partial}"], env, log, limit)
@@ -72,7 +72,7 @@ class Session:
         return json.loads(path.read_text())
 
     def _outlook(self) -> str:
-        if not self._measured:
+        if not self._measured or self.left < LEAST_SECONDS:
             return ""
         each = (time.monotonic() - self._begun) / self._measured
         return f", about {min(each * (self.total - self._count + 1), self.left) / 60:.0f} minutes left"
