@@ -365,7 +365,10 @@ def run(args: argparse.Namespace) -> dict[str, str]:
     plan = list(planned(workdir, args.smoke, args.steps, args.xla_flag, devices, args.bandwidth))
     session = Session(workdir, len(plan), 0.0 if args.page else seconds - (time.monotonic() - begun))
     found: dict[str, dict[str, Any]] = {}
-    command = shlex.join(["python", *sys.argv])
+    told = workdir / "command.txt"  # of what was measured, where the page is written later
+    if not (args.page and told.exists()):
+        told.write_text(shlex.join(["python", *sys.argv]))
+    command = told.read_text()
     target = workdir / PAGE.name if args.smoke else PAGE
     for one in plan:
         try:

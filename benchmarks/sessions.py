@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 20.0  # nothing begins with less left: the imports alone take some of it
 LOG_BYTES = 20_000  # of the end of each log, in the archive
-KEPT = ("json", "partial", "failed", "log")
+KEPT = ("json", "partial", "failed", "log", "txt")
 
 
 class Session:

@@ -503,6 +503,19 @@ def test_the_accelerators_measurements_come_in_the_order_of_their_worth(tmp_path
     assert tables == ["columns"] * 5 + ["kernel"] + ["sampler"] * 2 + ["flags"] * 12
 
 
+def test_figures_that_were_carried_home_make_the_page(tmp_path):
+    script = accelerator()
+    (tmp_path / "command.txt").write_text("python there")
+    rows = [{"work": "40x8x4", "tokens_per_s": 1234.0, "step": 0.005, "share": 0.5}]
+    (tmp_path / "sampler_tiny.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "kernel.failed").write_text("no kernel")
+    failures = script.run(asked(script, tmp_path, "--smoke", "--page"))
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert failures == {"kernel": "no kernel"} and "- `kernel` failed: no kernel" in page
+    assert "| tiny | 40 x 8 x 4 | 1,234 | 5.0 | 50% |" in page
+    assert (tmp_path / "command.txt").read_text() == "python there"
+
+
 def test_sigterm_ends_what_runs_and_leaves_page_and_archive(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "accelerator.py"), f"--workdir={tmp_path}", "--smoke"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
