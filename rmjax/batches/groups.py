@@ -168,14 +168,14 @@ class Store:
         self._table = pa.Table.from_batches([batch for batch in batches if batch.num_rows])
         self._ids = self._table["id"].chunks
         self._starts = np.cumsum([0, *map(len, self._ids)])  # of the batches
-        self.numbers = {name: np.array(self._table[name].to_numpy()) for name in NUMBERS}
-        views = lambda cells: (cells.offsets.to_numpy(), cells.values.to_numpy())
+        self.numbers = {name: np.concatenate(list(map(_view, self._table[name].chunks))) for name in NUMBERS}
+        views = lambda cells: tuple(map(_view, (cells.offsets, cells.values)))
         names = [*LISTS, HISTORIES, *(f"label/{name}" for name in self.fields)]
         self._lists = {name: [views(cells) for cells in self._table[name].chunks] for name in names}
         hashes, starts, sizes = self.column(HISTORIES)  # all there are, end to end
         self.prompt_ids = prompts.ids(hashes.reshape(-1, 2), np.append(starts, starts[-1] + sizes[-1]) // 2)
         source = self._table["source"].combine_chunks().dictionary_encode()
-        self.sources, self.source = source.dictionary.to_pylist(), source.indices.to_numpy()
+        self.sources, self.source = source.dictionary.to_pylist(), _view(source.indices)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -225,6 +225,11 @@ class Store:
         }
         columns = json.loads(self._table[COLUMNS].chunk(batch)[row].as_py()) if self._carries else {}
         return Group(tree, labels, float(self.numbers["weights"][index]), self._ids[batch][row].as_py(), columns)
+
+
+def _view(numbers: Any) -> np.ndarray:
+    """Arrow's numbers as numpy's, read-only. `to_numpy` imports pandas, which takes half a second of every start."""
+    return np.from_dlpack(numbers)
 
 
 def for_training(groups: Groups) -> Groups:

@@ -1,7 +1,8 @@
 """A tokenizer's chat template: what it makes of conversations, and what of them it does not show.
 
 What a template does not show is found with marks: a conversation of the same shape, with a mark in place of every text,
-is rendered once, and what is lost is what has no mark there. Conversations of one shape share that rendering.
+is rendered once, and what is lost is what has no mark there. Conversations of one shape share that rendering; where
+all turns are plain text, the shape is told without marking them.
 """
 
 import functools
@@ -30,6 +31,16 @@ class Part(NamedTuple):
     scored: bool = False  # it is a part of the last turn
 
 
+class Shown(NamedTuple):
+    """What of a conversation a rendering lacks, and all that it holds."""
+
+    lost: tuple[Part, ...]
+    parts: tuple[Part, ...]
+
+
+Shape = tuple[tuple[str, str | None], ...]  # of each turn its role, and None for a text or the blank that stands there
+
+
 class CallForm(NamedTuple):
     """How a template takes tool calls."""
 
@@ -44,6 +55,7 @@ class Template:
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any]):
         self._tokenizer, self._arguments = tokenizer, arguments
         self._shapes: dict[str, tuple[Part, ...]] = {}  # what is not shown, by marked conversation
+        self._plain: dict[Shape, Shown] = {}  # the same of conversations of plain text
 
     def apply(self, conversation: Conversation, tools: Sequence[Any] | None = None, **more: Any) -> str:
         """What transformers renders; `more` are arguments of apply_chat_template in place of the template's own."""
@@ -59,9 +71,9 @@ class Template:
         """
         conversation = self._fitted(conversation)
         text = self.apply(conversation, tools)
-        marked = _marked(conversation, tools)
-        lost = [part for part in self._not_shown(*marked) if part.scored and part.kind != "other_key"]
-        shown = {part for part in marked[2].values() if part.scored and part.kind != "other_key"}.difference(lost)
+        of_all = self._shown(conversation, tools)
+        lost = [part for part in of_all.lost if part.scored and part.kind != "other_key"]
+        shown = {part for part in of_all.parts if part.scored and part.kind != "other_key"}.difference(lost)
         if lost and (not shown or any(part.kind == "text" for part in lost)):
             raise BadRow("template_error", f"it does not show {' and '.join(part.words for part in lost)}")
         return text
@@ -72,7 +84,7 @@ class Template:
 
     def not_shown(self, conversation: Conversation, tools: Sequence[Any] | None = None) -> tuple[Part, ...]:
         """What the rendering of a conversation lacks of it."""
-        return self._not_shown(*_marked(self._fitted(conversation), tools))
+        return self._shown(self._fitted(conversation), tools).lost
 
     def unparsed(self, conversation: Conversation) -> list[str]:
         """The arguments of tool calls that are no JSON objects, where the template expects objects."""
@@ -82,6 +94,18 @@ class Template:
         found = [call.get("function", call) for call in calls if isinstance(call, Mapping)]
         texts = [function.get("arguments") for function in found if isinstance(function, Mapping)]
         return [text for text in texts if isinstance(text, str)]
+
+    def _shown(self, conversation: Conversation, tools: Sequence[Any] | None) -> Shown:
+        shape = None if tools else _plain_shape(conversation)
+        if shape is not None and shape in self._plain:
+            return self._plain[shape]
+        marked = _marked(conversation, tools)
+        found = Shown(self._not_shown(*marked), tuple(marked[2].values()))
+        if shape is not None:
+            if len(self._plain) >= MOST_SHAPES:
+                self._plain.clear()
+            self._plain[shape] = found
+        return found
 
     def _not_shown(
         self, conversation: list[Message], tools: list[Any] | None, parts: dict[str, Part]
@@ -220,6 +244,17 @@ def _marked(
     tool = {"name": name, "description": name, "parameters": {"type": "object", "properties": {}}}
     wrapped_tool = isinstance(tools[0], Mapping) and "function" in tools[0]
     return marked, [{"type": "function", "function": tool} if wrapped_tool else tool], parts
+
+
+def _plain_shape(conversation: Conversation) -> Shape | None:
+    """What the marked conversation depends on where turns are roles and texts without tags; None of others."""
+    shape: list[tuple[str, str | None]] = []
+    for message in conversation:
+        content = message.get("content")
+        if len(message) != 2 or not isinstance(content, str) or "<" in content:
+            return None
+        shape.append((message["role"], None if content.strip() else content))
+    return tuple(shape)
 
 
 def _marked_text(content: str, text_mark: Callable[[], str], thought_mark: Callable[[], str]) -> str:

@@ -211,7 +211,7 @@ def _tokenize(chat: Chat, job: _Job, *, task: Task, keep: bool, augmentations: S
     to_tokenize: list[tuple[str, int, np.ndarray, Record, Example, int]] = []
     for where, row in job.rows:
         for whole in read_row(job.layout, row, job.source, where, keep, audit):
-            asked = np.ravel(histories(whole))  # of what was read: a swapped copy stays on its side of a split
+            asked = np.array(histories(whole), np.uint64).ravel()  # of what was read: a swapped copy stays on its side
             for record, use in augment(whole, augmentations, audit.augmented):
                 try:
                     examples = task.examples(record)
@@ -239,8 +239,17 @@ def _tokenize(chat: Chat, job: _Job, *, task: Task, keep: bool, augmentations: S
     for (where, _), defect in lost.items():
         audit.add(defect.reason, where, defect.detail, defect.tokens, kept=where in used)
     columns = schema(task)
-    arrays = [pa.array([g[field.name] for g in groups], field.type) for field in columns]
+    arrays = [_array([g[field.name] for g in groups], field.type) for field in columns]
     return Result(pa.RecordBatch.from_arrays(arrays, schema=columns), audit, _rows_digest(job))
+
+
+def _array(cells: list[Any], of_type: pa.DataType) -> pa.Array:
+    """A column; lists, which are numpy's, are put end to end rather than read number by number."""
+    if not cells or not pa.types.is_list(of_type):
+        return pa.array(cells, of_type)
+    offsets = np.cumsum([0, *map(len, cells)], dtype=np.int32)
+    values = np.concatenate(cells, dtype=of_type.value_type.to_pandas_dtype(), casting="same_kind")
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), of_type)
 
 
 def _columns(record: Record, example: Example, group: Labelled, shares: int) -> dict[str, Any]:
@@ -256,7 +265,9 @@ def _columns(record: Record, example: Example, group: Labelled, shares: int) -> 
     alone = example.conversations is record.conversations  # each response in a sequence of its own
     sizes = lengths if alone else characters
     longer = 0.5 * (1 + np.sign(sizes[:, None] - sizes[None, :]))
-    starts = np.flatnonzero(np.diff(tree.visible_until, prepend=-1) | (np.diff(tree.positions, prepend=-2) - 1))
+    begins = np.ones(len(tree), bool)  # where a run of positions in one node does
+    begins[1:] = (tree.visible_until[1:] != tree.visible_until[:-1]) | (tree.positions[1:] != tree.positions[:-1] + 1)
+    starts = np.flatnonzero(begins)
     runs = np.stack([starts, tree.positions[starts], tree.visible_until[starts]], axis=1)
     return {
         "id": record.row + (f"#{example.name}" if example.name else ""),

@@ -7,6 +7,7 @@ import pytest
 from small_tokenizers import CHATML, THINKING
 
 from rmjax.batches import showing, token_cache
+from rmjax.batches import template as template_lib
 from rmjax.batches.chat import Chat
 from rmjax.batches.tasks import Example, Preferences
 from rmjax.data.records import BadRow, check_conversation, group, pair
@@ -242,3 +243,15 @@ def test_long_texts_are_looked_at_in_time(chat):
         "<think>" + "</b>" * 50_000,
     ):
         assert left_out(made, {"role": "user", "content": text}, said("4")) == []
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING, LLAMA, DEEPSEEK])
+def test_plain_conversations_lose_what_their_marked_ones_do(chat, template):
+    made = chat(template)._template
+    texts = ("yes", " ", "", "a < b", "<think>a</think>b", "a</think>", "<b>bold</b>")
+    asked = [[ASKED], [{"role": "system", "content": "Be brief."}, ASKED], [{"role": "system", "content": " "}, ASKED]]
+    conversations = [[*before, said(text)] for before in asked for text in texts]
+    conversations += [[*before, said(text), ASKED, said("no")] for before in asked for text in texts]
+    for conversation in conversations * 2:  # the second time they are remembered
+        expected = made._not_shown(*template_lib._marked(conversation, None))
+        assert made.not_shown(conversation) == expected, conversation

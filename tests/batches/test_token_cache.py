@@ -606,3 +606,13 @@ def test_audit_goes_through_json_and_merges():
     assert ledger.Audit.from_json(first.to_json()) == first
     with pytest.raises(ValueError, match="unknown reason"):
         first.add("boring", "f:0", "")
+
+
+def test_lists_are_put_together_as_arrow_reads_them():
+    hashes = [np.array(x, np.uint64) for x in ([0, 2**63 + 1], [], [5, 2**64 - 1, 1])]
+    ints = [np.array(x, np.int32) for x in ([1, 2, 3], [4])]
+    floats = [np.array([[0.5, np.inf]]).ravel(), np.zeros(0)]
+    for cells, kind in ((hashes, groups_lib.HASHES), (ints, groups_lib.INTS), (floats, groups_lib.FLOATS)):
+        assert token_cache._array(cells, kind).equals(pa.array(cells, kind))
+    with pytest.raises(TypeError, match="same_kind"):
+        token_cache._array([np.array([0.5])], groups_lib.INTS)
