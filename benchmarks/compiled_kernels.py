@@ -1,6 +1,6 @@
 """What NVIDIA's compiler makes of the attention kernels, for a GPU that need not be here.
 
-    JAX_PLATFORMS=cpu python benchmarks/kernels.py h200:1
+    JAX_PLATFORMS=cpu python benchmarks/compiled_kernels.py h200:1
     ... --widths=64,128 --prototype=FILE    beside those of a file with `attend(q, k, v, first, until, scale)`
 
 Prints two Markdown tables: a line for each kernel, and one for each of its loops over blocks, with what a visit of a
