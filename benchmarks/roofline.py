@@ -9,8 +9,8 @@ prints a Markdown table, a line for each. Of each instruction of the optimized H
     kinds       every other kernel's bytes, of its operands and results, / 4.3 TB/s: fusions that reduce, other fusions,
                 copies and slices, the rest; an instruction inside a loop that reads a slice of an operand counts that
 
-Attention is left out: what it costs depends on the data (benchmarks/compiled_kernels.py has its code). Estimates, not run. Needs
-rmjax[cuda], no GPU.
+Attention is left out: what it costs depends on the data (benchmarks/compiled_kernels.py has its code). Estimates, not
+run. Needs rmjax[cuda], no GPU.
 """
 
 import argparse

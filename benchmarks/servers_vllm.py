@@ -27,6 +27,7 @@ def outputs(job: dict[str, Any]) -> list[np.ndarray]:
     values = json.loads((Path(base or job["directory"]) / "config.json").read_text())
     architecture = values["architectures"][0].rpartition("For")[2]
     options = {"model": base or job["directory"], "dtype": job["dtype"], "enforce_eager": True}
+    options["hf_overrides"] = job.get("overrides") or {}
     prompts, more = [{"prompt_token_ids": row["token_ids"]} for row in golden], {}
     if base:
         options |= {"enable_lora": True, "max_lora_rank": 8}

@@ -65,7 +65,9 @@ def adapt(directory, base, seed, *, kind="bradley_terry", merged=False):
 
     def drawn(path, x):
         name = sharding.path_name(path)
-        return (0.2 * rng.standard_normal(x.shape)).astype(np.float32) if name.endswith("/lora_b") else x
+        if name.endswith("/lora_b") or name.startswith("score/"):  # the head is not the base's
+            return (0.2 * rng.standard_normal(x.shape)).astype(np.float32)
+        return x
 
     params = jax.tree_util.tree_map_with_path(drawn, params)
     model, params = (model.plain, model.merged(params, "float32")) if merged else (model, params)

@@ -319,7 +319,7 @@ def _launch(
         out_specs=[view for _, view in outputs],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
         # With two stages two blocks of queries of width 128 share a core of an A100 (a third would leave one), as on
-        # Hopper; but no copy goes ahead of its use (benchmarks/compiled_kernels.py). 256 takes the registers of 8 warps.
+        # Hopper; but no copy goes ahead of its use (benchmarks/compiled_kernels.py). 256 takes registers of 8 warps.
         compiler_params=triton.CompilerParams(num_warps=4 if width <= 128 else 8, num_stages=2),
         interpret=interpret,
         name=name,

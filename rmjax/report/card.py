@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from rmjax.data import sources
 from rmjax.models import hf
+from rmjax.models.families import FAMILIES
 from rmjax.report import card_usage, show
 from rmjax.report.evaluation import benchmark, failing, key_numbers, shown_sets, verdict
 from rmjax.report.naming import flat, metric
@@ -108,7 +109,7 @@ def text(
     return head + show.to_markdown(
         [
             Section("", words, *verdict(quality, advice=False)),
-            Section("How to use it", *_usage(objective, name, contract, base_model)),
+            Section("How to use it", *_usage(objective, name, contract, base_model, model)),
             *_metrics(evaluation),
             Section("Architecture", Table(_architecture(model, contract, parameters))),
             Section("Data", Table(_data(config, contract))),
@@ -118,10 +119,12 @@ def text(
     )
 
 
-def _usage(objective: str, name: str, contract: Values, base_model: str) -> list[Part]:
+def _usage(objective: str, name: str, contract: Values, base_model: str, model: Values) -> list[Part]:
     adapter = contract.get("base") or {}
     base = (base_model or "DIRECTORY_OF_THE_BASE") if adapter else ""
-    return card_usage.parts(objective, name, base, len(contract["labels"]), adapter.get("rank", 0))
+    family = FAMILIES.get(model.get("model_type", ""))
+    classifier = family.vllm_classifier if family else ""
+    return card_usage.parts(objective, name, base, len(contract["labels"]), adapter.get("rank", 0), classifier)
 
 
 def base_model(config: ConfigDict) -> str:

@@ -20,10 +20,12 @@ RMJAX = {  # what follows `model = rmjax.RewardModel.load(NAME)`
 }
 
 
-def parts(objective: str, name: str, base: str = "", labels: int = 1, rank: int = 0) -> list[Part]:
-    """Code for rmjax, transformers and, where it pools the scored token, vLLM.
+def parts(
+    objective: str, name: str, base: str = "", labels: int = 1, rank: int = 0, vllm_classifier: str = ""
+) -> list[Part]:
+    """Code for rmjax, transformers and, where it pools the scored token, vLLM, which may need the name of its class.
 
-    Of an adapter of this `rank` of a `base` it is for PEFT; vLLM serves no classifier so.
+    Of an adapter of this `rank` of a `base` it is for PEFT: vLLM 0.32 would leave out the adapter's head.
     """
     if objective == "sft":
         adapter = f"--enable-lora --max-lora-rank {rank} --lora-modules judge={name}"
@@ -47,7 +49,7 @@ def parts(objective: str, name: str, base: str = "", labels: int = 1, rank: int 
         *found,
         f"With vLLM, from whole renderings of the chat template, without adding special tokens. {raw}: no "
         "sigmoid, no softmax.",
-        Code("bash", VLLM.format(name=name)),
+        Code("bash", VLLM.format(name=name, more=OVERRIDE.format(vllm_classifier) if vllm_classifier else "")),
     ]
 
 
@@ -71,9 +73,13 @@ JUDGE = Markdown(
     "The judging question is rendered by the template that `reward_contract.json` holds under `objective`; rmjax asks "
     "it in both orders."
 )
-VLLM = """vllm serve {name} --runner pooling --pooler-config '{{"pooling_type": "LAST", "use_activation": false}}'
+VLLM = """vllm serve {name} --runner pooling --pooler-config '{{"pooling_type": "LAST", "use_activation": false}}'{more}
 curl localhost:8000/classify -H 'Content-Type: application/json' \\
   -d '{{"model": "{name}", "input": "TEXT OF THE RENDERING", "add_special_tokens": false}}'"""
+
+
+OVERRIDE = """ \\
+  --hf-overrides '{{"architectures": ["{}"]}}'"""
 
 
 def _transformers(auto: str, name: str, code: str, base: str = "", labels: int = 0) -> Code:

@@ -43,6 +43,8 @@ def stand_in(tmp_path, monkeypatch):
     paths = [tmp_path, Path(vllm_replay.__file__).parents[2], os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, map(str, paths))))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text('{"model_type": "qwen2"}')
     return tmp_path
 
 
@@ -52,11 +54,18 @@ def test_it_has_a_process_and_a_share_of_memory_of_its_own(stand_in):
     seen = json.loads((stand_in / "seen.json").read_text())
     assert seen["pid"] != os.getpid() and seen["gpu_memory_utilization"] == vllm_replay.MEMORY < 0.9
     assert (seen["model"], seen["dtype"], seen["runner"]) == (str(stand_in / "export"), "float32", "pooling")
-    assert seen["pooler_config"] == {"pooling_type": "LAST"}
+    assert seen["pooler_config"] == {"pooling_type": "LAST"} and seen["hf_overrides"] == {}
     assert "vllm" not in sys.modules
+
+
+def test_a_class_that_vllm_would_not_find_is_named(stand_in):
+    (stand_in / "export" / "config.json").write_text('{"model_type": "gemma3_text"}')
+    vllm_replay.replay(stand_in / "export", [[1]])
+    seen = json.loads((stand_in / "seen.json").read_text())
+    assert seen["hf_overrides"] == {"architectures": ["Gemma3ForSequenceClassification"]}
 
 
 def test_what_it_says_when_it_fails_is_told(stand_in):
     (stand_in / "vllm.py").write_text("raise SystemError('no kernel for this card')")
     with pytest.raises(RuntimeError, match=r"(?s)vLLM ended with code 1.*no kernel for this card"):
-        vllm_replay.replay(stand_in, [[1]])
+        vllm_replay.replay(stand_in / "export", [[1]])

@@ -106,3 +106,11 @@ def test_names_from_data_are_no_markup():
     assert "<script>" not in text.split("\n---\n", 1)[1] and "\n# z" not in text.split("\n---\n", 1)[1]
     assert "\n- c" not in text and "\\[a](b) - c (length difference)" in text
     assert ModelCard(text).data.eval_results[0].dataset_name == "<script>x|y\n# z"
+
+
+@pytest.mark.parametrize(("family", "named"), [("qwen3", False), ("gemma3_text", True)])
+def test_vllm_is_told_the_class_that_it_would_not_find(family, named):
+    text = made(model={"architectures": ["AForSequenceClassification"], "model_type": family})
+    assert "vllm serve me/rewards --runner pooling" in text
+    told = """ \\\n  --hf-overrides '{"architectures": ["Gemma3ForSequenceClassification"]}'\ncurl"""
+    assert (f""""use_activation": false}}'{told}""" in text) == named

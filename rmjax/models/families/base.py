@@ -60,6 +60,14 @@ class Family:
         """The class of transformers for "SequenceClassification", "TokenClassification" or "CausalLM"."""
         return f"{(self.writer_prefix if kind == 'CausalLM' else '') or self.class_prefix}For{kind}"
 
+    @property
+    def vllm_classifier(self) -> str:
+        """The name by which vLLM finds its sequence classifier where that of config.json leads it astray; else "".
+
+        vLLM makes classifiers from its classes for causal language models, which it looks for under the same prefix.
+        """
+        return f"{self.writer_prefix}ForSequenceClassification" if self.writer_prefix else ""
+
 
 def in_layers(ours: str, theirs: str, transposed: bool = False) -> tuple[Row, Row]:
     """A parameter of every layer: those of the stack, and the last one's."""
