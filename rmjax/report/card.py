@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from rmjax.data import sources
 from rmjax.models import hf
-from rmjax.models.families import FAMILIES
+from rmjax.models.families import vllm_overrides
 from rmjax.report import card_usage, show
 from rmjax.report.evaluation import benchmark, failing, key_numbers, shown_sets, verdict
 from rmjax.report.naming import flat, metric
@@ -122,9 +122,9 @@ def text(
 def _usage(objective: str, name: str, contract: Values, base_model: str, model: Values) -> list[Part]:
     adapter = contract.get("base") or {}
     base = (base_model or "DIRECTORY_OF_THE_BASE") if adapter else ""
-    family = FAMILIES.get(model.get("model_type", ""))
-    classifier = family.vllm_classifier if family else ""
-    return card_usage.parts(objective, name, base, len(contract["labels"]), adapter.get("rank", 0), classifier)
+    return card_usage.parts(
+        objective, name, base, len(contract["labels"]), adapter.get("rank", 0), vllm_overrides(model)
+    )
 
 
 def base_model(config: ConfigDict) -> str:

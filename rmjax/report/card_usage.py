@@ -1,5 +1,8 @@
 """How to load an export and score with it, for its model card."""
 
+import json
+from collections.abc import Mapping, Sequence
+
 from rmjax.report.section import Code, Markdown, Part
 
 TEXTS = """texts = [tokenizer.apply_chat_template(c, tokenize=False) for c in conversations]
@@ -21,11 +24,16 @@ RMJAX = {  # what follows `model = rmjax.RewardModel.load(NAME)`
 
 
 def parts(
-    objective: str, name: str, base: str = "", labels: int = 1, rank: int = 0, vllm_classifier: str = ""
+    objective: str,
+    name: str,
+    base: str = "",
+    labels: int = 1,
+    rank: int = 0,
+    overrides: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Part]:
-    """Code for rmjax, transformers and, where it pools the scored token, vLLM, which may need the name of its class.
+    """Code for rmjax, transformers and, where it pools the scored token, vLLM, with what that must be told of it.
 
-    Of an adapter of this `rank` of a `base` it is for PEFT: vLLM 0.32 would leave out the adapter's head.
+    Of an adapter of this `rank` of a `base` it is for PEFT.
     """
     if objective == "sft":
         adapter = f"--enable-lora --max-lora-rank {rank} --lora-modules judge={name}"
@@ -49,7 +57,7 @@ def parts(
         *found,
         f"With vLLM, from whole renderings of the chat template, without adding special tokens. {raw}: no "
         "sigmoid, no softmax.",
-        Code("bash", VLLM.format(name=name, more=OVERRIDE.format(vllm_classifier) if vllm_classifier else "")),
+        Code("bash", VLLM.format(name=name, more=f" \\\n  --hf-overrides '{json.dumps(overrides)}'" * bool(overrides))),
     ]
 
 
@@ -76,10 +84,6 @@ JUDGE = Markdown(
 VLLM = """vllm serve {name} --runner pooling --pooler-config '{{"pooling_type": "LAST", "use_activation": false}}'{more}
 curl localhost:8000/classify -H 'Content-Type: application/json' \\
   -d '{{"model": "{name}", "input": "TEXT OF THE RENDERING", "add_special_tokens": false}}'"""
-
-
-OVERRIDE = """ \\
-  --hf-overrides '{{"architectures": ["{}"]}}'"""
 
 
 def _transformers(auto: str, name: str, code: str, base: str = "", labels: int = 0) -> Code:

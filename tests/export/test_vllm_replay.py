@@ -10,6 +10,7 @@ import pytest
 
 from rmjax.export import vllm_replay
 
+CONFIG = '{"model_type": "%s", "architectures": ["%sForSequenceClassification"]}'
 STAND_IN = """
 import json, os, pathlib, sys, types
 
@@ -44,7 +45,7 @@ def stand_in(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, map(str, paths))))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "export" / "config.json").write_text(CONFIG % ("qwen2", "Qwen2"))
     return tmp_path
 
 
@@ -59,7 +60,7 @@ def test_it_has_a_process_and_a_share_of_memory_of_its_own(stand_in):
 
 
 def test_a_class_that_vllm_would_not_find_is_named(stand_in):
-    (stand_in / "export" / "config.json").write_text('{"model_type": "gemma3_text"}')
+    (stand_in / "export" / "config.json").write_text(CONFIG % ("gemma3_text", "Gemma3Text"))
     vllm_replay.replay(stand_in / "export", [[1]])
     seen = json.loads((stand_in / "seen.json").read_text())
     assert seen["hf_overrides"] == {"architectures": ["Gemma3ForSequenceClassification"]}

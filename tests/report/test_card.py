@@ -9,6 +9,7 @@ from made_up_evaluations import KINDS, evaluation
 
 from rmjax.config import OBJECTIVES, defaults, filled
 from rmjax.evaluate import gate
+from rmjax.models.families import FAMILIES
 from rmjax.report import card
 
 KIND = {
@@ -110,7 +111,8 @@ def test_names_from_data_are_no_markup():
 
 @pytest.mark.parametrize(("family", "named"), [("qwen3", False), ("gemma3_text", True)])
 def test_vllm_is_told_the_class_that_it_would_not_find(family, named):
-    text = made(model={"architectures": ["AForSequenceClassification"], "model_type": family})
+    name = FAMILIES[family].architecture("SequenceClassification")
+    text = made(model={"architectures": [name], "model_type": family})
     assert "vllm serve me/rewards --runner pooling" in text
     told = """ \\\n  --hf-overrides '{"architectures": ["Gemma3ForSequenceClassification"]}'\ncurl"""
     assert (f""""use_activation": false}}'{told}""" in text) == named

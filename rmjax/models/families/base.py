@@ -60,13 +60,9 @@ class Family:
         """The class of transformers for "SequenceClassification", "TokenClassification" or "CausalLM"."""
         return f"{(self.writer_prefix if kind == 'CausalLM' else '') or self.class_prefix}For{kind}"
 
-    @property
-    def vllm_classifier(self) -> str:
-        """The name by which vLLM finds its sequence classifier where that of config.json leads it astray; else "".
-
-        vLLM makes classifiers from its classes for causal language models, which it looks for under the same prefix.
-        """
-        return f"{self.writer_prefix}ForSequenceClassification" if self.writer_prefix else ""
+    def vllm_architecture(self, kind: str) -> str:
+        """The name under which vLLM finds its class: it makes classifiers from those for causal language models."""
+        return f"{self.writer_prefix or self.class_prefix}For{kind}"
 
 
 def in_layers(ours: str, theirs: str, transposed: bool = False) -> tuple[Row, Row]:
