@@ -164,7 +164,8 @@ def test_merged_is_unmerged(case):
     merged = case.model.merged(case.params, "float32")
     assert jax.tree.structure(merged) == jax.tree.structure(case.model.plain.shapes)
     _, (scores, _) = jax.jit(functools.partial(our_pass, graphdef=case.model.plain.graph))(merged)
-    np.testing.assert_allclose(scores, case.scores, atol=1e-5, rtol=1e-5)
+    # Of the largest score: float32 sums round by their largest terms, and a busy machine adds in another order.
+    np.testing.assert_allclose(scores, case.scores, atol=1e-5 * np.abs(case.scores).max(), rtol=0)
     loaded, _ = hf.load(case.place / "adapter", case.model.plain.shapes, case.model.config, seed=0)
     for path, x in flat(merged).items():
         np.testing.assert_allclose(flat(loaded)[path], x, atol=1e-6, err_msg=path)
