@@ -178,6 +178,7 @@ def test_every_objective_takes_adapters(objective, base, cache_dir, tmp_path):
 SOURCES = {"sft": "ratings", "prm": "steps", "pairwise": "verdicts", "pointwise": "scores"}
 
 
+@pytest.mark.release  # several processes and adapters each have slow tests of their own
 def test_two_processes_train_the_adapter_that_one_trains(base, cache_dir, tmp_path):
     short = {"export__adapter": True, "lora__base": "nf4", "duration": "4 steps", "eval__every": "4 steps"}
     values = adapted(base, optim__learning_rate=1e-3, **short)

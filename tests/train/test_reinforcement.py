@@ -131,7 +131,7 @@ def test_a_step_is_drawn_with_the_parameters_that_it_changes(done):
     assert any(jax.tree.leaves(changed))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.release)])
 def test_a_killed_run_ends_with_the_same_bytes(done, cache, tmp_path, number):
     """While the samples of step 3 or a later one are drawn."""
     workdir = begun(done, tmp_path / "run")
