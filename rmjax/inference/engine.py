@@ -24,7 +24,7 @@ from rmjax.objectives.base import Objective
 
 LONGEST_ROW = 8_192  # tokens of a row, unless one conversation alone is longer
 LEAST_ROW = 256  # rows are a power of two of tokens from here on, so that few shapes are ever compiled
-BATCH_TOKENS = {"cpu": 2_048}  # per device and call; more of a CPU's do not fit its caches (benchmarks/scoring.py)
+BATCH_TOKENS = {"cpu": 2_048}  # per device and call; with 8,192 a CPU took an eighth longer (benchmarks/RESULTS.md)
 DEFAULT_BATCH_TOKENS = 32_768
 
 
