@@ -35,6 +35,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", default=",".join(JOBS), help="which, with commas between")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", default="8,16,32,64", help="conversations of a batch of transformers, to try")
+    parser.add_argument("--host-devices", type=int, default=1, help="ours: devices that JAX makes of the CPU")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
@@ -97,6 +98,7 @@ def compare(name: str, given: argparse.Namespace, scratch: Path) -> dict[str, An
         "do": "score",
         "model": str(scratch / "model"),
         "conversations": conversations(name, trl_cpu.SHAPE["pad_token_id"]),
+        "ours": {"host_devices": given.host_devices},
     }
     commands = {
         "peer": [given.peer_python, str(Path(__file__).with_name("trl_side.py"))],

@@ -250,6 +250,7 @@ class Decoder(nnx.Module):
         visible_until: jax.Array,
         *,
         at: jax.Array | None = None,
+        few: int = 0,
         remat: str = "full",
         scan: bool = True,
     ) -> jax.Array:
@@ -260,15 +261,17 @@ class Decoder(nnx.Module):
             positions: int32 [B, T], along the path from the root of the token's tree.
             visible_from: int32 [B, T], first key that the token sees.
             visible_until: int32 [B, T], index after the last token that sees this one.
-            at: int32 [B, E] in [0, T), the only tokens that are asked for; None asks for all. After the last layer's
-                keys and values nothing else is computed.
+            at: int32 [B, E] in [0, T), the only tokens that are asked for, and -1 in unused places; None asks for all.
+                After the last layer's keys and values nothing else is computed.
+            few: computes only the first `few` places of `at` in batches where the others are unused; 0 always
+                computes all, which gradients need.
             remat: what the backward pass recomputes: `none`, `full` (all of a layer but its input), or a
                 comma separated list of the activations of SAVED that are kept.
             scan: False runs the layers one by one in Python, for debugging.
 
         Returns:
             The residual stream after the last layer, *before* the final norm: [B, T, D], or [B, E, D] of the tokens
-            `at`, in the compute dtype.
+            `at`, in the compute dtype. Unused places hold finite numbers without meaning.
         """
         windows = sorted(set(self.config.windows), key=lambda window: window or 0)
         block = block_of(self.form, tokens.shape[1], self.config.head_dim)
@@ -303,8 +306,16 @@ class Decoder(nnx.Module):
                     x_BTD, _ = apply(x_BTD, jax.tree.map(lambda leaf, index=index: leaf[index], xs))
         graphdef_last, last = nnx.split(self.last)
         of_last = angles_by_rope[rope_L[-1]], seen_by_window[window_L[-1]]
-        apply_last = lambda params, x_BTD: nnx.merge(graphdef_last, params)(x_BTD, *of_last, at)
-        return rematerialized(apply_last, remat=remat, prevent_cse=True)(nnx.to_pure_dict(last), x_BTD)
+        apply_last = lambda params, x_BTD, at: nnx.merge(graphdef_last, params)(x_BTD, *of_last, at)
+        apply_last = rematerialized(apply_last, remat=remat, prevent_cse=True)
+        run_last = functools.partial(apply_last, nnx.to_pure_dict(last), x_BTD)
+        if at is None:
+            return run_last(None)
+        unused, at = at < 0, jnp.maximum(at, 0)
+        if not 0 < few < at.shape[1]:
+            return run_last(at)
+        padded = lambda x_BED: jnp.pad(x_BED, ((0, 0), (0, at.shape[1] - few), (0, 0)))
+        return jax.lax.cond(unused[:, few:].all(), lambda at: padded(run_last(at[:, :few])), run_last, at)
 
 
 def saved_names(remat: str) -> tuple[str, ...]:

@@ -44,8 +44,10 @@ class Scorer(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs, param_dtype=param_dtype, **options)
         self.score = ScoreHead(config, outputs, rngs=rngs)
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, remat: str = "full", scan: bool = True) -> jax.Array:
-        """Scores a batch.
+    def __call__(
+        self, batch: Mapping[str, jax.Array], *, few: int = 0, remat: str = "full", scan: bool = True
+    ) -> jax.Array:
+        """Scores a batch; `few`, `remat` and `scan` as in `Decoder.__call__`.
 
         Args:
             batch: int32 `tokens`, `positions`, `visible_from`, `visible_until` [B, T] and `end` [B, E], the
@@ -54,9 +56,8 @@ class Scorer(nnx.Module):
         Returns:
             float32 [B, E, A]; 0 where `end` is -1, and no gradient from there.
         """
-        at_BE, end_BE1 = jnp.maximum(batch["end"], 0), batch["end"][..., None]
-        x_BED = self.decoder(*(batch[name] for name in WHERE), at=at_BE, remat=remat, scan=scan)
-        return jnp.where(end_BE1 >= 0, self.score(self.decoder.norm(x_BED)), 0.0)
+        x_BED = self.decoder(*(batch[name] for name in WHERE), at=batch["end"], few=few, remat=remat, scan=scan)
+        return jnp.where(batch["end"][..., None] >= 0, self.score(self.decoder.norm(x_BED)), 0.0)
 
 
 class LanguageModel(nnx.Module):
@@ -100,7 +101,8 @@ def inference_outputs(model: Scorer | LanguageModel, batch: Mapping[str, jax.Arr
     Of a language model it is the negative log-likelihood of the token after each, [B, T]; 0 where a sequence ends.
     """
     if isinstance(model, Scorer):
-        return model(batch, remat="none")
+        # A batch has room for a scored token in every two (engine.py), of which most use few.
+        return model(batch, few=batch["end"].shape[1] // 8, remat="none")
     last = jnp.arange(batch["tokens"].shape[1]) + 1 >= batch["visible_until"]  # what stands next is no successor
     return model({**batch, "loss_weight": jnp.where(last, 0.0, 1.0)}, remat="none")["nll"]
 

@@ -212,6 +212,22 @@ def test_the_last_layer_of_scored_tokens_alone_is_exact():
         np.testing.assert_allclose(flat(grads)[path], grad, rtol=0, atol=atol, err_msg=path)
 
 
+@pytest.mark.parametrize("used", [(1, 4), (5, 2), (0, 0)])
+def test_few_scored_tokens_in_many_places_are_exact(used):
+    """Whether all rows fit in the first places or one does not."""
+    config = from_hf({**TINY, "model_type": "qwen3"})
+    graphdef, _ = heads.abstract(config, 1)
+    scorer = heads.merge(graphdef, heads.init(config, 1, seed=4))
+    end_BE = np.full((2, 32), -1)
+    for row, count in enumerate(used):
+        end_BE[row, :count] = np.random.default_rng(row).integers(0, BATCH["tokens"].shape[1], count)
+    batch = {**{name: BATCH[name][:2] for name in WHERE}, "end": jnp.asarray(end_BE)}
+    run = jax.jit(lambda few: scorer(batch, few=few, remat="none"), static_argnums=0)
+    few, all_of = run(4), run(0)
+    assert few.shape == all_of.shape == (2, 32, 1) and not few[end_BE < 0].any()
+    np.testing.assert_allclose(few, all_of, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_remat_policies_and_unrolling_change_nothing(tmp_path):
     case = Case("qwen2 with a window on its upper layers", tmp_path)
