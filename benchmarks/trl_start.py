@@ -5,8 +5,8 @@ r"""What stands before training, against TRL on the same cores: tokenizing, and 
     ours/bin/python benchmarks/trl_start.py tokenize --trl-python=trl/bin/python --tokenizer=DIRECTORY --pairs=100000
     ours/bin/python benchmarks/trl_start.py start --trl-python=trl/bin/python --tokenizer=DIRECTORY
 
-The Python that runs this is ours; one without torch is what `pip install rmjax` gives. The pairs are conversations of
-random words of the tokenizer, as JSON lines, with the `--lengths` that come with the package.
+The Python that runs this is ours; one without torch is what an installation without extras gives. The pairs are
+conversations of random words of the tokenizer, as JSON lines, with the `--lengths` that come with the package.
 
 tokenize    from the file to tokens on the disk, with nothing kept: `token_cache.build` here, `load_dataset` and the
             RewardTrainer's own preparation of a data set there (`datasets.map` with a process for each core, no limit

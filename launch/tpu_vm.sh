@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A run on all hosts of a Cloud TPU slice:  launch/tpu_vm.sh CONFIG --workdir=DIRECTORY [flags of rmjax.main...]
 #
-# The processes find each other by themselves. Before the first run, put rmjax on every host:
-#   gcloud compute tpus tpu-vm ssh $TPU --zone=$ZONE --worker=all --command="pip install 'rmjax[tpu]'"
+# The processes find each other by themselves. Before the first run, put a clone of rmjax on every host:
+#   gcloud compute tpus tpu-vm ssh $TPU --zone=$ZONE --worker=all --command="git clone URL rmjax && pip install -e 'rmjax/[tpu]'"
 #
 # To edit, or to set in the environment:
 TPU=${TPU:-my-v5p-32}

@@ -1,4 +1,4 @@
-"""How far annotators agree: Cohen's and Fleiss' kappa, Krippendorff's alpha (`pip install 'rmjax[agreement]'`).
+"""How far annotators agree: Cohen's and Fleiss' kappa, Krippendorff's alpha (the extra `agreement`).
 
 All are 1 where everybody says the same and 0 where agreement is what chance gives. They are computed by statsmodels and
 by the package krippendorff; what is ours is how answers are put together for them.
@@ -19,6 +19,7 @@ from rmjax.data import formats, sources
 from rmjax.data.formats import judged, kinds, label_studio
 from rmjax.data.reading import open_rows
 from rmjax.data.records import BadRow
+from rmjax.suggestions import install
 
 Answers = Mapping[str, float]  # of one question on one item, by person
 
@@ -141,4 +142,4 @@ def _package(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"agreement of annotators needs {package}: pip install 'rmjax[agreement]'") from error
+        raise ImportError(f"agreement of annotators needs {package}: {install('agreement')}") from error

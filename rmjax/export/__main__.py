@@ -9,7 +9,7 @@
 --run takes the directory of a run (and exports its best checkpoint, or the one that --step names), or one of its
 checkpoints. --average writes the average of the weights of exports that started from one base (WARM, arXiv:2401.12187).
 --verify replays the golden rows of an export's score contract through rmjax, transformers
-(`pip install 'rmjax[verify]'`) and, where it is installed, vLLM. All compute in float32 and must agree to 1e-4. The
+(the extra `verify`) and, where it is installed, vLLM. All compute in float32 and must agree to 1e-4. The
 contract then records what verified it.
 """
 

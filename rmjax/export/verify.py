@@ -14,6 +14,7 @@ from rmjax.inference import contract
 from rmjax.inference.reward_model import RewardModel
 from rmjax.models import hf, peft, quantized
 from rmjax.runtime import notes
+from rmjax.suggestions import install
 
 Outputs = list[np.ndarray]  # of each golden row [scored tokens, A]
 
@@ -32,7 +33,7 @@ def verify(directory: Path) -> list[str]:
     if terms is None:
         raise ValueError(f"{directory} has no {contract.FILE}: it is no export of ours; --verify has nothing to replay")
     if importlib.util.find_spec("torch") is None:
-        raise ValueError("--verify replays through transformers, which needs torch: pip install 'rmjax[verify]'")
+        raise ValueError(f"--verify replays through transformers, which needs torch: {install('verify')}")
     architecture = str(hf.read_config(directory)["architectures"][0]).rpartition("For")[2]
     # The others first: on a GPU JAX takes most of the memory as soon as it begins.
     replays = other_replays(architecture, directory, contract.base_kept_as(terms))
@@ -70,7 +71,7 @@ def other_replays(
             notes.tell(f"the adapter was trained on a base in {base_kept_as}: only rmjax reads it so, and replays it")
             return {}
         if importlib.util.find_spec("peft") is None:
-            raise ValueError("--verify replays adapters through PEFT: pip install 'rmjax[verify]'")
+            raise ValueError(f"--verify replays adapters through PEFT: {install('verify')}")
         return {f"peft {version_of('peft')}": _by_transformers}
     names = ["transformers"]
     if architecture == "SequenceClassification" and importlib.util.find_spec("vllm") is not None:

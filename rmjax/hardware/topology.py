@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from rmjax.suggestions import install
+
 HOST_GPUS = 8  # of an SXM server
 
 
@@ -141,7 +143,7 @@ def _gpus(name: str, gpu: Gpu, count: str) -> list[jax.Device]:
         )
     except NotImplementedError as error:
         raise RuntimeError(
-            f"compiling for {name} needs the CUDA plugin of JAX, which is not loaded: pip install 'rmjax[cuda]', "
+            f"compiling for {name} needs the CUDA plugin of JAX, which is not loaded: {install('cuda')}, "
             "and set JAX_PLATFORMS=cpu where there is no GPU"
         ) from error
     return list(topology.devices)
@@ -177,7 +179,7 @@ def _tpus(name: str, kind: str, shape: str) -> list[jax.Device]:
     if shape.count("x") != axes or len(sides) <= axes or any(n % m for n, m in zip(sides, host)):
         raise ValueError(f"topology {name!r}: expected chips like {example} after the colon, the first two 1 or even")
     if importlib.util.find_spec("libtpu") is None:
-        raise RuntimeError(f"compiling for {name} needs libtpu: pip install 'rmjax[tpu]'")
+        raise RuntimeError(f"compiling for {name} needs libtpu: {install('tpu')}")
     for key, value in NO_TPU_HERE.items():
         os.environ.setdefault(key, value)
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=host)

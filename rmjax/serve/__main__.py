@@ -5,7 +5,7 @@
     curl localhost:8000/score -d '{"text_1": "Tell me about the river.", "text_2": ["A river is deep.", "A garden."]}'
     curl localhost:8000/classify -d '{"input": "<|im_start|>user..."}'
 
-Needs `pip install 'rmjax[serve]'`. The server replays the golden rows of the score contract before it answers, and
+Needs the extra `serve`. The server replays the golden rows of the score contract before it answers, and
 /health answers 503 until the common shapes are compiled. Requests that arrive together are computed together;
 rmjax/serve/app.py says what a request may contain. On SIGTERM the server answers the requests it has accepted and ends
 with exit code 0, on Ctrl-C with 130; later requests get 503, and so do those that cannot be computed within
@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from rmjax.runtime import command_line, exits
 from rmjax.runtime.command_line import Parser
 from rmjax.serve import REFUSE, TRUNCATE
+from rmjax.suggestions import install
 
 if TYPE_CHECKING:
     from rmjax.serve.service import Service
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not least <= getattr(args, name) <= most:
                 raise ValueError(f"--{name}={getattr(args, name)} must be from {least} to {most}")
         if not all(map(importlib.util.find_spec, ("starlette", "uvicorn", "prometheus_client"))):
-            raise ValueError("serving needs packages that are not here: pip install 'rmjax[serve]'")
+            raise ValueError(f"serving needs packages that are not here: {install('serve')}")
         args.over_long = _over_long(args.over_long)
         serve(args)
 

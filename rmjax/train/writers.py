@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from absl import logging
 
 from rmjax.runtime import files, processes
+from rmjax.suggestions import install
 
 if TYPE_CHECKING:  # tensorboardX imports torch where that is installed, for seconds: only when it is used
     from tensorboardX.proto.event_pb2 import Event
@@ -166,9 +167,7 @@ def _wandb(project: str) -> Any:
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))
         import wandb
     except ImportError as error:
-        raise ImportError(
-            f"log.wandb={project!r} needs wandb: pip install 'rmjax[wandb]', or leave log.wandb empty"
-        ) from error
+        raise ImportError(f"log.wandb={project!r} needs wandb: {install('wandb')}, or leave log.wandb empty") from error
     return wandb
 
 

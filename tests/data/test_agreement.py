@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from rmjax import suggestions
 from rmjax.data import agreement, sources
 
 # Fleiss (1971), "Measuring nominal scale agreement among many raters", table 1: six psychiatrists put 30 patients
@@ -116,8 +117,8 @@ def test_sources_without_annotators_have_no_agreement(tmp_path):
 
 def test_what_is_missing_is_named(monkeypatch, small_sets):
     monkeypatch.setitem(sys.modules, "krippendorff", None)
-    with pytest.raises(ImportError, match=r"needs krippendorff: pip install 'rmjax\[agreement\]'"):
+    with pytest.raises(ImportError, match=r"needs krippendorff: pip install 'krippendorff"):
         agreement.krippendorff_alpha([[1, 2], [1, 1]], "nominal")
     assert agreement.lines(f"{small_sets}/votes.json") == [
-        "agreement of annotators needs krippendorff: pip install 'rmjax[agreement]'"
+        f"agreement of annotators needs krippendorff: {suggestions.install('agreement')}"
     ]

@@ -156,7 +156,7 @@ def test_what_is_wrong_with_a_database_is_said(database, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"text\.db: file is not a database"):
         sources.parts(f"sqlite:///{tmp_path}/text.db?table=t")
     monkeypatch.setitem(sys.modules, "sqlalchemy", None)
-    with pytest.raises(ValueError, match=r"needs SQLAlchemy: pip install 'rmjax\[sql\]'"):
+    with pytest.raises(ValueError, match=r"needs SQLAlchemy: pip install 'sqlalchemy"):
         sources.parts(f"sqlite:///{database}?table=pairs")
 
 

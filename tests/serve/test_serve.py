@@ -501,7 +501,7 @@ def test_missing_packages_are_named(monkeypatch, capsys):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         command.main(["--model=x"])
-    assert "pip install 'rmjax[serve]'" in capsys.readouterr().err
+    assert "pip install 'prometheus_client" in capsys.readouterr().err
 
 
 @pytest.mark.slow

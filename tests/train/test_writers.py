@@ -245,7 +245,7 @@ def test_nobody_logged_in_to_wandb_is_bad_input(monkeypatch, known, said):
 
 def test_without_wandb_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"log\.wandb='rewards' .*pip install 'rmjax\[wandb\]'"):
+    with pytest.raises(ImportError, match=r"log\.wandb='rewards' .*pip install 'wandb"):
         Writers.open(tmp_path, config(wandb="rewards"), 0)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a database: a table, or what a query gives, through SQLAlchemy (`pip install 'rmjax[sql]'`).
+"""Rows of a database: a table, or what a query gives, through SQLAlchemy (the extra `sql`).
 
 A database is read, never written: SQL must be one query by its text, SQLite opens the file to read alone
 and asks here whether it may do what a statement says, and PostgreSQL runs it in a read-only transaction. What functions
@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, quote, unquote_plus
 from rmjax.data.sources.files import Row
 from rmjax.data.sources.parts import Part, part_of_rows
 from rmjax.runtime import passwords
+from rmjax.suggestions import install
 
 SCHEMES = ("sqlite", "postgresql")
 FETCH = 1024  # rows in memory at a time
@@ -50,7 +51,7 @@ def database_part(item: str) -> Part:
     try:
         import sqlalchemy
     except ModuleNotFoundError as error:
-        raise ValueError(f"{item} needs SQLAlchemy: pip install 'rmjax[sql]'") from error
+        raise ValueError(f"{item} needs SQLAlchemy: {install('sql')}") from error
     base, _, options = passwords.reveal(item).partition("?")
     before, *sql = re.split(r"(?:^|&)query=", options, maxsplit=1)
     named = dict(parse_qsl(before))
