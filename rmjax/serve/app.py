@@ -81,18 +81,20 @@ class Desk:
 def _plain(service: Service, body: Body) -> tuple[Asked, bool | None]:
     """What `input` or `messages` asks for, and `use_activation`.
 
-    With its old name `activation` it is verl's request: the rendering without its BOS, of whose answer verl takes the
-    last number.
+    verl sends false, by the old name `activation` before 2026, with the rendering without its BOS, and takes the last
+    number of the answer.
     """
-    activation, of_verl = service.activation(body), body.get("activation") is not None
-    if of_verl and len(service.labels) > 1 and not activation:
+    activation, old = service.activation(body), body.get("activation") is not None
+    if old and len(service.labels) > 1 and not activation:
         names = ", ".join(service.labels)
         raise Refused(
             400,
             f"the model gives {names}, and a trainer that sends `activation` takes the last; say `use_activation`, "
             "or start the server with --reward=NAME",
         )
-    return service.reader.inputs(body, complete=True if of_verl else None), activation
+    return service.reader.inputs(
+        body, complete=True if old or body.get("use_activation") is False else None
+    ), activation
 
 
 def _answer(service: Service, kind: str, data: list[Any], asked: Asked) -> dict[str, Any]:

@@ -128,11 +128,12 @@ def test_slime(as_messages, serve, stand_in, reward):  # noqa: F811
     assert empty.json() == pytest.approx(reward(conversation(QUESTION, "")))  # the policy said nothing
 
 
-def test_verl(serve, begins_with_bos, reward):  # noqa: F811
+@pytest.mark.parametrize("name", ["activation", "use_activation"])
+def test_verl(serve, begins_with_bos, reward, name):  # noqa: F811
     """verl/experimental/reward_loop: the reward model's rendering without its BOS; the last number is the reward."""
     tokenizer = begins_with_bos.chat.tokenizer
     text = rendered(tokenizer, TALK).removeprefix("<s>")
-    vllm = one(serve(begins_with_bos), "/classify", {"model": "tiny", "input": text, "activation": False}).json()
+    vllm = one(serve(begins_with_bos), "/classify", {"model": "tiny", "input": text, name: False}).json()
     sglang = one(serve(begins_with_bos), "/v1/embeddings", {"model": "tiny", "input": text}).json()
     wanted = known(tokenizer("<s>" + text, add_special_tokens=False)["input_ids"])
     assert vllm["data"][-1]["probs"][-1] == pytest.approx(wanted)
