@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 COLABS = Path(__file__).parents[1] / "colabs"
-ORDER = ("train_tiny", "score", "inspect_run")  # the first trains the demo that the others look at
+ORDER = ("train_tiny", "score", "inspect_run", "lora", "train_judge")  # the first trains the demo that others look at
 
 
 @pytest.mark.slow
@@ -24,6 +24,11 @@ def test_notebooks_run_and_draw(tmp_path):
         assert "Traceback" not in text, name
     assert json.loads((tmp_path / "runs/tiny/quality.json").read_text())["passed"]
     assert len(json.loads((tmp_path / "scores.jsonl").read_text())["scores"]) == 6
+    assert (tmp_path / "runs/lora/export/adapter_model.safetensors").exists()
+    for name, least in (("lora", 0.85), ("judge", 0.88)):
+        lines = map(json.loads, (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines())
+        accuracy = [line["validation/accuracy"] for line in lines if "validation/accuracy" in line]
+        assert accuracy[0] < least - 0.02 and accuracy[-1] > least, (name, accuracy)
     shutil.rmtree(tmp_path)
 
 
