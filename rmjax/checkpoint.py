@@ -16,6 +16,7 @@ import json
 import logging as python_logging
 import math
 import os
+import queue
 import re
 import tempfile
 import threading
@@ -91,6 +92,7 @@ class Checkpointer:
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future] | None = None  # a step being written, and its end
+        self._finished: queue.SimpleQueue[int] = queue.SimpleQueue()  # steps, for `newly_finished`
         self._ends_before_exit = False
         python_logging.getLogger("absl").addFilter(_without_orbax_chatter)
 
@@ -190,6 +192,12 @@ class Checkpointer:
             with self._failures_named(step):
                 done.result()
 
+    def newly_finished(self) -> Iterator[tuple[int, epath.Path]]:
+        """The steps, and their directories, that were finished since the last call; none in processes but the first."""
+        while not self._finished.empty():
+            step = self._finished.get()
+            yield step, self._steps.step_path(step)
+
     def close(self) -> None:
         """Waits like `wait` and releases Orbax's threads; a later save starts them again."""
         self.wait()
@@ -220,6 +228,7 @@ class Checkpointer:
         agreement.barrier("checkpoint written")
         if processes.is_first():
             self._steps.finish(step, host_json)
+            self._finished.put(step)
             self._delete_replaced()
         agreement.barrier("checkpoint sealed")
 

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from rmjax.suggestions import did_you_mean
+from rmjax.suggestions import did_you_mean, install
 
 # docs/config.md shows what stands between the two marks.
 # --8<-- [start:keys]
@@ -28,6 +28,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "focal": 0.0,  # gamma: pairs already told apart count less; 2 as published, 0 is off
         "center": 0.0,  # weight of the squared sum of both rewards, which keeps their mean near 0
         "barrier": 0.0,  # weight, per response, of what keeps rewards within -5 and 5; 0.02 as published
+        "length_balance": 0.0,  # 1 weights pairs so that lengths tell nothing; 0 is off
+        "length_expert": (),  # what lengths tell by themselves, (log-odds, tokens); () is fitted to the training data
     },
     "pairwise": {
         "classes": 3,  # 3 (A, B, tie) or 2 (A, B)
@@ -100,6 +102,8 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
     # A NaN or infinity in loss or gradients: "stop" the run, "skip" the step, or "rollback": go back to the newest
     # checkpoint and leave out the rows from there to the step.
     config.on_nonfinite = "stop"
+    config.hooks = ""  # "module:function" that is told what happens (rmjax/train/hooks.py); several with commas
+    config.on_hook_error = "warn"  # an error in a hook: "warn" logs it, "stop" ends the run
     config.debug = False  # layers unrolled and nothing compiled, so that print and breakpoints work
     # The config of a run that is made first, in WORKDIR/start; its export is then what model.init_from names.
     config.start = ConfigDict()
@@ -297,6 +301,7 @@ def filled(config: ConfigDict) -> ConfigDict:
 NOTHING_FROZEN = ((r".*", False),)
 CHOICES = {
     "on_nonfinite": ("stop", "skip", "rollback"),
+    "on_hook_error": ("warn", "stop"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "gpu", "tpu"),
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
@@ -410,7 +415,7 @@ def check(config: ConfigDict) -> None:
             "config.export.step='best' needs config.checkpoint.keep_best of at least 1; or export the 'last'"
         )
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        problems.append(f"config.log.wandb={config.log.wandb!r} needs the package wandb: pip install 'rmjax[wandb]'")
+        problems.append(f"config.log.wandb={config.log.wandb!r} needs the package wandb: {install('wandb')}")
     if problems:
         raise ValueError("the config cannot be used:\n  " + "\n  ".join(problems))
 

@@ -29,7 +29,8 @@ Every key of the config can be given as --config.SECTION.KEY=VALUE. The sections
     export        checkpoint to export, number type of its weights
 
 The keys outside a section are --config.duration ("300 steps", "2 epochs" or "5000 groups"), --config.seed,
---config.on_nonfinite and --config.debug. rmjax/config.py lists all keys with their defaults.
+--config.on_nonfinite, --config.hooks ("module:function" that is told what happens), --config.on_hook_error and
+--config.debug. rmjax/config.py lists all keys with their defaults.
 """
 
 import contextlib

@@ -6,7 +6,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,16 @@ class Groups:
         begin = np.concatenate([[0], np.cumsum(sizes)])
         return values[np.repeat(starts - begin[:-1], sizes) + np.arange(begin[-1])], begin
 
+    def token_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The tokens of the groups, a part of the file at a time: end to end, int64 [m + 1] where each of m groups
+        begins, and the numbers of these groups."""
+        for values, starts, sizes, rows in self._store.batches("tokens"):
+            mine = np.flatnonzero((self._indices >= rows.start) & (self._indices < rows.stop))
+            if len(mine):
+                at = self._indices[mine] - rows.start
+                begin = np.concatenate([[0], np.cumsum(sizes[at])])
+                yield values[np.repeat(starts[at] - begin[:-1], sizes[at]) + np.arange(begin[-1])], begin, mine
+
     def prompts_beside(self, other: "Groups") -> tuple[np.ndarray, np.ndarray]:
         """`prompt_ids` of both sets, which can be compared whether they are of one file or not."""
         if self._store is other._store:
@@ -200,6 +210,13 @@ class Store:
         starts = np.concatenate([offsets[:-1].astype(np.int64) + n for (offsets, _), n in zip(views, before)])
         sizes = np.concatenate([np.diff(offsets).astype(np.int64) for offsets, _ in views])
         return np.concatenate([values for _, values in views]), starts, sizes
+
+    def batches(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, range]]:
+        """A list column batch by batch: its values, where those of each of the batch's groups begin, how many they are,
+        and which groups these are."""
+        for (offsets, values), first in zip(self._lists[name], self._starts.tolist()):
+            sizes = np.diff(offsets).astype(np.int64)
+            yield values, offsets[:-1].astype(np.int64), sizes, range(first, first + len(sizes))
 
     def group(self, index: int) -> Group:
         """One group, unless the file was cut off meanwhile: to touch the map there would kill the process (SIGBUS)."""

@@ -297,13 +297,13 @@ def _pairs_by_length(groups: Groups) -> dict[str, Any]:
     if measured["comparisons"]:
         preferences = label_kind(groups) == "preferences"
         measured["unit"] = "tokens" if preferences else "characters"
-        more = _longer_by_tokens(groups) if preferences else _longer_by_characters(groups)
+        more = longer_by_tokens(groups) if preferences else _longer_by_characters(groups)
         if len(more):
             measured["curve"] = _by_quantile(np.abs(more), (1 + np.sign(more)) / 2)
     return measured
 
 
-def _longer_by_tokens(groups: Groups) -> np.ndarray:
+def longer_by_tokens(groups: Groups) -> np.ndarray:
     """By how much the preferred response is longer than the other, int64, for every comparison."""
     tokens, start = response_tokens(groups)
     more = []

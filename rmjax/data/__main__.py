@@ -59,6 +59,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args.source = passwords.hide(args.source)
     if args.command == "audit":
         args.validation, args.benchmark = passwords.hide(args.validation), list(map(passwords.hide, args.benchmark))
+        args.against = [(name, passwords.hide(source), format) for name, source, format in args.against]
     return args
 
 
@@ -125,6 +126,10 @@ def _audit_options(audit: Parser) -> None:
     audit.add_argument("--validation", default="", metavar="SOURCE", help=text)
     text = "benchmark data, checked in the same way; may be repeated"
     audit.add_argument("--benchmark", action="append", default=[], metavar="SOURCE", help=text)
+    text = (
+        "benchmarks, by name or as NAME=SOURCE: reports what of them is in the data, by prompts and by runs of tokens"
+    )
+    audit.add_argument("--against", type=_benchmarks, default=[], metavar="NAME[,NAME]", help=text)
     text = "objective to check the data for; default: detected from the labels"
     audit.add_argument("--objective", default="", metavar="NAME", help=text)
     text = (
@@ -141,6 +146,16 @@ def _keep_right_options(command: Parser) -> None:
     command.add_argument("--output", required=True, type=Path, metavar="FILE", help=text)
     text = "most judgements to keep of a question; default: all that are right"
     command.add_argument("--most", type=int, default=0, metavar="N", help=text)
+
+
+def _benchmarks(text: str) -> list[tuple[str, str, str]]:
+    """Name, source and format of each benchmark."""
+    from rmjax.evaluate import benchmarks
+
+    try:
+        return [(test.name, source, test.format or test.name) for test, source in benchmarks.parse(text)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _shares(text: str) -> dict[str, float]:

@@ -146,14 +146,6 @@ def shared_prompts(train: GroupSet, validation: GroupSet) -> int:
     return len(np.intersect1d(*train.prompts_beside(validation)))
 
 
-def trained_on(name: str, train: GroupSet, measured: GroupSet) -> str:
-    """Says how many prompts of a set that measures are in the training data; "" where none is."""
-    shared, prompts = shared_prompts(train, measured), len(np.unique(measured.prompt_ids))
-    return f"{name}: {shared:,} of its {prompts:,} prompts are in the training data, so its numbers mislead" * bool(
-        shared
-    )
-
-
 def accuracy_shown(prompts: int, least: float) -> str:
     """What so many prompts of validation data can show, for `config.gate.accuracy`."""
     needed = least_cases(least)

@@ -202,6 +202,9 @@ def evaluate_together(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def measure(models: Mapping[str, "RewardModel"], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """ "sets" and "benchmarks" of models by their names, which are asked what the first one is, and tokenize alike."""
+    import numpy as np
+
+    from rmjax.batches import overlap
     from rmjax.data import ledger, sources
     from rmjax.evaluate import evaluating
 
@@ -213,9 +216,12 @@ def measure(models: Mapping[str, "RewardModel"], args: argparse.Namespace) -> di
     data += [(sources.source_name(item), item, args.format, None) for item in _split(args.data)]
     trained: list[Groups] = []
 
-    def warn(name: str, groups: "Groups") -> None:
-        for said in filter(None, (ledger.trained_on(name, of_training, groups) for of_training in trained)):
+    def overlapping(name: str, groups: "Groups") -> "np.ndarray | None":
+        """bool [n], those that overlap the training data, which is reported; None without such data."""
+        overlaps = [overlap.find(of_training, groups) for of_training in trained]
+        for said in filter(None, (found.line(name) for found in overlaps)):
             print(f"warning: {said}", file=sys.stderr)
+        return np.any([found.groups for found in overlaps], axis=0) if overlaps else None
 
     for name, item, format, rows in data:
         tasks = evaluating.measurable_tasks(item, format, learnt, args.columns)
@@ -226,7 +232,7 @@ def measure(models: Mapping[str, "RewardModel"], args: argparse.Namespace) -> di
             if name == "train":
                 trained.append(groups)
             else:
-                warn(name, groups)
+                overlapping(name, groups)
             groups = groups.sample(rows, 0) if rows else groups
             label = f"{name} ({kind})" if len(tasks) > 1 else name
             for by, each in models.items():
@@ -234,10 +240,11 @@ def measure(models: Mapping[str, "RewardModel"], args: argparse.Namespace) -> di
                 found[by]["sets"][label] = evaluating.measured(each, groups, task, progress=shown)
     for test, source in args.tests:
         groups = evaluating.read_benchmark(test, source, model.chat, learnt)
-        warn(test.name, groups)
+        known = overlapping(test.name, groups)
         for by, each in models.items():
             shown = told(by, test.name, len(groups))
-            found[by]["benchmarks"][test.name] = evaluating.run_benchmark(each, test, groups, progress=shown)
+            scores = evaluating.run_benchmark(each, test, groups, overlapping=known, progress=shown)
+            found[by]["benchmarks"][test.name] = scores
     return found
 
 

@@ -68,13 +68,41 @@ def flat(benchmark: Benchmark, scores: Mapping[str, Any]) -> dict[str, float]:
 
 
 def run_benchmark(
-    model: RewardModel, benchmark: Benchmark, groups: Groups, *, progress: Tell = lambda done: None
+    model: RewardModel,
+    benchmark: Benchmark,
+    groups: Groups,
+    *,
+    overlapping: np.ndarray | None = None,
+    progress: Tell = lambda done: None,
 ) -> dict[str, Any]:
+    """The numbers of a benchmark, as `benchmarks.score` gives them.
+
+    Of groups that overlap the training data (`overlapping`, bool [n]), "overlapping" says how many they are, and the
+    "metrics" without them; {} where none is left, or where the official number needs a subset that none is left of.
+    """
     learnt = model.objective.task if model.objective else None
+    known = np.flatnonzero(overlapping) if overlapping is not None else np.zeros(0, np.int64)
     if benchmark.rule is None:
         metrics = measured(model, groups, learnt, worst=0, progress=progress)["metrics"]
-        return {"groups": len(groups), "metrics": metrics, "subsets": {}, "missing": [], "notes": []}
-    return benchmarks.score(benchmark, asking.ask(model, groups, progress))
+        found: dict[str, Any] = {"groups": len(groups), "metrics": metrics, "subsets": {}, "missing": [], "notes": []}
+        if len(known):
+            rest = groups.select(np.setdiff1d(np.arange(len(groups)), known))
+            without = measured(model, rest, learnt, worst=0)["metrics"] if len(rest) else {}
+            found["overlapping"] = {"groups": len(known), "metrics": without}
+        return found
+    said = asking.ask(model, groups, progress)
+    found = benchmarks.score(benchmark, said)
+    if len(known):
+        rows = {_row(groups.id(index)) for index in known.tolist()}
+        clean = [one for one in said if _row(one.id) not in rows]
+        without = benchmarks.score(benchmark, clean)["metrics"] if clean else {}
+        found["overlapping"] = {"groups": len(said) - len(clean), "metrics": without}
+    return found
+
+
+def _row(name: str) -> str:
+    """The row of a group, without which of its pairs it is."""
+    return name.partition("#")[0]
 
 
 def measurable_tasks(source: str, format: str, learnt: Task | None, columns: str = "") -> dict[str, Task]:

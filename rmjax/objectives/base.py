@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rmjax.batches.groups import Groups
 from rmjax.batches.tasks import Task
 
 Batch = Mapping[str, jax.Array]  # see batches/loader.py: Shape.fields
@@ -65,6 +66,16 @@ class Objective:
     def params(self) -> dict[str, np.ndarray]:
         """First values of what the objective itself learns (a tie parameter, cut points), float32."""
         return {}
+
+    def fitted(self, groups: Groups) -> "Objective":
+        """The objective with what it takes from the training groups before the first step; most take nothing."""
+        del groups
+        return self
+
+    @property
+    def found(self) -> str:
+        """What `fitted` found, as a line; "" where it takes nothing."""
+        return ""
 
     def loss_sums(self, outputs: Any, batch: Batch, params: Params) -> tuple[jax.Array, jax.Array]:
         """The loss of a batch as numerator and denominator, in the precision of the outputs.

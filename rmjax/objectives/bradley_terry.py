@@ -7,12 +7,15 @@ may be, each by its key: see BradleyTerry.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rmjax.batches.groups import Groups
+from rmjax.batches.measure import longer_by_tokens
 from rmjax.batches.resampling import FIELD
 from rmjax.batches.tasks import Preferences
 from rmjax.objectives import likelihoods
@@ -20,11 +23,14 @@ from rmjax.objectives.base import SPREAD, Batch, Objective, Outcomes, Params
 from rmjax.objectives.gather import gather_groups
 
 LEARNED = ("rao_kupper", "davidson")
+MOST_LOG_ODDS = 10.0  # of a length_expert, where lengths tell every comparison
+MOST_WEIGHT = 10.0  # of a pair that lengths speak against
 TIES = {"pairs": ("skip", "half", *LEARNED), "plackett_luce": ("skip", "efron")}
 
+OF_PAIRS = ("label_smoothing", "margin_scale", "scaled", "focal", "length_balance")
 # A key and what it may be, the keys that mean nothing beside it, and why.
 EXCLUDES = (
-    ("rankings", ("plackett_luce",), ("label_smoothing", "margin_scale", "scaled", "focal"), "has no single pairs"),
+    ("rankings", ("plackett_luce",), OF_PAIRS, "has no single pairs"),
     ("ties", LEARNED, ("margin_scale", "focal"), "has three outcomes, those have two"),
 )
 
@@ -71,6 +77,14 @@ class BradleyTerry(Objective):
     # rewards' counts, of a ranking the mean over its pairs. Cai et al. 2024 have 0.02 with the penalty of one reward;
     # their code (InternLM/xtuner, xtuner/model/reward.py, `penalty_weight`) has 0.01 with the sum of both: the same.
     barrier: float = 0.0
+    # With 1 a pair counts 0.5 / p, where p is the probability of its label by the lengths alone, so that among all that
+    # count the longer response wins as often as not, and the reward has nothing to learn from lengths: inverse
+    # propensity weights, Horvitz and Thompson 1952. Their mean is 1; none is above MOST_WEIGHT. 0 is off; between, the
+    # log-odds of p are that share of what they are.
+    length_balance: float = 0.0
+    # (a, t): by the lengths alone, i beats j with the log-odds a asinh((tokens of i - tokens of j) / t). () is fitted
+    # to the training groups before the first step (`fitted`).
+    length_expert: tuple[float, ...] = ()
     heads: int = 1  # M, config.model.heads
 
     def __post_init__(self) -> None:
@@ -79,8 +93,10 @@ class BradleyTerry(Objective):
         with_rankings = f"with config.objective.rankings={self.rankings!r}"
         self._require("ties", self.ties in allowed, f"is none of {', '.join(allowed)} {with_rankings}")
         self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "must be in [0, 0.5)")
-        for name in ("margin_scale", "focal", "center", "barrier"):
+        for name in ("margin_scale", "focal", "center", "barrier", "length_balance"):
             self._require(name, not getattr(self, name) < 0, "must not be negative")
+        expert = len(self.length_expert) in (0, 2) and all(value > 0 for value in self.length_expert[1:])
+        self._require("length_expert", expert, "must be () or (log-odds, tokens) with tokens above 0")
         if self.heads > 1 and self.ties in LEARNED:
             raise ValueError(
                 f"config.objective.ties={self.ties!r} learns one parameter beside one head, which does not "
@@ -112,8 +128,43 @@ class BradleyTerry(Objective):
         )
 
     def terms(self) -> dict[str, Any]:
-        """Without `heads` where there is one, as contracts were before there could be several."""
-        return {name: value for name, value in super().terms().items() if name != "heads" or value > 1}
+        """Without `heads` where there is one, and what balances lengths where nothing does, as contracts were before
+        these keys."""
+        unused = {"heads"} if self.heads == 1 else set()
+        unused |= set() if self.length_balance else {"length_balance", "length_expert"}
+        return {name: value for name, value in super().terms().items() if name not in unused}
+
+    def fitted(self, groups: Groups) -> "BradleyTerry":
+        """With `length_expert`, by maximum likelihood over all comparisons, each of which counts once.
+
+        t is the median difference in tokens of those that differ. Where none does, lengths tell nothing.
+        """
+        if not self.length_balance or self.length_expert:
+            return self
+        from scipy import optimize, special  # a tenth of a second of every start
+
+        more = longer_by_tokens(groups)
+        more = more[more != 0].astype(np.float64)
+        if not len(more):
+            return dataclasses.replace(self, length_expert=(0.0, 1.0))
+        tokens = float(np.median(np.abs(more)))
+        x = np.arcsinh(more / tokens)
+        slope = lambda a: float((x * special.expit(-a * x)).mean())  # of the log-likelihood; falls with a
+        low, high = -MOST_LOG_ODDS, MOST_LOG_ODDS
+        if slope(low) <= 0 or slope(high) >= 0:  # the shorter one always wins, or the longer one
+            return dataclasses.replace(self, length_expert=(low if slope(low) <= 0 else high, tokens))
+        return dataclasses.replace(self, length_expert=(float(optimize.brentq(slope, low, high)), tokens))
+
+    @property
+    def found(self) -> str:
+        if not self.length_balance:
+            return ""
+        log_odds, tokens = self.length_expert
+        wins = 1 / (1 + math.exp(-log_odds * math.asinh(1)))
+        return (
+            f"length alone: log-odds {log_odds:.3g} x asinh(tokens more / {tokens:g}), so {tokens:g} tokens more win "
+            f"{100 * wins:.0f}% of the time; pairs are weighted against that (config.objective.length_balance)"
+        )
 
     def decode(self, outputs: np.ndarray, params: Params) -> dict[str, np.ndarray]:
         if self.heads == 1:
@@ -197,9 +248,8 @@ class BradleyTerry(Objective):
         """[B, G, K, K]: -log-likelihood of what is labelled of i over j, without weights and penalties."""
         wins, ties, margin = batch["wins"], batch["ties"], batch["margin"]
         known = jnp.nan_to_num(margin)
-        difference = (
-            s_BGK[..., :, None] - s_BGK[..., None, :] - self.margin_scale * (known - jnp.swapaxes(known, -1, -2))
-        )
+        difference = s_BGK[..., :, None] - s_BGK[..., None, :]
+        difference -= self.margin_scale * (known - jnp.swapaxes(known, -1, -2))
         stated = margin + jnp.swapaxes(margin, -1, -2)
         strength = jnp.where(jnp.isnan(stated) | (ties > 0), 1.0, stated) if self.scaled else 1.0
         if self.ties in LEARNED:
@@ -209,8 +259,20 @@ class BradleyTerry(Objective):
             nll = lambda d: likelihoods.focal(d, self.focal) if self.focal else likelihoods.bradley_terry(d)
             won, lost, tied = nll(difference), nll(-difference), jnp.zeros_like(difference)
             wins = wins + 0.5 * ties if self.ties == "half" else wins
+        wins = wins * self._length_weights(batch) if self.length_balance else wins
         smooth = self.label_smoothing
         return strength * (wins * ((1 - smooth) * won + smooth * lost) + tied)
+
+    def _length_weights(self, batch: Batch) -> jax.Array:
+        """[B, G, K, K]: how much i over j counts, see `length_balance`."""
+        if not self.length_expert:
+            raise ValueError("config.objective.length_balance needs a length_expert: see BradleyTerry.fitted")
+        log_odds, tokens = self.length_expert
+        at_BE = jnp.maximum(batch["end"], 0)
+        tokens_BE = jnp.take_along_axis(batch["positions"], at_BE, axis=1)  # the prompt's too, which cancel
+        tokens_BGK = self._group_scores(tokens_BE.astype(jnp.float32), batch)
+        more = jnp.arcsinh((tokens_BGK[..., :, None] - tokens_BGK[..., None, :]) / tokens)
+        return jnp.minimum(0.5 / jax.nn.sigmoid(self.length_balance * log_odds * more), MOST_WEIGHT)
 
     def outcome(self, difference: jax.Array, params: Params) -> tuple[jax.Array, jax.Array]:
         """-log P(i beats j) and -log P(tie) with the learnt tie parameter."""

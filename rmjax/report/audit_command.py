@@ -17,10 +17,11 @@ from ml_collections import ConfigDict, config_flags
 
 from rmjax import config as config_lib
 from rmjax import objectives
-from rmjax.batches import augment, measure, prepare, select
+from rmjax.batches import augment, measure, overlap, prepare, select
 from rmjax.batches import groups as groups_lib
 from rmjax.batches.chat import Chat
 from rmjax.batches.groups import Groups
+from rmjax.batches.overlap import RUN, RUN_OF_BYTES, Overlap
 from rmjax.batches.tasks import Attributes, Preferences, Steps, Task
 from rmjax.data import formats, ledger, prompts, reading
 from rmjax.data.records import Record
@@ -80,7 +81,15 @@ def audit(args: argparse.Namespace, scratch: Path) -> DataAudit:
     unit = "tokens" if with_tokens else "bytes"
     report = measure.report(groups, plans=plans, names=getattr(task, "names", ()), unit=unit)
     report["shared"] |= leaks(config, args.benchmark)
-    problems = [*audit_report.problems(report), *_refusals(groups, asked), *(f"chat template: {x}" for x in chat.notes)]
+    overlaps = against(config, chat, next(iter(groups.values())), args.against, RUN if with_tokens else RUN_OF_BYTES)
+    report["overlap"] = {name: _counts(found) for name, found in overlaps.items()}
+    lines = [found.line(name) for name, found in overlaps.items()]
+    problems = [
+        *audit_report.problems(report),
+        *filter(None, lines),
+        *_refusals(groups, asked),
+        *(f"chat template: {x}" for x in chat.notes),
+    ]
     learnt = f"{next(iter(report['sets'].values()))['labels']['kind']} {', '.join(getattr(task, 'names', ()))}"
     tokenizer = config.model.tokenizer or config.model.init_from or "none, so lengths are in bytes of ChatML"
     notes = [f"tokenizer: {tokenizer}", f"learnt: {learnt.strip()}", *_accuracy_shown(report, config)]
@@ -172,6 +181,30 @@ def leaks(config: ConfigDict, benchmarks: Sequence[str]) -> dict[str, dict[str, 
         examples = [[rows[i], their_rows[j]] for i, j in sorted(np.transpose(pairs).tolist())[: measure.EXAMPLES]]
         found[name] = {"prompts": len(shared), "of": len(np.unique(their_ids)), "examples": examples}
     return found
+
+
+def against(
+    config: ConfigDict, chat: Chat, train: Groups, benchmarks: Sequence[tuple[str, str, str]], run: int
+) -> dict[str, Overlap]:
+    """What of benchmarks, each a name, a source and a format, is in the training data; tokenized as these are."""
+    found = {}
+    for name, source, format in benchmarks:
+        of_benchmark = config.copy_and_resolve_references()
+        of_benchmark.data.update({"train": source, "format": format, "columns": "", "on_bad_row": "keep"})
+        with contextlib.redirect_stdout(sys.stderr):  # progress
+            measured = prepare.build_groups(of_benchmark, chat, guess_task(of_benchmark), source)
+        found[name] = overlap.find(train, measured, run)
+    return found
+
+
+def _counts(found: Overlap) -> dict[str, Any]:
+    groups = int(found.groups.sum())
+    return {
+        "groups": groups,
+        "of": len(found.groups),
+        "by_prompt": int(found.prompts.sum()),
+        "examples": found.examples,
+    }
 
 
 def _histories(records: Iterable[Record]) -> tuple[list[str], tuple[np.ndarray, np.ndarray]]:

@@ -110,10 +110,21 @@ def benchmark(name: str, measured: Values) -> Section:
         capital(f"{_counts(measured)}."),
         *(f"{capital(note)}." for note in measured.get("notes") or ()),
         *missing,
-        metrics_table({"": measured}, list(measured["metrics"])),
+        *_overlap(measured),
         benchmark_plots(name, measured),
         Folded("Subsets as numbers", [Table(rows, ("", "score", "groups"), (1, 2))]),
     )
+
+
+def _overlap(measured: Values) -> list[Any]:
+    """The metrics; beside those of all groups, those without groups that overlap the training data."""
+    if not (known := measured.get("overlapping")):
+        return [metrics_table({"": measured}, list(measured["metrics"]))]
+    share = f"{known['groups']:,} of its groups overlap the training data"
+    names = list(measured["metrics"])
+    if not known["metrics"]:
+        return [Bad(f"{share}; without them too little is left."), metrics_table({"": measured}, names)]
+    return [Bad(f"{share}."), metrics_table({"all": measured, "without them": known}, names)]
 
 
 def _counts(measured: Values) -> str:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from rmjax.batches.chat import Chat
 from rmjax.batches.groups import Groups
+from rmjax.batches.overlap import Overlap
 from rmjax.evaluate import evaluating, gate
 from rmjax.evaluate.benchmarks import Benchmark
 from rmjax.export import write as export
@@ -37,6 +38,7 @@ def measure(
     model: RewardModel,
     sets: Mapping[str, Evaluation],
     tests: Sequence[tuple[Benchmark, Groups]],
+    overlaps: Mapping[str, Overlap],
     where: Path,
     step: int,
 ) -> dict[str, Any]:
@@ -44,6 +46,7 @@ def measure(
 
     Args:
         sets: by name.
+        overlaps: of the benchmarks with the training data, by name.
 
     Returns:
         evaluation.json; under "errors" why a set or a benchmark could not be measured.
@@ -53,8 +56,9 @@ def measure(
         ("sets", name, functools.partial(of_set.measured, model)) for name, of_set in sets.items()
     ]
     asked += [
-        ("benchmarks", test.name, functools.partial(evaluating.run_benchmark, model, test, groups))
+        ("benchmarks", test.name, functools.partial(evaluating.run_benchmark, model, test, groups, overlapping=known))
         for test, groups in tests
+        for known in [overlaps[test.name].groups]
     ]
     for part, name, ask in asked:
         try:
@@ -74,6 +78,7 @@ def write(
     step: int,
     sets: Mapping[str, Evaluation],
     tests: Sequence[tuple[Benchmark, Groups]],
+    overlaps: Mapping[str, Overlap],
     data: str,
     saved: Mapping[str, float],
     run: str,
@@ -97,7 +102,7 @@ def write(
     if not config.export.adapter:
         params, model = model.merged(params, export.dtype_of(config, model.values)), model.plain
     judged = runs.reward_model(model, chat, params, config.model.compute_dtype)
-    evaluation = measure(judged, sets, tests, workdir / "export", step)
+    evaluation = measure(judged, sets, tests, overlaps, workdir / "export", step)
     size = sum(x.size for x in jax.tree.leaves(model.plain.shapes))
     del judged
     verdict = agreement.agree("quality", gate.judge(config.gate.to_dict(), evaluation, lines))  # lines are the first's

@@ -34,7 +34,7 @@ from rmjax.train.step import Program
 REFUSED, LOGGED, FREE = "refused", "allowed and logged", "free"
 CHANGES = (
     # No number changes by more than rounding.
-    (r"debug|mesh\..*|model\.(remat|attention)|plan\.micro_rows", FREE),
+    (r"debug|hooks|on_hook_error|mesh\..*|model\.(remat|attention)|plan\.micro_rows", FREE),
     (r"data\.(workers|cache_dir|max_bad_fraction)|checkpoint\.keep_\w+|export\..*|profile\..*", FREE),
     (r"log\.every", LOGGED),
     (r"log\..*|gate\..*", FREE),

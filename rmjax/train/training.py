@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 
 from rmjax import config as config_lib
 from rmjax import objectives, sharding
-from rmjax.batches import measure, prepare
+from rmjax.batches import measure, overlap, prepare
 from rmjax.batches.chat import Chat, set_pad_token
 from rmjax.batches.groups import Groups
 from rmjax.batches.loader import BatchSource, PlannedBatches
+from rmjax.batches.overlap import Overlap
 from rmjax.batches.packing import Plan
 from rmjax.batches.prepare import Split
 from rmjax.batches.tasks import Task
@@ -47,7 +48,9 @@ from rmjax.runtime.exits import InputError
 from rmjax.runtime.signals import Stop, Stopped
 from rmjax.train import drawing, finish, optim, questions, resume
 from rmjax.train import dry_run as dry_runs
+from rmjax.train import hooks as hooks_lib
 from rmjax.train.evaluations import Evaluation, Pass, Sampling
+from rmjax.train.hooks import Hooks
 from rmjax.train.resume import Host
 from rmjax.train.rollouts import Rollouts, reference_log_probs
 from rmjax.train.step import Program, build_program, compile_program
@@ -150,6 +153,7 @@ def _run(
         raise ValueError("config.debug compiles nothing, so there is nothing for --dry_run to show; leave one out")
     prepare.check_sources(config, benchmarks.sources_of(config.eval.benchmarks))
     prepare.check_columns(config, task)
+    hooks = Hooks(hooks_lib.find(config.hooks), config.on_hook_error)
     if config.log.wandb and not dry_run and processes.is_first():
         check_wandb(config.log.wandb)
 
@@ -180,6 +184,10 @@ def _run(
     fingerprints = [train_groups.fingerprint, validation_groups.fingerprint]
     agreement.require_same("config and data", [config_lib.to_json(config), *fingerprints], "config or data")
     print("\n".join(ledger.lines(train_groups, validation_groups)), flush=True)
+    objective = objective.fitted(train_groups)
+    model = dataclasses.replace(model, objective=objective)
+    if objective.found:
+        print(objective.found, flush=True)
     sets = {"validation": validation_groups}
     if config.eval.train_groups:
         sets["train_slice"] = train_groups.sample(config.eval.train_groups, config.seed)
@@ -187,8 +195,9 @@ def _run(
     drawn = _sampled(config, objective, model, chat, sets)
     with agreement.first_then_others("benchmarks"):
         tests = evaluating.read_benchmarks(config, chat, objective.exported.task)
-    for test, test_groups in tests:
-        if said := ledger.trained_on(test.name, train_groups, test_groups):
+    overlaps = {test.name: overlap.find(train_groups, test_groups) for test, test_groups in tests}
+    for name, found in overlaps.items():
+        if said := found.line(name):
             logging.warning("%s", said)
 
     # ---- Plan
@@ -222,7 +231,7 @@ def _run(
         mode=config.checkpoint.mode,
         owner={"run": run_id, "workdir": str(workdir.absolute()), "config": config_lib.to_json(given)},
     )
-    with contextlib.closing(checkpointer), ThreadPoolExecutor(1) as pool, jax.set_mesh(mesh):
+    with hooks.told_of_the_end(), contextlib.closing(checkpointer), ThreadPoolExecutor(1) as pool, jax.set_mesh(mesh):
         compiling = pool.submit(_compile, config, model, train_groups, plan, passed, limit)
 
         # ---- Restore: weights or a checkpoint are read while the step is compiled
@@ -250,6 +259,7 @@ def _run(
         else:
             source = PlannedBatches(train.groups, train.plan, train.shape, rows)
             work = work_of_steps(train, model)
+        hooks.tell("start", workdir=str(workdir), config=config.to_dict(), step=start, steps=source.steps)
         rollbacks: collections.Counter[int] = collections.Counter()
         while True:
             watch = Watch.open(config, workdir, work, objective.shown, mesh)
@@ -257,9 +267,8 @@ def _run(
             with contextlib.closing(writers), contextlib.closing(watch):
                 for path in writers.made():
                     note(path, made=True)
-                job = Run(
-                    config, model, chat, program, source, train, evaluations, tests, checkpointer, writers, watch, stop
-                )
+                told = checkpointer, writers, watch, stop, hooks
+                job = Run(config, model, chat, program, source, train, evaluations, tests, overlaps, *told)
                 try:
                     # Nothing goes to or from the devices unless it is asked for.
                     with command_line.under_way(), stop.defer_signals(), jax.transfer_guard("disallow"):
@@ -331,10 +340,12 @@ class Run:
     train: Split  # what `source` was planned from
     evaluations: dict[str, Evaluation]  # by the name that their metrics carry
     tests: list[tuple[Benchmark, Groups]]  # the benchmarks of config.eval.benchmarks
+    overlaps: dict[str, Overlap]  # of the benchmarks with the training data, by name
     checkpointer: Checkpointer
     writers: Writers
     watch: Watch
     stop: Stop
+    hooks: Hooks
 
     @property
     def steps_block(self) -> bool:
@@ -374,15 +385,18 @@ class Run:
             host.rewards = {name: value for name, value in values.items() if name.endswith("/reward_mean")}
         values |= reward_drift(values, host.rewards)
         self.writers.write(step, values)
+        self.hooks.tell("evaluation", step=step, metrics=values)
         return values
 
-    def write_window(self, host: Host, step: int) -> None:
-        """Writes the training line of the steps since the last one."""
+    def write_window(self, host: Host, step: int, timings: dict[str, float] | None = None) -> None:
+        """Writes the training line of the steps since the last one; `timings` are the hooks' alone."""
         values = sums_lib.to_metrics(host.window) if host.window else {}
         values.pop("nonfinite_count", None)
         values["skipped_steps"] = float(host.skipped)
         host.window = {}
-        self.writers.write(step, {f"train/{key}": value for key, value in values.items()})
+        values = {f"train/{key}": value for key, value in values.items()}
+        self.writers.write(step, values)
+        self.hooks.tell("log", step=step, metrics=values, timings=timings or {})
 
     def settle(self, state: dict[str, Any], host: Host, done: int, evaluates: bool, saved: bool = False) -> None:
         """Evaluates if that is due and saves; if the run is to stop meanwhile, the next start evaluates.
@@ -414,6 +428,11 @@ class Run:
         self.writers.sync()  # the next start goes on with the lines up to here
         kept = {**state, "params": parameters.saved(self.config, state["params"])}
         self.checkpointer.save(done, kept, host.to_json(), values)
+
+    def tell_of_saves(self) -> None:
+        """Tells the hooks of the checkpoints that were finished since the last call."""
+        for step, directory in self.checkpointer.newly_finished():
+            self.hooks.tell("save", step=step, directory=str(directory))
 
     def not_finite(self, state: dict[str, Any], host: Host, step: int) -> None:
         """Handles a step that is not finite as config.on_nonfinite says: stop, skip, or roll back."""
@@ -475,13 +494,15 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
             host.count(sums)
         watch.done(step + 1, sums_lib.to_metrics(sums))
         if (step + 1) % log_every == 0 or step + 1 == source.steps:
-            run.write_window(host, step + 1)
-            run.writers.timing(step + 1, watch.scalars())
+            timings = watch.scalars()
+            run.write_window(host, step + 1, timings)
+            run.writers.timing(step + 1, timings)
 
     stops = False
     for step in range(done, source.steps):
         if host.stopped or host.unevaluated or (stops := run.stop.agreed(step + 1)):
             break
+        run.tell_of_saves()
         with watch.step(step + 1):
             state, sums, halted = run.program.step(state, batch, sharding.place(np.int32(step), everywhere), halted)
         watch.follow(step + 1, sums)
@@ -499,6 +520,7 @@ def loop(run: Run, state: dict[str, Any], host: Host, start: int) -> int:
     if stops and done > saved:
         run.save(state, host, done)
     run.checkpointer.wait()
+    run.tell_of_saves()
     if stops or host.unevaluated:
         raise Stopped(done)
     if host.stopped:
@@ -542,6 +564,7 @@ def conclude(run: Run, workdir: Path, last: int, run_id: str) -> None:
         step,
         run.evaluations,
         run.tests,
+        run.overlaps,
         run.train.groups.fingerprint,
         run.checkpointer.metrics(step),
         run_id,
@@ -558,6 +581,8 @@ def conclude(run: Run, workdir: Path, last: int, run_id: str) -> None:
         f"score with:  python -m rmjax.score --model={workdir / 'export'} --input=FILE --output=scores.jsonl",
         flush=True,
     )
+    passed = {"export": str(workdir / "export"), "passed": verdict["passed"]}
+    run.hooks.tell("end", status="finished", step=step, metrics=metrics, **passed)
     if run.config.gate.exit_code and not verdict["passed"]:
         raise finish.NotGoodEnough(
             f"the model fails the quality gate (config.gate); {workdir / 'quality.json'} says why"

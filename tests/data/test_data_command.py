@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import transformers
 from format_rows import user
-from small_sets import SETS
+from small_sets import SETS, judge_bench
 
 from rmjax.data import agreement, prompts, reading, sources
 from rmjax.data.__main__ import main
+from rmjax.data.synthetic import FILLER
 from rmjax.runtime import progress
 from rmjax.runtime.files import SCRATCH
 
@@ -367,6 +368,23 @@ def test_audit_json_finds_shared_prompts_and_the_benchmarks(call, tmp_path, toke
     measured = found["sets"]["training"]
     assert measured["repeated"] == {"groups": 1, "examples": [["t.jsonl:1", "t.jsonl:20"]]}
     assert measured["plan"]["row_tokens"] == 64 and 0.5 < measured["plan"]["fill"] <= 1
+
+
+@pytest.mark.parametrize("with_tokens", [True, False])
+def test_audit_says_what_of_a_benchmark_is_in_the_data(call, tmp_path, tokenizer_dir, with_tokens):
+    words = lambda i: " ".join(np.random.default_rng(i).choice(FILLER, 80))
+    asked = [f"Question {i}: {words(i)}?" for i in range(9)]
+    bench = judge_bench(tmp_path / "b.jsonl", asked)
+    row = lambda prompt: {"prompt": prompt, "chosen": "yes", "rejected": "no"}
+    train = write(tmp_path / "t.jsonl", [row(asked[2]), row(f"Well. {asked[4]} Please."), row("Something else")])
+    tokens = [f"--tokenizer={tokenizer_dir}"] * with_tokens
+    found = json.loads(call("audit", train, f"--against=judge_bench={bench}", "--json", *tokens).out)
+    assert found["overlap"]["judge_bench"] | {"examples": 0} == {"groups": 2, "of": 9, "by_prompt": 1, "examples": 0}
+    assert found["overlap"]["judge_bench"]["examples"][0][0] == "t.jsonl:1"
+    (problem,) = [text for text in found["problems"] if "judge_bench" in text]
+    assert problem.startswith(
+        "judge_bench: 1 of its 9 prompts are in the training data, so its numbers mislead; 1 other"
+    )
 
 
 def test_audit_of_a_config_is_what_the_run_would_see(call, tmp_path):

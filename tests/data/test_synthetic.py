@@ -94,6 +94,7 @@ def test_every_process_makes_the_same_rows_and_tokenizer(tmp_path, directory):
 
 DIGESTS = {  # of 200 rows each, seed 7
     "favourites": "899391318190137afaba241a7e2dfe94",
+    "long_winded": "410d6ee5b5b3c80492d17d58a094641a",
     "pairs": "b29991820ba8f67cbc08df6074e74a15",
     "rankings": "c4bb31530dd7d61f09aa09736a15e29e",
     "ratings": "262448bfe1e8ce1746ee29ec43e13aa6",
@@ -119,7 +120,7 @@ def test_seed_and_count(rows):
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("pears", {}, "unknown synthetic data 'pears'; known: favourites, pairs"),
+        ("pears", {}, "unknown synthetic data 'pears'; known: favourites, long_winded"),
         ("pairs", {"sed": 1}, "no option 'sed'; known: n, seed"),
         ("pairs", {"n": "many"}, "n must be a whole number >= 0, got 'many'"),
         ("pairs", {"seed": -1}, "seed must be a whole number >= 0, got -1"),

@@ -91,6 +91,7 @@ def test_benchmarks_in_the_command_and_in_the_loop(tmp_path, cache, capsys):
     assert int(re.search(said, capsys.readouterr().err)[1]) >= len(alone)  # whose question is all there is
     found = json.loads(out.read_text())["benchmarks"]["judge_bench"]
     assert found["metrics"]["overall"]["value"] == curve[earliest] and not found["missing"]
+    assert len(alone) <= found["overlapping"]["groups"] <= found["groups"] and "metrics" in found["overlapping"]
     model = RewardModel.load(workdir / "export")
     turn = lambda text: {"role": "assistant", "content": text}
     right = []

@@ -8,6 +8,7 @@ import itertools
 import random
 from collections.abc import Callable
 
+from rmjax.data.synthetic.long_winded import long_winded
 from rmjax.data.synthetic.pairs import pairs
 from rmjax.data.synthetic.rankings import rankings
 from rmjax.data.synthetic.ratings import favourites, ratings
@@ -20,7 +21,8 @@ from rmjax.data.synthetic.words import FILLER, TOPICS, Rows
 __all__ = ["CHAT_TEMPLATE", "FILLER", "GENERATORS", "OPTIONS", "TOPICS", "VOCABULARY", "make_tokenizer", "rows"]
 
 GENERATORS: dict[str, Callable[[random.Random], Rows]] = {
-    generator.__name__: generator for generator in (favourites, pairs, rankings, ratings, scores, steps, verdicts)
+    generator.__name__: generator
+    for generator in (favourites, long_winded, pairs, rankings, ratings, scores, steps, verdicts)
 }
 VERSION = 1  # of the rows: any change of them needs another, so that runs and caches know that their data changed
 OPTIONS: dict[str, int | str] = {"n": 1000, "seed": 0}  # of every generator, and what they are unless given
