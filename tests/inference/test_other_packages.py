@@ -3,7 +3,9 @@
 The packages need environments of their own, which only a release makes: `python -m pytest -m release` installs them.
 """
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +54,14 @@ def test_the_module_scores_padded_batches_as_the_model_does(export):
     scores, cache = TunixReward(model)(jnp.asarray(tokens), jnp.asarray(positions), None, jnp.asarray(causal))
     assert cache is None and scores.shape == (*tokens.shape, 1)
     np.testing.assert_allclose(at_the_end(scores[..., 0]), expected(model), rtol=1e-5)
+    packed = [PROMPTS[0] + COMPLETIONS[0], [PAD], PROMPTS[1] + COMPLETIONS[1], PROMPTS[2] + COMPLETIONS[2], [PAD, PAD]]
+    segments = np.repeat([[1, 0, 2, 3, 0]], list(map(len, packed)), axis=1)
+    places = np.concatenate([np.arange(len(x)) for x in packed])[None]
+    scores, _ = TunixReward(model)(
+        jnp.array([[*itertools.chain(*packed)]]), jnp.asarray(places), segment_ids=jnp.asarray(segments)
+    )
+    ends = np.cumsum(list(map(len, packed)))[[0, 2, 3]] - 1
+    np.testing.assert_allclose(scores[0, ends, 0], expected(model), rtol=1e-5)
     alone, _ = TunixReward(model)(jnp.array([[5, 6, 7, 8, 9]]), jnp.arange(5)[None])
     assert float(alone[0, -1, 0]) == pytest.approx(expected(model)[0], rel=1e-5)
 
@@ -66,8 +76,10 @@ def run_with(tmp_path, packages, script, *arguments):
     """The JSON on the last line of what a script prints in an environment of its own that has rmjax and packages."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", str(ROOT), *packages], check=True)
-    done = subprocess.run([python, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PIP_CONSTRAINT")}
+    subprocess.run([python, "-m", "pip", "install", "-q", str(ROOT), *packages], check=True, env=env)
+    command = [python, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -99,7 +111,8 @@ async def main():
     results = await GradingRunner({"reward": RewardGrader(model)}).arun(rows + [{"query": "", "response": ""}])
     bad = results["reward"].pop()
     assert isinstance(bad, GraderError), bad
-    ranked = await RewardGrader(model, mode="listwise").aevaluate(rows[0]["query"], [r["response"] for r in rows])
+    several = {"query": rows[0]["query"], "response": [row["response"] for row in rows]}
+    ranked = await RewardGrader(model, mode="listwise").aevaluate(**several)
     assert isinstance(ranked, GraderRank)
     return {"one": one.score, "scores": [r.score for r in results["reward"]], "rank": ranked.rank}
 
