@@ -41,7 +41,13 @@ class LabelStudio:
         command = str(Path(python).parent / "label-studio")
         env = os.environ | {"LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true", "COLLECT_ANALYTICS": "false"}
         env.pop("PYTHONPATH", None)
-        more = [f"--data-dir={workdir / 'data'}", "--no-browser", "--quiet", "--agree-fix-sqlite", "--password=secret"]
+        more = [
+            f"--data-dir={workdir / 'data'}",
+            "--no-browser",
+            "--agree-fix-sqlite",
+            "--enable-legacy-api-token",
+            "--password=secret",
+        ]
         first, second = ([f"--username={name}", f"--user-token={token}"] for name, token in USERS.items())
         log = (workdir / "label_studio.log").open("a")
         options: dict[str, Any] = {"env": env, "stdout": log, "stderr": log}
