@@ -87,8 +87,8 @@ def run_benchmark(
         found: dict[str, Any] = {"groups": len(groups), "metrics": metrics, "subsets": {}, "missing": [], "notes": []}
         if len(known):
             rest = groups.select(np.setdiff1d(np.arange(len(groups)), known))
-            without = measured(model, rest, learnt, worst=0)["metrics"] if len(rest) else {}
-            found["overlapping"] = {"groups": len(known), "metrics": without}
+            of_rest = measured(model, rest, learnt, worst=0)["metrics"] if len(rest) else {}
+            found["overlapping"] = {"groups": len(known), "metrics": of_rest}
         return found
     said = asking.ask(model, groups, progress)
     found = benchmarks.score(benchmark, said)
