@@ -55,7 +55,8 @@ async def client(port: int, requests: Iterator[bytes], until: float, seconds: li
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for body in requests:
         begun = time.perf_counter()
-        writer.write(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        writer.write(head % len(body) + body)
         head = await reader.readuntil(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head.lower())
         answer = await reader.readexactly(int(length[1]) if length else 0)
