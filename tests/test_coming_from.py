@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import small_runs
 import tiny_models
 import torch
 import transformers
+from own_environment import ENV, python_with
 
 from rmjax.data.synthetic import FILLER
 
@@ -96,10 +96,8 @@ print(json.dumps([line["loss"] for line in trainer.state.log_history if "loss" i
 @pytest.mark.release
 def test_they_are_those_of_trl_itself(given, ours, tmp_path):
     directory, _ = given
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "torch==2.13.0", "trl==1.16.*"], check=True)
+    python = python_with(tmp_path / "venv", "torch==2.13.0", "trl==1.16.*")
     command = [python, "-c", TRL, directory / "model", directory / "pairs.jsonl", tmp_path / "trl"]
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=ENV)
     assert done.returncode == 0
     np.testing.assert_allclose(ours, json.loads(done.stdout.splitlines()[-1]), atol=1e-4)

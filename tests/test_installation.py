@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from own_environment import python_with
 
 from rmjax import __main__ as console
 from rmjax import suggestions
@@ -89,11 +90,7 @@ def test_the_cloud_file_names_what_exists():
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
     """Python of an environment of its own with what builds, checks and reads."""
-    directory = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", directory], check=True)
-    python = directory / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "build", "twine", "skypilot"], check=True)
-    return python
+    return python_with(tmp_path_factory.mktemp("environment"), "build", "twine", "skypilot")
 
 
 @pytest.mark.release

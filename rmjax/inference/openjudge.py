@@ -87,7 +87,10 @@ class _Together:
             if not answer.done():
                 await asyncio.sleep(0)  # so that those who are about to ask do
                 asked, self._waiting = self._waiting, []
-                await self._answer(asked)
+                try:
+                    await self._answer(asked)
+                finally:  # where this call is cancelled, the next one answers the others
+                    self._waiting = [one for one in asked if not one[1].done()] + self._waiting
         return answer.result()
 
     async def _answer(self, asked: list[tuple[list[Turns], asyncio.Future]]) -> None:
