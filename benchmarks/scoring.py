@@ -64,13 +64,10 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
     from rmjax.inference.reward_model import RewardModel
 
     model = RewardModel.load(job["model"], dtype="float32")
-    whole, prompts = [], []
-    for number, (prompt, responses) in enumerate(job["conversations"]):
-        whole += [prompt + response for response in responses]
-        prompts += [number] * len(responses)
-    model.outputs(whole, prompts)
+    whole = [prompt + response for prompt, responses in job["conversations"] for response in responses]
+    model.outputs(whole)
     before, begin = model.inference.work.computed, time.perf_counter()
-    scores = model.outputs(whole, prompts)[:, 0].tolist()
+    scores = model.outputs(whole)[:, 0].tolist()
     seconds = time.perf_counter() - begin
     return {
         "seconds": seconds,

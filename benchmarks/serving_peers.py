@@ -5,7 +5,8 @@ r"""Serving one reward a request: rmjax beside vLLM and a plain transformers + F
 
 The model is that of trl_cpu.py (a Qwen2 of 4 layers of width 256, float32) with random weights and the demo's
 tokenizer. 8 and 64 clients of a process of their own ask one after the other POST /classify with a rendered
-conversation of some 200 tokens, no two alike (benchmarks/serving.py: `load`). vLLM is started as docs/serving.md
+conversation of some 150 tokens (benchmarks/serving.py: `load`). No two are alike, but with --replies=8 as many that
+follow each other answer one prompt, as the rollouts of a trainer do: prompts then have some 300 tokens. vLLM is started as docs/serving.md
 says, with prefix caching; the plain server is serving_plain.py, in the same environment. First the rewards of 50
 requests are compared: where two differ by more than 1e-3 it ends. A round starts each server, warms it, and measures
 it, one at a time.
@@ -33,7 +34,7 @@ import trl_cpu
 
 TOLERANCE = 1e-3
 CHECKED = 50
-PROMPTS, REPLIES = 8, 3  # of the demo's rows, that make one conversation
+PROMPTS, REPLIES = 8, 3  # of the demo's rows, that make a prompt and a reply; where prompts are shared 3 times as many
 MAKE = """
 import json, sys, torch, transformers
 torch.manual_seed(0)
@@ -42,8 +43,8 @@ transformers.Qwen2ForSequenceClassification(config).save_pretrained(sys.argv[1])
 """
 
 
-def make(directory: Path, peer: str) -> list[str]:
-    """Saves model and tokenizer; returns rendered conversations."""
+def make(directory: Path, peer: str, replies: int = 1) -> list[str]:
+    """Saves model and tokenizer; returns rendered conversations, `replies` to each prompt."""
     from rmjax.batches.chat import Chat, load_tokenizer
     from rmjax.data.reading import records
     from rmjax.data.synthetic import make_tokenizer
@@ -52,12 +53,14 @@ def make(directory: Path, peer: str) -> list[str]:
     shape = {**trl_cpu.SHAPE, "pad_token_id": 0}
     subprocess.run([peer, "-c", MAKE, str(directory), json.dumps(shape)], check=True)
     chat, texts, pieces = Chat(load_tokenizer(directory)), [], []
+    prompts = PROMPTS if replies == 1 else 3 * PROMPTS
     for record in records("synthetic://pairs?n=30000&seed=7"):
         pieces.append((record.conversations[0][-2]["content"], record.conversations[0][-1]["content"]))
-        if len(pieces) == PROMPTS:
+        if len(pieces) == prompts:
             asked = " ".join(prompt for prompt, _ in pieces)
-            said = " ".join(reply for _, reply in pieces[:REPLIES])
-            texts.append(chat.render([{"role": "user", "content": asked}, {"role": "assistant", "content": said}]))
+            for i in range(replies):
+                said = " ".join(reply for _, reply in pieces[REPLIES * i : REPLIES * (i + 1)])
+                texts.append(chat.render([{"role": "user", "content": asked}, {"role": "assistant", "content": said}]))
             pieces = []
     return texts
 
@@ -133,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", required=True, help="the Python of an environment that has vLLM's CPU build")
     parser.add_argument("--peers", nargs="+", default=["plain", "vLLM"], help="of these")
+    parser.add_argument("--replies", type=int, default=1, choices=range(1, 9), help="to each prompt; see above")
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10.0, help="of a measurement")
@@ -141,7 +145,7 @@ def main() -> None:
     given = parser.parse_args()
     rounds: list[dict[str, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as scratch, given.log.open("a") as log:
-        texts = make(Path(scratch), given.peer_python)
+        texts = make(Path(scratch), given.peer_python, given.replies)
         for number in range(given.rounds):
             rounds.append({kind: measure(kind, Path(scratch), texts, given, log) for kind in (*given.peers, "rmjax")})
             if not number:

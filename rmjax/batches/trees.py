@@ -10,11 +10,12 @@ last token of its own, and the next-token target of any token stands at the next
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 Tokens = Sequence[int] | np.ndarray  # token ids of one sequence
+WORTH = 16  # tokens: sharing fewer spares less than a block of keys costs that attention visits for each sequence
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,14 +149,51 @@ def parts(tree: Tree, most: int) -> list[Tree]:
 
 def build_trees(sequences: Sequence[np.ndarray], most: int) -> list[Tree]:
     """Trees of neighbouring sequences, each of at most `most` tokens; see `parts`."""
+    return [build_tree(run) for run in _runs(sequences, most, most, lambda shared, shortest: True)]
+
+
+def shared_trees(sequences: Sequence[np.ndarray], room: int, most: int) -> tuple[list[Tree], np.ndarray]:
+    """Trees of those sequences that are worth one, wherever they stand, and int [n]: each one's scored token.
+
+    The scored tokens are counted through all trees, in order. Sequences whose beginnings are equal become neighbours
+    (they are sorted), equal sequences one.
+
+    Args:
+        sequences: int32 arrays of at least one token.
+        room: tokens of a tree, beyond which it only takes sequences that share half of theirs.
+        most: tokens of a tree, unless one sequence alone is longer.
+    """
+    different, which = distinct(sequences)
+    order = sorted(range(len(different)), key=lambda i: sort_key(different[i]))
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    runs = _runs([different[i] for i in order], room, most, worth)
+    return [build_tree(run) for run in runs], place[which]
+
+
+def sort_key(tokens: Tokens) -> bytes:
+    """Bytes that sort as the tokens do, the first one first."""
+    return np.asarray(tokens, ">u4").tobytes()
+
+
+def worth(shared: int, shortest: int) -> bool:
+    """Whether two sequences, of which one has `shortest` tokens, belong in one tree for these first tokens."""
+    return shared >= WORTH or 2 * shared >= shortest
+
+
+def _runs(
+    sequences: Sequence[np.ndarray], room: int, most: int, worth: Callable[[int, int], bool]
+) -> list[list[np.ndarray]]:
+    """Neighbours that make a tree each; see `shared_trees`."""
     runs: list[list[np.ndarray]] = []
-    used = most
+    used = 0
     for sequence in sequences:
-        # Nodes split one token before the sequences differ.
-        new = len(sequence) - max(common_prefix([runs[-1][-1], sequence]) - 1, 0) if runs else len(sequence)
-        if used + new > most:
+        shared = common_prefix([runs[-1][-1], sequence]) if runs else 0
+        new = len(sequence) - max(shared - 1, 0)  # nodes split one token before the sequences differ
+        full = used + new > (most if 2 * new <= len(sequence) else room)
+        if not runs or full or not worth(shared, min(len(sequence), len(runs[-1][-1]))):
             runs.append([])
             used, new = 0, len(sequence)
         runs[-1].append(sequence)
         used += new
-    return [build_tree(run) for run in runs]
+    return runs

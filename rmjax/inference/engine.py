@@ -23,9 +23,11 @@ from rmjax.models.lora import Lora
 from rmjax.objectives.base import Objective
 
 LONGEST_ROW = 8_192  # tokens of a row, unless one conversation alone is longer
-LEAST_ROW = 256  # rows are a power of two of tokens from here on, so that few shapes are ever compiled
+LEAST_ROW = 256  # tokens of the shortest row; see row_tokens
 BATCH_TOKENS = {"cpu": 2_048}  # per device and call; with 8,192 a CPU took an eighth longer (benchmarks/RESULTS.md)
 DEFAULT_BATCH_TOKENS = 32_768
+CALL = 256  # tokens: what a call costs beside its own; 50 to 250 by the rates of a CPU, of TPUs and of the H200
+SAMPLE = 1_024  # trees by which the length of rows is chosen
 
 
 class Unlabelled:
@@ -100,7 +102,7 @@ class Inference:
         pieces = [piece for several in cut for piece in several]
         self.work.add(sum(map(len, pieces)), sum(int(tree.positions[tree.end].sum()) + len(tree.end) for tree in trees))
         outputs: dict[int, np.ndarray] = {}
-        for plan, batch, raw in self._batches(pieces, row_tokens(max(map(len, pieces)))) if pieces else ():
+        for plan, batch, raw in self._batches(pieces) if pieces else ():
             for b, groups in enumerate(plan):
                 start = 0
                 for g, index in enumerate(groups):
@@ -115,10 +117,10 @@ class Inference:
         ]
         return [values[index] for values, (_, index) in zip(joined, distinct)]
 
-    def _batches(self, trees: Sequence[Tree], row: int) -> Any:
+    def _batches(self, trees: Sequence[Tree]) -> Any:
         """Yields (groups of each row, the batch on the host, what `heads.inference_outputs` makes of it)."""
         lengths, ends = np.array([len(t) for t in trees]), np.array([len(t.end) for t in trees])
-        return self._run(_forward, Unlabelled(trees), lengths, ends, row)
+        return self._run(_forward, Unlabelled(trees), lengths, ends)
 
     def outcomes(self, groups: Groups, objective: Objective, own: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The objective's outcomes (objectives/base.py) of labelled groups, in rows of the engine's own.
@@ -126,9 +128,9 @@ class Inference:
         Args:
             own: its own parameters.
         """
-        row, most = row_tokens(int(groups.lengths.max())), int(groups.responses.max())
+        most = int(groups.responses.max())
         run = functools.partial(_outcomes, own=own, objective=objective)
-        sizes = (groups.lengths, groups.ends, row)
+        sizes = (groups.lengths, groups.ends)
         found = [seen for *_, seen in self._run(run, groups, *sizes, labels=groups.fields, responses=most)]
         return {name: np.concatenate([x[name] for x in found]) for name in found[0]}
 
@@ -138,20 +140,18 @@ class Inference:
         source: Any,
         lengths: np.ndarray,
         ends: np.ndarray,
-        row: int,
         *,
         labels: Mapping[str, Axes] | None = None,
         responses: int = 0,
     ) -> Iterator[tuple[list[np.ndarray], dict[str, np.ndarray], Any]]:
         """Yields (groups of each row, the batch on the host, what `run` makes of it) until all groups are computed."""
         devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        budget = BATCH_TOKENS.get(jax.default_backend(), DEFAULT_BATCH_TOKENS)
-        needed = -(-int(lengths.sum()) // (row * devices))  # rows per device if they were full
-        per_device = min(max(1, budget // row), 1 << (needed - 1).bit_length())
-        plan = packing.make_plan(lengths, ends, row_tokens=row, rows_per_step=per_device * devices, seed=None)
+        rows, row = call_shape(lengths, devices)
+        plan = packing.make_plan(lengths, ends, row_tokens=row, rows_per_step=rows, seed=None)
         most = responses or int(ends.max())
-        shape = loader.plan_shape(plan, most, micro_rows=per_device, row_devices=devices, labels=labels)
-        shape = loader.rounded(shape) if labels else _few_shapes(loader.rounded(shape), devices)
+        shape = loader.plan_shape(plan, most, micro_rows=rows // devices, row_devices=devices, labels=labels)
+        shape = dataclasses.replace(loader.rounded(shape), rows=rows)
+        shape = shape if labels else _roomy(shape)
         batches = loader.StepSource(source, plan, shape, range(shape.rows))
         placed = sharding.named(self.mesh, sharding.BATCH)
         form, _ = choose("auto", self.mesh.devices.flat[0].platform, self.config.head_dim, self.dtype)
@@ -164,14 +164,13 @@ class Inference:
                 yield plan.rows(step), batch, jax.device_get(run(self.params, arrays, **static))
 
 
-def _few_shapes(shape: loader.Shape, devices: int) -> loader.Shape:
-    """The shape with rows rounded up as well, and room for one sequence in two tokens: few others are compiled.
+def _roomy(shape: loader.Shape) -> loader.Shape:
+    """The shape with room for one sequence in two tokens, so that few others are compiled.
 
     In a tree that is what a response of one token takes, beside the end of its turn.
     """
-    rows = devices * (1 << (shape.rows // devices - 1).bit_length())
     least = shape.tokens // 2
-    return dataclasses.replace(shape, rows=rows, groups=max(shape.groups, least), ends=max(shape.ends, least))
+    return dataclasses.replace(shape, groups=max(shape.groups, least), ends=max(shape.ends, least))
 
 
 @functools.partial(
@@ -227,9 +226,43 @@ def _mean_nll(tree: Tree, nll: np.ndarray) -> np.ndarray:
     return np.array([[nll[path].astype(np.float64).mean() if len(path) else 0.0] for path in paths])
 
 
+def call_tokens() -> int:
+    """Tokens that a call computes on a device in one row, where no tree is longer."""
+    return min(BATCH_TOKENS.get(jax.default_backend(), DEFAULT_BATCH_TOKENS), LONGEST_ROW)
+
+
+def call_shape(lengths: np.ndarray, devices: int) -> tuple[int, int]:
+    """Rows of a call, on all devices, and their tokens: the shape that computes trees of these lengths soonest.
+
+    The cost of a call is taken to be its tokens, padding included, and CALL more. A device computes one row; several
+    only where rows are as long as they get, so that few shapes are ever compiled (`call_shapes`). Tokens of other trees
+    in a row cost nothing: attention passes over them.
+    """
+    least, sample = row_tokens(int(lengths.max())), lengths[:SAMPLE]
+    best: tuple[float, int, int] | None = None
+    for per_device, row in call_shapes(least, min(max(call_tokens(), 2 * least), max(least, LONGEST_ROW))):
+        packed = len(packing.pack(sample, row)) * len(lengths) / len(sample)
+        calls = np.ceil(packed / (devices * per_device))
+        cost = calls * devices * (per_device * row + CALL)
+        if best is None or cost < best[0]:
+            best = cost, devices * per_device, row
+    assert best is not None
+    return best[1:]
+
+
+def call_shapes(least: int, most: int) -> Iterator[tuple[int, int]]:
+    """All rows of a device and their tokens that `call_shape` chooses from, of rows of `least` to `most` tokens."""
+    budget = BATCH_TOKENS.get(jax.default_backend(), DEFAULT_BATCH_TOKENS)
+    row = least
+    while row <= most:
+        per_device = 1
+        while per_device == 1 or (row >= call_tokens() and per_device * row <= budget):
+            yield per_device, row
+            per_device *= 2
+        row = row_tokens(row + 1)
+
+
 def row_tokens(longest: int) -> int:
-    """Length of a row that holds `longest` tokens."""
-    row = LEAST_ROW
-    while row < longest:
-        row *= 2
-    return row
+    """Length of a row that holds `longest` tokens: 2 or 3 times a power of two, so that few shapes are compiled."""
+    power = max(LEAST_ROW, 1 << (longest - 1).bit_length())
+    return power * 3 // 4 if longest <= power * 3 // 4 and power > LEAST_ROW else power

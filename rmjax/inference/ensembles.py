@@ -191,8 +191,8 @@ class Ensemble(RewardModel):
         most = max(member.resolution / std for member, (_, std) in zip(self.members, self._scales))
         return most * (2 if self.combine == "mean_minus_std" else 1)
 
-    def outputs(self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None) -> np.ndarray:
-        return self._combined([member.outputs(sequences, prompts) for member in self.members])
+    def outputs(self, sequences: Sequence[Tokens]) -> np.ndarray:
+        return self._combined([member.outputs(sequences) for member in self.members])
 
     def answers(self, groups: Groups, progress: Callable[[int], None] = lambda done: None) -> list[np.ndarray]:
         each = []

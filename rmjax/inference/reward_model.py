@@ -16,10 +16,10 @@ from rmjax.batches.chat import Chat, Labelled, load_tokenizer
 from rmjax.batches.frame import Frame, NotWhole
 from rmjax.batches.groups import Groups
 from rmjax.batches.tasks import Example
-from rmjax.batches.trees import Tokens, Tree, build_tree, build_trees, distinct
+from rmjax.batches.trees import Tokens, build_tree, shared_trees
 from rmjax.data.records import BadRow, Conversation, check_conversation
 from rmjax.inference import contract, parameters
-from rmjax.inference.engine import LONGEST_ROW, Inference
+from rmjax.inference.engine import LONGEST_ROW, Inference, call_tokens
 from rmjax.judging.verdicts import Judgements
 from rmjax.models import heads, hf, lora, peft
 from rmjax.models.config import ModelConfig, from_hf
@@ -158,7 +158,7 @@ class RewardModel:
     def score(
         self, conversations: Sequence[Conversation], *, tools: Sequence[Sequence[Any] | None] | None = None
     ) -> list[float]:
-        """Scalar rewards; conversations that follow each other and share their prompt share its computation.
+        """Scalar rewards; what conversations share at their beginning is computed once.
 
         Args:
             conversations: each a list of {"role", "content"} that ends with an assistant turn.
@@ -194,7 +194,7 @@ class RewardModel:
         self._expect("SequenceClassification")
         if self.objective is not None and isinstance(self.objective.task, Judgements):
             raise ValueError("this model compares two responses; call `judge`")
-        texts, prompts = [], []
+        texts = []
         tools = [None] * len(conversations) if tools is None else tools
         for index, (conversation, described) in enumerate(zip(conversations, tools, strict=True)):
             try:
@@ -205,8 +205,7 @@ class RewardModel:
                 raise BadConversation(index, bad.detail) from None
             except UnicodeEncodeError as error:  # half of a surrogate pair; tokenizers would stop at it
                 raise BadConversation(index, f"the text is no Unicode: {error.reason}") from None
-            prompts.append((checked[:-1], described))
-        return self.decode(self.outputs(self.chat.encode(texts), prompts))
+        return self.decode(self.outputs(self.chat.encode(texts)))
 
     def steps(
         self, conversations: Sequence[Conversation], steps: Sequence[Sequence[str]], *, separator: str = "\n"
@@ -311,12 +310,13 @@ class RewardModel:
         """The rewards [n, M] that the score of raw outputs [n, A] is made of, where the model `has_spread`."""
         return outputs
 
-    def outputs(self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None) -> np.ndarray:
+    def outputs(self, sequences: Sequence[Tokens]) -> np.ndarray:
         """Raw outputs of token sequences at their last token, whatever they are; `score_tokens` checks them.
+
+        What sequences share at their beginning is computed once, wherever they stand.
 
         Args:
             sequences: token ids of whole renderings.
-            prompts: for each, a value that is equal for neighbours worth putting into one tree; default shares nothing.
 
         Returns:
             float32 [n, A].
@@ -328,19 +328,13 @@ class RewardModel:
             return np.zeros((0, max(1, len(self.labels))), np.float32)
         if any(len(sequence) == 0 for sequence in sequences):
             raise ValueError("a sequence has no tokens")
-        trees: list[Tree] = []
-        index, count = np.zeros(len(sequences), np.int64), 0
-        for run in _runs(sequences, prompts):
-            different, which = distinct([sequences[m] for m in run])
-            trees += build_trees(different, LONGEST_ROW)
-            index[run] = count + which
-            count += len(different)
-            self.inference.work.add(0, sum(len(sequences[m]) for m in run) - sum(map(len, different)))
+        arrays = [np.asarray(sequence, np.int32) for sequence in sequences]
+        trees, index = shared_trees(arrays, call_tokens(), LONGEST_ROW)
+        _, first = np.unique(index, return_index=True)
+        self.inference.work.add(0, sum(map(len, arrays)) - sum(len(arrays[i]) for i in first))
         return np.concatenate(self.inference.trees(trees))[index]
 
-    def score_tokens(
-        self, sequences: Sequence[Tokens], prompts: Sequence[Any] | None = None, *, complete: bool = False
-    ) -> list[float]:
+    def score_tokens(self, sequences: Sequence[Tokens], *, complete: bool = False) -> list[float]:
         """The first output of each token sequence, of several heads their mean; see `outputs`.
 
         Args:
@@ -350,7 +344,7 @@ class RewardModel:
             BadConversation: a sequence that does not begin and end as the template's renderings do.
             ValueError: a token that the embedding has no row for.
         """
-        outputs = self.outputs([self._whole(*each, complete) for each in enumerate(sequences)], prompts)
+        outputs = self.outputs([self._whole(*each, complete) for each in enumerate(sequences)])
         return (self.decode(outputs)["score"] if self.has_spread else outputs[:, 0]).tolist()
 
     def score_texts(self, texts: Sequence[str], *, complete: bool = False) -> list[float]:
@@ -508,17 +502,6 @@ def _norms(params: dict[str, jax.Array], out: jax.sharding.Sharding) -> dict[str
         return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes))
 
     return jax.lax.with_sharding_constraint({name: norm(name, x) for name, x in params.items()}, out)
-
-
-def _runs(sequences: Sequence[Tokens], prompts: Sequence[Any] | None) -> list[list[int]]:
-    """Neighbours with equal prompts."""
-    runs: list[list[int]] = []
-    for i in range(len(sequences)):
-        if runs and prompts is not None and prompts[runs[-1][0]] == prompts[i]:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    return runs
 
 
 def load_checked(

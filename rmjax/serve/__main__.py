@@ -42,7 +42,13 @@ NUMBERS: dict[str, tuple[int | float, float, float, str | None, str]] = {
     "port": (8000, 0, 65_535, None, "port to listen on; default 8000, 0 takes a free one"),
     "max_length": (0, 0, 2**31, "N", "most tokens per sequence; default: the contract's limit"),
     "queue": (1024, 1, 2**31, "N", "most sequences that wait; beyond them 503 is answered; default 1024"),
-    "batch_tokens": (16_384, 1, 2**31, "N", "most tokens per batch; default 16,384"),
+    "batch_tokens": (
+        0,
+        0,
+        2**31,
+        "N",
+        "most tokens per batch, shared ones counted once; default 0: what the model computes in one call",
+    ),
     "max_wait_ms": (2.0, 0, 60_000, "MS", "milliseconds that a request waits for others to join its batch; default 2"),
     "drain_seconds": (
         30.0,

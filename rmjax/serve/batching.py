@@ -1,17 +1,18 @@
 """Dynamic batching: requests wait in a bounded queue; one thread that owns the model takes as many as fit a batch."""
 
+import bisect
 import collections
 import concurrent.futures
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Run = Callable[[list[Sequence[int]], list[Any]], np.ndarray]  # sequences and their prompts to outputs [n, A]
-T = TypeVar("T")
+from rmjax.batches.trees import common_prefix, sort_key, worth
+
+Run = Callable[[list[Sequence[int]]], np.ndarray]  # sequences to outputs [n, A]
 Answer = concurrent.futures.Future[np.ndarray]
 
 
@@ -24,7 +25,6 @@ class Job:
     """The sequences of one request."""
 
     sequences: list[Sequence[int]]  # token ids
-    prompts: list[Any]  # for each sequence, a value that is equal for neighbours worth putting into one tree
     answer: Answer  # float32 [n, A]
     tokens: int  # of all sequences
     since: float  # when it came, by time.monotonic
@@ -33,9 +33,9 @@ class Job:
 class Batcher:
     """A queue before a model: `waiting` sequences of at most `most`.
 
-    A batch is whole requests, in their order: as many as are waiting, up to `batch_tokens`; a larger request is
-    computed alone, in pieces. A request waits at most `max_wait` seconds for others, including the time in which the
-    model is busy.
+    A batch is whole requests, in their order: as many as are waiting, up to `batch_tokens`, of which what sequences
+    share at their beginning is counted once; a larger request is a batch alone. A request waits at most `max_wait`
+    seconds for others, including the time in which the model is busy.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class Batcher:
         self.thread = threading.Thread(target=self._work, name="batches", daemon=True)
         self.thread.start()
 
-    def submit(self, sequences: list[Sequence[int]], prompts: list[Any]) -> Answer:
+    def submit(self, sequences: list[Sequence[int]]) -> Answer:
         """Queues the sequences of a request, or raises QueueFull; cancelling the future takes them out again."""
-        job = Job(sequences, prompts, Answer(), sum(map(len, sequences)), time.monotonic())
+        job = Job(sequences, Answer(), sum(map(len, sequences)), time.monotonic())
         with self._changed:
             if self._closed:
                 raise QueueFull("the server is stopping")
@@ -101,10 +101,8 @@ class Batcher:
 
     def _compute(self, jobs: list[Job]) -> None:
         begun = time.monotonic()
-        entries = [entry for job in jobs for entry in zip(job.sequences, job.prompts)]
-        pieces = cut_pieces(entries, lambda entry: len(entry[0]), self._batch_tokens)
         try:
-            outputs = np.concatenate([self._run([s for s, _ in piece], [p for _, p in piece]) for piece in pieces])
+            outputs = self._run([sequence for job in jobs for sequence in job.sequences])
         except Exception as error:
             for job in jobs:
                 job.answer.set_exception(error)
@@ -124,23 +122,31 @@ class Batcher:
             while not self._closed and self._tokens < self._batch_tokens and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
             batch: list[Job] = []
-            tokens = 0
-            while self._jobs and (not batch or tokens + self._jobs[0].tokens <= self._batch_tokens):
+            laid = Laid()
+            while self._jobs:
+                for sequence in self._jobs[0].sequences:
+                    laid.add(sequence)
+                if batch and laid.tokens > self._batch_tokens:
+                    break
                 batch.append(self._jobs.popleft())
                 self._count(batch[-1], -1)
-                tokens += batch[-1].tokens
             return batch
 
 
-def cut_pieces(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
-    """Neighbours together, whose sizes add up to at most `most`, unless one alone has more."""
-    piece: list[T] = []
-    total = 0
-    for item in items:
-        if piece and total + size(item) > most:
-            yield piece
-            piece, total = [], 0
-        piece.append(item)
-        total += size(item)
-    if piece:
-        yield piece
+class Laid:
+    """Counts the `tokens` of sequences that are computed together, as trees (`shared_trees`); a little too many."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sorted: list[tuple[bytes, np.ndarray]] = []
+
+    def add(self, sequence: Sequence[int]) -> None:
+        array = np.asarray(sequence, np.int32)
+        here = bisect.bisect_left(self._sorted, key := sort_key(array), key=lambda one: one[0])
+        shared = 0
+        for _, other in self._sorted[max(here - 1, 0) : here + 1]:
+            common = common_prefix([array, other])
+            if worth(common, min(len(array), len(other))):
+                shared = max(shared, common)
+        self._sorted.insert(here, (key, array))
+        self.tokens += len(array) - max(shared - 1, 0)

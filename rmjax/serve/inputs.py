@@ -14,7 +14,6 @@ from rmjax.batches.frame import Frame, NotWhole, read_conversation, read_prompt
 from rmjax.data.formats import kinds
 from rmjax.data.records import BadRow, Conversation, check_conversation
 from rmjax.serve import REFUSE, TRUNCATE
-from rmjax.serve.batching import cut_pieces
 from rmjax.serve.turns import read_prompts, read_tools, read_turns
 
 Body = Mapping[str, Any]
@@ -60,13 +59,13 @@ class Refused(Exception):
 
 
 class Asked:
-    """The sequences (token ids) that a request asks for; neighbours with equal prompts are worth one tree.
+    """The sequences (token ids) that a request asks for.
 
     In the place of a sequence that is too long, and gets a fixed reward, there is None.
     """
 
-    def __init__(self, sequences: Sequence[Sequence[int] | None], prompts: Sequence[Any]):
-        self.sequences, self.prompts = list(sequences), list(prompts)
+    def __init__(self, sequences: Sequence[Sequence[int] | None]):
+        self.sequences = list(sequences)
         self.lengths = [len(ids or ()) for ids in sequences]
         self.tokens = sum(self.lengths)
         self.scored = [index for index, ids in enumerate(sequences) if ids is not None]
@@ -116,7 +115,7 @@ class Reader:
                 raise Refused(400, "`documents` are not read beside `messages`; write them into a message")
             with _refusing():
                 turns = read_turns(body, "messages", body["messages"], kinds.MESSAGES)
-            return self._conversations([turns], [object()], body)
+            return self._conversations([turns], body)
         return self.renderings("input", body, complete)
 
     def renderings(self, name: str, body: Body, complete: bool | None = None) -> Asked:
@@ -192,7 +191,7 @@ class Reader:
         if all(turns is not None for turns, _ in read):
             answered = self._policy_frame.answered
             whole = [answered(turns or (), begun, text) for (turns, begun), text in zip(read, texts)]
-            return self._conversations(whole, [repr(prompt) for prompt in prompts], body, keep=True)
+            return self._conversations(whole, body, keep=True)
         # Prompts of the model's own template that have more than messages say (tools), and so cannot be read.
         try:
             ending = self._frame.ending
@@ -226,9 +225,9 @@ class Reader:
             [*asked[id(prompt)], {"role": "assistant", "content": response}]
             for prompt, response in zip(prompts, responses)
         ]  # of references: a prompt is repeated only in the renderings
-        return self._conversations(turns, prompts, body)
+        return self._conversations(turns, body)
 
-    def _conversations(self, given: Sequence[Any], prompts: Sequence[Any], body: Body, *, keep: bool = False) -> Asked:
+    def _conversations(self, given: Sequence[Any], body: Body, *, keep: bool = False) -> Asked:
         """What is asked by messages; with `keep` a response may be empty."""
         with _refusing():
             tools = read_tools(body)
@@ -236,7 +235,7 @@ class Reader:
             raise Refused(400, "the model's chat template does not show `tools`; leave them out")
         render = functools.partial(self._render, tools=tools, keep=keep)
         shorter = lambda index: self._shortened(index, given[index], render)
-        return self._asked(self._encode(map(render, given)), prompts, shorter)
+        return self._asked(self._encode(map(render, given)), shorter)
 
     def _texts(self, given: Sequence[str], complete: bool) -> Asked:
         for index, text in enumerate(given):
@@ -281,11 +280,9 @@ class Reader:
                 raise Refused(400, f"input {index} is too long, and cannot be read as messages to truncate its prompt")
             return self._shortened(index, turns, self._render)
 
-        return self._asked(whole, _alike(whole), shorter)
+        return self._asked(whole, shorter)
 
-    def _asked(
-        self, encoded: Sequence[list[int] | None], prompts: Sequence[Any], shorter: Callable[[int], list[int]]
-    ) -> Asked:
+    def _asked(self, encoded: Sequence[list[int] | None], shorter: Callable[[int], list[int]]) -> Asked:
         """What is asked, after what is done with sequences that are too long (None: so long that none was made)."""
         sequences: list[list[int] | None] = []
         for index, ids in enumerate(encoded):
@@ -300,7 +297,7 @@ class Reader:
                 raise Refused(400, f"input {index} has {len(ids or ())} tokens, {most}")
             sequences.append(shorter(index) if self._over_long == TRUNCATE else None)
             self._count("over_long", "truncated" if self._over_long == TRUNCATE else "fixed")
-        return Asked(sequences, prompts)
+        return Asked(sequences)
 
     def _shortened(self, index: int, conversation: Conversation, render: Callable[[Any], str]) -> list[int]:
         """The conversation without its oldest exchanges, and if need be the beginning of its last question."""
@@ -361,7 +358,7 @@ class Reader:
     def _encode(self, texts: Iterable[str]) -> list[list[int] | None]:
         """Token ids of texts; None for one that cannot fit, which is not tokenized."""
         encoded: list[list[int] | None] = []
-        for piece in cut_pieces(self._bounded(texts), len, PIECE):
+        for piece in _pieces(self._bounded(texts), PIECE):
             ids = iter(self._encoded([text for text in piece if not self._cannot_fit(text)]))
             encoded += [None if self._cannot_fit(text) else next(ids) for text in piece]
         return encoded
@@ -389,17 +386,6 @@ class Reader:
     def _render(self, conversation: Any, tools: list[Any] | None = None, *, keep: bool = False) -> str:
         with _refusing():
             return self._chat.render(check_conversation(conversation, keep=keep), tools)
-
-
-def _alike(sequences: Sequence[Sequence[int] | None]) -> list[Any]:
-    """Neighbours whose first halves are equal get equal prompts, so that what they share is computed once."""
-    prompts: list[Any] = []
-    before: Sequence[int] = []
-    for now in sequences:
-        half = min(len(before), len(now or ())) // 2
-        prompts.append(prompts[-1] if now and half and before[:half] == now[:half] else object())
-        before = now or []
-    return prompts
 
 
 def _after(index: int, prompt: str, query: str) -> str:
@@ -451,3 +437,17 @@ def characters_per_token(tokenizer: Any) -> int:
     longest = max(map(len, tokenizer.get_vocab()))
     plain = tokenizer.is_fast and tokenizer.backend_tokenizer.normalizer is None
     return longest * (1 if plain else 4)  # NFC, for one, makes one character of up to four
+
+
+def _pieces(items: Iterable[str], most: int) -> Iterator[list[str]]:
+    """Neighbours together, whose lengths add up to at most `most`, unless one alone has more."""
+    piece: list[str] = []
+    total = 0
+    for item in items:
+        if piece and total + len(item) > most:
+            yield piece
+            piece, total = [], 0
+        piece.append(item)
+        total += len(item)
+    if piece:
+        yield piece

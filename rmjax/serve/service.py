@@ -3,15 +3,13 @@
 import asyncio
 import concurrent.futures
 import contextlib
-import itertools
 import logging
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import numpy as np
 import prometheus_client
 
@@ -66,10 +64,11 @@ class Service:
     ):
         """Starts the batcher of a model for sequence classification, called `name` by clients.
 
-        A sequence has at most `max_length` tokens (0 is no limit) and a batch `batch_tokens`; `queue` sequences may
-        wait, for others `max_wait` seconds. `normalize` is the mean and the standard deviation of rewards. `reward`
-        names the one value that all answers are; without it that is the score of a model that `has_spread`, and of
-        others /classify and /pooling give all outputs. `complete`, `over_long` and `policy` are as in Reader.
+        A sequence has at most `max_length` tokens (0 is no limit) and a batch `batch_tokens` (0 is what the model
+        computes in one call); `queue` sequences may wait, for others `max_wait` seconds. `normalize` is the mean and
+        the standard deviation of rewards. `reward` names the one value that all answers are; without it that is the
+        score of a model that `has_spread`, and of others /classify and /pooling give all outputs. `complete`,
+        `over_long` and `policy` are as in Reader.
 
         Raises:
             ValueError: the model has no value of that name, or several outputs and `over_long` is one number.
@@ -77,7 +76,8 @@ class Service:
         self.model, self.name, self.max_length = model, name, max_length
         self.ready = False
         self.failure: Exception | None = None
-        self._normalize, self._batch_tokens, self._stopping = normalize, batch_tokens, False
+        self._normalize, self._stopping = normalize, False
+        self._devices = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
         self._reward, self._over_long = reward or ("score" if model.has_spread else ""), over_long
         if self._reward and self._reward not in (values := self._values(1)):
             raise ValueError(f"--reward={reward} is none of what this model gives: {', '.join(values)}")
@@ -105,6 +105,7 @@ class Service:
         )
         self._tokens = prometheus_client.Counter("rmjax_tokens", "Tokens of all batches.", **make)
         self._busy = prometheus_client.Counter("rmjax_model_seconds", "Seconds in which the model computed.", **make)
+        batch_tokens = batch_tokens or self._devices * engine.call_tokens()
         limits: dict[str, Any] = {"most": queue, "batch_tokens": batch_tokens, "max_wait": max_wait}
         self.batcher = Batcher(model.outputs, **limits, on_batch=self._count_batch)
         threads = concurrent.futures.ThreadPoolExecutor
@@ -130,22 +131,21 @@ class Service:
 
         Keeps an error in `failure`. Ends early when the server stops.
         """
-        mesh, begun = self.model.mesh.shape, time.monotonic()
-        # Responses of one prompt become a tree that may be longer than any sequence.
-        longest = min(max(self.max_length or engine.LONGEST_ROW, self._batch_tokens), engine.LONGEST_ROW)
-        shapes = list(warm_shapes(longest, self._batch_tokens, devices=mesh["data"] * mesh["fsdp"]))
+        begun = time.monotonic()
+        shapes = list(engine.call_shapes(engine.LEAST_ROW, engine.LONGEST_ROW))
         try:
             for rows, tokens in shapes:
                 if self._stopping:
                     return
-                self.model.outputs([[0] * tokens] * rows)
+                # No two begin alike, or they would share a row.
+                self.model.outputs([[i % self.model.config.vocab] * tokens for i in range(rows * self._devices)])
         except Exception as error:
             self.failure = error
         else:
             self.ready = True
             log.info("ready: %d shapes compiled in %.0f seconds", len(shapes), time.monotonic() - begun)
-            if not self.max_length or self.max_length > shapes[-1][1]:
-                log.info("longer sequences than %d tokens are compiled when the first one comes", shapes[-1][1])
+            if not self.max_length or self.max_length > engine.LONGEST_ROW:
+                log.info("longer sequences than %d tokens are compiled when the first one comes", engine.LONGEST_ROW)
 
     def start(self, on_failure: Callable[[], None]) -> None:
         """Warms up beside the running event loop, which calls `on_failure` if that fails."""
@@ -213,7 +213,7 @@ class Service:
         if asked.scored:
             sequences = [ids for ids in asked.sequences if ids is not None]
             try:
-                future = self.batcher.submit(sequences, [asked.prompts[i] for i in asked.scored])
+                future = self.batcher.submit(sequences)
             except QueueFull as full:
                 raise Refused(503, f"{full}; try again later") from None
             answer: np.ndarray = await _unless_gone(future, gone)
@@ -291,20 +291,3 @@ async def _unless_gone(answer: "concurrent.futures.Future[T]", gone: Callable[[]
     finally:
         answer.cancel()
         waiting.cancel()
-
-
-def warm_shapes(longest: int, tokens: int, devices: int) -> Iterator[tuple[int, int]]:
-    """Numbers of full rows, and their tokens, that together need every shape of a batch: powers of two, see engine.py.
-
-    `longest` is the longest tree and `tokens` the batch, in tokens; rows are split over `devices`.
-    """
-    most = min(tokens, devices * engine.BATCH_TOKENS.get(jax.default_backend(), engine.DEFAULT_BATCH_TOKENS))
-    for row in itertools.takewhile(lambda n: n <= engine.row_tokens(longest), _doubled(engine.LEAST_ROW)):
-        for rows in _doubled(devices):
-            yield rows, row
-            if rows * row >= most:
-                break
-
-
-def _doubled(first: int) -> Iterator[int]:
-    return (first << i for i in itertools.count())

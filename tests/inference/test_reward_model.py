@@ -20,7 +20,7 @@ from small_tokenizers import CHATML
 
 import rmjax
 from rmjax.batches.chat import PROBE, Chat, load_tokenizer
-from rmjax.batches.trees import build_tree
+from rmjax.batches.trees import build_tree, shared_trees
 from rmjax.config import defaults
 from rmjax.data import synthetic
 from rmjax.export import write as export
@@ -131,15 +131,40 @@ def counted(model, *arguments):
     return outputs, model.inference.work.computed - before.computed, model.inference.work.unshared - before.unshared
 
 
-def test_prompts_are_shared_between_neighbours_only():
-    sequences, prompts = [[1, 2, 3], [1, 2, 4], [1, 2, 5], [1, 2, 6]], ["p", "p", "q", "p"]
-    assert reward_model._runs(sequences, prompts) == [[0, 1], [2], [3]]
-    assert reward_model._runs(sequences, None) == [[0], [1], [2], [3]]
+def test_beginnings_are_shared_wherever_they_stand():
+    first, second, other = (np.arange(start, start + 40, dtype=np.int32) for start in (10, 100, 200))
+    answers = [np.concatenate([prompt, [300 + i]]).astype(np.int32) for i in range(3) for prompt in (first, second)]
+    trees, index = shared_trees([*answers, other, answers[0]], room=64, most=64)
+    assert sorted(map(len, trees)) == [40, 39 + 2 * 3, 39 + 2 * 3] and index[-1] == index[0]
+    found = [sequence for tree in trees for sequence in tree.sequences()]
+    for sequence, at in zip([*answers, other, answers[0]], index):
+        np.testing.assert_array_equal(found[at], sequence)
+
+
+def test_a_tree_beyond_its_room_takes_only_sequences_that_share_half():
+    little = [np.concatenate([np.arange(20), [300 + i] * 60]).astype(np.int32) for i in range(4)]
+    much = [np.concatenate([np.arange(60), [300 + i] * 20]).astype(np.int32) for i in range(4)]
+    sizes = lambda sequences: [len(tree.end) for tree in shared_trees(sequences, room=150, most=1000)[0]]
+    assert sizes(little) == [2, 2] and sizes(much) == [4]
+
+
+def test_few_shapes_hold_all_trees_with_little_padding(monkeypatch):
+    """A device computes one row, of one of a dozen lengths; several where rows are as long as they get."""
+    assert [engine.row_tokens(n) for n in (1, 256, 257, 384, 385, 3000, 8192, 8193)] == [
+        *[256, 256, 384, 384, 512, 3072, 8192, 12288]
+    ]
+    assert len(list(engine.call_shapes(engine.LEAST_ROW, engine.LONGEST_ROW))) == 11
+    assert engine.call_shape(np.full(13, 150), 1) == (1, 2048) and engine.call_shape(np.array([150] * 8), 2) == (2, 768)
+    monkeypatch.setattr(engine, "BATCH_TOKENS", {"cpu": 32_768})  # an accelerator's
+    shapes = list(engine.call_shapes(engine.LEAST_ROW, engine.LONGEST_ROW))
+    assert len(shapes) == 13 and shapes[-3:] == [(1, 8192), (2, 8192), (4, 8192)]
+    assert engine.call_shape(np.full(8 * 54, 150), 1) == (4, 8192)  # 54 in a row
+    assert engine.call_shape(np.array([9000]), 1) == (1, 12288)
 
 
 @pytest.mark.parametrize(
     ("prompt", "response", "count"),
-    [(100, 20, 8), (985, 58, 8), (30, 300, 24), (7, 3, 500)],  # 8 x 1,043 and 24 x 330 tokens are far above a row
+    [(100, 20, 8), (985, 58, 8), (400, 300, 24), (7, 3, 500)],  # 8 x 1,043 and 24 x 700 tokens are far above a row
 )
 def test_a_prompt_and_each_response_are_computed_once(loaded, prompt, response, count):
     rng = np.random.default_rng(0)
@@ -148,7 +173,7 @@ def test_a_prompt_and_each_response_are_computed_once(loaded, prompt, response, 
     answers[:, 0] = np.arange(count) % 290 + 5  # so that hardly any two begin alike
     answers[count // 2] = answers[0]
     sequences = [np.concatenate([shared, answer]) for answer in answers]
-    outputs, computed, unshared = counted(loaded["qwen2"], sequences, ["the prompt"] * count)
+    outputs, computed, unshared = counted(loaded["qwen2"], sequences)
     assert unshared == count * (prompt + response)
     distinct = count - 1
     # The prompt's last token is repeated in each branch.
@@ -163,7 +188,7 @@ def test_a_tree_longer_than_a_row_repeats_its_prompt_in_each_part(loaded, monkey
     monkeypatch.setattr(reward_model, "LONGEST_ROW", 256)
     rng = np.random.default_rng(0)
     sequences = [np.concatenate([np.arange(5, 105), rng.integers(105, 300, 50)]).astype(np.int32) for _ in range(7)]
-    outputs, computed, _ = counted(loaded["qwen2"], sequences, ["p"] * 7)
+    outputs, computed, _ = counted(loaded["qwen2"], sequences)
     assert 3 * 100 + 7 * 50 <= computed <= 3 * 100 + 7 * 51  # three in a row, twice, and one
     alone = [loaded["qwen2"].outputs([sequence])[0, 0] for sequence in sequences]
     np.testing.assert_allclose(outputs, alone, atol=1e-5)
@@ -184,12 +209,11 @@ def test_the_resolution_bounds_what_places_in_a_row_do_to_a_score(dtype, foreign
     sequences = [
         np.concatenate([p, rng.integers(5, 300, 6 + 3 * i)]).astype(np.int32) for p in prompts for i in range(4)
     ]
-    which, found = np.repeat(range(4), 4), []
-    for order in (np.arange(16), rng.permutation(16), rng.permutation(16)):
-        for shared in (which[order].tolist(), None):
-            scores = np.empty(16)
-            scores[order] = model.outputs([sequences[i] for i in order], shared)[:, 0]
-            found.append(scores)
+    found = []
+    for calls in (1, 2, 4, 8):
+        found.append(np.empty(16))
+        for members in np.split(rng.permutation(16), calls):
+            found[-1][members] = model.outputs([sequences[i] for i in members])[:, 0]
     found = np.array([*found, [model.outputs([s])[0, 0] for s in sequences]])
     moved = np.ptp(found, axis=0).max()
     print(dtype, moved, model.resolution, found.std())

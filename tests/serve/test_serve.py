@@ -57,7 +57,7 @@ def stand_in(model):
     """A model with the tokenizer of the real one, whose rewards are known and cost nothing."""
     names = ("chat", "config", "labels", "objective", "decode", "mesh", "inference", "has_spread")
     kept = {name: getattr(model, name) for name in names}
-    return SimpleNamespace(**kept, outputs=lambda sequences, prompts=None: np.array([[known(s)] for s in sequences]))
+    return SimpleNamespace(**kept, outputs=lambda sequences: np.array([[known(s)] for s in sequences]))
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_a_judge_gives_probabilities_or_its_raw_outputs(serve, stand_in):
     judge = objectives.make({"name": "pairwise"})
     raw = np.array([[2.0, -1.0, 0.5][: len(judge.labels)]], np.float32)
     kept = {**vars(stand_in), "labels": judge.labels, "objective": judge}
-    kept |= {"outputs": lambda sequences, prompts: raw, "decode": lambda outputs: judge.decode(outputs, {})}
+    kept |= {"outputs": lambda sequences: raw, "decode": lambda outputs: judge.decode(outputs, {})}
     asked = [
         ("/classify", {"input": WHOLE, **more}) for more in ({}, {"use_activation": True}, {"use_activation": False})
     ]
@@ -187,14 +187,17 @@ def test_requests_that_come_together_are_computed_together(serve, stand_in):
     assert found["rmjax_request_seconds_count", "/pooling"] == 24
 
 
-def test_responses_of_one_prompt_share_it(serve, stand_in):
-    seen, plain = [], stand_in.outputs
-    stand_in.outputs = lambda sequences, prompts: seen.append(prompts) or plain(sequences)
-    same = [stand_in.chat.render(conversation("What is a tree, and why?", answer)) for answer in ("A.", "B.", "C.")]
-    other = stand_in.chat.render(conversation("Something else entirely", "D."))
-    ask(serve(), ("/pooling", {"input": [*same, other]}))
-    ask(serve(), ("/score", {"text_1": "x", "text_2": ["a", "b"]}))
-    assert seen[0][0] == seen[0][1] == seen[0][2] != seen[0][3] and seen[1] == ["x", "x"]
+def test_responses_of_one_prompt_share_it_whoever_asks(serve, model):
+    """Eight requests, each of one response, that wait together: their prompt is computed once."""
+    question = "What is a tree, and why do people plant so many of them beside their roads and their houses? " * 3
+    asked = [("/pooling", {"messages": conversation(question, f"{i} reasons.")}) for i in range(8)]
+    alone = [answer.json()["data"][0]["data"][0] for answer in ask(serve(model), asked[0], asked[7])]
+    one, work = serve(model, max_wait=0.5), model.inference.work
+    computed, unshared = work.computed, work.unshared
+    answers = [answer.json()["data"][0]["data"][0] for answer in ask(one, *asked)]
+    assert [answers[0], answers[7]] == pytest.approx(alone, abs=1e-5)
+    assert measured(one)["rmjax_batch_requests_count",] == 1
+    assert 3 * (work.computed - computed) < work.unshared - unshared == measured(one)["rmjax_tokens_total",]
 
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
@@ -310,8 +313,7 @@ def test_it_is_not_ready_before_it_is_compiled(serve, stand_in):
     health, refused = ask(one, ("/health",), ("/classify", {"input": "x"}))
     assert health.status_code == refused.status_code == 503 and refused.headers["retry-after"] == "1"
     one.warm_up()
-    # Sequences of at most 300 tokens, but trees of up to 1,024.
-    assert seen == [(1, 256), (2, 256), (4, 256), (1, 512), (2, 512), (1, 1024)]
+    assert seen == list(engine.call_shapes(engine.LEAST_ROW, engine.LONGEST_ROW))
     health, models = ask(one, ("/health",), ("/v1/models",))
     assert (
         health.status_code == 200
@@ -319,29 +321,16 @@ def test_it_is_not_ready_before_it_is_compiled(serve, stand_in):
     )
 
 
-def test_warm_shapes_respect_what_a_call_computes(monkeypatch):
-    monkeypatch.setattr(engine, "BATCH_TOKENS", {"cpu": 1024})
-    assert list(service.warm_shapes(600, 10**6, devices=2)) == [
-        *[(2, 256), (4, 256), (8, 256)],
-        *[(2, 512), (4, 512)],
-        *[(2, 1024)],
-    ]
-
-
 def test_nothing_is_compiled_once_it_is_ready(serve, model):
     serve(model, max_length=256, batch_tokens=512).warm_up()
     compiled = engine._forward._cache_size()
     for count, length in ((1, 30), (5, 40), (9, 50), (32, 8), (2, 200), (16, 30)):
         model.outputs([[5] * length] * count)
-    for prompt, count in (
-        (200, 8),
-        (10, 90),
-        (100, 130),
-    ):  # trees: one longer than any sequence, some of many responses
-        most = max(1, 512 // (prompt + 3))
-        answers = [[5] * prompt + [6 + i, 7, 8] for i in range(count)]
-        for start in range(0, count, most):  # as a batch's pieces are
-            model.outputs(answers[start : start + most], ["the prompt"] * len(answers[start : start + most]))
+    for prompt, count in ((200, 8), (10, 90), (100, 130)):  # trees: longer than any sequence, and of many responses
+        model.outputs([[5] * prompt + [6 + i, 7, 8] for i in range(count)])
+    rng = np.random.default_rng(0)
+    for count in (3, 20, 40):  # sequences that share nothing
+        model.outputs([rng.integers(5, 300, rng.integers(30, 250)).tolist() for _ in range(count)])
     assert engine._forward._cache_size() == compiled
 
 
@@ -368,7 +357,7 @@ class Held:
     def __init__(self):
         self.begun, self.go, self.seen = threading.Event(), threading.Event(), []
 
-    def __call__(self, sequences, prompts):
+    def __call__(self, sequences):
         self.begun.set()
         self.go.wait(10)
         self.seen += [s[0] for s in sequences]
@@ -386,49 +375,56 @@ def until(condition):
 def test_a_full_queue_is_told_at_once_and_nothing_accepted_is_lost():
     held = Held()
     batcher = Batcher(held, most=4, batch_tokens=2, max_wait=0)
-    first = batcher.submit([[0], [1]], [None] * 2)
+    first = batcher.submit([[0], [1]])
     assert held.begun.wait(10)
-    queued = [batcher.submit([[n]], [None]) for n in (2, 3, 4, 5)]
+    queued = [batcher.submit([[n]]) for n in (2, 3, 4, 5)]
     with pytest.raises(QueueFull, match="4 sequences are waiting"):
-        batcher.submit([[6]], [None])
+        batcher.submit([[6]])
     assert queued[1].cancel() and batcher.waiting == 3  # its client has gone, and makes room
-    late = batcher.submit([[7]], [None])
+    late = batcher.submit([[7]])
     held.go.set()
     assert batcher.close(10)  # finishes what is queued
     assert first.result().tolist() == [[0], [1]] and late.result() == [[7]]
     assert [f.result()[0, 0] for f in (queued[0], *queued[2:])] == [2, 4, 5]
     assert held.seen == [0, 1, 2, 4, 5, 7]
     with pytest.raises(QueueFull, match="stopping"):
-        batcher.submit([[8]], [None])
+        batcher.submit([[8]])
 
 
 def test_who_waited_while_the_model_was_busy_does_not_wait_again():
     held = Held()
     batcher = Batcher(held, most=9, batch_tokens=100, max_wait=1.0)
-    first = batcher.submit([[0] * 100], [None])  # a full batch does not wait
+    first = batcher.submit([[0] * 100])  # a full batch does not wait
     assert held.begun.wait(0.9)
-    second = batcher.submit([[1]], [None])
+    second = batcher.submit([[1]])
     time.sleep(1.0)
     held.go.set()
     assert first.result(5)[0, 0] == 0 and second.result(0.9)[0, 0] == 1
     batcher.close(5)
 
 
-def test_a_request_larger_than_a_batch_is_computed_in_pieces():
-    calls = []
-    run = lambda sequences, prompts: calls.append(prompts) or np.array([[float(s[0])] for s in sequences])
-    batcher = Batcher(run, most=9, batch_tokens=4, max_wait=0)
-    answer = batcher.submit([[1, 1], [2, 2], [3, 3, 3, 3, 3], [4], [5]], list("abcde"))
-    assert answer.result(5).tolist() == [[1], [2], [3], [4], [5]] and calls == [["a", "b"], ["c"], ["d", "e"]]
-    batcher.close(5)
+def test_a_batch_counts_what_its_requests_share_once():
+    """A large request is a batch alone; eight of 210 tokens with one prompt of 200 have 199 and 11 for each."""
+    held = Held()
+    batcher = Batcher(held, most=99, batch_tokens=199 + 8 * 11, max_wait=0)
+    batcher.submit([[0]])
+    assert held.begun.wait(10)
+    sizes: list[int] = []
+    batcher._on_batch = lambda requests, tokens, seconds: sizes.append(requests)
+    answers = [batcher.submit([[1] * 200 + [10 + i] * 10]) for i in range(8)]
+    answers.append(batcher.submit([[2] * 300, [3] * 300]))
+    answers += [batcher.submit([[4 + i] * 200]) for i in range(2)]
+    held.go.set()
+    assert batcher.close(10) and [len(answer.result()) for answer in answers] == [*[1] * 8, 2, 1, 1]
+    assert sizes == [1, 8, 1, 1, 1]
 
 
 def test_what_cannot_be_finished_in_time_is_told():
     held = Held()
     batcher = Batcher(held, most=4, batch_tokens=1, max_wait=0)
-    batcher.submit([[0]], [None])
+    batcher.submit([[0]])
     assert held.begun.wait(10)
-    left = batcher.submit([[1]], [None])
+    left = batcher.submit([[1]])
     assert not batcher.close(0.01) and left.cancelled()
     held.go.set()
 
@@ -451,7 +447,7 @@ def test_a_request_whose_client_has_gone_is_never_computed(serve, stand_in, monk
     monkeypatch.setattr(service, "ASK_SECONDS", 0.02)
     held = stand_in.outputs = Held()
     one = serve()
-    busy = one.batcher.submit([[5]], [None])
+    busy = one.batcher.submit([[5]])
     assert held.begun.wait(10)
     body = json.dumps({"input": WHOLE}).encode()
     messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]

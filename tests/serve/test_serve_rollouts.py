@@ -152,7 +152,7 @@ def test_verl(serve, begins_with_bos, reward, name):  # noqa: F811
 def judge_of(stand_in, raw):  # noqa: F811
     judge = objectives.make({"name": "pairwise"})
     stand_in.labels, stand_in.objective = judge.labels, judge
-    stand_in.outputs = lambda sequences, prompts: np.array([raw[: len(judge.labels)]] * len(sequences), np.float32)
+    stand_in.outputs = lambda sequences: np.array([raw[: len(judge.labels)]] * len(sequences), np.float32)
     stand_in.decode = lambda outputs: judge.decode(outputs, {})
     return judge
 

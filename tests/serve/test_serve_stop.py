@@ -41,7 +41,7 @@ class Model:
         self.go = threading.Event()
         self.go.set()
 
-    def outputs(self, sequences, prompts=None):
+    def outputs(self, sequences):
         self.go.wait(20)
         time.sleep(self.seconds)
         return np.array([[float(s[0])] for s in sequences], np.float32)
