@@ -69,7 +69,7 @@ def start(kind: str, directory: Path, peer: str, log: Any) -> tuple[subprocess.P
     """A server that is ready, and its port; RuntimeError where it ends or takes more than five minutes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    model, env = str(directory), {**os.environ, "PYTHONWARNINGS": "ignore"}
+    model, env = str(directory), {**os.environ, "PYTHONWARNINGS": "ignore", "VLLM_CPU_KVCACHE_SPACE": "2"}
     commands = {
         "rmjax": [sys.executable, "-m", "rmjax.serve", f"--model={model}", f"--port={port}"],
         "plain": [peer, str(Path(__file__).with_name("serving_plain.py")), model, str(port)],
