@@ -6,10 +6,10 @@ r"""Serving one reward a request: rmjax beside vLLM and a plain transformers + F
 The model is that of trl_cpu.py (a Qwen2 of 4 layers of width 256, float32) with random weights and the demo's
 tokenizer. 8 and 64 clients of a process of their own ask one after the other POST /classify with a rendered
 conversation of some 150 tokens (benchmarks/serving.py: `load`). No two are alike, but with --replies=8 as many that
-follow each other answer one prompt, as the rollouts of a trainer do: prompts then have some 300 tokens. vLLM is started as docs/serving.md
-says, with prefix caching; the plain server is serving_plain.py, in the same environment. First the rewards of 50
-requests are compared: where two differ by more than 1e-3 it ends. A round starts each server, warms it, and measures
-it, one at a time.
+follow each other answer one prompt, as the rollouts of a trainer do: prompts then have some 300 tokens. vLLM is
+started as docs/serving.md says, with prefix caching; the plain server is serving_plain.py, in the same environment.
+First the rewards of 50 requests are compared: where two differ by more than 1e-3 it ends. A round starts each server,
+warms it, and measures it, one at a time.
 """
 
 import argparse

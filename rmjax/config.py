@@ -77,6 +77,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "updates": 1,  # optimizer steps on the samples of a step
     },
 }
+SINKS = {  # what config.log.to may name, and the package of each (rmjax/train/sinks)
+    "tensorboard": "tensorboardX",
+    **{name: name for name in ("wandb", "swanlab", "mlflow", "trackio")},
+}
 METRICS = {  # what checkpoints are judged by, and which way
     "bradley_terry": ("validation/accuracy", "max"),
     "pairwise": ("validation/accuracy_averaged", "max"),
@@ -238,9 +242,9 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
 
     config.log = log = ConfigDict()
     log.every = "10 steps"
-    log.tensorboard = True
+    log.to = "tensorboard"  # beside the run's own files, with commas: tensorboard, wandb, swanlab, mlflow, trackio
+    log.project = "rmjax"  # name of the project in those services
     log.report = True  # report.html and its plots, when the run ends
-    log.wandb = ""  # project name; needs rmjax[wandb]
 
     config.profile = profile = ConfigDict()
     profile.steps = ""  # "10,15" traces steps 10 to 15, a few at most, into WORKDIR/profile
@@ -254,6 +258,32 @@ def defaults(objective: str = "bradley_terry") -> ConfigDict:
 
 
 # --8<-- [end:keys]
+
+
+def sinks(config: ConfigDict) -> list[str]:
+    """What config.log.to names.
+
+    Raises:
+        ValueError: something else than SINKS, or one twice.
+    """
+    names = [name.strip() for name in config.log.to.split(",") if name.strip()]
+    for name in names:
+        if name not in SINKS or names.count(name) > 1:
+            problem = "names it twice" if name in SINKS else f"has {name!r}{did_you_mean(name, SINKS)}"
+            raise ValueError(f"config.log.to={config.log.to!r} {problem}; expected some of {', '.join(SINKS)}")
+    return names
+
+
+def renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a run's config.json with the keys of today, also of its `start`."""
+    log = values.get("log")
+    if isinstance(log, dict) and "tensorboard" in log:  # of a run that began before there was log.to
+        kept = {key: value for key, value in log.items() if key not in ("tensorboard", "wandb")}
+        named = ["tensorboard"] * bool(log["tensorboard"]) + ["wandb"] * bool(log.get("wandb"))
+        values = values | {"log": kept | {"to": ",".join(named), "project": log.get("wandb") or "rmjax"}}
+    if values.get("start"):
+        values = values | {"start": renamed(values["start"])}
+    return values
 
 
 def demo(objective: str = "bradley_terry") -> ConfigDict:
@@ -414,8 +444,12 @@ def check(config: ConfigDict) -> None:
         problems.append(
             "config.export.step='best' needs config.checkpoint.keep_best of at least 1; or export the 'last'"
         )
-    if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        problems.append(f"config.log.wandb={config.log.wandb!r} needs the package wandb: {install('wandb')}")
+    try:
+        needed = [(name, SINKS[name]) for name in sinks(config)]
+        missing = [name for name, package in needed if importlib.util.find_spec(package) is None]
+        problems += [f"config.log.to has {name}, which needs a package: {install(name)}" for name in missing]
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
         raise ValueError("the config cannot be used:\n  " + "\n  ".join(problems))
 

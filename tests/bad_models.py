@@ -373,7 +373,7 @@ def run(says: str, change: Change, *flags: str, name: str = "") -> Case:
 
 RUN = (
     *("rmjax.main", TINY, f"--config.data.train=synthetic://{SMALL}", "--config.data.validation="),
-    *("--config.duration=2 steps", "--config.eval.every=1 steps", "--config.log.tensorboard=False"),
+    *("--config.duration=2 steps", "--config.eval.every=1 steps", "--config.log.to="),
 )
 
 

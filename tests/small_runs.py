@@ -29,7 +29,7 @@ SMALL = {  # the demo made small: 20 steps, seconds
     "eval.train_groups": 20,
     "checkpoint.every": "3 steps",
     "log.every": "3 steps",
-    "log.tensorboard": False,
+    "log.to": "",
     "log.report": False,
 }
 TIMEOUT = 180  # seconds; a run takes a few on an idle machine

@@ -53,7 +53,7 @@ def ours(given, tmp_path_factory):
     files = {"MODEL": directory / "model", "pairs.jsonl": directory / "pairs.jsonl"}
     values = {key: str(files.get(value, value)) for key, value in values.items()}
     run = tmp_path_factory.mktemp("ours") / "run"
-    fast = {"log.tensorboard": False, "log.report": False, "plan.row_tokens": 1024, "data.workers": 0}
+    fast = {"log.to": "", "log.report": False, "plan.row_tokens": 1024, "data.workers": 0}
     small_runs.Started(
         run, run.parent / "cache", config=config.removeprefix("--config="), small=fast, **values
     ).finish()

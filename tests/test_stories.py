@@ -274,7 +274,7 @@ def train(workdir, model_dir, pairs):
         "optim.learning_rate": 2e-3,
         "eval.every": "50%",
         "eval.train_groups": len(pairs["train"]),
-        "log.tensorboard": False,
+        "log.to": "",
         "export.step": "last",
     }
     for split, rows in pairs.items():

@@ -47,7 +47,7 @@ def config_of(objective, keys, data, more, tmp_path):
     config.plan.row_tokens, config.plan.rows_per_step = 1024, 1
     config.data.validation_fraction = 0.2
     config.data.over_long = "truncate_response"
-    config.log.tensorboard, config.log.every, config.eval.train_groups = False, "1 steps", 0
+    config.log.to, config.log.every, config.eval.train_groups = "", "1 steps", 0
     config.optim.learning_rate, config.optim.warmup = 1e-3, "0 steps"
     config.update_from_flattened_dict(more)
     return config

@@ -77,7 +77,7 @@ def read_config(workdir: Path) -> ConfigDict:
     Raises:
         ValueError: it is that of another version.
     """
-    values = json.loads((workdir / "config.json").read_text())
+    values = config_lib.renamed(json.loads((workdir / "config.json").read_text()))
     name = values["objective"]["name"]
     config = config_lib.defaults(name)
     with config.unlocked():

@@ -46,7 +46,7 @@ from rmjax.objectives.sums import Sums
 from rmjax.runtime import agreement, command_line, files, ownership, passwords, processes, signals
 from rmjax.runtime.exits import InputError
 from rmjax.runtime.signals import Stop, Stopped
-from rmjax.train import drawing, finish, optim, questions, resume
+from rmjax.train import drawing, finish, optim, questions, resume, sinks
 from rmjax.train import dry_run as dry_runs
 from rmjax.train import hooks as hooks_lib
 from rmjax.train.evaluations import Evaluation, Pass, Sampling
@@ -55,7 +55,7 @@ from rmjax.train.resume import Host
 from rmjax.train.rollouts import Rollouts, reference_log_probs
 from rmjax.train.step import Program, build_program, compile_program
 from rmjax.train.watch import Watch, reward_drift, work_of_steps
-from rmjax.train.writers import Writers, check_wandb
+from rmjax.train.writers import Writers
 
 NEW_FILES = ("config.json", "audit.json", "metrics.jsonl", "timings.jsonl", "tensorboard")  # of a run that begins
 MOST_ROLLBACKS = 3  # to one checkpoint; if no new one could be saved by then, the rows are not to blame
@@ -154,8 +154,8 @@ def _run(
     prepare.check_sources(config, benchmarks.sources_of(config.eval.benchmarks))
     prepare.check_columns(config, task)
     hooks = Hooks(hooks_lib.find(config.hooks), config.on_hook_error)
-    if config.log.wandb and not dry_run and processes.is_first():
-        check_wandb(config.log.wandb)
+    if not dry_run and processes.is_first():
+        sinks.check(config)
 
     # ---- Tokenizer and model: names and shapes only
     with tempfile.TemporaryDirectory() as scratch:
@@ -264,18 +264,24 @@ def _run(
         while True:
             watch = Watch.open(config, workdir, work, objective.shown, mesh)
             writers = Writers.open(workdir, config, start)
-            with contextlib.closing(writers), contextlib.closing(watch):
+            with contextlib.closing(writers):
                 for path in writers.made():
                     note(path, made=True)
                 told = checkpointer, writers, watch, stop, hooks
                 job = Run(config, model, chat, program, source, train, evaluations, tests, overlaps, *told)
                 try:
                     # Nothing goes to or from the devices unless it is asked for.
-                    with command_line.under_way(), stop.defer_signals(), jax.transfer_guard("disallow"):
+                    disallow = jax.transfer_guard("disallow")
+                    with contextlib.closing(watch), command_line.under_way(), stop.defer_signals(), disallow:
                         last = loop(job, state, host, start)
-                    break
                 except RollBack as error:
                     bad = error.bad
+                else:
+                    # ---- Finish
+                    del state  # makes room for the export
+                    with command_line.under_way():
+                        conclude(job, workdir, last, run_id)
+                    return
             with command_line.under_way():  # the loop's arrays are gone with its frame, so there is room for others
                 state, host, start = restore(bad)
             rollbacks[start] += 1
@@ -285,11 +291,6 @@ def _run(
                     "not: leaving out rows does not help. Lower config.optim.learning_rate; the same workdir goes on "
                     "from there."
                 )
-
-        # ---- Finish
-        del state  # makes room for the export
-        with command_line.under_way():
-            conclude(job, workdir, last, run_id)
 
 
 def _sampled(
@@ -570,14 +571,17 @@ def conclude(run: Run, workdir: Path, last: int, run_id: str) -> None:
         run_id,
     )
     steps = ", ".join(map(str, run.checkpointer.steps()))
-    tensorboard = f" and {workdir / 'tensorboard'}" if run.config.log.tensorboard else ""
-    report = f"report:      {workdir / 'report.html'}\n" if run.config.log.report else ""
+    report = ""
+    if run.config.log.report:
+        report = f"report:      {workdir / 'report.html'}\n"
+        run.writers.keep(workdir / "report.html")
+    sent = f"logged to:   {run.config.log.to}, project {run.config.log.project}\n" if run.config.log.to else ""
     print(
         f"\nstep {step}: {in_words(metrics, run)}\n"
         + "\n".join(gate.text(verdict))
         + f"\nexport:      {workdir / 'export'}\n{report}"
         f"checkpoints: {runs.checkpoint_directory(run.config, workdir)} (steps {steps})\n"
-        f"metrics:     {workdir / 'metrics.jsonl'}{tensorboard}\n"
+        f"metrics:     {workdir / 'metrics.jsonl'}\n{sent}"
         f"score with:  python -m rmjax.score --model={workdir / 'export'} --input=FILE --output=scores.jsonl",
         flush=True,
     )

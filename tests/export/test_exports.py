@@ -41,7 +41,7 @@ def exported(request, tmp_path_factory):
     """The name of a config and the export of three of its steps."""
     config = runpy.run_path(str(ROOT / "configs" / f"{request.param}.py"))["get_config"]()
     config.duration, config.eval.every = "3 steps", "3 steps"
-    config.log.tensorboard, config.eval.train_groups, config.data.workers = False, 0, 0
+    config.log.to, config.eval.train_groups, config.data.workers = "", 0, 0
     config.data.train, config.data.validation = (
         re.sub(r"n=\d+", "n=120", spec) for spec in (config.data.train, config.data.validation)
     )
@@ -188,7 +188,7 @@ def test_calls_of_another_kind_say_what_to_call(exported):
 def test_what_an_objective_learns_itself_survives_a_restart(tmp_path):
     config = runpy.run_path(str(ROOT / "configs" / "bt_tiny.py"))["get_config"]()
     config.data.train, config.data.validation = "synthetic://pairs?n=600", "synthetic://pairs?n=60&seed=1"
-    config.data.cache_dir, config.log.tensorboard, config.eval.train_groups = str(tmp_path / "cache"), False, 0
+    config.data.cache_dir, config.log.to, config.eval.train_groups = str(tmp_path / "cache"), "", 0
     config.objective.ties, config.duration, config.eval.every = "davidson", "4 steps", "4 steps"
     config.checkpoint.every, config.optim.warmup, config.export.step = "2 steps", "0 steps", "last"
     workdir = tmp_path / "run"

@@ -98,7 +98,7 @@ def test_a_run_knows_those_of_what_it_began_from(base, tmp_path, caplog):
     """And judges by sampling the questions that are split off its data; and warns of a benchmark that it trains on."""
     config = runpy.run_path(str(ROOT / "configs" / "sft_tiny.py"))["get_config"]()
     config.duration, config.eval.every, config.data.workers = "1 steps", "1 steps", 0
-    config.log.tensorboard, config.log.report, config.eval.train_groups = False, False, 0
+    config.log.to, config.log.report, config.eval.train_groups = "", False, 0
     config.data.train, config.data.validation, config.data.validation_fraction = "synthetic://ratings?n=50", "", 0.2
     config.data.cache_dir = str(tmp_path / "cache")
     config.model.init_from, config.model.tokenizer = str(base), ""

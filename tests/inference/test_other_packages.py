@@ -5,14 +5,13 @@ The packages need environments of their own, which only a release makes: `python
 
 import itertools
 import json
-import subprocess
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_exports
-from own_environment import ENV, python_with
+from own_environment import run_with
 
 from rmjax.inference.reward_model import RewardModel
 from rmjax.inference.tunix import TunixReward
@@ -71,14 +70,6 @@ def test_a_model_without_one_reward_is_refused(tmp_path, tokenizer_dir):
         TunixReward(RewardModel.load(judge))
 
 
-def run_with(tmp_path, package, script, *arguments):
-    """The JSON on the last line of what a script prints in an environment of its own that has rmjax and a package."""
-    command = [python_with(tmp_path / "venv", str(ROOT), package), "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=ENV)
-    assert done.returncode == 0
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 TUNIX = """
 import json, sys
 import jax.numpy as jnp
@@ -120,7 +111,7 @@ print(json.dumps({**said, "calls": calls}))
 def test_tunix_itself(export, tmp_path):
     model = RewardModel.load(export)
     given = [json.dumps(padded(x, left).tolist()) for x, left in ((PROMPTS, True), (COMPLETIONS, False))]
-    scores = np.array(run_with(tmp_path, "google-tunix", TUNIX, export, *given))
+    scores = np.array(run_with(tmp_path, ["google-tunix"], TUNIX, export, *given))
     np.testing.assert_allclose(at_the_end(scores), expected(model), rtol=1e-4)
 
 
@@ -129,7 +120,7 @@ def test_openjudge_itself(export, tmp_path):
     model, texts = RewardModel.load(export), ["They grow.", "A tree is a plant.", "No."]
     question = {"role": "user", "content": "Tell me of trees."}
     wanted = model.score([[question, {"role": "assistant", "content": text}] for text in texts])
-    said = run_with(tmp_path, "py-openjudge", OPENJUDGE, export, json.dumps(texts))
+    said = run_with(tmp_path, ["py-openjudge"], OPENJUDGE, export, json.dumps(texts))
     assert said["scores"] == pytest.approx(wanted, rel=1e-4) and said["one"] == pytest.approx(wanted[0], rel=1e-4)
     assert said["rank"] == (np.argsort(np.argsort(-np.array(wanted))) + 1).tolist()
     assert max(said["calls"]) > 1  # those that came together were computed together

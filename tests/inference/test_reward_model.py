@@ -540,7 +540,7 @@ def run_small(tmp_path_factory):
             "plan.row_tokens": 256,
             "eval.every": "8 steps",
             "eval.train_groups": 0,
-            "log.tensorboard": False,
+            "log.to": "",
         }
         config.update_from_flattened_dict(small | {key.replace("__", "."): value for key, value in values.items()})
         training.run(config, workdir)

@@ -544,7 +544,7 @@ RUN = {
     "checkpoint.keep_latest": 3,
     "export.step": "last",
     "log.every": "1 steps",
-    "log.tensorboard": False,
+    "log.to": "",
 }
 
 

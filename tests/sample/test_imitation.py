@@ -17,7 +17,7 @@ SMALL = {
     "plan.row_tokens": 256,
     "optim.learning_rate": 1e-2,
     "eval.every": "200 steps",
-    "log.tensorboard": False,
+    "log.to": "",
     "log.report": False,
 }
 

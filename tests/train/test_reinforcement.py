@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 SMALL = {  # the demo made small: it starts from what knows the form of a verdict, and hardly more
     **{"start.duration": "60 steps", "start.data.train": "synthetic://ratings?n=1200&seed=0"},
     **{"start.data.validation": "synthetic://ratings?n=40&seed=1", "start.eval.every": "60 steps"},
-    **{"start.log.report": False, "start.log.tensorboard": False, "start.eval.train_groups": 0},
+    **{"start.log.report": False, "start.log.to": "", "start.eval.train_groups": 0},
     **{"start.gate.convergence": 0.0, "start.gate.accuracy": 0.0},
     **{"data.train": "synthetic://ratings?n=60&seed=0", "data.validation": "synthetic://ratings?n=20&seed=1"},
     **{
@@ -40,7 +40,7 @@ SMALL = {  # the demo made small: it starts from what knows the form of a verdic
     },
     **{"checkpoint.every": "2 steps", "checkpoint.keep_latest": 6, "log.every": "1 steps"},
     **{"rollout.prompts_per_step": 6, "rollout.samples": 4, "rollout.max_tokens": 16, "plan.row_tokens": 128},
-    **{"log.tensorboard": False, "gate.accuracy": 0.0, "gate.unreadable": 0.0, "gate.cut_off": 0.0},
+    **{"log.to": "", "gate.accuracy": 0.0, "gate.unreadable": 0.0, "gate.cut_off": 0.0},
 }
 
 

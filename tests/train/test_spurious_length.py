@@ -11,7 +11,7 @@ COMMAND = {
     "duration": "7 epochs",
     "data.train": "synthetic://long_winded?n=6000&seed=0",
     "eval.train_groups": 0,
-    "log.tensorboard": False,
+    "log.to": "",
     "log.report": False,
 }
 

@@ -386,7 +386,7 @@ CHANGES = {
     "config.checkpoint.every": ("checkpoint__every", "9 steps", resume.LOGGED),
     "config.mesh.tensor": ("mesh__tensor", 2, resume.FREE),
     "config.model.remat": ("model__remat", "full", resume.FREE),
-    "config.log.tensorboard": ("log__tensorboard", True, resume.FREE),
+    "config.log.to": ("log__to", "tensorboard", resume.FREE),
     "config.checkpoint.keep_latest": ("checkpoint__keep_latest", 9, resume.FREE),
 }
 

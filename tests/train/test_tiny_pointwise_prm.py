@@ -163,7 +163,7 @@ def test_steps_baselines(steps):
 def run(name, tmp_path, **values):
     config = runpy.run_path(str(ROOT / "configs" / f"{name}_tiny.py"))["get_config"]()
     flat = {key.replace("__", "."): value for key, value in values.items()}
-    config.update_from_flattened_dict({"log.tensorboard": False, "data.cache_dir": str(tmp_path / "cache"), **flat})
+    config.update_from_flattened_dict({"log.to": "", "data.cache_dir": str(tmp_path / "cache"), **flat})
     training.run(config, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "validation/loss" in line]

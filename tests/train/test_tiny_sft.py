@@ -99,7 +99,7 @@ def test_eight_devices_give_the_losses_of_one(tmp_path):
     flat = {"duration": "3 steps", "log.every": "1 steps", "optim.learning_rate": 1e-4, "plan.rows_per_step": 8}
     flat |= {"data.train": "synthetic://ratings?n=300", "data.validation": "synthetic://ratings?n=40&seed=1"}
     flags = [f"--config.{key}={value}" for key, value in flat.items()]
-    flags += ["--config.model.scratch.tie_word_embeddings=False", "--config.log.tensorboard=False"]
+    flags += ["--config.model.scratch.tie_word_embeddings=False", "--config.log.to="]
     launch(tmp_path / "one", *flags)
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
     launch(tmp_path / "mixed", *flags, *mesh, devices=8)
@@ -111,7 +111,7 @@ def test_eight_devices_give_the_losses_of_one(tmp_path):
 @pytest.mark.parametrize(("seed", "tied"), [(2, False)])
 def test_the_judge_with_other_seeds(seed, tied, tmp_path):
     config = runpy.run_path(str(ROOT / CONFIG))["get_config"]()
-    config.seed, config.data.cache_dir, config.log.tensorboard = seed, str(tmp_path / "cache"), False
+    config.seed, config.data.cache_dir, config.log.to = seed, str(tmp_path / "cache"), ""
     config.model.scratch.tie_word_embeddings = tied
     training.run(config, tmp_path / "run")
     accuracy = column(tmp_path / "run", "validation/verdict_accuracy")

@@ -1,6 +1,7 @@
 """The training run: sums, micro-batches, devices, resume, refusals, and the demo from start to export."""
 
 import dataclasses
+import importlib
 import json
 import os
 import runpy
@@ -255,7 +256,7 @@ def test_a_workdir_of_another_config_is_refused(finished, cache_dir):
     workdir, _ = finished
     with pytest.raises(ValueError, match=r"another config(.|\n)*config.seed: 0 before, 1 now"):
         training.run(small(cache_dir, seed=1), workdir)
-    assert resume.check_workdir(small(cache_dir, log__tensorboard=True, mesh__fsdp=1), workdir) == []
+    assert resume.check_workdir(small(cache_dir, log__to="tensorboard", mesh__fsdp=1), workdir) == []
 
 
 def test_other_data_under_a_run_is_refused(finished, tmp_path, cache_dir):
@@ -385,12 +386,14 @@ def test_the_login_of_wandb_is_checked_before_the_data_is_read(tmp_path, cache_d
     def refuse(project):
         raise ValueError(f"nobody is logged in for {project}")
 
+    wandb = importlib.import_module("rmjax.train.sinks.wandb")
+
     installed = types.SimpleNamespace(util=types.SimpleNamespace(find_spec=lambda name: name))
     monkeypatch.setattr(config_lib, "importlib", installed)
-    monkeypatch.setattr(training, "check_wandb", refuse)
+    monkeypatch.setattr(wandb, "check", refuse)
     monkeypatch.setattr(prepare, "read_groups", lambda *_: pytest.fail("the data was read"))
     with pytest.raises(ValueError, match="nobody is logged in for rewards"):
-        training.run(small(cache_dir, log__wandb="rewards"), tmp_path)
+        training.run(small(cache_dir, log__to="wandb", log__project="rewards"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +404,7 @@ def test_the_login_of_wandb_is_checked_before_the_data_is_read(tmp_path, cache_d
         ({"eval__every": "0 steps"}, "must be above 0"),
         ({"checkpoint__keep_best": 0}, "needs config.checkpoint.keep_best"),
         ({"optim__freezes": ((".*", True),)}, "nothing would be trained"),
-        ({"log__wandb": "project"}, "needs the package wandb"),
+        ({"log__to": "mlflow"}, "config.log.to has mlflow, which needs a package: "),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_data_is_read(values, said, tmp_path, cache_dir, monkeypatch):

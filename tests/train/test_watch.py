@@ -454,7 +454,7 @@ def test_a_run_is_watched(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training, "conclude", lambda *_: None)  # the export takes as long as all the rest
     cache, workdir = tmp_path / "cache", tmp_path / "run"
     options = {"eval__every": "10 steps", "plan__rows_per_step": 4, "duration": "20 steps"}
-    options |= {"log__tensorboard": True, "model__remat": "full", "model__scratch__num_hidden_layers": 1}
+    options |= {"log__to": "tensorboard", "model__remat": "full", "model__scratch__num_hidden_layers": 1}
     training.run(small(cache, profile__steps="2,3", **options), workdir)
     output = capsys.readouterr().out
 

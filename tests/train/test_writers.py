@@ -13,20 +13,14 @@ from ml_collections import ConfigDict
 from tensorboardX.crc32c import crc32c
 
 from rmjax.runtime import processes
-from rmjax.train.writers import (
-    JsonlWriter,
-    TensorBoardWriter,
-    WandbWriter,
-    Writers,
-    check_wandb,
-    cut_events,
-    cut_jsonl,
-    read_events,
-)
+from rmjax.train.sinks import wandb as wandb_sink
+from rmjax.train.sinks.tensorboard import TensorBoard, cut_events, read_events
+from rmjax.train.sinks.wandb import Wandb
+from rmjax.train.writers import JsonlWriter, Writers, cut_jsonl
 
 
-def config(tensorboard=True, wandb=""):
-    return ConfigDict({"log": {"tensorboard": tensorboard, "wandb": wandb}, "seed": 1})
+def config(to="tensorboard"):
+    return ConfigDict({"log": {"to": to, "project": "rewards"}, "seed": 1})
 
 
 def value_at(step):
@@ -102,7 +96,7 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path, stops):
 
 def test_rewritten_event_files_have_valid_checksums(tmp_path):
     """The record format as TensorFlow documents it, its masked CRC-32C computed by tensorboardX."""
-    writer = TensorBoardWriter(tmp_path)
+    writer = TensorBoard(tmp_path)
     for step in range(5):
         writer.write(step, value_at(step))
     writer.close()
@@ -125,8 +119,8 @@ def test_rewritten_event_files_have_valid_checksums(tmp_path):
 
 def test_an_open_tensorboard_is_told_to_purge(tmp_path):
     """TensorBoard drops what it has read from the step of a START event on."""
-    TensorBoardWriter(tmp_path).close()
-    TensorBoardWriter(tmp_path, purge_step=21).close()
+    TensorBoard(tmp_path).close()
+    TensorBoard(tmp_path, purge_step=21).close()
     first, second = sorted(tmp_path.iterdir())
     events = [event for _, event in read_events(second.read_bytes())]
     assert [event.file_version for event in events] == ["brain.Event:2", ""]
@@ -135,7 +129,7 @@ def test_an_open_tensorboard_is_told_to_purge(tmp_path):
 
 
 def test_tensorboard_can_be_off(tmp_path):
-    writers = Writers.open(tmp_path, config(tensorboard=False), 0)
+    writers = Writers.open(tmp_path, config(""), 0)
     writers.write(1, {"a": 1.0})
     writers.timing(1, {"b": 1.0})
     writers.close()
@@ -145,7 +139,7 @@ def test_tensorboard_can_be_off(tmp_path):
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "is_first", lambda: False)
-    writers = Writers.open(tmp_path / "new", config(wandb="rewards"), 0)
+    writers = Writers.open(tmp_path / "new", config("tensorboard,wandb"), 0)
     writers.write(1, {"a": 1.0})
     writers.timing(1, {"b": 1.0})
     writers.close()
@@ -191,7 +185,7 @@ def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for start in (0, 10):
         wandb.step = start
-        writers = Writers.open(tmp_path, config(wandb="rewards"), start)
+        writers = Writers.open(tmp_path, config("tensorboard,wandb"), start)
         writers.write(start + 1, {"a": 1})
         writers.timing(start + 1, {"timing/steps_per_second": 1.0})
         writers.close()
@@ -200,7 +194,7 @@ def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
     assert first["project"] == "rewards" and first["config"]["seed"] == 1
     logged = [(start + 1, values) for start in (0, 10) for values in ({"a": 1.0}, {"timing/steps_per_second": 1.0})]
     assert wandb.logged == logged and wandb.finished == 2
-    WandbWriter(tmp_path / "..", "rewards", {})
+    Wandb(tmp_path / "..", "rewards", {})
     assert wandb.inits[2]["id"] != first["id"]
 
 
@@ -209,12 +203,12 @@ def test_what_a_kill_kept_from_wandb_is_logged_again(tmp_path, monkeypatch, stop
     """The service has the steps before `stops`; the checkpoint is of step 20."""
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    writers = Writers.open(tmp_path, config(tensorboard=False, wandb="rewards"), 0)
+    writers = Writers.open(tmp_path, config("wandb"), 0)
     for step in range(25):
         writers.write(step, {"a": math.nan if step == 14 else step})
         writers.timing(step, {"timing/x": 2 * step})
     before, wandb.logged, wandb.step = wandb.logged, [], stops  # killed
-    Writers.open(tmp_path, config(tensorboard=False, wandb="rewards"), 20).close()
+    Writers.open(tmp_path, config("wandb"), 20).close()
     assert str(wandb.logged) == str([(step, values) for step, values in before if stops <= step <= 20])
 
 
@@ -223,9 +217,9 @@ def test_where_wandb_cannot_be_reached_the_run_goes_on_offline(tmp_path, monkeyp
     wandb = FakeWandb(base_url=url)
     wandb.known = known
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    check_wandb("rewards")
+    wandb_sink.check("rewards")
     assert wandb.logins == [known == "lost"]  # whether a key is right cannot be asked
-    writer = WandbWriter(tmp_path, "rewards", {})
+    writer = Wandb(tmp_path, "rewards", {})
     assert wandb.inits[-1]["mode"] == "offline" and "the run goes on offline; afterwards: wandb sync" in caplog.text
     writer.write(1, {"a": 1.0})
     assert wandb.logged == [(1, {"a": 1.0})]
@@ -236,17 +230,17 @@ def test_nobody_logged_in_to_wandb_is_bad_input(monkeypatch, known, said):
     wandb = FakeWandb()
     wandb.known = known
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with pytest.raises(ValueError, match=rf"config\.log\.wandb='rewards': {said}.*; log in with `wandb login`"):
-        check_wandb("rewards")
+    with pytest.raises(ValueError, match=rf"config\.log\.to has wandb: {said}.*; log in with `wandb login`"):
+        wandb_sink.check("rewards")
     wandb.settings.mode = "offline"
-    check_wandb("rewards")
+    wandb_sink.check("rewards")
     assert len(wandb.logins) == 1
 
 
 def test_without_wandb_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"log\.wandb='rewards' .*pip install 'wandb"):
-        Writers.open(tmp_path, config(wandb="rewards"), 0)
+    with pytest.raises(ImportError, match=r"log\.to has wandb, .*pip install 'wandb"):
+        Writers.open(tmp_path, config("tensorboard,wandb"), 0)
 
 
 def test_importing_needs_no_optional_package():
