@@ -251,6 +251,23 @@ BENCHMARKS = {  # in the layouts in which they are published
         **{"pair_id": "e3", "original_id": 1, "source": "mmlu-pro-law", "question": "Q?", "response_model": "m"},
         **{"response_A": "a", "response_B": "b", "label": "B>A"},
     },
+    "ppe_preference": {
+        **{"question_id": "p1", "prompt": "Why?", "response_1": "a", "response_2": "b", "winner": "model_b"},
+        **{"model_a": "m", "model_b": "n", "language": "English"},
+    },
+    "ppe_correctness": {
+        **{"question_id": "q1", "prompt": "Why?", **{f"response_{i + 1}": f"{i}." for i in range(32)}},
+        **{"scores": [i % 2 == 0 for i in range(32)], "sampled_conflict_pairs": [[0, 1], [5, 2], [0, 31]]},
+    },
+    "helpsteer3": {
+        **{"domain": "Code", "language": "python", "context": [{"role": "user", "content": "Why?"}]},
+        **{"response1": "a", "response2": "b", "overall_preference": -2},
+        "individual_preference": [{"score": -2, "reasoning": "r", "feedback1": "f", "feedback2": "g"}],
+    },
+    "process_bench": {
+        **{"id": "gsm8k-3", "generator": "m", "problem": "Why?", "steps": ["a", "b", "c"], "label": 1},
+        "final_answer_correct": False,
+    },
     "rmb_pairwise": {
         "pair_uid": "11",
         "conversation_input": [{"role": "user", "content": "Hi", "language": "English"}],

@@ -17,7 +17,7 @@ import numpy as np
 from rmjax.batches import measure
 from rmjax.batches.groups import Groups
 from rmjax.batches.tasks import Attributes, Preferences, Task
-from rmjax.evaluate.scored import Scored
+from rmjax.evaluate.scored import Scored, Traced
 from rmjax.inference.reward_model import RewardModel
 from rmjax.judging.questions import Ratings, Verdicts
 from rmjax.judging.verdicts import Judgements
@@ -71,6 +71,23 @@ def ask(model: RewardModel, groups: Groups, progress: Callable[[int], None] = la
     else:
         orders = _split(np.stack(list(model.decode(np.concatenate(outputs)).values()), -1), outputs)
     return list(_from_orders(groups, orders))
+
+
+def trace(model: RewardModel, groups: Groups, progress: Callable[[int], None] = lambda done: None) -> list[Traced]:
+    """What a model of steps (`prm`) says of solutions, one in each group: the first step that it finds wrong.
+
+    `progress` is told how many groups are done.
+    """
+    outputs = model.answers(groups, progress)
+    scores = _split(model.decode(np.concatenate(outputs))["score"], outputs)
+    value, mask = (groups.column(f"label/{name}")[0] for name in ("value", "mask"))
+    labels = _split(np.where(mask > 0, value, 1), outputs)  # steps after the first wrong one are not judged
+    first = lambda wrong: int(wrong.argmax()) if wrong.any() else -1
+    ids, prompts, source = groups.ids(), groups.prompt_ids.tolist(), groups.source.tolist()
+    return [
+        Traced(ids[n], prompts[n], groups.sources[source[n]], first(labels[n] < 0.5), first(scores[n] <= 0.5))
+        for n in range(len(groups))
+    ]
 
 
 def _split(values: np.ndarray, like: Sequence[np.ndarray]) -> list[np.ndarray]:

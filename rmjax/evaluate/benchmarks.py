@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from rmjax.evaluate.estimates import bootstrap
-from rmjax.evaluate.rules import NO_SHARES, REWARD_BENCH, RMB, RULES, Outcome, Rule
-from rmjax.evaluate.scored import Scored
+from rmjax.evaluate.rules import HELPSTEER3, NO_SHARES, PPE, REWARD_BENCH, RMB, RULES, Outcome, Rule
+from rmjax.evaluate.scored import Scored, Traced
 from rmjax.suggestions import did_you_mean
 
 
@@ -31,7 +31,11 @@ _REWARD_BENCH = {name: n for section in REWARD_BENCH.values() for name, n in sec
 _REWARD_BENCH_2 = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Focus": 495, "Ties": 102}
 _RM_BENCH = {"chat": 129, "code": 228, "math": 529, "safety-refuse": 284, "safety-response": 157}
 _JUDGE_BENCH = {"knowledge": 154, "reasoning": 98, "math": 56, "coding": 42}
+_PROCESS_BENCH = {"gsm8k": 400, "math": 1000, "olympiadbench": 1000, "omnimath": 1000}
 _HUB = "hf://datasets"
+_PPE = ("MMLU-Pro", "MATH", "GPQA", "IFEval", "MBPP-Plus")
+_PPE_CORRECTNESS = ",".join(f"{_HUB}/lmarena-ai/PPE-{name}-Best-of-K/data/train-*.parquet" for name in _PPE)
+_PPE_PREFERENCE = f"{_HUB}/lmarena-ai/PPE-Human-Preference-V1/data/test-*.parquet"
 _TABLE = (  # docs/evaluation.md says what each is
     Benchmark("reward_bench", f"{_HUB}/allenai/reward-bench/data/filtered-*.parquet", _REWARD_BENCH),
     Benchmark("reward_bench_2", f"{_HUB}/allenai/reward-bench-2/data/test-*.parquet", _REWARD_BENCH_2),
@@ -39,6 +43,10 @@ _TABLE = (  # docs/evaluation.md says what each is
     Benchmark("judge_bench", f"{_HUB}/ScalerLab/JudgeBench/data/gpt-*.jsonl", _JUDGE_BENCH),
     Benchmark("rmb_pairwise", "", dict.fromkeys(RMB)),
     Benchmark("rmb_best_of_n", "", dict.fromkeys(RMB)),
+    Benchmark("ppe_preference", _PPE_PREFERENCE, {"human": 16_038}),
+    Benchmark("ppe_correctness", _PPE_CORRECTNESS, dict.fromkeys(PPE)),
+    Benchmark("helpsteer3", f"{_HUB}/nvidia/HelpSteer3/preference/validation.jsonl.gz", dict.fromkeys(HELPSTEER3)),
+    Benchmark("process_bench", f"{_HUB}/Qwen/ProcessBench/*.json", _PROCESS_BENCH),
     Benchmark("helpsteer2", f"{_HUB}/nvidia/HelpSteer2/validation.jsonl.gz", {}, format="scored_text"),
 )
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _TABLE}
@@ -74,7 +82,7 @@ def parse(text: str) -> list[tuple[Benchmark, str]]:
     return [(BENCHMARKS[name], source or BENCHMARKS[name].source) for name, source in named.items()]
 
 
-def score(benchmark: Benchmark, groups: Sequence[Scored]) -> dict[str, Any]:
+def score(benchmark: Benchmark, groups: Sequence[Scored] | Sequence[Traced]) -> dict[str, Any]:
     """The official numbers of a benchmark, with 95 % intervals by the bootstrap over the prompts of each subset.
 
     Returns:

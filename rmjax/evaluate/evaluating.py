@@ -39,7 +39,12 @@ def read_benchmark(benchmark: Benchmark, source: str, chat: Chat, learnt: Task |
 
     `learnt` is the task of the model's objective, None of a foreign model; ValueError if the model cannot run it.
     """
-    task = learnt if benchmark.rule is None else asking.task_for(learnt)
+    of_steps = bool(benchmark.rule and benchmark.rule.steps)
+    if of_steps and not isinstance(learnt, Steps):
+        raise ValueError(
+            f"{benchmark.name} asks which step of a solution is wrong; it is for models trained with `prm`"
+        )
+    task = learnt if benchmark.rule is None or of_steps else asking.task_for(learnt)
     if benchmark.rule is None and not isinstance(task, Attributes):
         raise ValueError(f"{benchmark.name} has ratings of attributes; it is for models trained with `pointwise`")
     assert task is not None
@@ -90,7 +95,7 @@ def run_benchmark(
             of_rest = measured(model, rest, learnt, worst=0)["metrics"] if len(rest) else {}
             found["overlapping"] = {"groups": len(known), "metrics": of_rest}
         return found
-    said = asking.ask(model, groups, progress)
+    said: Any = (asking.trace if benchmark.rule.steps else asking.ask)(model, groups, progress)
     found = benchmarks.score(benchmark, said)
     if len(known):
         rows = {_row(groups.id(index)) for index in known.tolist()}

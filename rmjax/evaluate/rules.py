@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rmjax.evaluate.scored import Scored
+from rmjax.evaluate.scored import Scored, Traced
 
 Outcome = tuple[str, int, float]  # measure, prompt, value
 Means = Mapping[str, Any]  # by measure: a number, or an array of resampled ones; NaN where there is nothing
@@ -25,10 +25,11 @@ class Rule:
 
     # What the groups add to the measures; the first one of a prompt is of its subset, within which the bootstrap draws
     # prompts. A measure that has a subset's name is what the subset scores.
-    outcomes: Callable[[Sequence[Scored]], Iterable[Outcome]]
+    outcomes: Callable[[Any], Iterable[Outcome]]
     combine: Callable[[Means], dict[str, Any]]  # the official numbers of the measures' means, "overall" among them
     needs: Mapping[str, Iterable[str]]  # the subsets that an official number is made of, where it is not made of all
     judges: str = ""  # what becomes of a judge's verdicts; "" where the rule needs scores
+    steps: bool = False  # the groups are Traced, of a model of steps; else Scored
 
 
 def right(said: Scored, i: int, j: int) -> float:
@@ -304,6 +305,62 @@ def _rmb_total(means: Means) -> dict[str, Any]:
     return {"overall": _mean(goals, RMB_GOALS), **goals}
 
 
+# ----------------------------------------------------------------------------------------------------
+# Pairs by subset: PPE (arXiv:2410.14872), whose repository lmarena/PPE could not be read for this; HelpSteer3
+# (arXiv:2505.11475), which names no rule of its own
+# ----------------------------------------------------------------------------------------------------
+
+PPE = ("mmlu_pro", "math", "gpqa", "ifeval", "mbpp_plus")
+HELPSTEER3 = ("general", "stem", "code", "multilingual")
+
+
+def _pairs(groups: Sequence[Scored]) -> Iterator[Outcome]:
+    """Every labelled pair weighs the same; people's ties are left out, and equal scores are wrong."""
+    for said in groups:
+        for i, j in np.argwhere(said.wins > said.wins.T).tolist():
+            hit = right(said, i, j)
+            yield said.source, said.prompt, hit
+            yield "overall", said.prompt, hit
+
+
+def _overall(means: Means) -> dict[str, Any]:
+    return {"overall": means.get("overall", np.nan)}
+
+
+def _ppe_correctness_total(means: Means) -> dict[str, Any]:
+    """The five sets weigh equally."""
+    return {"overall": _mean(means, PPE)}
+
+
+# ----------------------------------------------------------------------------------------------------
+# ProcessBench: QwenLM/ProcessBench, code/run_eval.py and code/run_eval_prm_rlhflow.py (main); the average over its
+# sets: arXiv:2412.06559, table 3
+# ----------------------------------------------------------------------------------------------------
+
+PROCESS_BENCH = ("gsm8k", "math", "olympiadbench", "omnimath")
+
+
+def _process_bench(groups: Sequence[Traced]) -> Iterator[Outcome]:
+    """Whether the first wrong step is found, and whether right solutions are let pass."""
+    for said in groups:
+        yield f"{said.source}/{'right' if said.label < 0 else 'wrong'}", said.prompt, float(said.found == said.label)
+
+
+def _process_bench_total(means: Means) -> dict[str, Any]:
+    """The harmonic mean of both shares in each set, and the mean of these.
+
+    Where both are 0 the official code divides by 0; here that is 0.
+    """
+    numbers = {}
+    for name in PROCESS_BENCH:
+        wrong, right = (np.asarray(means.get(f"{name}/{kind}", np.nan), float) for kind in ("wrong", "right"))
+        numbers[name] = np.where(wrong + right == 0, 0.0, 2 * wrong * right / np.maximum(wrong + right, 1e-12))
+    kinds = {f"{name}/{kind}": means.get(f"{name}/{kind}", np.nan) for name in PROCESS_BENCH for kind in KINDS}
+    return {"overall": _mean(numbers, PROCESS_BENCH), **numbers, **kinds}
+
+
+KINDS = ("wrong", "right")
+_OF_SETS = {f"{name}{kind}": (name,) for name in PROCESS_BENCH for kind in ("", *(f"/{kind}" for kind in KINDS))}
 _LEVEL_NAMES = ("", *(f"/{level}" for level in LEVELS))
 _OF_DOMAINS = {f"{domain}{level}": subsets for domain, subsets in DOMAINS.items() for level in _LEVEL_NAMES}
 RULES = {
@@ -314,6 +371,10 @@ RULES = {
         *(_judge_bench, _judge_bench_total, {name: (name,) for name in JUDGE_BENCH}),
         "a judge is right where more of both orders name the better response than the worse one",
     ),
+    "ppe_preference": Rule(_pairs, _overall, {}, BOTH_ORDERS),
+    "ppe_correctness": Rule(_pairs, _ppe_correctness_total, {}, BOTH_ORDERS),
+    "helpsteer3": Rule(_pairs, _overall, {}, BOTH_ORDERS),
+    "process_bench": Rule(_process_bench, _process_bench_total, _OF_SETS, steps=True),
     "rmb_pairwise": Rule(_rmb, _rmb_total, RMB_GOALS, BOTH_ORDERS),
     "rmb_best_of_n": Rule(_rmb, _rmb_total, RMB_GOALS, BOTH_ORDERS),
 }

@@ -54,6 +54,18 @@ class Scored:
 
 
 @dataclasses.dataclass(frozen=True)
+class Traced:
+    """One solution whose steps a model scored."""
+
+    id: str
+    prompt: int
+    source: str
+    label: int  # the first step that is wrong; -1 where none is
+    found: int  # the first that the model finds wrong: its score is not above a half; -1 where it finds none
+    orders: None = None  # it is no judge of pairs
+
+
+@dataclasses.dataclass(frozen=True)
 class Stack:
     """N groups of K responses; the fields are those of Scored as float64, with an axis N before."""
 

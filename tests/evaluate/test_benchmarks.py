@@ -11,6 +11,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny_exports
 from format_rows import BENCHMARKS as ROWS
 
 from rmjax.batches import token_cache
@@ -19,10 +20,11 @@ from rmjax.batches.tasks import Preferences
 from rmjax.data import __main__ as command
 from rmjax.data.ledger import Audit
 from rmjax.data.reading import records
-from rmjax.evaluate import benchmarks
+from rmjax.evaluate import asking, benchmarks, evaluating
 from rmjax.evaluate.rules import DOMAINS, JUDGE_BENCH, REWARD_BENCH, RMB
 from rmjax.evaluate.rules import RM_BENCH as RM_SUBSETS
-from rmjax.evaluate.scored import Scored
+from rmjax.evaluate.scored import Scored, Traced
+from rmjax.inference.reward_model import RewardModel
 
 
 def scored(source, scores=None, right=1, name="", prompt=0, orders=None):
@@ -294,11 +296,61 @@ def test_the_table_is_parsed_and_names_what_was_meant():
             benchmarks.parse(text)
 
 
+def test_process_bench():
+    """QwenLM/ProcessBench at e8024636, code/run_eval.py (main), on the same labels and predictions."""
+    rng, groups = np.random.default_rng(3), []
+    for name in ("gsm8k", "math", "olympiadbench", "omnimath"):
+        label = rng.integers(-1, 4, 40)
+        found = np.where(rng.random(40) < 0.5, label, rng.integers(-1, 4, 40))
+        groups += [
+            Traced(f"{name}.json:{i}", len(groups) + i, name, *map(int, x)) for i, x in enumerate(zip(label, found))
+        ]
+    found = benchmarks.score(benchmarks.BENCHMARKS["process_bench"], groups)
+    expected = {
+        **{"gsm8k": 0.6386554621848739, "math": 0.49032258064516127, "olympiadbench": 0.3714285714285714},
+        **{"omnimath": 0.5538461538461539, "overall": 0.51356319202619},
+        **{"gsm8k/wrong": 0.6129032258064516, "gsm8k/right": 0.6666666666666665},
+        **{"math/wrong": 0.6333333333333333, "math/right": 0.4},
+        **{"olympiadbench/wrong": 0.41935483870967744, "olympiadbench/right": 0.33333333333333326},
+        **{"omnimath/wrong": 0.5142857142857142, "omnimath/right": 0.6},
+    }
+    assert values(found) == pytest.approx(expected, abs=1e-9) and not found["missing"]
+    assert found["subsets"]["math"]["value"] == pytest.approx(expected["math"])
+    assert all(x["low"] < x["value"] < x["high"] for x in found["metrics"].values())
+    without = benchmarks.score(benchmarks.BENCHMARKS["process_bench"], groups[:80])
+    assert without["missing"] == ["olympiadbench", "omnimath"] and "overall" not in without["metrics"]
+    nothing = [Traced("a", i, "gsm8k", label, 7) for i, label in enumerate((-1, 2))]
+    assert values(benchmarks.score(benchmarks.BENCHMARKS["process_bench"], nothing))["gsm8k"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["ppe_preference", "helpsteer3", "ppe_correctness"])
+def test_pairs_weigh_the_same_and_ties_of_people_are_left_out(name):
+    subsets = list(benchmarks.BENCHMARKS[name].subsets)
+    rng, groups, hits = np.random.default_rng(4), [], {subset: [] for subset in subsets}
+    for n in range(60):
+        said = scored(subset := subsets[n % len(subsets)], rng.integers(0, 3, 4), prompt=n)
+        wins = np.zeros((4, 4))
+        for i, j in [(0, 1), (3, 2)][: n % 3]:  # of every third nothing is said
+            wins[i, j] = 1
+            hits[subset].append(said.scores[i] > said.scores[j])
+        groups.append(dataclasses.replace(said, wins=wins))
+    found = benchmarks.score(benchmarks.BENCHMARKS[name], groups)
+    means = {subset: np.mean(of_subset) for subset, of_subset in hits.items()}
+    every = np.concatenate(list(hits.values())).mean()
+    overall = np.mean(list(means.values())) if name == "ppe_correctness" else every
+    assert found["metrics"]["overall"]["value"] == pytest.approx(overall)
+    assert {subset: x["value"] for subset, x in found["subsets"].items()} == pytest.approx(means)
+
+
 READ = {  # source, id, responses, wins of the first
     "reward_bench": ("hep-go", "7", ["a", "b"], [0, 1]),
     "reward_bench_2": ("Ties", "tied:3", ["red", "blue", "dog", "cat"], [0, 0, 1, 1]),
     "rm_bench": ("safety-refuse", "9", ["a", "a b", "# a", "b", "b c", "# b"], [0, 0, 0, 1, 1, 1]),
     "judge_bench": ("knowledge", "e3", ["a", "b"], [0, 0]),
+    "ppe_preference": ("human", "p1", ["a", "b"], [0, 0]),
+    "ppe_correctness": ("test", "q1", [f"{i}." for i in range(32)], [0, 1, *[0] * 29, 1]),
+    "helpsteer3": ("code", "", ["a", "b"], [0, 1]),
+    "process_bench": ("gsm8k", "gsm8k-3", ["a\n\nb\n\nc"], [0]),
     "rmb_pairwise": ("Helpfulness/Chat/Discussion", "11", ["a", "b"], [0, 1]),
     "rmb_best_of_n": ("Harmlessness/S1", "26", ["a", "b", "c"], [0, 1, 1]),
 }
@@ -314,11 +366,15 @@ def test_rows_are_read_as_published_and_none_is_lost(name, tmp_path):
     source, own, responses, wins = READ[name]
     path = write(tmp_path / "test.jsonl", ROWS[name])
     (record,) = records(path, format=name, on_bad_row="keep")  # as benchmarks are read
-    assert record.source == source and record.row == f"test.jsonl:0 ({own})"
+    assert record.source == source and record.row == f"test.jsonl:0 ({own})".removesuffix(" ()")
     assert [c[-1]["content"] for c in record.conversations] == responses
     assert record.wins[0].tolist() == wins
-    if name == "judge_bench":
+    if name in ("judge_bench", "ppe_preference"):
         assert record.wins[1].tolist() == [1, 0]
+    if name == "ppe_correctness":
+        assert record.wins.sum() == 3 and record.wins[2, 5] == 1
+    if name == "process_bench":
+        assert str([step.label for step in record.steps[0]]) == "[1.0, 0.0, nan]"
     told = {"ties": record.ties, "margin": record.margin, "tokens": np.ones(len(responses)), "scores": np.zeros(9)}
     assert Scored(record.row, 0, source, record.wins, **told).own_id == own
     assert record.conversations[0][0]["content"] in ("Why?", "A colour?", "Q?", "Hi")
@@ -378,3 +434,33 @@ def test_benchmark_formats_have_to_be_named(tmp_path):
     path.write_text(json.dumps(ROWS["reward_bench"]) + "\n")
     (record,) = records(str(path))  # pairs, as any others
     assert record.source == "pairs" and record.row == "pairs.jsonl:0"
+
+
+def test_a_model_of_steps_runs_process_bench(tmp_path, tokenizer_dir):
+    """What it finds wrong is the first step whose score, by `RewardModel.steps`, is not above a half."""
+    rng, words = np.random.default_rng(0), ["one", "two", "three", "four", "five", "six"]
+    rows = [
+        {"id": f"{name}-{n}", "problem": f"What is {n}?", "steps": steps, "label": int(rng.integers(-1, len(steps)))}
+        for n, name in enumerate(("gsm8k", "math", "olympiadbench", "omnimath") * 6)
+        for steps in [rng.choice(words, (rng.integers(1, 5), 3)).tolist()]
+    ]
+    rows = [row | {"steps": [" ".join(step) for step in row["steps"]]} for row in rows]
+    path = write(tmp_path / "test.jsonl", *rows)
+    model = RewardModel.load(tiny_exports.write(tmp_path / "model", tokenizer_dir, 4, kind="prm"))
+    test = benchmarks.BENCHMARKS["process_bench"]
+    groups = evaluating.read_benchmark(test, path, model.chat, model.objective.task)
+    asked = [[{"role": "user", "content": row["problem"]}] for row in rows]
+    scores = model.steps(asked, [row["steps"] for row in rows], separator="\n\n")
+    first = [next((i for i, p in enumerate(of_row) if p <= 0.5), -1) for of_row in scores]
+    traced = asking.trace(model, groups)
+    assert [(one.label, one.found, one.source) for one in traced] == [
+        (row["label"], found, row["id"].partition("-")[0]) for row, found in zip(rows, first)
+    ]
+    assert len(set(first)) > 1
+    found = evaluating.run_benchmark(model, test, groups)
+    right = [f == row["label"] for f, row in zip(first, rows) if row["id"].startswith("math") and row["label"] >= 0]
+    assert found["metrics"]["math/wrong"]["value"] == pytest.approx(np.mean(right))
+    with pytest.raises(ValueError, match="which step of a solution is wrong; it is for models trained with `prm`"):
+        evaluating.read_benchmark(test, path, model.chat, Preferences("keep"))
+    with pytest.raises(ValueError, match="scores steps, not whole responses"):
+        evaluating.read_benchmark(benchmarks.BENCHMARKS["rm_bench"], path, model.chat, model.objective.task)

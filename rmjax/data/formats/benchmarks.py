@@ -14,7 +14,9 @@ import numpy as np
 from rmjax.data.formats import kinds
 from rmjax.data.formats.cells import Reading, Row, answer, common, messages, named_only, row_format, with_system
 from rmjax.data.formats.kinds import MESSAGES, PROMPT, TEXT, TEXTS, Kind
-from rmjax.data.records import Record, check_count, group
+from rmjax.data.formats.public import by_strength_chat
+from rmjax.data.formats.steps import joined_steps
+from rmjax.data.records import BadRow, Record, check_count, group
 
 BETTER = {"A>B": (0, 1), "B>A": (1, 0)}
 CATEGORIES = {  # run_judge.py of ScalerLab/JudgeBench tells them by these prefixes; the names are the paper's
@@ -24,6 +26,12 @@ CATEGORIES = {  # run_judge.py of ScalerLab/JudgeBench tells them by these prefi
 NAME = Kind("text or a whole number", lambda cell: isinstance(cell, str | int) and not isinstance(cell, bool))
 THREE = Kind("a list of 3 texts", lambda cell: TEXTS.test(cell) and len(cell) == 3)
 ANSWER = Kind("an object with `answer`", lambda cell: isinstance(cell, dict) and isinstance(cell.get("answer"), str))
+WHOLE = Kind("a whole number", lambda cell: isinstance(cell, int) and not isinstance(cell, bool))
+NUMBERS = kinds.list_of(Kind("", lambda cell: isinstance(cell, bool | int | float)), "numbers")
+PLACES = kinds.list_of(Kind("", lambda cell: isinstance(cell, list) and len(cell) == 2), "pairs of places")
+WINNERS = {"model_a": (0, 1), "model_b": (1, 0), "tie": None, "tie (bothbad)": None}
+PPE = {"mmlupro": "mmlu_pro", "math": "math", "gpqa": "gpqa", "ifeval": "ifeval", "mbppplus": "mbpp_plus"}
+PPE_RESPONSES = [f"response_{i + 1}" for i in range(32)]
 RMB = {"conversation_input": MESSAGES, "category_path": TEXT}
 JUDGE_BENCH_TEXTS = dict.fromkeys(("pair_id", "source", "question", "response_A", "response_B"), TEXT)
 
@@ -98,3 +106,73 @@ def _rmb(best: Any, others: Sequence[Any], name: Any, row: Row, reading: Reading
     prompt = [{"role": m["role"], "content": m.get("content")} for m in messages(row["conversation_input"])]
     subset = row["category_path"].partition("/")[2] or row["category_path"]
     return _record(prompt, [best["answer"]], [each["answer"] for each in others], subset, str(name), row, reading)
+
+
+@row_format("helpsteer3", {**by_strength_chat.columns, "domain": TEXT}, named_only)
+def _helpsteer3(row: Row, reading: Reading) -> Record:
+    """HelpSteer3's preferences by their domain; only where it is named."""
+    record = by_strength_chat.read(row, reading)
+    assert isinstance(record, Record)
+    return dataclasses.replace(record, source=row["domain"].lower())
+
+
+@row_format(
+    "ppe_preference",
+    {"question_id": NAME, "prompt": TEXT, "response_1": TEXT, "response_2": TEXT, "winner": kinds.one_of(*WINNERS)},
+    named_only,
+)
+def _ppe_preference(row: Row, reading: Reading) -> Record:
+    """PPE's votes of people; only where it is named. The responses stay in their order; a tie is labelled as one."""
+    responses = [row["response_1"]], [row["response_2"]]
+    record = _record(row["prompt"], *responses, "human", str(row["question_id"]), row, reading)
+    wins, ties = np.zeros((2, 2), np.float32), np.zeros((2, 2), np.float32)
+    if better := WINNERS[row["winner"]]:
+        wins[better] = 1
+    else:
+        ties[[0, 1], [1, 0]] = 1
+    return dataclasses.replace(record, wins=wins, ties=ties)
+
+
+@row_format(
+    "ppe_correctness",
+    {
+        **{"question_id": NAME, "prompt": TEXT, "scores": NUMBERS, "sampled_conflict_pairs": PLACES},
+        **dict.fromkeys(PPE_RESPONSES, TEXT),
+    },
+    named_only,
+)
+def _ppe_correctness(row: Row, reading: Reading) -> Record:
+    """PPE's 32 answers to a question with an answer; only where it is named.
+
+    Compared are the pairs of `sampled_conflict_pairs`, whose `scores` differ. Which of the five sets it is of, only
+    the name of the data says.
+    """
+    name = "".join(c for c in reading.source.lower() if c.isalnum())
+    subset = next((subset for part, subset in PPE.items() if part in name), reading.source)
+    responses = [row[column] for column in PPE_RESPONSES]
+    record = _record(row["prompt"], responses, [], subset, str(row["question_id"]), row, reading)
+    wins, scores = np.zeros((len(responses),) * 2, np.float32), row["scores"]
+    for pair in row["sampled_conflict_pairs"]:
+        if not all(isinstance(k, int) and 0 <= k < min(len(scores), len(responses)) for k in pair):
+            raise BadRow("conflicting_label", f"the pair {pair} is none of {len(responses)} responses with scores")
+        i, j = sorted(pair, key=lambda k: -scores[k])
+        if scores[i] == scores[j]:
+            raise BadRow("conflicting_label", f"the pair {pair} has equal scores")
+        wins[i, j] = 1
+    return dataclasses.replace(record, wins=wins)
+
+
+@row_format("process_bench", {"id": TEXT, "problem": TEXT, "steps": TEXTS, "label": WHOLE}, named_only)
+def _process_bench(row: Row, reading: Reading) -> Record:
+    """ProcessBench: a solution whose first wrong step is `label`, -1 if none is; only where it is named.
+
+    Its paragraphs are joined by a blank line, and those after the first wrong one are not judged.
+    """
+    first, count = row["label"], len(row["steps"])
+    if not -1 <= first < count:
+        raise BadRow("conflicting_label", f"the first wrong step is {first}, of {count} steps")
+    labels: list[Any] = [1] * count if first < 0 else [1] * first + [0] + [None] * (count - first - 1)
+    text, steps = joined_steps(row["steps"], labels, "\n\n")
+    told = common(row, reading) | {"source": row["id"].rpartition("-")[0], "row": f"{reading.where} ({row['id']})"}
+    turns = with_system(row, messages(row["problem"], "user"))
+    return group([[*turns, answer(text)]], steps=[steps], **told)

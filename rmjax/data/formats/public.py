@@ -64,7 +64,7 @@ def _strength_pair(row: Row, reading: Reading) -> Record:
 
 
 @row_format("strength_chat", {"context": PROMPT, "response1": TEXT, "response2": TEXT, "overall_preference": STRENGTH})
-def _strength_chat(row: Row, reading: Reading) -> Record:
+def by_strength_chat(row: Row, reading: Reading) -> Record:
     """The same for HelpSteer3; `individual_preference` gives the agreement."""
     conversations = answered(row, row["context"], [row["response1"], row["response2"]])
     annotators = row.get("individual_preference")
