@@ -121,16 +121,25 @@ class Batcher:
             until = self._jobs[0].since + self._max_wait
             while not self._closed and self._tokens < self._batch_tokens and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
-            batch: list[Job] = []
-            laid = Laid()
-            while self._jobs:
-                for sequence in self._jobs[0].sequences:
-                    laid.add(sequence)
-                if batch and laid.tokens > self._batch_tokens:
-                    break
-                batch.append(self._jobs.popleft())
-                self._count(batch[-1], -1)
-            return batch
+        batch: list[Job] = []
+        laid = Laid()
+        while job := self._pop():
+            for sequence in job.sequences:  # without the lock, which those who submit wait for
+                laid.add(sequence)
+            if batch and laid.tokens > self._batch_tokens:
+                with self._changed:
+                    self._jobs.appendleft(job)
+                    self._count(job, 1)
+                break
+            batch.append(job)
+        return batch
+
+    def _pop(self) -> Job | None:
+        with self._changed:
+            if not self._jobs:
+                return None
+            self._count(self._jobs[0], -1)
+            return self._jobs.popleft()
 
 
 class Laid:
