@@ -306,8 +306,8 @@ def _rmb_total(means: Means) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Pairs by subset: PPE (arXiv:2410.14872), whose repository lmarena/PPE could not be read for this; HelpSteer3
-# (arXiv:2505.11475), which names no rule of its own
+# Pairs by subset: PPE (arXiv:2410.14872; of lmarena/PPE only the loader of pairs could be read, in a copy of it, not
+# its scorer); HelpSteer3 (arXiv:2505.11475), which names no rule of its own
 # ----------------------------------------------------------------------------------------------------
 
 PPE = ("mmlu_pro", "math", "gpqa", "ifeval", "mbpp_plus")
@@ -328,7 +328,7 @@ def _overall(means: Means) -> dict[str, Any]:
 
 
 def _ppe_correctness_total(means: Means) -> dict[str, Any]:
-    """The five sets weigh equally."""
+    """The five sets weigh equally. A pair that was sampled twice counts once here, twice in the published loader."""
     return {"overall": _mean(means, PPE)}
 
 
