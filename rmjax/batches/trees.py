@@ -93,32 +93,34 @@ def build_tree(sequences: Sequence[Tokens]) -> Tree:
     arrays = [np.asarray(s, np.int32) for s in sequences]
     if not arrays or any(len(a) == 0 for a in arrays):
         raise ValueError(f"a tree needs sequences of at least one token, got lengths {[len(a) for a in arrays]}")
-    tokens: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    until: list[np.ndarray] = []
+    nodes: list[np.ndarray] = []
+    depths: list[int] = []  # of each node's first token
+    until: list[int] = []
     end = np.zeros(len(arrays), np.int32)
-
-    def lay(members: list[int], depth: int, start: int) -> int:
-        """Lays the sub-trie of `members`, which agree before `depth`, from index `start`; returns its end."""
+    laid = 0
+    # What is to be done, the last first: members that agree before a depth, or the node whose branches are all laid.
+    todo: list[tuple[list[int], int] | int] = [(list(range(len(arrays))), 0)]
+    while todo:
+        if isinstance(job := todo.pop(), int):
+            until[job] = laid
+            continue
+        members, depth = job
         shared = depth + common_prefix([arrays[m][depth:] for m in members])
         split = shared if len(members) == 1 else max(shared - 1, depth)
-        node = arrays[members[0]][depth:split]
-        here = len(tokens)
-        tokens.append(node)
-        positions.append(np.arange(depth, split, dtype=np.int32))
-        until.append(np.empty(0, np.int32))
-        stop = start + len(node)
+        todo.append(len(nodes))
+        nodes.append(arrays[members[0]][depth:split])
+        depths.append(depth)
+        until.append(0)
+        laid += split - depth
         if len(members) == 1:
-            end[members[0]] = stop - 1
+            end[members[0]] = laid - 1
         else:
-            for branch in _branches(arrays, members, shared):
-                stop = lay(branch, split, stop)
-        until[here] = np.full(len(node), stop, np.int32)
-        return stop
-
-    lay(list(range(len(arrays))), 0, 0)
+            todo += [(branch, split) for branch in reversed(_branches(arrays, members, shared))]
+    sizes = [len(node) for node in nodes]
+    positions = [np.arange(depth, depth + size, dtype=np.int32) for depth, size in zip(depths, sizes)]
     slots = np.arange(len(arrays), dtype=np.int32)
-    return Tree(np.concatenate(tokens), np.concatenate(positions), np.concatenate(until), end, slots)
+    visible_until = np.repeat(np.array(until, np.int32), sizes)
+    return Tree(np.concatenate(nodes), np.concatenate(positions), visible_until, end, slots)
 
 
 def _branches(arrays: list[np.ndarray], members: list[int], shared: int) -> list[list[int]]:

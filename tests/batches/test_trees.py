@@ -51,3 +51,15 @@ def test_one_sequence_a_prefix_of_another_and_equal_ones():
 def test_empty_is_refused():
     with pytest.raises(ValueError, match=r"lengths \[2, 0\]"):
         trees.build_tree([[1, 2], []])
+
+
+def test_a_long_conversation_scored_at_every_turn_is_one_tree():
+    """Each of 1,200 sequences goes on from the one before: a trie as deep as there are sequences."""
+    whole = np.arange(2_400, dtype=np.int32) % 97
+    sequences = [whole[: 2 * k + 2] for k in range(1_200)]
+    tree = trees.build_tree(sequences)
+    # Each but the longest ends in a last token of its own, and the node before it is split there.
+    assert len(tree) == len(whole) + len(sequences) - 1
+    for k in (0, 1, 599, 1_199):
+        np.testing.assert_array_equal(tree.tokens[tree.path(int(tree.end[k]))], sequences[k])
+    assert len(set(tree.end.tolist())) == len(sequences)
