@@ -3,9 +3,13 @@
 The packages need environments of their own, which only a release makes: `python -m pytest -m release` installs them.
 """
 
+import asyncio
+import importlib
 import itertools
 import json
-from pathlib import Path
+import sys
+import threading
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +20,6 @@ from own_environment import run_with
 from rmjax.inference.reward_model import RewardModel
 from rmjax.inference.tunix import TunixReward
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = [[5, 6, 7], [9], [4, 4, 8, 3, 2]]
 COMPLETIONS = [[8, 9], [3, 5, 7, 6], [10]]
 PAD = 0
@@ -68,6 +71,56 @@ def test_a_model_without_one_reward_is_refused(tmp_path, tokenizer_dir):
     judge = tiny_exports.write(tmp_path / "judge", tokenizer_dir, 3, kind="pairwise")
     with pytest.raises(ValueError, match="with the outputs A, B, tie; tunix takes one reward"):
         TunixReward(RewardModel.load(judge))
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """What computes for all who wait, without the package; `calls` are the conversations of each computation."""
+    for name in ("openjudge", "openjudge.graders", "openjudge.graders.base_grader", "openjudge.graders.schema"):
+        monkeypatch.setitem(sys.modules, name, mock.MagicMock())
+    sys.modules["openjudge.graders.base_grader"].BaseGrader = object
+    monkeypatch.delitem(sys.modules, "rmjax.inference.openjudge", raising=False)
+    module, calls, go = importlib.import_module("rmjax.inference.openjudge"), [], threading.Event()
+
+    def rewards(talks):
+        calls.append([talk[-1] for talk in talks])
+        go.wait(20)
+        if "bad" in calls[-1]:
+            raise ValueError("cannot be read")
+        return [float(len(talk[-1])) for talk in talks]
+
+    yield module._Together(rewards), calls, go
+    sys.modules.pop("rmjax.inference.openjudge", None)
+
+
+def test_a_cancelled_grading_leaves_the_others_their_answers(together):
+    group, calls, go = together
+
+    async def main():
+        first, *rest = [asyncio.create_task(group.ask([["q", "a" * n]])) for n in (1, 2, 3)]
+        while not calls:
+            await asyncio.sleep(0.01)
+        first.cancel()  # the one that computes for all three
+        await asyncio.sleep(0.01)
+        go.set()
+        found = await asyncio.wait_for(asyncio.gather(first, *rest, return_exceptions=True), 20)
+        assert isinstance(found[0], asyncio.CancelledError) and found[1:] == [[2.0], [3.0]]
+
+    asyncio.run(main())
+    assert calls == [["a", "aa", "aaa"], ["a", "aa", "aaa"]]
+
+
+def test_one_bad_conversation_spoils_no_other_grading(together):
+    group, calls, go = together
+    go.set()
+
+    async def main():
+        asked = [group.ask([["q", text]]) for text in ("ab", "bad", "c")]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    good, bad, other = asyncio.run(main())
+    assert (good, other) == ([2.0], [1.0]) and str(bad) == "cannot be read"
+    assert calls == [["ab", "bad", "c"], ["ab"], ["bad"], ["c"]]
 
 
 TUNIX = """
