@@ -43,7 +43,14 @@ def scores_of(row):
     return row["scores"] if isinstance(row.get("scores"), list) else [row["score"]]
 
 
-@pytest.mark.parametrize("name", ALL)
+def test_a_benchmark_with_scores_of_its_own_is_refused(model_dir, loaded, fast, tmp_path):
+    """`ppe_correctness` needs a column that the output has, too; it is a benchmark, and no file to be scored."""
+    source = write(tmp_path / "in.jsonl", [ALL["ppe_correctness"]])
+    with pytest.raises(ValueError, match="has a column `scores` already; rename it"):
+        scored(model_dir, source, tmp_path / "out.jsonl", format="ppe_correctness")
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "ppe_correctness"])
 def test_a_format_is_scored_as_training_reads_it(name, model_dir, loaded, fast, tokenizer, tmp_path, monkeypatch):
     tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
     monkeypatch.setattr(loaded, "chat", Chat(tokenizer))
