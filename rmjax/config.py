@@ -599,7 +599,7 @@ def to_json(config: ConfigDict) -> str:
 
 def differences(old: str, new: str) -> list[str]:
     """Lists the keys in which two saved configs differ, as "config.seed: 0 before, 1 now"."""
-    before, now = (dict(flatten(ConfigDict(json.loads(text)))) for text in (old, new))
+    before, now = (dict(flatten(ConfigDict(renamed(json.loads(text))))) for text in (old, new))
     keys = sorted(before.keys() | now.keys())
     # of a key that one of them did not have yet
     default = dict(flatten(ConfigDict(json.loads(to_json(defaults(now["objective.name"]))))))

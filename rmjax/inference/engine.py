@@ -228,7 +228,12 @@ def _mean_nll(tree: Tree, nll: np.ndarray) -> np.ndarray:
 
 def call_tokens() -> int:
     """Tokens that a call computes on a device in one row, where no tree is longer."""
-    return min(BATCH_TOKENS.get(jax.default_backend(), DEFAULT_BATCH_TOKENS), LONGEST_ROW)
+    return min(_budget(), LONGEST_ROW)
+
+
+def _budget() -> int:
+    """Tokens of a call on a device, in all its rows."""
+    return BATCH_TOKENS.get(jax.default_backend(), DEFAULT_BATCH_TOKENS)
 
 
 def call_shape(lengths: np.ndarray, devices: int) -> tuple[int, int]:
@@ -252,8 +257,7 @@ def call_shape(lengths: np.ndarray, devices: int) -> tuple[int, int]:
 
 def call_shapes(least: int, most: int) -> Iterator[tuple[int, int]]:
     """All rows of a device and their tokens that `call_shape` chooses from, of rows of `least` to `most` tokens."""
-    budget = BATCH_TOKENS.get(jax.default_backend(), DEFAULT_BATCH_TOKENS)
-    row = least
+    row, budget = least, _budget()
     while row <= most:
         per_device = 1
         while per_device == 1 or (row >= call_tokens() and per_device * row <= budget):

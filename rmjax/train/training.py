@@ -575,13 +575,16 @@ def conclude(run: Run, workdir: Path, last: int, run_id: str) -> None:
     if run.config.log.report:
         report = f"report:      {workdir / 'report.html'}\n"
         run.writers.keep(workdir / "report.html")
-    sent = f"logged to:   {run.config.log.to}, project {run.config.log.project}\n" if run.config.log.to else ""
+    named = config_lib.sinks(run.config)
+    tensorboard = f" and {workdir / 'tensorboard'}" if "tensorboard" in named else ""
+    services = ", ".join(name for name in named if name != "tensorboard")
+    sent = f"logged to:   {services}, project {run.config.log.project}\n" if services else ""
     print(
         f"\nstep {step}: {in_words(metrics, run)}\n"
         + "\n".join(gate.text(verdict))
         + f"\nexport:      {workdir / 'export'}\n{report}"
         f"checkpoints: {runs.checkpoint_directory(run.config, workdir)} (steps {steps})\n"
-        f"metrics:     {workdir / 'metrics.jsonl'}\n{sent}"
+        f"metrics:     {workdir / 'metrics.jsonl'}{tensorboard}\n{sent}"
         f"score with:  python -m rmjax.score --model={workdir / 'export'} --input=FILE --output=scores.jsonl",
         flush=True,
     )

@@ -118,12 +118,9 @@ class Writers:
         return [path for sink in self._sinks if isinstance(sink, TensorBoard) for path in sink.made]
 
     def keep(self, file: Path) -> None:
-        """Keeps a file of the run in each sink; one that cannot costs a warning, for the run is done."""
+        """Keeps a file of the run in each sink."""
         for sink in self._sinks:
-            try:
-                sink.keep(file)
-            except Exception as error:
-                logging.warning("%s does not keep %s: %s", type(sink).__name__, file, error)
+            sink.keep(file)
 
     def sync(self) -> None:
         """Sends everything to the disk; before a checkpoint is saved, since a run goes on from its lines too."""

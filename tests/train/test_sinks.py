@@ -10,6 +10,7 @@ import pytest
 from own_environment import ROOT, run_with
 
 from rmjax import config as config_lib
+from rmjax.train import sinks
 
 # Writes two starts of one run, and prints what the service has of it.
 SCRIPT = """
@@ -139,6 +140,45 @@ def check(name, found):
         assert "learning_rate" in json.dumps(found["config"])
     assert any("report" in file for file in found["files"]) and "report" in "".join(found["files"].values())
     assert found.get("runs", 1) == found.get("ids", 1) == 1
+
+
+def test_a_service_that_fails_costs_a_warning_and_not_the_run(caplog):
+    said = []
+
+    class Down:
+        def write(self, step, values):
+            said.append(step)
+            if step == 2:
+                raise ConnectionError("no route to it")
+
+        def sync(self):
+            raise AssertionError("asked after it failed")
+
+        keep = sync
+
+        def close(self):
+            said.append("closed")
+
+    service = sinks.Service("mlflow", Down())
+    for step in range(4):
+        service.write(step, {"a": 1.0})
+    service.sync()
+    service.keep("report.html")
+    service.close()
+    assert said == [0, 1, 2, "closed"]
+    assert caplog.text.count("mlflow takes no more of this run: ConnectionError: no route to it") == 1
+
+
+def test_a_run_with_a_start_goes_on_though_its_keys_have_other_names():
+    now = config_lib.defaults()
+    with now.unlocked():
+        now.start = config_lib.defaults("sft")
+    old = json.loads(config_lib.to_json(now))
+    for part in (old, old["start"]):
+        log = part["log"]
+        log |= {"tensorboard": "tensorboard" in log.pop("to"), "wandb": ""}
+        del log["project"]
+    assert config_lib.differences(json.dumps(old), config_lib.to_json(now)) == []
 
 
 def test_old_runs_are_read_with_the_keys_of_today():

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from rmjax import config as config_lib
@@ -66,7 +67,39 @@ def check(config: ConfigDict) -> None:
 
 def open_sinks(config: ConfigDict, workdir: Path, keep: int, earlier: Iterable[Line]) -> list[Sink]:
     opening = Opening(workdir, config.log.project, config.to_dict(), keep, list(earlier))
-    return [_module(name).open_sink(opening) for name in config_lib.sinks(config)]
+    opened = [(name, _module(name).open_sink(opening)) for name in config_lib.sinks(config)]
+    return [sink if name == "tensorboard" else Service(name, sink) for name, sink in opened]
+
+
+class Service:
+    """A sink that may fail, as a server may: that costs a warning and what comes after it there, not the run.
+
+    All numbers are in the run's own files, and where the run goes on it is told again what it lacks.
+    """
+
+    def __init__(self, name: str, sink: Sink):
+        self._name, self._sink, self._failed = name, sink, False
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._try("write", step, values)
+
+    def sync(self) -> None:
+        self._try("sync")
+
+    def keep(self, file: Path) -> None:
+        self._try("keep", file)
+
+    def close(self) -> None:
+        self._try("close")
+
+    def _try(self, what: str, *arguments: Any) -> None:
+        if self._failed and what != "close":
+            return
+        try:
+            getattr(self._sink, what)(*arguments)
+        except Exception as error:
+            self._failed = True
+            logging.warning("%s takes no more of this run: %s: %s", self._name, type(error).__name__, error)
 
 
 def run_id(workdir: Path, name: str) -> str:
